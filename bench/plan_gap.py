@@ -130,7 +130,7 @@ def render(handle: Handle) -> None:
         screen = RichScreen(show_thinking=True)
         for event in handle.events():
             for part in event.parts if isinstance(event, Token) else ():
-                screen.event(part)
+                screen.show_event(part)
         screen.pause()
     os.close(master)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from mlx_k2.chat.completion import Completion, completion_of, prompt_of, submissions
+from mlx_k2.chat.completion import Completion, completion_of, encode_prompt, submissions_for
 from mlx_k2.chat.sampling_options import SamplingOptions as Sampling
 from mlx_k2.chat.sampling_options import reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -52,7 +52,7 @@ __all__ = [
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A prompt: the text of a user's message, or the messages of a conversation in OpenAI's format."""
-Tools: TypeAlias = Sequence[Mapping[str, Any]]
+ToolDeclarations: TypeAlias = Sequence[Mapping[str, Any]]
 """Declarations of tools in OpenAI's format. Nothing runs the calls of a reply."""
 
 _LOG = logging.getLogger("mlx_k2")
@@ -81,7 +81,7 @@ class _Listener(DeploymentListener):
 
 
 class _Reply:
-    """A reply so far. ``num_calls_before`` is the number of tool calls in the conversation before it."""
+    """The received part of a reply. ``num_calls_before`` is the number of tool calls in the conversation before it."""
 
     def __init__(self, num_calls_before: int = 0) -> None:
         self.num_calls_before = num_calls_before
@@ -89,7 +89,7 @@ class _Reply:
         self._summary: AnswerSummary | None = None
 
     def add(self, event: Event) -> list[Reasoning | Content]:
-        """Add what an event completes, and return the text of it."""
+        """Add the parts that an event completes, and return those that are text."""
         if isinstance(event, Finished):
             self._summary = event.summary
         elif not isinstance(event, Token):
@@ -99,7 +99,7 @@ class _Reply:
 
     @property
     def is_complete(self) -> bool:
-        """Whether its last event was added."""
+        """Whether the last event of the reply was added."""
         return self._summary is not None
 
     @property
@@ -120,7 +120,7 @@ class Stream(Iterator[Reasoning | Content]):
     def __init__(self, handle: Handle, num_calls_before: int) -> None:
         self._handle = handle
         self._reply = _Reply(num_calls_before)
-        # without a reference to self, so that self can be garbage-collected
+        # refers to _Reply and not to self, so that dropping the stream cancels the request
         self._parts = chain.from_iterable(map(self._reply.add, handle.events()))
 
     def __del__(self) -> None:
@@ -134,7 +134,7 @@ class Stream(Iterator[Reasoning | Content]):
         self._handle.cancel()
 
     def completion(self) -> Completion:
-        """Read to the end of the reply and return all of it."""
+        """Read the stream to its end and return the complete reply."""
         for _ in self._parts:
             pass
         return self._reply.completion
@@ -170,14 +170,14 @@ class _Cluster:
         Raises:
             RequestError, HostfileError: an option is of the wrong type, out of range, or contradicts another.
         """
-        given = {name: _plain(value) for name, value in locals().items() if name != "self"}
+        arguments = {name: _struct_value(value) for name, value in locals().items() if name != "self"}
         try:
-            self._options = convert(given, ClusterOptions)
-            self._engine_options = convert(given, _EngineOptions)
+            self._options = convert(arguments, ClusterOptions)
+            self._engine_options = convert(arguments, _EngineOptions)
         except JsonError as error:
             raise RequestError(str(error)) from None
         self._stack = ExitStack()
-        self._restarting: RestartingDeployment | None = None
+        self._stages: RestartingDeployment | None = None
         self._is_start_cancelled = threading.Event()
         self._engine: Engine | None = None
 
@@ -185,7 +185,8 @@ class _Cluster:
         """Start the stages and load the model.
 
         Raises:
-            SetupError, ClusterError: the reason, with the host; or the cluster is open.
+            SetupError: the options, the hosts or the model cannot be used.
+            ClusterError: a stage failed while it started, or the cluster is open already.
         """
         if self._engine is not None:
             raise ClusterError("the cluster is open already: close it first, or make another one")
@@ -194,18 +195,18 @@ class _Cluster:
             _LOG.warning("%s", line)
         request, model = open_source(request)
         if model is not None:
-            preview(request, model)  # refuse what cannot run before any stage is started
+            preview(request, model)  # raises SetupError before any stage is started
         with ExitStack() as stack:
             stack.callback(template_process().close)
-            self._restarting = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
+            self._stages = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
             if self._is_start_cancelled.is_set():
-                self._restarting.cancel()
-            stack.enter_context(self._restarting)
-            deployment = self._restarting.deployment
+                self._stages.cancel()
+            stack.enter_context(self._stages)
+            deployment = self._stages.deployment
             engine = engine_on(
                 deployment,
                 draft_mode=self._engine_options.draft,
-                restarts=self._restarting,
+                restarts=self._stages,
                 on_restart=_log_restart,
                 max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),
             )
@@ -217,14 +218,15 @@ class _Cluster:
         self._engine = None
         self._stack.close()
 
-    def _running(self) -> Engine:
+    def _running_engine(self) -> Engine:
+        """Return the engine; raise ClusterError if the cluster is not open."""
         if self._engine is None:
             raise ClusterError("the cluster is not open: use it as a context, in a with block")
         return self._engine
 
-    def _submission(self, prompt: Prompt, sampling: Sampling, tools: Tools) -> tuple[Submission, int]:
-        """Return the request for a reply, and the number of tool calls before it. This can take seconds."""
-        self._running()
+    def _submission(self, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations) -> tuple[Submission, int]:
+        """Return the request for a reply, and the number of tool calls in ``prompt``. Long prompts take seconds."""
+        self._running_engine()
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
@@ -234,16 +236,16 @@ class _Cluster:
         settings = reply_settings(sampling, self._frontend, tools)
         for line in settings.warnings:
             _LOG.warning("%s", line)
-        prompt_ids = prompt_of(self._frontend, messages, sampling, tools)
-        return submissions(settings, self._frontend, prompt_ids)[0], num_calls(messages)
+        prompt_ids = encode_prompt(self._frontend, messages, sampling, tools)
+        return submissions_for(settings, self._frontend, prompt_ids)[0], num_calls(messages)
 
 
 class Cluster(_Cluster):
-    """A cluster that answers prompts: a context, in which the model is loaded.
+    """A cluster that answers prompts, and a context manager in which the model is loaded.
 
-    Without a hostfile all stages run on this machine; without a model it is the small built-in one. At most
-    ``num_sequences`` replies are sampled at once, further ones wait. After a fault all stages start again, up to
-    ``restarts`` times in a row, and replies continue. Its methods may be called on any thread.
+    Without a hostfile all stages run on this machine. Without a model the small built-in model is loaded. At most
+    ``num_sequences`` replies are sampled at once; further ones wait. After a fault all stages start again, up to
+    ``restarts`` times in a row, and replies continue. All methods may be called on any thread.
     """
 
     def __enter__(self) -> "Cluster":
@@ -257,49 +259,50 @@ class Cluster(_Cluster):
         """Cancel all requests, and end all processes of the cluster, on every host."""
         self._close()
 
-    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Stream:
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Stream:
         """Return the reply to a prompt as it is sampled.
 
         Raises:
-            RequestError, TokenizerError: the prompt cannot be answered; gives the reason.
+            RequestError, TokenizerError: the prompt or an option is invalid, or the prompt is too long.
             EngineBusy: too many requests wait.
             ClusterError: the stages failed and are not restarted, or the cluster is closed.
         """
         submission, num_calls_before = self._submission(prompt, sampling, tools)
-        handle = self._running().submit(submission.request, submission.policy)
+        handle = self._running_engine().submit(submission.request, submission.policy)
         return Stream(handle, num_calls_before)
 
-    def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
-        """Return the complete reply to a prompt. Errors are those of ``stream`` and of reading it."""
+    def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
+        """Return the complete reply to a prompt. Errors are those of ``stream`` and ``Stream``."""
         return self.stream(prompt, sampling, tools).completion()
 
     def generate(
-        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. At most ``num_sequences`` run at once.
 
         Raises:
             RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
         """
+        _refuse_text(prompts)
         num_calls_before: dict[int, int] = {}
 
-        def numbered() -> Iterator[tuple[int, Submission]]:
-            for index, prompt in enumerate(_several(prompts)):
+        def submissions_by_index() -> Iterator[tuple[int, Submission]]:
+            for index, prompt in enumerate(prompts):
                 submission, num_calls_before[index] = self._submission(prompt, sampling, tools)
                 yield index, submission
 
-        done: dict[int, Completion] = {}
-        for result in answer_all(self._running(), numbered()):
+        completions: dict[int, Completion] = {}
+        for result in answer_all(self._running_engine(), submissions_by_index()):
             if result.summary is None:
                 raise RequestFailed(f"prompt {result.key}: {result.error}")
-            done[result.key] = completion_of(result.reply, result.summary, num_calls_before[result.key])
-        return [done[index] for index in sorted(done)]
+            completions[result.key] = completion_of(result.reply, result.summary, num_calls_before[result.key])
+        return [completions[index] for index in sorted(completions)]
 
 
 class AsyncStream(AsyncIterator[Reasoning | Content]):
     """The text of a reply in parts, for ``async for``. Cancelling the task that reads it cancels the request.
 
-    The request begins with the first read, which raises what ``Cluster.stream`` raises.
+    The first read submits the request, and raises the errors of ``Cluster.stream``.
     """
 
     def __init__(self, parts: AsyncGenerator[Reasoning | Content, None], reply: _Reply) -> None:
@@ -314,7 +317,7 @@ class AsyncStream(AsyncIterator[Reasoning | Content]):
         await self._parts.aclose()
 
     async def completion(self) -> Completion:
-        """Read to the end of the reply and return all of it."""
+        """Read the stream to its end and return the complete reply."""
         async for _ in self._parts:
             pass
         return self._reply.completion
@@ -326,9 +329,9 @@ class AsyncCluster(_Cluster):
     async def __aenter__(self) -> "AsyncCluster":
         self._is_start_cancelled.clear()
         try:
-            await _in_thread(self._open, on_cancel=self._cancel_start)
+            await _run_in_thread(self._open, on_cancel=self._cancel_start)
         except asyncio.CancelledError:
-            await _in_thread(self._close)
+            await _run_in_thread(self._close)
             raise
         return self
 
@@ -337,28 +340,30 @@ class AsyncCluster(_Cluster):
 
     async def close(self) -> None:
         """Cancel all requests, and end all processes of the cluster, on every host."""
-        await _in_thread(self._close)
+        await _run_in_thread(self._close)
 
-    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> AsyncStream:
+    def stream(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> AsyncStream:
         """Return the reply to a prompt as it is sampled."""
         reply = _Reply()
         return AsyncStream(self._read(reply, prompt, sampling, tools), reply)
 
-    async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: Tools = ()) -> Completion:
-        """Return the complete reply to a prompt. Errors are those of ``stream`` and of reading it."""
+    async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
+        """Return the complete reply to a prompt. Errors are those of ``Cluster.chat``."""
         return await self.stream(prompt, sampling, tools).completion()
 
     async def generate(
-        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: Tools = ()
+        self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. The first error cancels the others."""
-        free = asyncio.Semaphore(2 * self._running().num_slots)
+        _refuse_text(prompts)
+        # two requests for each slot: one runs, the other is ready when it ends
+        limit = asyncio.Semaphore(2 * self._running_engine().num_slots)
 
         async def answer(prompt: Prompt) -> Completion:
-            async with free:
+            async with limit:
                 return await self.chat(prompt, sampling, tools)
 
-        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in _several(prompts)]
+        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -367,21 +372,21 @@ class AsyncCluster(_Cluster):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(
-        self, reply: _Reply, prompt: Prompt, sampling: Sampling, tools: Tools
+        self, reply: _Reply, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations
     ) -> AsyncGenerator[Reasoning | Content, None]:
         submission, reply.num_calls_before = await asyncio.to_thread(self._submission, prompt, sampling, tools)
         loop = asyncio.get_running_loop()
-        ready: asyncio.Queue[None] = asyncio.Queue()  # has an item for each event of the handle
+        unread_events: asyncio.Queue[None] = asyncio.Queue()  # has an item for each unread event of the handle
 
         def notify(_: Handle) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(ready.put_nowait, None)
+                loop.call_soon_threadsafe(unread_events.put_nowait, None)
 
-        handle = self._running().submit(submission.request, submission.policy, notify)
+        handle = self._running_engine().submit(submission.request, submission.policy, notify)
         events = handle.events()
         try:
             while not reply.is_complete:
-                await ready.get()
+                await unread_events.get()
                 for part in reply.add(next(events)):
                     yield part
         finally:
@@ -389,37 +394,40 @@ class AsyncCluster(_Cluster):
 
     def _cancel_start(self) -> None:
         self._is_start_cancelled.set()
-        if self._restarting is not None:
-            self._restarting.cancel()
+        if self._stages is not None:
+            self._stages.cancel()
 
 
-async def _in_thread(work: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
-    """Run ``work`` on a thread to its end. If this task is cancelled meanwhile, call ``on_cancel``."""
-    running = asyncio.get_running_loop().run_in_executor(None, work)
+async def _run_in_thread(function: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
+    """Call ``function`` on a thread and wait until it returns. If this task is cancelled meanwhile, call ``on_cancel``.
+
+    Raises:
+        CancelledError: this task was cancelled; an error of ``function`` is dropped.
+    """
+    future = asyncio.get_running_loop().run_in_executor(None, function)
     is_cancelled = False
-    while not running.done():
+    while not future.done():
         try:
-            await asyncio.wait([running])
+            await asyncio.wait([future])
         except asyncio.CancelledError:
             is_cancelled = True
             on_cancel()
     if is_cancelled:
-        running.exception()  # not raised, since the work was cancelled
+        future.exception()  # marks it as retrieved, else asyncio logs it
         raise asyncio.CancelledError
-    running.result()
+    future.result()
 
 
-def _plain(value: object) -> object:
-    """Return an option as its struct holds it: a path as text, a sequence as a tuple."""
+def _struct_value(value: object) -> object:
+    """Return an argument in the type of its struct's field: a path as text, a sequence as a tuple."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _several(prompts: Iterable[Prompt]) -> Iterable[Prompt]:
-    if isinstance(prompts, str):
+def _refuse_text(prompts: Iterable[Prompt]) -> None:
+    if isinstance(prompts, str):  # an iterable of one-letter prompts
         raise RequestError("one prompt was given: give a list of prompts, or use chat")
-    return prompts
 
 
 def _log_restart(restart: Restart, phase: str) -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from mlx_k2.coordinator.draft_times import DraftTimer, DraftTimes
 from mlx_k2.coordinator.engine import engine_on
@@ -23,12 +24,12 @@ from mlx_k2.scheduling.drafts import DraftCount, merge_counts
 from mlx_k2.scheduling.request import Request
 
 WARM_UP_TOKENS = 8
-_REPORTS_S = 5.0
+_LAST_REPORTS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``streams`` concurrent sequences, each with ``prompt_tokens`` and then ``generate_tokens`` generated tokens."""
+    """A number of concurrent sequences (``streams``), and the tokens of the prompt and the answer of each."""
 
     prompt_tokens: int
     generate_tokens: int
@@ -37,7 +38,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Times and bytes of one stage during a run. ``waiting_s`` is the rest of the time, when it had no plan."""
+    """Times and bytes of one stage during one run of a workload.
+
+    ``waiting_s`` is the time without a step. ``hop_bytes`` are the hidden states that the stage sent. ``peak_bytes`` is
+    the largest memory of the stage since it started.
+    """
 
     compute_s: float
     receive_s: float
@@ -48,7 +53,7 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class Measured:
+class WorkloadResult:
     """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
 
     workload: Workload
@@ -62,11 +67,11 @@ class Measured:
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
     draft_times: DraftTimes | None = None
-    """Times of steps with a draft head; None without right and wrong drafts."""
+    """Times of steps with a draft head; None without runs of the head, or without both right and wrong drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
-        """Average rate of one stream."""
+        """Mean rate of one stream."""
         return None if self.decode_tokens_per_s is None else self.decode_tokens_per_s / self.workload.streams
 
     @property
@@ -94,35 +99,36 @@ class _Stream:
 
 
 class ServerBenchmark:
-    """Benchmark that submits requests by ``submit``, for instance to a server. Its results have no stage times."""
+    """Benchmark whose requests go to ``submit``, for instance to a running server. Results have no stage times."""
 
     def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
         self._submit = submit
         self._vocab_size = vocab_size
-        self._seed = secrets.randbits(60)  # the server may still hold the prompts of an earlier benchmark
+        self._last_seed = secrets.randbits(60)  # random: the server may have the prompts of an earlier run cached
 
     def warm_up(self, workload: Workload) -> None:
-        """Run ``workload`` with WARM_UP_TOKENS tokens, so that kernels are compiled and speeds are known."""
-        self._run(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
+        """Run ``workload`` with WARM_UP_TOKENS tokens per answer, to compile kernels and to fill speed estimates."""
+        self._run_streams(Workload(workload.prompt_tokens, WARM_UP_TOKENS, workload.streams))
 
-    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
+    def measure(self, workload: Workload, repeat: int = 0) -> WorkloadResult:
         """Run ``workload`` once, on prompts that are not cached. Stop tokens do not end a stream."""
-        began = time.perf_counter()
-        streams = self._run(workload)
-        return _measured(workload, repeat, began, time.perf_counter() - began, streams)
+        started_at = time.perf_counter()
+        streams = self._run_streams(workload)
+        return _workload_result(workload, repeat, started_at, time.perf_counter() - started_at, streams)
 
-    def _run(self, workload: Workload) -> list[_Stream]:
-        first = self._seed + 1
-        self._seed += workload.streams
-        requests = [_random_request(workload, self._vocab_size, seed) for seed in range(first, self._seed + 1)]
-        return [_read(handle) for handle in self._submit_all(requests)]
+    def _run_streams(self, workload: Workload) -> list[_Stream]:
+        first_seed = self._last_seed + 1
+        self._last_seed += workload.streams
+        seeds = range(first_seed, self._last_seed + 1)
+        requests = [_random_request(workload, self._vocab_size, seed) for seed in seeds]
+        return [_read_stream(handle) for handle in self._submit_all(requests)]
 
     def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         return [self._submit(request) for request in requests]
 
 
 class Benchmark(ServerBenchmark):
-    """Benchmark on ready stages, a context manager. A stage that fails ends it.
+    """Benchmark on ready stages, a context manager. A failed stage raises ClusterError; there is no restart.
 
     ``on_report`` receives every finished step of a stage, except during warm-up.
     """
@@ -132,11 +138,11 @@ class Benchmark(ServerBenchmark):
     ) -> None:
         self._deployment = deployment
         self._on_report = on_report
-        self._is_warm = False
+        self._is_warming_up = False
         self._timer = DraftTimer(deployment.group.size)
         self._engine = engine_on(deployment, draft_mode=draft_mode, prompts_first=True, on_report=self._report)
         super().__init__(self._engine.submit, deployment.model.config.vocab_size)
-        self._seed = 0
+        self._last_seed = 0  # fixed, because new stages have nothing cached: every benchmark has the same prompts
 
     def __enter__(self) -> "Benchmark":
         self._engine.__enter__()
@@ -146,24 +152,27 @@ class Benchmark(ServerBenchmark):
         self._engine.__exit__(*error)
 
     def warm_up(self, workload: Workload) -> None:
-        """Run ``workload`` without reports, as in the base class."""
-        self._is_warm = False
+        """Run ``workload`` as the base class does, without calls of ``on_report``."""
+        self._is_warming_up = True
         super().warm_up(workload)
-        self._is_warm = True
+        self._is_warming_up = False
 
-    def measure(self, workload: Workload, repeat: int = 0) -> Measured:
-        """Run ``workload`` once, as in the base class, and measure the stages and the draft head, too."""
-        before = [replace(use) for use in self._engine.use]
-        self._timer = DraftTimer(len(before))
-        measured = super().measure(workload, repeat)
-        runs = self._engine.use[-1].draft_runs - before[-1].draft_runs
-        head_s = (self._engine.use[-1].draft_s - before[-1].draft_s) / max(1, runs)
-        times = self._timer.times(head_s) if runs else None
-        return replace(measured, draft_times=times, stages=self._stage_times(before, measured.wall_s))
+    def measure(self, workload: Workload, repeat: int = 0) -> WorkloadResult:
+        """Run ``workload`` once, as the base class does, and measure the stages and the draft head, too."""
+        use_before = [replace(use) for use in self._engine.use]
+        self._timer = DraftTimer(len(use_before))
+        result = super().measure(workload, repeat)
+        num_head_runs = self._engine.use[-1].draft_runs - use_before[-1].draft_runs
+        draft_times = None
+        if num_head_runs:
+            head_s = (self._engine.use[-1].draft_s - use_before[-1].draft_s) / num_head_runs
+            draft_times = self._timer.times(head_s)
+        return replace(result, draft_times=draft_times, stages=self._stage_times(use_before, result.wall_s))
 
-    def _run(self, workload: Workload) -> list[_Stream]:
-        streams = super()._run(workload)
-        deadline = time.monotonic() + _REPORTS_S  # the last stage's last report may arrive before those of the others
+    def _run_streams(self, workload: Workload) -> list[_Stream]:
+        streams = super()._run_streams(workload)
+        # the last stage's last report, which ends the streams, may arrive before those of the other stages
+        deadline = time.monotonic() + _LAST_REPORTS_TIMEOUT_S
         while len({use.steps_done for use in self._engine.use}) > 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         return streams
@@ -173,25 +182,25 @@ class Benchmark(ServerBenchmark):
 
     def _report(self, report: StageReport) -> None:
         self._timer.add(report)
-        if self._is_warm and self._on_report is not None:
+        if self._on_report is not None and not self._is_warming_up:
             self._on_report(report)
 
-    def _stage_times(self, before: Sequence[StageUse], wall_s: float) -> tuple[StageTimes, ...]:
+    def _stage_times(self, use_before: Sequence[StageUse], wall_s: float) -> tuple[StageTimes, ...]:
         deployment = self._deployment
         token_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
         times = []
-        for rank, (old, new) in enumerate(zip(before, self._engine.use, strict=True)):
-            compute_s = new.busy_s - old.busy_s
-            receive_s, send_s = new.receive_s - old.receive_s, new.send_s - old.send_s
-            sends = rank < len(before) - 1
+        for rank, (before, after) in enumerate(zip(use_before, self._engine.use, strict=True)):
+            compute_s = after.busy_s - before.busy_s
+            receive_s, send_s = after.receive_s - before.receive_s, after.send_s - before.send_s
+            has_next_stage = rank < len(use_before) - 1
             times.append(
                 StageTimes(
                     compute_s=compute_s,
                     receive_s=receive_s,
                     send_s=send_s,
                     waiting_s=max(0.0, wall_s - compute_s - receive_s - send_s),
-                    hop_bytes=(new.num_tokens - old.num_tokens) * token_bytes if sends else 0,
-                    peak_bytes=max(new.peak_bytes, deployment.loaded[rank].peak_bytes),
+                    hop_bytes=(after.num_tokens - before.num_tokens) * token_bytes if has_next_stage else 0,
+                    peak_bytes=max(after.peak_bytes, deployment.loaded[rank].peak_bytes),
                 )
             )
         return tuple(times)
@@ -204,7 +213,7 @@ def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
     return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
 
 
-def _read(handle: Handle) -> _Stream:
+def _read_stream(handle: Handle) -> _Stream:
     """Read all events of a handle; errors are those of ``Handle.events``."""
     stream = _Stream()
     for event in handle.events():
@@ -215,49 +224,49 @@ def _read(handle: Handle) -> _Stream:
     return stream
 
 
-def check_workloads(workloads: Sequence[Workload], context_tokens: int, longest: int) -> None:
-    """Reject workloads that do not fit the context. ``longest`` is the largest context that can be set.
+def check_workloads(workloads: Sequence[Workload], context_tokens: int, max_context_tokens: int) -> None:
+    """Refuse workloads that do not fit into the context, which can be set to at most ``max_context_tokens``.
 
     Raises:
         RequestError: a prompt and its answer are longer than the context.
     """
     for workload in workloads:
-        needed = workload.prompt_tokens + workload.generate_tokens
-        if needed > context_tokens:
-            way_out = f"give --context {needed}" if needed <= longest else f"at most {longest} are possible"
+        needed_tokens = workload.prompt_tokens + workload.generate_tokens
+        if needed_tokens > context_tokens:
+            can_be_set = needed_tokens <= max_context_tokens
+            advice = f"give --context {needed_tokens}" if can_be_set else f"at most {max_context_tokens} are possible"
             raise RequestError(
-                f"a prompt of {workload.prompt_tokens} tokens and {workload.generate_tokens} after it do not fit a "
-                f"context of {context_tokens}: {way_out}"
+                f"a prompt of {workload.prompt_tokens} tokens and an answer of {workload.generate_tokens} do not fit "
+                f"into a context of {context_tokens} tokens: {advice}"
             )
 
 
-def _measured(workload: Workload, repeat: int, began: float, wall_s: float, streams: Sequence[_Stream]) -> Measured:
-    """Return the result of a run.
+def _workload_result(
+    workload: Workload, repeat: int, started_at: float, wall_s: float, streams: Sequence[_Stream]
+) -> WorkloadResult:
+    """Return the result of one run.
 
-    Decoding is measured while all streams decode: from the latest first token to the earliest last token.
+    The decode rate is measured while all streams decode: from the latest first token to the earliest last token.
     """
-    firsts = [stream.arrivals[0] for stream in streams]
-    gaps = sorted(
-        later - earlier
-        for stream in streams
-        for earlier, later in zip(stream.arrivals, stream.arrivals[1:], strict=False)
-    )
-    all_began, first_ended = max(firsts), min(stream.arrivals[-1] for stream in streams)
-    num_decoded = sum(all_began < moment <= first_ended for stream in streams for moment in stream.arrivals)
-    decode_s = first_ended - all_began
-    return Measured(
+    first_arrivals = [stream.arrivals[0] for stream in streams]
+    inter_token_s = sorted(later - earlier for stream in streams for earlier, later in pairwise(stream.arrivals))
+    decode_from, decode_until = max(first_arrivals), min(stream.arrivals[-1] for stream in streams)
+    arrivals = [arrival for stream in streams for arrival in stream.arrivals]
+    num_decoded = sum(decode_from < arrival <= decode_until for arrival in arrivals)
+    decode_s = decode_until - decode_from
+    return WorkloadResult(
         workload=workload,
         repeat=repeat,
-        time_to_first_token_s=statistics.median(firsts) - began,
-        prefill_tokens_per_s=workload.prompt_tokens * workload.streams / (max(firsts) - began),
+        time_to_first_token_s=statistics.median(first_arrivals) - started_at,
+        prefill_tokens_per_s=workload.prompt_tokens * workload.streams / (max(first_arrivals) - started_at),
         decode_tokens_per_s=num_decoded / decode_s if decode_s > 0 else None,
-        inter_token_p50_s=_percentile(gaps, 0.5),
-        inter_token_p95_s=_percentile(gaps, 0.95),
+        inter_token_p50_s=_percentile(inter_token_s, 0.5),
+        inter_token_p95_s=_percentile(inter_token_s, 0.95),
         drafts=merge_counts(count for stream in streams for count in stream.drafts),
         wall_s=wall_s,
     )
 
 
-def _percentile(ordered: Sequence[float], fraction: float) -> float | None:
-    """Return the value that ``fraction`` of all values do not exceed; None if there are no values."""
-    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else None
+def _percentile(sorted_values: Sequence[float], fraction: float) -> float | None:
+    """Return the smallest of the ascending values that ``fraction`` of them do not exceed; None without values."""
+    return sorted_values[max(0, math.ceil(fraction * len(sorted_values)) - 1)] if sorted_values else None

@@ -11,14 +11,14 @@ MlxK2Error
 │   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
 │   └── RequestError      the prompt or a sampling value is invalid
 ├── Cancelled             the caller cancelled the operation; exit code 1
-├── RequestFailed         one request was ended; others continue; exit code 1
+├── RequestFailed         one request failed; others continue; exit code 1
 ├── EngineBusy            the queue of requests is full; exit code 1
-└── ClusterError          something was already running; exit code 1
-    ├── StageStartError   a stage did not start: ssh, Python, versions, or its loading
-    ├── StageFault        a stage that was running reported an error or ended
-    │   ├── NeighbourLost     it lost the hop to a neighbour; the neighbour's end is then the cause
-    │   └── NotFinite         it computed NaN or infinity: its weights or its memory are broken
-    ├── StageSilent       a deadline passed: names the stage, the host and the step
+└── ClusterError          a failure after processes were started; exit code 1
+    ├── StageStartError   a stage did not start: ssh, Python, versions, or loading failed
+    ├── StageFault        a running stage reported an error or ended
+    │   ├── NeighbourLost     a stage lost its connection to a neighbour: the neighbour ended, or the network failed
+    │   └── NotFinite         a stage computed NaN or infinity: its weights or its memory are broken
+    ├── StageSilent       a stage sent nothing before a deadline: names the stage, the host and the step
     └── ProtocolError     bytes on a control connection do not follow the protocol
 """
 
@@ -72,11 +72,11 @@ class Cancelled(MlxK2Error):
 
 
 class RequestFailed(MlxK2Error):
-    """Request that was ended by its own error, while others continue."""
+    """Request that failed, while others continue."""
 
 
 class EngineBusy(MlxK2Error):
-    """Request that was refused because the queue is full. ``wait_s`` is the expected wait for a place in it."""
+    """Request that was refused because the queue is full. A place in the queue is expected after ``wait_s`` seconds."""
 
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
@@ -84,7 +84,7 @@ class EngineBusy(MlxK2Error):
 
 
 class ClusterError(MlxK2Error):
-    """Error found after processes were started. ``rank`` is the stage that caused it; None if that is not known."""
+    """Failure after processes were started. ``rank`` is the stage that caused it; None if that is not known."""
 
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)

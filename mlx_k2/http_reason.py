@@ -5,26 +5,25 @@ import shlex
 import sys
 from pathlib import Path
 
-_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+_CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def http_reason(error: BaseException) -> str:
-    """Return why a request failed: the error's first line, and the proxy or certificate setting that it comes from.
+    """Return the reason of a failed request: the error's first line, and the proxy or certificate setting behind it.
 
     A proxy's address is not shown, because it can hold a password.
     """
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if isinstance(error, OSError):
-        for name in _CERTIFICATES:
+        for name in _CERTIFICATE_VARIABLES:
             if (path := os.environ.get(name)) and not Path(path).exists():
                 return f"{name} names {path}, which does not exist: correct {name}, or unset it"
     if "CERTIFICATE_VERIFY_FAILED" in first_line:
         return f"{first_line}: if a proxy here replaces certificates, set SSL_CERT_FILE to the file of its certificates"
-    proxies = [name for name in os.environ if name.upper() in _PROXIES]
+    proxies = [name for name in os.environ if name.upper() in _PROXY_VARIABLES]
     if isinstance(error, ImportError) and "socks" in first_line.lower():
         proxy = next((name for name in proxies if os.environ[name].startswith("socks")), "the system's proxy setting")
         install = f"{shlex.quote(sys.executable)} -m pip install socksio"
         return f"{proxy} is a SOCKS proxy, which needs a package: run `{install}`, or unset {proxy}"
-    named = " and ".join(proxies)
-    return f"{first_line} (through the proxy of {named})" if proxies else first_line
+    return f"{first_line} (through the proxy of {' and '.join(proxies)})" if proxies else first_line

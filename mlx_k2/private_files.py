@@ -1,4 +1,4 @@
-"""Files that only their owner can read: conversations, results and logs. Knows no content."""
+"""Files that only their owner can read, such as conversations, results and logs. Knows no content."""
 
 import contextlib
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import platformdirs
 
-PRIVATE = 0o600
+_OWNER_ONLY_MODE = 0o600
 
 
 def home_folder() -> Path:
-    """Return the user's home folder, or a folder that does not exist for a user without one, as in some containers."""
+    """Return the user's home folder; for a user without one, as in some containers, a folder that does not exist."""
     try:
         return Path.home()
     except RuntimeError:
@@ -28,37 +28,37 @@ def state_folder() -> Path | None:
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file as ``open(..., opener=open_private)`` does; a new file is readable by its owner alone."""
-    return os.open(path, flags, PRIVATE)
+    """Return the descriptor of a file, for ``open(..., opener=open_private)``. Only the owner can read a new file."""
+    return os.open(path, flags, _OWNER_ONLY_MODE)
 
 
-def open_ours(path: str, flags: int) -> int:
-    """Open a file whose name the program chose, as `open_private` does. Refuse a symbolic link."""
-    return os.open(path, flags | os.O_NOFOLLOW, PRIVATE)
+def open_private_no_symlink(path: str, flags: int) -> int:
+    """Return the descriptor of a file whose name the program chose, as `open_private` does; refuse a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, _OWNER_ONLY_MODE)
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file for its owner alone, as `write_whole` does."""
-    write_whole(path, data, PRIVATE)
+    """Write a file that only its owner can read, as `write_atomically` does."""
+    write_atomically(path, data, _OWNER_ONLY_MODE)
 
 
-def write_whole(path: Path, data: bytes, mode: int) -> None:
-    """Write a file with the permissions ``mode``, or leave an existing one unchanged.
+def write_atomically(path: Path, data: bytes, mode: int) -> None:
+    """Write a file with the permissions ``mode``. After an error an existing file is unchanged.
 
-    The data is written to a new file with a random name in the same folder, which then replaces it.
+    The data is written to a new file with a random name in the same folder, which then replaces ``path``.
 
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    temporary_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
     try:
-        with open(partial, "xb", opener=open_ours) as file:
+        with open(temporary_path, "xb", opener=open_private_no_symlink) as file:
             file.write(data)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())  # else a crash may leave an empty file instead of the old one
-        partial.replace(path)
+        temporary_path.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
         raise

@@ -14,16 +14,16 @@ from mlx_k2.token_mask import id_bytes
 REPETITION_WINDOW = 64
 """Number of most recent tokens that the repetition penalty reads."""
 MAX_BIASES = 1024
-"""Most tokens with a logit bias in one request."""
+"""Maximum number of tokens with a logit bias in one request."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The parameters of one sequence's sampler.
 
-    ``temperature`` 0 takes the most likely token. ``top_k`` None keeps all tokens. Filters apply in the order top-p,
-    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them. The presence penalty is subtracted
-    from the logit of each token that the answer contains, the frequency penalty once for each time that it does, and
-    ``logit_bias`` is added, all after the repetition penalty.
+    ``temperature`` 0 selects the most likely token. ``top_k`` None keeps all tokens. Filters apply in the order top-p,
+    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them. After the repetition penalty, the
+    presence penalty is subtracted from the logit of each token that the answer contains, the frequency penalty as many
+    times as the answer contains the token, and ``logit_bias`` is added.
     """
 
     seed: int
@@ -48,16 +48,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         _check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
         _check("temperature", self.temperature, 0 <= self.temperature <= 10, "from 0 (greedy) to 10")
         _check("top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
+        if self.top_k is not None:
+            _check("top-k", self.top_k, self.top_k >= 1, "at least 1")
         _check("min-p", self.min_p, 0 <= self.min_p < 1, "at least 0, below 1")
         _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10")
         _check("presence-penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "from -2 to 2")
         _check("frequency-penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "from -2 to 2")
-        _check(
-            "logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 100, "from 0 to 100"
-        )
-        if self.logit_bias:
-            self._check_biases()
+        if self.num_logprobs is not None:
+            _check("logprobs", self.num_logprobs, 0 <= self.num_logprobs <= 100, "from 0 to 100")
+        self._check_biases()
 
     def _check_biases(self) -> None:
         num_biases = len(self.logit_bias)
@@ -69,35 +68,35 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """Return the seed of answer or prompt ``index`` of a run with ``seed``, 0 to 2^63 - 1."""
+    """Return the seed, 0 to 2^63 - 1, of the answer or the prompt with this index in a run with ``seed``."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def for_answers(sampling: Sampling, num_answers: int) -> list[Sampling]:
-    """Return the parameters of several answers, each with its own seed. The first one is ``sampling``."""
+def sampling_per_answer(sampling: Sampling, num_answers: int) -> list[Sampling]:
+    """Return the parameters of each answer: ``sampling`` for the first one, with other seeds for the others."""
     seeds = [derived_seed(sampling.seed, index) for index in range(1, num_answers)]
     return [sampling, *(msgspec.structs.replace(sampling, seed=seed) for seed in seeds)]
 
 
-def _check(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise RequestError(f"{name} {value} is out of range: give a value {allowed}")
+def _check(name: str, value: object, is_allowed: bool, allowed_range: str) -> None:
+    if not is_allowed:
+        raise RequestError(f"{name} {value} is out of range: give a value {allowed_range}")
 
 
 class LogitBias(msgspec.Struct, frozen=True):
-    """Numbers that are added to logits: token ids of 4 bytes, and as many float32, least significant byte first."""
+    """Numbers that are added to logits: uint32 token ids and as many float32 values, little-endian."""
 
     token_ids: bytes
     values: bytes
 
     @classmethod
     def of(cls, biases: Mapping[int, float]) -> "LogitBias":
-        """Return the biases by token id."""
+        """Encode biases by token id."""
         return cls(id_bytes(biases), array("f", biases.values()).tobytes())
 
     def by_token(self) -> dict[int, float]:
-        """Return the biases by token id."""
+        """Decode the biases by token id."""
         token_ids, values = memoryview(self.token_ids).cast("I"), memoryview(self.values).cast("f")
         return dict(zip(token_ids, values, strict=True))
 
@@ -111,7 +110,7 @@ class SampledToken(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Values that a checkpoint's generation_config.json recommends; None if it has no such value."""
+    """Values that a checkpoint's generation_config.json recommends. A value that the file does not have is None."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -122,7 +121,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The stop tokens in the file."""
+        """The stop tokens as a tuple."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
@@ -132,10 +131,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Parse the bytes of generation_config.json.
 
         Raises:
-            RequestError: the bytes are not JSON of that form.
+            RequestError: ``data`` is not a JSON object, or a value has the wrong type.
         """
         try:
-            found = read_json(data, cls)
+            config = read_json(data, cls)
         except JsonError as error:
             raise RequestError(f"generation_config.json cannot be read: {error}") from None
-        return msgspec.structs.replace(found, top_k=None) if found.top_k == 0 else found  # 0 in the file: all tokens
+        return msgspec.structs.replace(config, top_k=None) if config.top_k == 0 else config  # 0 in the file: all tokens

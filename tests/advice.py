@@ -20,9 +20,9 @@ _ADVICE = re.compile(
 _NO_MESSAGES = ("testing/", "server/metrics.py", "server/openapi.py", "json_text/read.py", "builtin/", "cli/main.py")
 _NO_ADVICE = (  # what commands do, in /help; a question; an action that is named
     "show or set the system prompt; off: the model's own",
-    "take back your last message and what followed",
+    "remove your last message and what followed",
     "write the conversation to a file",
-    "leave; so do /exit, /bye, quit and Ctrl-D",
+    "end the chat; also /exit, /bye, quit and Ctrl-D",
     "run it? [y]es, [n]o, [a]lways this tool: ",
     "connect to its neighbours",
 )

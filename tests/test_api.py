@@ -86,7 +86,7 @@ def test_many_prompts_are_answered_in_their_order(cluster: Cluster) -> None:
 
 
 def test_more_prompts_than_an_engine_queues_are_answered(cluster: Cluster) -> None:
-    engine = cluster._running()  # its own queue is as long as an API call needs
+    engine = cluster._running_engine()  # its own queue is as long as an API call needs
     engine._max_queued = 3
     try:
         replies = cluster.generate(["What is 1 plus 25?"] * 40, Sampling(temperature=0, max_tokens=2))

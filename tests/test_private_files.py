@@ -11,7 +11,7 @@ from mlx_k2.cli.repl.saved_chat import SavedChat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.run_log import RunLog
-from mlx_k2.private_files import open_ours, open_private, write_private
+from mlx_k2.private_files import open_private, open_private_no_symlink, write_private
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_a_link_under_a_name_that_the_program_chose_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stages.log").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic"), open(tmp_path / "stages.log", "ab", opener=open_ours):
+    with pytest.raises(OSError, match="symbolic"), open(tmp_path / "stages.log", "ab", opener=open_private_no_symlink):
         pass
     with open(tmp_path / "stages.log", "ab", opener=open_private) as file:  # the user's own choice
         file.write(b"x")

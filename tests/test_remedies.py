@@ -194,7 +194,7 @@ def test_without_an_option_that_helps_none_is_proposed(model: ModelDescription) 
     "give --context 150",
 )
 def test_a_context_beyond_the_models_own_is_never_proposed() -> None:
-    with pytest.raises(RequestError, match=r"do not fit a context of 100: give --context 150$"):
+    with pytest.raises(RequestError, match=r"do not fit into a context of 100 tokens: give --context 150$"):
         check_workloads([Workload(100, 50, 1)], 100, 200)
-    with pytest.raises(RequestError, match=r"do not fit a context of 100: at most 120 are possible$"):
+    with pytest.raises(RequestError, match=r"do not fit into a context of 100 tokens: at most 120 are possible$"):
         check_workloads([Workload(100, 50, 1)], 100, 120)

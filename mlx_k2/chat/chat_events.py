@@ -1,4 +1,4 @@
-"""The events of a conversation that a chat session yields. Knows neither their receivers nor their display."""
+"""The events that a chat session yields. Knows neither their receivers nor their display."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -27,7 +27,7 @@ class CallStarted:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """The result of a tool call, whether it ran or not; ``seconds`` is None if it did not run."""
+    """The result of a tool call. ``seconds`` is its running time; None if it did not run."""
 
     call: ToolCall
     result: ToolResult
@@ -35,5 +35,5 @@ class CallEnded:
 
 
 Event: TypeAlias = Progress | Token | Part | AnswerSummary | MessageAdded | CallStarted | CallEnded
-"""Progress before or between tokens, a token, a part of a reply that it completes, the summary of a reply, a message,
-or the start or end of a call."""
+"""Progress while no token arrives; a token; a part of a reply, after the token that completes it; the summary of a
+reply; a message; the start or end of a tool call."""

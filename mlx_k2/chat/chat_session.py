@@ -8,7 +8,7 @@ import msgspec
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.chat.next_prompt import NextPrompt, ReplySource
-from mlx_k2.chat.tool_round import Approve, Tools, run_calls
+from mlx_k2.chat.tool_round import Approval, Tools, run_calls
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token
 from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
@@ -16,7 +16,7 @@ from mlx_k2.errors import ClusterError, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request, check_request
 from mlx_k2.text.reply_grammar import ReplyGrammar
-from mlx_k2.text.reply_parts import Content, Part, Reasoning, whole_reply
+from mlx_k2.text.reply_parts import Content, Part, Reasoning, Reply, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import ToolCall
 
@@ -27,7 +27,7 @@ _NUM_SEEDS = 2**63
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """The settings of replies. ``max_tokens`` applies to each reply, ``max_tool_calls`` to each message of the user."""
+    """The settings of replies. ``max_tokens`` is per reply, ``max_tool_calls`` per message of the user."""
 
     sampling: Sampling
     max_tokens: int
@@ -42,14 +42,14 @@ class ReplySettings:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Lines for the user about schemas that are enforced in part."""
+        """Lines for the user about keywords of schemas that cannot be enforced."""
         return () if self.grammar is None else self.grammar.warnings
 
     def request(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Request:
         """Return the request for a reply to a prompt.
 
         Raises:
-            RequestError: the request can never run.
+            RequestError: the prompt is empty, has an invalid token id, or does not fit into the context.
         """
         request = Request(tuple(prompt_ids), self.max_tokens, self.sampling, self.stop_ids, self.timeout_s)
         check_request(request, tokenizer.vocab_size, self.context_tokens)
@@ -58,17 +58,20 @@ class ReplySettings:
     def policy(
         self, tokenizer: Tokenizer, request: Request, *, is_after_calls: bool = False, is_raw: bool = False
     ) -> ReplyPolicy:
-        """Return the token policy for the reply to a request. ``is_after_calls``: to the results of tools.
+        """Return the token policy for the reply to a request.
 
-        ``is_raw``: for the text that continues a raw prompt.
+        ``is_after_calls``: the prompt ends with results of tools. ``is_raw``: the prompt has no chat template, so that
+        the answer is one text without reasoning and calls.
         """
-        grammar = self.grammar.after_calls() if self.grammar is not None and is_after_calls else self.grammar
+        grammar = self.grammar
+        if grammar is not None and is_after_calls:
+            grammar = grammar.after_calls()
         return ReplyPolicy(tokenizer, request, self.limits, grammar, is_raw=is_raw)
 
 
 @dataclass
 class _SampledReply:
-    """A sampled reply: its tokens and parts so far, and its finish reason."""
+    """A reply during sampling: its tokens and parts so far, and its finish reason once it has ended."""
 
     token_ids: list[int]
     parts: list[Part]
@@ -78,19 +81,20 @@ class _SampledReply:
 def reply_events(handle: Handle) -> Iterator[Progress | Token | Part | AnswerSummary]:
     """Yield the events of a reply, each token before the parts that it completes, and its summary last."""
     for event in handle.events():
-        if not isinstance(event, Finished):
-            yield event
-        if isinstance(event, Token | Finished):
-            yield from event.parts
         if isinstance(event, Finished):
+            yield from event.parts
             yield event.summary
+        else:
+            yield event
+            if isinstance(event, Token):
+                yield from event.parts
 
 
 class ChatSession:
     """One conversation with one model, which may call ``tools`` with the approval of ``approve``.
 
-    The methods that answer are generators: iterating them advances the conversation. A message is part of it when its
-    ``MessageAdded`` is yielded. ``stop`` may be called from any thread; everything else belongs to one thread.
+    ``send_message`` and ``retry`` are generators: iterating them runs the answer. A message is part of the conversation
+    when its ``MessageAdded`` is yielded. ``stop`` may be called from any thread, all other methods from one thread.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class ChatSession:
         conversation: Conversation,
         settings: ReplySettings,
         tools: Tools | None = None,
-        approve: Approve = lambda _call: False,
+        approve: Approval = lambda _call: False,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
@@ -109,7 +113,7 @@ class ChatSession:
         self._settings = settings
         self._tools = tools
         self._approve = approve
-        self._stopped = False
+        self._is_stopped = False
         self._handle: Handle | None = None
         self._next_prompt: NextPrompt | None = None
 
@@ -117,12 +121,11 @@ class ChatSession:
         """Add ``text`` as the user's message and yield the events of the model's answer.
 
         Raises:
-            RequestError, TokenizerError: the conversation is too long for the context, or the template refuses it. If
-                it is so before the first reply, the message is removed; if it is so after tool calls, their results
-                stay in the conversation.
+            RequestError, TokenizerError: the conversation is too long for the context, or the template refuses it.
+                Before the first reply the message is removed again; after tool calls their results stay.
             RequestFailed, ClusterError: a stage failed; the answer text so far is part of the conversation.
         """
-        self._stopped = False
+        self._is_stopped = False
         conversation = self.cancel_prefill()
         message = conversation.add_user(text)
         try:
@@ -135,7 +138,7 @@ class ChatSession:
 
     def retry(self) -> Generator[Event, None, None]:
         """Answer the user's last message again, with the next seed; errors are those of ``send_message``."""
-        self._stopped = False
+        self._is_stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
         sampling = self._settings.sampling
@@ -144,10 +147,11 @@ class ChatSession:
         yield from self._answer(self._request())
 
     def stop(self) -> None:
-        """End the current answer soon. Safe in a signal handler and from any thread."""
-        self._stopped = True
-        if self._handle is not None:
-            self._handle.cancel()
+        """End the current answer. Safe in a signal handler and from any thread; does not wait."""
+        self._is_stopped = True
+        handle = self._handle  # the answering thread may replace it by None meanwhile
+        if handle is not None:
+            handle.cancel()
 
     def set_thinking(self, *, thinking: bool, temperature: float) -> None:
         """Select whether the next replies begin with thinking, and their temperature.
@@ -160,10 +164,10 @@ class ChatSession:
         self._settings = replace(self._settings, sampling=sampling)
 
     def load(self, messages: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
-        """Replace the conversation by these messages; return a line for each of which a field was left out.
+        """Replace the conversation by these messages; return a line for each message of which a field was left out.
 
         Raises:
-            RequestError, TokenizerError: they cannot be used; the conversation is unchanged.
+            RequestError, TokenizerError: the messages cannot be used; the conversation is unchanged.
         """
         return self.cancel_prefill().load(messages, self._settings.context_tokens)
 
@@ -175,10 +179,10 @@ class ChatSession:
         return self.conversation
 
     def prefill_next_prompt(self) -> None:
-        """Prefill the known part of the next prompt until the next request."""
+        """Start to prefill the known part of the next prompt, in the background until the next request."""
         self.cancel_prefill()
         limit = self._settings.context_tokens - 1
-        self._next_prompt = NextPrompt(self._source, lambda: self.conversation.known_ids()[:limit])
+        self._next_prompt = NextPrompt(self._source, lambda: self.conversation.next_prompt_prefix()[:limit])
 
     def _request(self) -> Request:
         return self._settings.request(self._tokenizer, self.conversation.prompt_ids())
@@ -186,55 +190,61 @@ class ChatSession:
     def _answer(self, request: Request) -> Generator[Event, None, None]:
         """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
         calls_left = self._settings.max_tool_calls
+        may_call = self._tools is not None
         is_after_calls = False
         while True:
-            sampled = yield from self._sample(request, is_after_calls=is_after_calls)
-            if sampled.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
-                yield from self._keep_beginning(sampled)
+            sampled_reply = yield from self._sample(request, is_after_calls=is_after_calls)
+            if sampled_reply.finish_reason in (FinishReason.CANCELLED, FinishReason.TIMEOUT):
+                yield from self._keep_content(sampled_reply)
                 return
-            reply = whole_reply(sampled.parts)
-            is_cut = sampled.finish_reason is FinishReason.LENGTH and reply.calls and reply.calls[-1].error is not None
-            if self._tools is None or calls_left < 0 or is_cut:
+            reply = whole_reply(sampled_reply.parts)
+            if not may_call or _ends_inside_call(sampled_reply.finish_reason, reply):
                 reply = replace(reply, calls=())
-            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled_reply.token_ids))
             if self._tools is None or not reply.calls:
                 return
-            texts = yield from run_calls(reply.calls, self._tools, self._approve, lambda: self._stopped, calls_left)
+            texts = yield from run_calls(reply.calls, self._tools, self._approve, lambda: self._is_stopped, calls_left)
             for message in self.conversation.add_results(texts):
                 yield MessageAdded(message)
             is_after_calls = True
-            calls_left = -1 if len(reply.calls) > calls_left else calls_left - len(reply.calls)
-            if self._stopped:
+            may_call = len(reply.calls) <= calls_left  # else a result has asked the model to answer without tools
+            calls_left = max(0, calls_left - len(reply.calls))
+            if self._is_stopped:
                 return
             request = self._request()
 
     def _sample(self, request: Request, *, is_after_calls: bool) -> Generator[Event, None, _SampledReply]:
-        """Yield the events of one reply and return it. Keep the beginning of a reply that a fault ends."""
-        sampled = _SampledReply([], [])
+        """Yield the events of one reply and return the reply. After a fault, keep its text so far."""
+        sampled_reply = _SampledReply([], [])
         policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
-            if self._stopped:
+            if self._is_stopped:
                 handle.cancel()
             for event in reply_events(handle):
                 match event:
                     case Token(token_id):
-                        sampled.token_ids.append(token_id)
+                        sampled_reply.token_ids.append(token_id)
                     case Reasoning() | Content() | ToolCall():
-                        sampled.parts.append(event)
+                        sampled_reply.parts.append(event)
                     case AnswerSummary(finish_reason=reason):
-                        sampled.finish_reason = reason
+                        sampled_reply.finish_reason = reason
                 yield event
         except (ClusterError, RequestFailed):
-            yield from self._keep_beginning(sampled)
+            yield from self._keep_content(sampled_reply)
             raise
         finally:
             self._handle = None
             handle.cancel()
-        return sampled
+        return sampled_reply
 
-    def _keep_beginning(self, sampled: _SampledReply) -> Generator[Event, None, None]:
-        """Add the answer text of a stopped reply to the conversation; drop a reply without answer text."""
-        reply = replace(whole_reply(sampled.parts), calls=())
+    def _keep_content(self, sampled_reply: _SampledReply) -> Generator[Event, None, None]:
+        """Add the answer text of an incomplete reply to the conversation; drop a reply without answer text."""
+        reply = replace(whole_reply(sampled_reply.parts), calls=())
         if reply.content.strip():
-            yield MessageAdded(self.conversation.add_reply(reply, sampled.token_ids))
+            yield MessageAdded(self.conversation.add_reply(reply, sampled_reply.token_ids))
+
+
+def _ends_inside_call(reason: FinishReason, reply: Reply) -> bool:
+    """Return whether the token limit cut off the last tool call of a reply."""
+    return reason is FinishReason.LENGTH and bool(reply.calls) and reply.calls[-1].error is not None

@@ -1,4 +1,4 @@
-"""One reply to a prompt: the request for it, and the complete reply as programs and files get it. Knows no terminal."""
+"""Requests for replies to a prompt, and the complete reply as programs and files get it. Knows no terminal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.coordinator.answer_summary import AnswerSummary, Usage
 from mlx_k2.coordinator.handle import Token
 from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.sampling import for_answers
+from mlx_k2.sampling import sampling_per_answer
 from mlx_k2.text.message import CalledFunction, Message, MessageCall, assistant_message
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from mlx_k2.text.reply_parts import Reply
@@ -20,13 +20,13 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 
 class CalledTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A tool call of the model. ``arguments`` is the exact text that it wrote; nothing has run it."""
+    """A tool call of the model, which nothing has run. ``arguments`` is the exact text that the model wrote."""
 
     id: str
     name: str
     arguments: str
     error: str | None = None
-    """Why the call cannot be run, as text for the model; None if it can."""
+    """The reason why the call cannot be run, as text for the model; None if it can."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,23 +50,23 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         return message.json_value()
 
 
-def prompt_of(
+def encode_prompt(
     frontend: ModelFrontend,
     messages: Sequence[Message],
     options: SamplingOptions,
     tools: Sequence[Mapping[str, object]] = (),
 ) -> list[int]:
-    """Return the prompt of a reply to ``messages``. ``tools`` are declarations.
+    """Return the token ids of the prompt for a reply to ``messages``. ``tools`` are declarations in OpenAI's format.
 
     Raises:
-        RequestError, TokenizerError: it cannot be made; gives the reason.
+        RequestError, TokenizerError: the template refuses the messages or the mode of thinking, or fails.
     """
     template = frontend.template
     variables = options.mode.variables(template)
     return encode_pieces(frontend.tokenizer, render_pieces(template, frontend.tokenizer, messages, tools, **variables))
 
 
-def submissions(
+def submissions_for(
     settings: ReplySettings,
     frontend: ModelFrontend,
     prompt_ids: Sequence[int],
@@ -76,25 +76,25 @@ def submissions(
 ) -> list[Submission]:
     """Return the requests for several replies to one prompt, each with its own seed.
 
-    The first one has the seed of the settings. Requests that are submitted together compute the prompt
-    once. ``is_raw``: the prompt is continued as a text.
-
-    Raises:
-        RequestError: they can never run.
+    The first request has the seed of the settings. Requests that are submitted together compute the prompt once.
+    ``is_raw`` is that of ``ReplySettings.policy``. Errors are those of ``ReplySettings.request``.
     """
-    tokenizer, samplings = frontend.tokenizer, for_answers(settings.sampling, num_answers)
-    requests = [replace(settings, sampling=one).request(tokenizer, prompt_ids) for one in samplings]
+    tokenizer = frontend.tokenizer
+    requests = [
+        replace(settings, sampling=sampling).request(tokenizer, prompt_ids)
+        for sampling in sampling_per_answer(settings.sampling, num_answers)
+    ]
     return [Submission(request, settings.policy(tokenizer, request, is_raw=is_raw)) for request in requests]
 
 
 class LikelyToken(msgspec.Struct, frozen=True, kw_only=True):
-    """A token and its log-probability. ``bytes`` may be part of a character; ``text`` has U+FFFD for it."""
+    """A token and its log-probability. If ``bytes`` are part of a character, ``text`` has U+FFFD in its place."""
 
     token: int
     text: str
     bytes: tuple[int, ...]
     logprob: float | None
-    """None for a token that was not sampled, because there was no alternative."""
+    """None for a forced token, which was the only one allowed."""
 
 
 class SampledLogprob(LikelyToken, frozen=True, kw_only=True):
@@ -104,7 +104,7 @@ class SampledLogprob(LikelyToken, frozen=True, kw_only=True):
 
 
 def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
-    """Return the log-probabilities of a token of a reply."""
+    """Return a token of a reply with the log-probabilities at its position."""
 
     def fields(token_id: int, logprob: float | None) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)
@@ -115,14 +115,14 @@ def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
 
 
 def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 0) -> Completion:
-    """Return a reply with its counts. Its calls are numbered from ``num_calls_before``, those of the conversation."""
-    written = assistant_message(reply, num_calls_before).tool_calls
+    """Return a reply with its counts. The ids of its calls continue those of the ``num_calls_before`` earlier calls."""
+    message_calls = assistant_message(reply, num_calls_before).tool_calls
     return Completion(
         content=reply.content,
         reasoning=reply.reasoning,
         tool_calls=tuple(
-            CalledTool(id=numbered.id, name=call.name, arguments=call.arguments, error=call.error)
-            for call, numbered in zip(reply.calls, written, strict=True)
+            CalledTool(id=message_call.id, name=call.name, arguments=call.arguments, error=call.error)
+            for call, message_call in zip(reply.calls, message_calls, strict=True)
         ),
         finish_reason=summary.finish_reason.value,
         seed=summary.seed,

@@ -1,6 +1,5 @@
 """The messages of a conversation, and its prompts as token ids. Knows no stages and runs nothing."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,8 @@ class Conversation:
     """Messages, and the sampled tokens of the model's own messages.
 
     ``tools`` are declarations in OpenAI's format. Every message of the model holds its reasoning. The template and the
-    mode determine what a prompt contains of it: most of Kimi's templates leave it out once an answer follows.
+    mode determine how much of the reasoning a prompt contains: most of Kimi's templates leave out the reasoning before
+    the last answer.
 
     Raises:
         RequestError: the template has no such mode.
@@ -36,7 +36,7 @@ class Conversation:
         self._template = template
         self._tokenizer = tokenizer
         self._tools = list(tools)
-        self._sampled = SampledTurns(tokenizer)
+        self._sampled_turns = SampledTurns(tokenizer)
         self._messages: list[Message] = []
         self._set_mode(mode)
         self.set_system(system)
@@ -53,8 +53,10 @@ class Conversation:
 
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt; None selects the template's own."""
-        rest = self._messages[self._has_system :]
-        self._messages = rest if text is None else [Message(role="system", content=text), *rest]
+        if self._has_system:
+            del self._messages[0]
+        if text is not None:
+            self._messages.insert(0, Message(role="system", content=text))
 
     def set_thinking(self, thinking: bool) -> None:
         """Select whether the next replies begin with thinking.
@@ -70,7 +72,7 @@ class Conversation:
 
     def add_reply(self, reply: Reply, token_ids: Iterable[int]) -> Message:
         """Add a reply with its sampled tokens, which may include the one that ends the turn; return the message."""
-        self._sampled.keep(self._num_turns(self._messages), token_ids)
+        self._sampled_turns.keep(self._num_replies, token_ids)
         return self._add(assistant_message(reply, num_calls(self._messages)))
 
     def add_results(self, texts: Sequence[str]) -> list[Message]:
@@ -79,38 +81,38 @@ class Conversation:
 
     def undo(self) -> str | None:
         """Remove the user's last message and all that follows it; return its text, or None if there is none."""
-        if (asked := self._last_user) is None:
+        if (index := self._last_user_index) is None:
             return None
-        text = self._messages[asked].content
-        self._cut(asked)
+        text = self._messages[index].content
+        self._truncate(index)
         return text
 
     def remove_reply(self) -> bool:
-        """Remove all that follows the user's last message; return whether there is such a message."""
-        if (asked := self._last_user) is None:
+        """Remove all that follows the user's last message; return False if the user has sent no message."""
+        if (index := self._last_user_index) is None:
             return False
-        self._cut(asked + 1)
+        self._truncate(index + 1)
         return True
 
     def reset(self) -> None:
         """Remove all messages except the system prompt."""
-        self._cut(int(self._has_system))
+        self._truncate(1 if self._has_system else 0)
 
     def load(self, messages: Sequence[Mapping[str, object]], context_tokens: int) -> tuple[str, ...]:
-        """Replace all messages by ``messages``; return a line for each of which a field was left out.
+        """Replace all messages by ``messages``; return a line for each message of which a field was left out.
 
         Raises:
-            RequestError, TokenizerError: they are malformed, cannot be rendered, or do not fit into ``context_tokens``;
-                the conversation is unchanged.
+            RequestError, TokenizerError: the messages are malformed, cannot be rendered, or do not fit into
+                ``context_tokens``; the conversation is unchanged.
         """
         history = read_history(messages, self._template.fields, normal_ids=True)
-        num_tokens = len(encode_pieces(self._tokenizer, self._rendered(history.messages)))
+        num_tokens = len(encode_pieces(self._tokenizer, self._render(history.messages)))
         if num_tokens >= context_tokens:
             raise RequestError(
                 f"these messages are {num_tokens} tokens, and the context holds {context_tokens}: "
                 "give a larger --context, up to that of the model"
             )
-        self._sampled.forget_from(0)
+        self._sampled_turns.forget_from(0)
         self._messages = history.messages
         return history.left_out
 
@@ -120,16 +122,20 @@ class Conversation:
         Raises:
             RequestError, TokenizerError: the template refuses the messages, or fails.
         """
-        return self._sampled.encode(self._rendered(self._messages))
+        return self._sampled_turns.encode(self._render(self._messages))
 
-    def known_ids(self) -> list[int]:
+    def next_prompt_prefix(self) -> list[int]:
         """Return the longest prefix of the next prompt that does not depend on the user's next message.
 
-        It holds an answered tool loop as the next prompt will: without the reasoning, if the template drops it there.
+        Where the template drops reasoning before the last answer, the prefix has none either.
         """
-        one, other = (self._rendered([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
-        alike = itertools.takewhile(lambda pieces: pieces[0] == pieces[1], zip(one, other, strict=False))
-        return self._sampled.encode([piece for piece, _ in alike])
+        with_a, with_b = (self._render([*self._messages, Message(role="user", content=text)]) for text in ("a", "b"))
+        prefix = []
+        for piece, other_piece in zip(with_a, with_b, strict=False):
+            if piece != other_piece:
+                break
+            prefix.append(piece)
+        return self._sampled_turns.encode(prefix)
 
     def _set_mode(self, mode: ThinkingMode) -> None:
         self._variables = mode.variables(self._template)
@@ -140,7 +146,7 @@ class Conversation:
         return bool(self._messages) and self._messages[0].role == "system"
 
     @property
-    def _last_user(self) -> int | None:
+    def _last_user_index(self) -> int | None:
         indices = [index for index, message in enumerate(self._messages) if message.role == "user"]
         return indices[-1] if indices else None
 
@@ -148,13 +154,13 @@ class Conversation:
         self._messages.append(message)
         return message
 
-    def _cut(self, length: int) -> None:
-        del self._messages[length:]
-        self._sampled.forget_from(self._num_turns(self._messages))
+    def _truncate(self, num_messages: int) -> None:
+        del self._messages[num_messages:]
+        self._sampled_turns.forget_from(self._num_replies)
 
-    def _rendered(self, messages: Sequence[Message]) -> list[PromptPiece]:
+    def _render(self, messages: Sequence[Message]) -> list[PromptPiece]:
         return render_pieces(self._template, self._tokenizer, messages, self._tools, **self._variables)
 
-    @staticmethod
-    def _num_turns(messages: Iterable[Message]) -> int:
-        return sum(message.role == "assistant" for message in messages)
+    @property
+    def _num_replies(self) -> int:
+        return sum(message.role == "assistant" for message in self._messages)

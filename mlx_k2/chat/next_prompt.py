@@ -19,9 +19,9 @@ class ReplySource(Protocol):
 
 
 class NextPrompt:
-    """A background request for one prompt. The token that is sampled after it is discarded.
+    """A background request that prefills one prompt. The one token that is sampled after the prompt is discarded.
 
-    ``prompt_ids`` returns the prompt. It is called on a separate thread, because it may take a second.
+    ``prompt_ids`` returns the prompt. It is called on a separate thread, because rendering may take a second.
     """
 
     def __init__(self, source: ReplySource, prompt_ids: Callable[[], Sequence[int]]) -> None:
@@ -33,7 +33,7 @@ class NextPrompt:
         self._thread.start()
 
     def cancel(self) -> None:
-        """End the prefill, and wait until ``prompt_ids`` has returned. Positions computed so far stay cached."""
+        """Cancel the prefill, and wait until ``prompt_ids`` has returned. Positions computed so far stay cached."""
         self._is_cancelled = True
         self._thread.join()
         if self._handle is not None:
@@ -46,5 +46,5 @@ class NextPrompt:
                 sampling = Sampling(seed=0, temperature=0)
                 request = Request(prompt_ids, 1, sampling, frozenset(), priority=Priority.BACKGROUND)
                 self._handle = self._source.submit(request)
-        except MlxK2Error:  # the next request of the user meets the same error, and shows it
+        except MlxK2Error:  # the user's next request raises the same error
             return

@@ -19,17 +19,17 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 64
-_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-SAMPLING_NAMES = (*_RECOMMENDED, "presence_penalty", "frequency_penalty")
+_RECOMMENDED_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_NAMES = (*_RECOMMENDED_NAMES, "presence_penalty", "frequency_penalty")
 """The options that are parameters of the sampler under the same name."""
-_UNSET = GenerationConfig()
+_NO_RECOMMENDATIONS = GenerationConfig()
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of a reply: how it is sampled, how long it may be and whether the model thinks.
 
-    None selects the checkpoint's recommendation, else the value that changes nothing; for ``seed`` a random one, as -1
-    does, for ``max_tokens`` what fits into the context.
+    A parameter of the sampler that is None has the checkpoint's recommended value; without one, a value that has no
+    effect. ``seed`` None or -1 is a random seed, ``max_tokens`` None the rest of the context.
 
     Raises:
         RequestError: a value has the wrong type, or is out of range.
@@ -37,55 +37,55 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: float | None = None
-    """0 takes the most likely token. Without thinking the default is 0.6, which Moonshot recommends."""
+    """0 selects the most likely token. Without thinking the default is 0.6, which Moonshot recommends."""
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     timeout_s: float | None = msgspec.field(default=None, name="timeout")
-    """The reply ends after this time, counted from the start of its prefill, with the tokens so far."""
+    """Seconds from the start of the prefill after which the reply ends, with the tokens so far."""
     thinking: bool | None = None
     preserve_thinking: bool | None = None
     """Whether the reasoning of earlier replies stays in the prompt."""
     thinking_budget: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """The reasoning is closed after this number of its tokens."""
+    """Maximum number of tokens of reasoning, which is then closed."""
     stop: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)] = ()
-    """The reply ends before the first of these texts in its answer."""
+    """Stop strings: the reply ends before the first of them."""
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Before this number of tokens the reply does not end."""
+    """Minimum number of tokens of the reply."""
     ignore_eos: bool = False
     """Whether the reply continues after a token that ends a turn, up to ``max_tokens``."""
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] = {}
-    """Numbers that are added to the logits of these token ids."""
+    """The number that is added to the logit of each of these token ids."""
     num_answers: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] = msgspec.field(default=1, name="n")
     """The number of replies to the same prompt, each with its own seed."""
     json_schema: dict[str, Any] | None = None
-    """The answer is a JSON value of this schema."""
+    """The JSON schema of the answer."""
     strict_schema: bool = False
-    """Whether a schema of the answer with a keyword that cannot be enforced is refused, in place of a warning."""
+    """Whether a keyword of ``json_schema`` that cannot be enforced is an error instead of a warning."""
     regex: str | None = None
-    """The answer matches this regular expression as a whole."""
+    """The regular expression that matches the complete answer."""
     lark: str | None = None
-    """The answer follows this Lark grammar."""
+    """The Lark grammar of the answer."""
     tool_choice: str | None = None
-    """``auto``, ``none``, ``required``, or the name of the tool that is called."""
+    """``auto``, ``none``, ``required``, or the name of the tool to call."""
     parallel_tool_calls: bool = True
     """Whether a reply may call several tools."""
     tool_grammar: bool = True
-    """Whether calls that the model makes by its own choice follow the schemas of the tools."""
+    """Whether tool calls are constrained to the tools' schemas when ``tool_choice`` does not require a call."""
 
     def __post_init__(self) -> None:
-        """Check every value, before anything is loaded."""
+        """Check every value."""
         if isinstance(self.stop, str):
             raise RequestError(f"stop is a text: give a tuple of texts, as in ({self.stop!r},)")
         try:
-            convert(msgspec.structs.asdict(self), _CHECKED, str_keys=False)
+            convert(msgspec.structs.asdict(self), _CheckedOptions, str_keys=False)
         except JsonError as error:
             raise RequestError(f"a sampling value has the wrong type: {error}") from None
-        self.resolved(_UNSET)
+        self.sampler_parameters(_NO_RECOMMENDATIONS)  # Sampling and ReplyLimits check their values
         ReplyLimits(self.stop)
         try:
             "".join((self.regex or "", self.lark or "", *self.stop)).encode()
@@ -98,50 +98,55 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     @property
     def mode(self) -> ThinkingMode:
-        """The mode in which the model thinks."""
+        """The mode of thinking."""
         return ThinkingMode(self.thinking, bool(self.preserve_thinking))
 
     @property
-    def is_for_replies(self) -> bool:
-        """Whether an option is set that a raw prompt does not have."""
-        given = (self.thinking, self.preserve_thinking or None, self.thinking_budget, self.tool_choice)
-        return any(value is not None for value in given)
+    def needs_template(self) -> bool:
+        """Whether an option is set that applies to prompts with a chat template only."""
+        options = (self.thinking, self.thinking_budget, self.tool_choice)
+        return self.preserve_thinking is True or any(value is not None for value in options)
 
-    def resolved(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
-        """Return the sampler's parameters."""
-        given = {name: getattr(self, name) for name in SAMPLING_NAMES}
+    def sampler_parameters(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
+        """Return the sampler's parameters; errors are those of ``resolved_sampling``."""
+        options = {name: getattr(self, name) for name in SAMPLING_NAMES}
         biases = tuple(self.logit_bias.items())
-        return resolved_sampling(given, recommended, self.base_seed, biases, num_logprobs, thinking=self.thinking)
+        return resolved_sampling(options, recommended, self.base_seed, biases, num_logprobs, thinking=self.thinking)
 
     def constraint(self, declarations: Sequence[Mapping[str, object]] = ()) -> Constraint | None:
         """Return the constraint of replies that may call the tools of ``declarations``; None if all is allowed.
 
         Raises:
-            RequestError: the tool choice is unknown, or names no declared tool.
+            RequestError: ``tool_choice`` names no declared tool.
         """
-        texts = ((AnswerForm.REGEX, self.regex), (AnswerForm.LARK, self.lark))
-        answer = next((AnswerFormat(form, text) for form, text in texts if text is not None), None)
+        answer = None
         if self.json_schema is not None:
             answer = AnswerFormat(AnswerForm.JSON_SCHEMA, schema=self.json_schema, is_strict=self.strict_schema)
+        elif self.regex is not None:
+            answer = AnswerFormat(AnswerForm.REGEX, self.regex)
+        elif self.lark is not None:
+            answer = AnswerFormat(AnswerForm.LARK, self.lark)
         if answer is None and not declarations and self.tool_choice is None:
             return None
-        is_word = self.tool_choice in (None, "auto", "none", "required")
-        choice = self.tool_choice if is_word else {"function": {"name": self.tool_choice}}
+        names_tool = self.tool_choice not in (None, "auto", "none", "required")
+        choice = {"function": {"name": self.tool_choice}} if names_tool else self.tool_choice
         rules = tool_rules(declarations, choice, is_parallel=self.parallel_tool_calls, has_grammar=self.tool_grammar)
         return Constraint(answer, rules)
 
     @property
     def base_seed(self) -> int:
-        """The seed, or a random one of 32 bits for None and -1."""
+        """The seed; for None and -1 a random one of 32 bits, another one at each read."""
         return secrets.randbits(32) if self.seed in (None, -1) else self.seed
 
 
-_CHECKED = msgspec.defstruct("_CHECKED", [(one.name, one.type) for one in msgspec.structs.fields(SamplingOptions)])
-"""The fields of SamplingOptions by their names in Python. msgspec checks no type where a struct is built in Python."""
+_CheckedOptions = msgspec.defstruct(
+    "_CheckedOptions", [(field.name, field.type) for field in msgspec.structs.fields(SamplingOptions)]
+)
+"""The fields of SamplingOptions, for ``convert``: msgspec does not check types when Python code makes a struct."""
 
 
 def resolved_sampling(
-    given: Mapping[str, float | None],
+    options: Mapping[str, float | None],
     recommended: GenerationConfig,
     seed: int,
     logit_bias: tuple[tuple[int, float], ...],
@@ -149,23 +154,23 @@ def resolved_sampling(
     *,
     thinking: bool | None,
 ) -> Sampling:
-    """Return the sampler's parameters: the values of SAMPLING_NAMES that are given, else the recommended ones.
+    """Return the sampler's parameters: ``options`` by the names in SAMPLING_NAMES; for None, the recommended value.
 
-    A ``top_k`` of 0 keeps all tokens, and a ``top_p`` of 0 takes the most likely token, as in other programs.
+    A ``top_k`` of 0 keeps all tokens, and a ``top_p`` of 0 selects the most likely token, as in other programs.
 
     Raises:
         RequestError: a value is out of range; the message begins with its name.
     """
-    values: dict[str, Any] = {name: getattr(recommended, name) for name in _RECOMMENDED}
+    values: dict[str, Any] = {name: getattr(recommended, name) for name in _RECOMMENDED_NAMES}
     if thinking is False:
         values["temperature"] = INSTANT_TEMPERATURE
-    values |= {name: value for name, value in given.items() if value is not None}
-    chosen = {name: value for name, value in values.items() if value is not None}
-    if chosen.get("top_k") == 0:
-        del chosen["top_k"]
-    if chosen.get("top_p") == 0:
-        chosen |= {"top_p": 1.0, "temperature": 0.0}
-    return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=logit_bias, **chosen)
+    values |= {name: value for name, value in options.items() if value is not None}
+    parameters = {name: value for name, value in values.items() if value is not None}
+    if parameters.get("top_k") == 0:
+        del parameters["top_k"]
+    if parameters.get("top_p") == 0:
+        parameters |= {"top_p": 1.0, "temperature": 0.0}
+    return Sampling(seed=seed, num_logprobs=num_logprobs, logit_bias=logit_bias, **parameters)
 
 
 def reply_settings(
@@ -176,16 +181,14 @@ def reply_settings(
     max_tool_calls: int = MAX_TOOL_CALLS,
     num_logprobs: int | None = None,
 ) -> ReplySettings:
-    """Return the settings of replies of a model: the options, else the checkpoint's recommendations.
-
-    The replies may call the tools of ``declarations``.
+    """Return the settings of a model's replies, which may call the tools of ``declarations``.
 
     Raises:
-        RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
+        RequestError: a schema or a grammar cannot be used, or ``tool_choice`` names no declared tool.
     """
     constraint = options.constraint(declarations)
     return ReplySettings(
-        sampling=options.resolved(frontend.recommended, num_logprobs),
+        sampling=options.sampler_parameters(frontend.recommended, num_logprobs),
         max_tokens=frontend.context_tokens if options.max_tokens is None else options.max_tokens,
         stop_ids=frozenset() if options.ignore_eos else frontend.stop_ids,
         timeout_s=options.timeout_s,

@@ -9,19 +9,19 @@ from mlx_k2.chat.chat_events import CallEnded, CallStarted
 from mlx_k2.text.tool_call import ToolCall
 from mlx_k2.tools.outcome import Outcome, ToolResult
 
-_LOOK_EVERY_S = 0.1
+_STOP_POLL_S = 0.1
 
-_TOO_MANY = ToolResult(Outcome.REFUSED, "The call was not run: no more tool calls are allowed. Answer without tools.")
-_DECLINED = ToolResult(Outcome.DECLINED, "The user declined this call; it was not run.")
-_STOPPED = ToolResult(Outcome.STOPPED, "The user stopped this call; what it has done is not known.")
-_NOT_RUN = ToolResult(Outcome.STOPPED, "The user stopped before this call was run.")
+_OVER_LIMIT = ToolResult(Outcome.REFUSED, "The call was not run: no more tool calls are allowed. Answer without tools.")
+_DECLINED_BY_USER = ToolResult(Outcome.DECLINED, "The user declined this call; it was not run.")
+_STOPPED_WHILE_RUNNING = ToolResult(Outcome.STOPPED, "The user stopped this call; what it has done is not known.")
+_STOPPED_BEFORE_RUN = ToolResult(Outcome.STOPPED, "The user stopped before this call was run.")
 
-Approve = Callable[[ToolCall], bool]
-"""A function that returns whether the user approves a call."""
+Approval = Callable[[ToolCall], bool]
+"""Function that returns whether the user approves a call."""
 
 
 class Tools(Protocol):
-    """Tools to call, as in ``mlx_k2.tools.toolbox.ToolBox``, which is not imported here because that takes a second."""
+    """The methods of ``mlx_k2.tools.toolbox.ToolBox`` that a chat needs; importing ToolBox itself takes a second."""
 
     @property
     def tools(self) -> Mapping[str, object]:
@@ -36,53 +36,54 @@ class Tools(Protocol):
 
 
 def run_calls(
-    calls: Sequence[ToolCall], tools: Tools, approve: Approve, stopped: Callable[[], bool], max_calls: int
+    calls: Sequence[ToolCall], tools: Tools, approve: Approval, is_stopped: Callable[[], bool], max_calls: int
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
-    """Run ``calls``, at most ``max_calls`` of them; yield their events and return a text for each, in their order.
+    """Run at most ``max_calls`` of ``calls``; yield their events and return the text of each result, in order.
 
-    ``approve`` is called first, for each well-formed call of a known tool within the limit. All calls that are not
-    refused then run concurrently. When ``stopped`` returns True, or this generator is closed or raises, the calls that
-    still run are cancelled.
+    First ``approve`` is called for each well-formed call of a known tool within the limit. All calls that are not
+    refused then run concurrently. When ``is_stopped`` returns True, or this generator is closed or raises, the calls
+    that still run are cancelled.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
-        early = _early_result(call, tools, approve, stopped, within_limit=index < max_calls)
-        if early is not None:
-            results[index] = early
-            yield CallEnded(call, early, None)
-    began = time.monotonic()
-    running: dict[Future[ToolResult], int] = {}
+        result = _result_without_run(call, tools, approve, is_stopped, is_within_limit=index < max_calls)
+        if result is not None:
+            results[index] = result
+            yield CallEnded(call, result, None)
+    started_at = time.monotonic()
+    running_calls: dict[Future[ToolResult], int] = {}  # the index of the call of each future
     try:
         for index, call in enumerate(calls):
             if index not in results:
                 assert call.values is not None, "a call without an error has its arguments"
-                running[tools.start(call.name, call.values)] = index
+                running_calls[tools.start(call.name, call.values)] = index
                 yield CallStarted(call)
-        while running:
-            done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-            if stopped():
-                done = set(running)
-            for future in sorted(done, key=lambda future: running[future]):
-                index = running.pop(future)
-                results[index] = _STOPPED if not future.done() or future.cancelled() else future.result()
+        while running_calls:
+            ended_futures, _ = wait(running_calls, timeout=_STOP_POLL_S, return_when=FIRST_COMPLETED)
+            if is_stopped():
+                ended_futures = set(running_calls)
+            for future in sorted(ended_futures, key=lambda future: running_calls[future]):
+                index = running_calls.pop(future)
+                has_result = future.done() and not future.cancelled()
+                results[index] = future.result() if has_result else _STOPPED_WHILE_RUNNING
                 future.cancel()
-                yield CallEnded(calls[index], results[index], time.monotonic() - began)
+                yield CallEnded(calls[index], results[index], time.monotonic() - started_at)
     finally:
-        for future in running:
+        for future in running_calls:
             future.cancel()
     return [results[index].text for index in range(len(calls))]
 
 
-def _early_result(
-    call: ToolCall, tools: Tools, approve: Approve, stopped: Callable[[], bool], *, within_limit: bool
+def _result_without_run(
+    call: ToolCall, tools: Tools, approve: Approval, is_stopped: Callable[[], bool], *, is_within_limit: bool
 ) -> ToolResult | None:
     """Return the result of a call that must not run, else None. A call of an unknown tool needs no approval."""
     if call.error is not None:
         return ToolResult(Outcome.REFUSED, call.error)
-    if not within_limit:
-        return _TOO_MANY
-    if stopped():
-        return _NOT_RUN
+    if not is_within_limit:
+        return _OVER_LIMIT
+    if is_stopped():
+        return _STOPPED_BEFORE_RUN
     if call.name in tools.tools and not approve(call):
-        return _NOT_RUN if stopped() else _DECLINED
+        return _STOPPED_BEFORE_RUN if is_stopped() else _DECLINED_BY_USER
     return None

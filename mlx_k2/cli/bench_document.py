@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from mlx_k2 import __version__
-from mlx_k2.benchmark import Measured, StageTimes, Workload
+from mlx_k2.benchmark import StageTimes, Workload, WorkloadResult
 from mlx_k2.deployment.deploy import Deployment
 from mlx_k2.errors import RequestError
 
-_DERIVED = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
+_DERIVED_FIELDS = ("decode_tokens_per_s_per_stream", "stage_busy", "num_drafted", "num_accepted")
 
 
 class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +32,7 @@ class BenchHost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """The versions that ran. ``commit`` is None for an installed package."""
+    """The versions of the software. ``commit`` is None for an installed package."""
 
     mlx_k2: str
     commit: str | None
@@ -41,7 +41,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """All measurements, with the model, the hosts and the versions. A row has the fields of Workload and Measured."""
+    """All results, with model, hosts and versions. A row has the fields of Workload and WorkloadResult."""
 
     rows: list[dict[str, Any]]
     made: str
@@ -53,19 +53,23 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
     versions: Versions
 
 
-_SHARED = ("made", "model", "dtype", "draft")
-_TIMES = tuple(field.name for field in dataclasses.fields(StageTimes))
-_JSON_ONLY = ("workload", "stages", "drafts", "draft_times")
-_WORKLOAD = tuple(field.name for field in dataclasses.fields(Workload))
-_MEASURED = tuple(field.name for field in dataclasses.fields(Measured) if field.name not in _JSON_ONLY)
-_IN_ROW = ("stages", *_WORKLOAD, *_DERIVED, *_MEASURED)
-CSV_COLUMNS = (*_SHARED, *Versions.__struct_fields__, *_IN_ROW, *(f"stage_{name}" for name in _TIMES))
+# The columns of the CSV file are fields of the document, of its versions, of a row, and of the stages in a row.
+_DOCUMENT_COLUMNS = ("made", "model", "dtype", "draft")
+_STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageTimes))
+_NOT_IN_CSV = ("workload", "stages", "drafts", "draft_times")
+_WORKLOAD_FIELDS = tuple(field.name for field in dataclasses.fields(Workload))
+_RESULT_FIELDS = tuple(field.name for field in dataclasses.fields(WorkloadResult) if field.name not in _NOT_IN_CSV)
+_ROW_COLUMNS = ("stages", *_WORKLOAD_FIELDS, *_DERIVED_FIELDS, *_RESULT_FIELDS)
+_STAGE_COLUMNS = tuple(f"stage_{name}" for name in _STAGE_FIELDS)
+CSV_COLUMNS = (*_DOCUMENT_COLUMNS, *Versions.__struct_fields__, *_ROW_COLUMNS, *_STAGE_COLUMNS)
 
 
-def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str | None, draft: str) -> BenchDocument:
-    """Return the document of these measurements."""
+def bench_document(
+    deployment: Deployment, results: Sequence[WorkloadResult], model: str | None, draft: str
+) -> BenchDocument:
+    """Return the document of the results on ``deployment``. ``model`` is the value of --model."""
     return BenchDocument(
-        rows=[_row(row, deployment.group.size) for row in rows],
+        rows=[_document_row(result, deployment.group.size) for result in results],
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model or "built-in",
         model_digest=deployment.model.digest,
@@ -89,17 +93,17 @@ def bench_document(deployment: Deployment, rows: Sequence[Measured], model: str 
     )
 
 
-def _row(row: Measured, num_stages: int) -> dict[str, Any]:
-    fields = dataclasses.asdict(row)
-    workload, stages = fields.pop("workload"), fields.pop("stages")
-    derived = {name: getattr(row, name) for name in _DERIVED}
-    return {"stages": num_stages, **workload, **derived, "stage_times": stages, **fields}
+def _document_row(result: WorkloadResult, num_stages: int) -> dict[str, Any]:
+    fields = dataclasses.asdict(result)
+    workload, stage_times = fields.pop("workload"), fields.pop("stages")
+    derived_fields = {name: getattr(result, name) for name in _DERIVED_FIELDS}
+    return {"stages": num_stages, **workload, **derived_fields, "stage_times": stage_times, **fields}
 
 
 def checkout_commit(package: Path) -> str | None:
-    """Return the commit of the checkout whose package ``package`` is.
+    """Return the commit of the git checkout of this project that has the folder ``package``.
 
-    None if it is in no checkout, or in one of another project, or if there is no git.
+    None if the folder is in no checkout, or in another project's, or if git is not installed.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -109,46 +113,48 @@ def checkout_commit(package: Path) -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")
-        is_ours = Path(git("rev-parse", "--show-toplevel")).samefile(package.parent)
-        return git("rev-parse", "HEAD") if is_ours else None
+        is_own_checkout = Path(git("rev-parse", "--show-toplevel")).samefile(package.parent)
+        return git("rev-parse", "HEAD") if is_own_checkout else None
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def check_csv(path: Path) -> None:
-    """Refuse a file that is not one of this version's, before anything is measured.
+    """Refuse a file to which `append_csv` cannot append.
 
     Raises:
-        RequestError: its first line is not the heading, or it cannot be read.
+        RequestError: the file has content, and its first line is not the heading; or it cannot be read.
     """
     try:
         if not path.exists() or not path.stat().st_size:
             return
         with path.open("rb") as file:
-            first = file.readline(64 * 1024)
+            first_line = file.readline(64 * 1024)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    if first.strip() != _line(CSV_COLUMNS).strip().encode():
+    if first_line.strip() != _csv_line(CSV_COLUMNS).strip().encode():
         raise RequestError(f"{path} has other columns than those of mlx-k2 bench --csv: give another file")
 
 
 def append_csv(path: Path, document: BenchDocument) -> None:
     """Append a line for each row; write a heading first if the file is new or empty."""
-    shared = [getattr(document, name) for name in _SHARED] + [*msgspec.structs.astuple(document.versions)]
-    lines = [_line([*shared, *_cells(row)]) for row in document.rows]
+    first_cells = [getattr(document, name) for name in _DOCUMENT_COLUMNS]
+    first_cells += msgspec.structs.astuple(document.versions)
+    lines = [_csv_line([*first_cells, *_row_cells(row)]) for row in document.rows]
     with path.open("a", newline="") as file:
         if not file.tell():
-            lines.insert(0, _line(CSV_COLUMNS))
+            lines.insert(0, _csv_line(CSV_COLUMNS))
         file.write("".join(lines))
 
 
-def _cells(row: Mapping[str, Any]) -> list[object]:
+def _row_cells(row: Mapping[str, Any]) -> list[object]:
+    """Return the cells of a row; a cell with one value for each stage joins the values with spaces."""
     values = {**row, "stage_busy": " ".join(f"{fraction:.4f}" for fraction in row["stage_busy"])}
-    times = (" ".join(f"{stage[name]:.6g}" for stage in row["stage_times"]) for name in _TIMES)
-    return [*(values[name] for name in _IN_ROW), *times]
+    stage_cells = [" ".join(f"{stage[name]:.6g}" for stage in row["stage_times"]) for name in _STAGE_FIELDS]
+    return [*(values[name] for name in _ROW_COLUMNS), *stage_cells]
 
 
-def _line(cells: Sequence[object]) -> str:
+def _csv_line(cells: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()

@@ -13,12 +13,13 @@ _SERVER_OPTIONS = {*ClusterOptions.__struct_fields__, "restarts", "draft_mode", 
     "stall_timeout_s",
     "check_weights",
 }
-"""Options that a server was started with."""
+"""Names of parameters that the server has chosen at its start."""
 
 connect_option = click.option(
     "--connect",
     metavar="URL",
-    help="Use the model of a running `mlx-k2 serve`, as http://127.0.0.1:8080. A key is read from MLX_K2_API_KEY.",
+    help="Use the model of a running `mlx-k2 serve`, for instance http://127.0.0.1:8080. The key, if the server needs "
+    "one, is in MLX_K2_API_KEY.",
 )
 
 
@@ -26,12 +27,12 @@ def remote_engine(url: str) -> RemoteEngine:
     """Return the engine of the server at ``url``.
 
     Raises:
-        UsageError: an option of the present command is the server's to choose.
+        UsageError: the command line has an option that the server has chosen at its start.
         SetupError, ClusterError: the server cannot be used.
     """
     context = click.get_current_context()
-    given = click.core.ParameterSource.COMMANDLINE
+    command_line = click.core.ParameterSource.COMMANDLINE
     for parameter in context.command.params:
-        if parameter.name in _SERVER_OPTIONS and context.get_parameter_source(parameter.name) is given:
+        if parameter.name in _SERVER_OPTIONS and context.get_parameter_source(parameter.name) is command_line:
             raise click.UsageError(f"{parameter.opts[0]} is the server's to choose: leave it out with --connect")
     return RemoteEngine(ServerAddress(url.rstrip("/").removesuffix("/v1"), os.environ.get("MLX_K2_API_KEY")))

@@ -33,9 +33,10 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.index import file_ranges
 from mlx_k2.weights.model_frontend import ModelFrontend
 
-_WIDE = 10_000
+_PIPE_COLUMNS = 10_000
+"""Width of the console for pipes and files, on which no table is folded."""
 M3_ULTRA_GB_PER_S = 692.0
-"""The memory bandwidth that is published as sustained for an M3 Ultra; its makers name 819."""
+"""Published sustained memory bandwidth of an M3 Ultra. Apple specifies 819 GB/s."""
 
 console = SafeConsole(
     stderr=True,
@@ -47,18 +48,18 @@ console = SafeConsole(
 
 
 def log(line: str) -> None:
-    """Write a dim line to stderr. It is never cut at the terminal's width, so that it can be copied."""
+    """Write a dim line to stderr. It has no line breaks at the terminal's width, so that it can be copied."""
     console.print(line, style="dim", soft_wrap=True)
 
 
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
-    """Log a restart, and what happens to the answer. Later phases are not logged."""
+    """Log a restart in the phase ``WAITING``, which is the first; do nothing in later phases."""
     if phase == WAITING:
         log(f"{restart_line(restart)}; the answer then continues")
 
 
 def restart_line(restart: Restart) -> str:
-    """Return the reason of a restart, the wait before it and its number."""
+    """Return two lines: the reason of a restart; the wait before it and its number."""
     return (
         f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
         "each other)"
@@ -66,12 +67,12 @@ def restart_line(restart: Restart) -> str:
 
 
 def opening_lines(cluster: ClusterOptions, frontend: ModelFrontend, *, is_raw: bool = False) -> tuple[str, ...]:
-    """Return lines for the user before the first answer: what the built-in model is, and the template's warnings."""
+    """Return lines for the user before the first answer: on the built-in model, and the template's warnings."""
     return (*(BANNER if cluster.model is None else ()), *(() if is_raw else frontend.template.warnings))
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Return bytes as text with one decimal: GB, or MB below 1 GB."""
+    """Return ``num_bytes`` as text with one decimal and a unit: GB, or MB below 1 GB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
@@ -81,9 +82,9 @@ def layer_range(plan: StagePlan) -> str:
 
 
 class ConsoleListener(DeploymentListener):
-    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context that ends both.
+    """A listener that shows a spinner for each phase and a bar for each stage that loads. A context manager.
 
-    ``write`` receives each line.
+    Both are removed when the context ends. ``write`` receives each line.
     """
 
     def __init__(self, verbose: bool, write: Callable[[str], None] = log) -> None:
@@ -108,16 +109,16 @@ class ConsoleListener(DeploymentListener):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.done()
+        self.stop_progress()
 
-    def done(self) -> None:
+    def stop_progress(self) -> None:
         """Remove the spinner and the bars, before the answer is shown."""
         self._status.stop()
         if self._bars.live.is_started:
             self._bars.stop()
 
     def log(self, line: str) -> None:
-        """Show a line of a stage's stderr with --verbose. Without it, the group keeps the line for error messages."""
+        """Show a line of a stage's stderr, with --verbose only. Error messages quote the last lines in any case."""
         if self._verbose:
             self._write(line)
 
@@ -126,8 +127,8 @@ class ConsoleListener(DeploymentListener):
         self._write(line)
 
     def hide_progress(self) -> None:
-        """Show no further phases: the terminal now shows a conversation."""
-        self.done()
+        """Remove spinner and bars, and show no further phases, because the terminal now shows a conversation."""
+        self.stop_progress()
         self._hides_progress = True
 
     def phase(self, what: str) -> None:
@@ -135,7 +136,7 @@ class ConsoleListener(DeploymentListener):
         if self._verbose:
             self._write(f"{what} ...")
         elif console.is_terminal and not self._hides_progress:
-            self.done()
+            self.stop_progress()
             self._status.update(Text(f"{what} ..."))  # as text: a host's name is not markup
             self._status.start()
 
@@ -168,9 +169,9 @@ def show_table(
     left: Collection[str] = (),
     folded: Collection[str] = (),
 ) -> None:
-    """Print a table to stderr, with columns to the right but those in ``left`` and ``folded``.
+    """Print a table to stderr. Columns are aligned to the right, except those in ``left`` and ``folded``.
 
-    A narrow terminal folds long cells of the columns in ``folded``; a pipe or a file gets each row on one line.
+    A narrow terminal folds long cells of the columns in ``folded``. In a pipe or a file each row is one line.
     """
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in headings:
@@ -178,26 +179,28 @@ def show_table(
         table.add_column(heading, justify=justify, no_wrap=heading not in folded, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    out = console if console.is_terminal else SafeConsole(stderr=True, highlight=False, color_system=None, width=_WIDE)
-    out.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        SafeConsole(stderr=True, highlight=False, color_system=None, width=_PIPE_COLUMNS).print(table)
 
 
 def show_plan(plans: Sequence[StagePlan], rows: Sequence[Sequence[str]], headings: Sequence[str]) -> None:
     """Show a table of the stages: rank, host, layers, weights, and the cells of ``rows`` under ``headings``."""
-    whole = [
+    full_rows = [
         (str(plan.rank), plan.host.ssh, layer_range(plan), gigabytes(plan.shard_bytes), *row)
         for plan, row in zip(plans, rows, strict=True)
     ]
-    show_table(("stage", "host", "layers", "weights", *headings), whole, left=["layers"], folded=["host"])
+    show_table(("stage", "host", "layers", "weights", *headings), full_rows, left=["layers"], folded=["host"])
 
 
 def show_dry_run(
     request: DeploymentRequest, model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]
 ) -> None:
-    """Show each stage's host and layers, its memory, its bytes read per token, and the files that it would open."""
+    """Show each stage's host and layers, memory, bytes read per token, and files. Nothing was started."""
     if model.unread_tensors:
         log(model.unread_tensors)
-    cells = [
+    rows = [
         (
             gigabytes(plan.needed_bytes) + ("" if plan.limit_bytes is None else f" of {gigabytes(plan.limit_bytes)}"),
             gigabytes(plan.assignment.read_bytes),
@@ -205,37 +208,40 @@ def show_dry_run(
         )
         for plan in plans
     ]
-    show_plan(plans, cells, ("memory", "read a token", "files"))
+    show_plan(plans, rows, ("memory", "read a token", "files"))
     for plan in plans:
         log(f"stage {plan.rank} opens {file_ranges(plan.files)}")
-    log(_fit(request, plans))
-    if any(not plan.host.is_local or plan.host.gb_per_s for plan in plans) or sys.platform == "darwin":
-        log(_speed_limit(plans))
+    log(_fit_line(request, plans))
+    # without gb_per_s the bandwidth is that of a Mac, which another machine alone does not have
+    if sys.platform == "darwin" or any(not plan.host.is_local or plan.host.gb_per_s for plan in plans):
+        log(_speed_limit_line(plans))
     for line in quantization_warnings(model.config, shape.dense_bits):
         log(line)
     log(f"memory is weights, cache and working space for {shape.context_tokens} tokens of context in {shape.dtype}")
     log("nothing was started")
 
 
-def _fit(request: DeploymentRequest, plans: Sequence[StagePlan]) -> str:
+def _fit_line(request: DeploymentRequest, plans: Sequence[StagePlan]) -> str:
+    """Return the line that states whether the plans fit into memory."""
     needed_bytes = sum(plan.needed_bytes for plan in plans)
-    known = [plan.limit_bytes for plan in plans if plan.limit_bytes is not None]
-    if len(known) < len(plans):
+    limits_bytes = [plan.limit_bytes for plan in plans if plan.limit_bytes is not None]
+    if len(limits_bytes) < len(plans):
         return (
             f"needs {gigabytes(needed_bytes)}: run `{request.command_line('doctor')}` to ask the hosts whether it fits"
         )
     digits = 0 if needed_bytes >= 100e9 else 1
-    return f"fits: {needed_bytes / 1e9:.{digits}f} of {sum(known) / 1e9:.{digits}f} GB"
+    return f"fits: {needed_bytes / 1e9:.{digits}f} of {sum(limits_bytes) / 1e9:.{digits}f} GB"
 
 
-def _speed_limit(plans: Sequence[StagePlan]) -> str:
-    """Return the line on the speed of one stream that no program exceeds: all its bytes are read for each token."""
-    rates = [plan.host.gb_per_s or M3_ULTRA_GB_PER_S for plan in plans]
-    seconds = sum(plan.assignment.read_bytes / 1e9 / rate for plan, rate in zip(plans, rates, strict=True))
-    assumed = '; "gb_per_s" in the hostfile sets another' if any(plan.host.gb_per_s is None for plan in plans) else ""
-    at = " and ".join(dict.fromkeys(f"{rate:g}" for rate in rates))
+def _speed_limit_line(plans: Sequence[StagePlan]) -> str:
+    """Return the line with the maximum rate of one stream, which reads ``read_bytes`` of all stages for each token."""
+    bandwidths = [plan.host.gb_per_s or M3_ULTRA_GB_PER_S for plan in plans]
+    token_s = sum(plan.assignment.read_bytes / 1e9 / rate for plan, rate in zip(plans, bandwidths, strict=True))
+    hint = '; "gb_per_s" in the hostfile sets another' if any(plan.host.gb_per_s is None for plan in plans) else ""
+    gb_per_s = " and ".join(dict.fromkeys(f"{rate:g}" for rate in bandwidths))
     return (
-        f"one stream without draft tokens: at most {1 / seconds:.1f} tok/s, at {at} GB/s of memory bandwidth{assumed}"
+        f"one stream without draft tokens: at most {1 / token_s:.1f} tok/s, at {gb_per_s} GB/s of memory bandwidth"
+        f"{hint}"
     )
 
 

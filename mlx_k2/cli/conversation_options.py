@@ -1,4 +1,4 @@
-"""The options of a conversation with the model, and what they select. Shows nothing."""
+"""The options of a conversation with the model, and the settings that result from them. Shows nothing."""
 
 import msgspec
 
@@ -12,7 +12,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 
 
 class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """System prompt, sampling and tools. ``system`` None: the template's own."""
+    """System prompt, sampling and tools. ``system`` None selects the template's own prompt."""
 
     system: str | None
     sampling: SamplingOptions
@@ -21,13 +21,13 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
     def settings(
         self, frontend: ModelFrontend, tools: Tools | None = None, num_logprobs: int | None = None
     ) -> ReplySettings:
-        """Return the settings of replies. Without ``tools`` the choice of a tool is not checked yet.
+        """Return the settings of replies. ``tools`` None, before the tools are started: --tool-choice is not checked.
 
         Raises:
-            RequestError: a schema or a grammar cannot be used, or the chosen tool is not declared.
+            RequestError: a schema or a grammar cannot be used, or --tool-choice names no declared tool.
         """
         sampling = self.sampling
-        if tools is None and self.tools.is_given:
+        if tools is None and self.tools.has_tools:
             sampling = msgspec.structs.replace(sampling, tool_choice=None)
         return reply_settings(
             sampling,
@@ -38,13 +38,13 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def for_server(self) -> "ConversationOptions":
-        """Return the options for the model of a server, which gets no token masks: calls follow no grammar.
+        """Return the options for the model of a server. A server gets no token masks, so that calls follow no grammar.
 
         Raises:
-            RequestError: an option needs masks, or counts the tokens of the whole answer.
+            RequestError: an option needs token masks, or counts the tokens of the complete answer.
         """
         sampling = self.sampling
-        refused = {
+        is_refused = {
             "--json-schema": sampling.json_schema is not None,
             "--regex": sampling.regex is not None,
             "--lark": sampling.lark is not None,
@@ -54,8 +54,8 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             "--thinking-budget together with a penalty": sampling.thinking_budget is not None
             and bool(sampling.presence_penalty or sampling.frequency_penalty),
         }
-        for name, is_given in refused.items():
-            if is_given:
+        for name, is_set in is_refused.items():
+            if is_set:
                 raise RequestError(f"--connect has no {name}: leave it out")
         return msgspec.structs.replace(self, sampling=msgspec.structs.replace(sampling, tool_grammar=False))
 
@@ -63,7 +63,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Return a conversation without messages of the user or the model.
 
         Raises:
-            RequestError, TokenizerError: the model cannot think as the options demand, or has no usable chat template.
+            RequestError, TokenizerError: the model does not have the mode of thinking, or no usable chat template.
         """
-        declared = () if tools is None else tools.declarations
-        return Conversation(frontend.template, frontend.tokenizer, declared, self.system, self.sampling.mode)
+        declarations = () if tools is None else tools.declarations
+        return Conversation(frontend.template, frontend.tokenizer, declarations, self.system, self.sampling.mode)

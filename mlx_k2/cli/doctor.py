@@ -5,9 +5,10 @@ import msgspec
 from rich.text import Text
 
 from mlx_k2.cli.console import ConsoleListener, console, log, show_table
-from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.option_values import with_struct
+from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.cli.started_cluster import asked_request
+from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.cli.streams import write_json_line
 from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -28,7 +29,9 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True):
 @click.command(cls=ProgramCommand)
 @cluster_options
 @click.option(
-    "--deep", is_flag=True, help="Read every file whole, compare checksums, and keep them in the model's folder."
+    "--deep",
+    is_flag=True,
+    help="Read all files, compare their checksums with known ones and between hosts, and store them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout: each check, then a summary.")
 @with_struct(DoctorOptions)
@@ -36,14 +39,14 @@ def command(options: DoctorOptions) -> None:
     """Check every host and every hop, and show what to fix.
 
     \b
-    Before the model is there, and after it was fetched:
+    Before and after the download of the model:
         mlx-k2 doctor --hostfile two-macs.json
         mlx-k2 doctor --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    The exit code is 1 when something failed; with warnings only it is 0. Nothing is loaded, and nothing is changed
-    but the manifest of --deep.
+    The exit code is 1 if a check failed; with warnings only it is 0. Nothing is loaded. Nothing is changed, except that
+    --deep writes a manifest of checksums to the model's folder.
     """  # noqa: D301  # click reads the escape
-    request, model = open_source(asked_request(options.cluster))
+    request, model = open_source(prepare_request(options.cluster))
     with ConsoleListener(options.verbose) as listener:
         checks = probe_cluster(request, model, listener, deep=options.deep)
     if options.as_json:
@@ -55,7 +58,7 @@ def command(options: DoctorOptions) -> None:
 
 
 def show_checks(checks: tuple[Check, ...]) -> None:
-    """Show a table of all checks, each problem on a separate line, and how many there are."""
+    """Show a table of all checks without details, each problem with details, and the number of checks by result."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
     rows = [
         (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])
@@ -63,7 +66,7 @@ def show_checks(checks: tuple[Check, ...]) -> None:
     ]
     show_table(("host", "check", "", "found"), rows, left=["check", ""], folded=["host", "found"])
     for check in checks:
-        if check.result is not CheckResult.OK:  # uncut and on one line, so that its commands can be copied
+        if check.result is not CheckResult.OK:  # complete and on one line, so that its commands can be copied
             console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
     log(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 

@@ -4,7 +4,8 @@ import click
 import msgspec
 
 from mlx_k2.cli.console import ConsoleListener, log, show_plan
-from mlx_k2.cli.options import cluster_options, with_struct
+from mlx_k2.cli.option_values import with_struct
+from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
 from mlx_k2.deployment.deploy import download
@@ -23,14 +24,14 @@ class DownloadOptions(msgspec.Struct, frozen=True, kw_only=True):
 @cluster_options
 @with_struct(DownloadOptions)
 def command(options: DownloadOptions) -> None:
-    """Fetch each stage's files from the Hub, on its own host, and end.
+    """Fetch each stage's files from the Hub, on the stage's own host. Nothing is loaded.
 
     \b
     On two Macs, about half of the files on each:
         mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking
 
-    What is complete stays: run it again to go on after an interruption. With the same hostfile, split, context and
-    bits, mlx-k2 generate then finds everything in place.
+    Complete files stay: run the command again after an interruption. mlx-k2 generate uses these files when hostfile,
+    split, context and bits are the same.
     """  # noqa: D301  # click reads the escape
     request = deployment_request(options.cluster)
     if not is_repo(request.source):
@@ -38,8 +39,8 @@ def command(options: DownloadOptions) -> None:
     request, model = open_source(request)
     with ConsoleListener(options.verbose) as listener:
         downloads = download(request, model, listener)
-    rows = [[str(len(plan.files)), str(len(done.fetched))] for plan, done in downloads]
+    rows = [[str(len(plan.files)), str(len(result.fetched))] for plan, result in downloads]
     show_plan([plan for plan, _ in downloads], rows, ("files", "fetched now"))
-    for plan, done in downloads:
-        log(f"stage {plan.rank} has them in {done.folder}")
+    for plan, result in downloads:
+        log(f"the files of stage {plan.rank} are in {result.folder}")
     log("every stage has its files")

@@ -1,4 +1,4 @@
-"""`mlx-k2 generate`: one prompt in, its answer streamed to stdout."""
+"""`mlx-k2 generate`: the answer to one prompt, streamed to stdout, or the answers to a file of prompts."""
 
 from collections.abc import Iterator
 
@@ -7,30 +7,29 @@ import msgspec
 
 from mlx_k2.chat.chat_events import Event
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings, reply_events
-from mlx_k2.chat.completion import submissions
+from mlx_k2.chat.completion import submissions_for
 from mlx_k2.chat.next_prompt import ReplySource
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.connect import connect_option, remote_engine
 from mlx_k2.cli.console import log, opening_lines, show_dry_run
-from mlx_k2.cli.generate_file import WANTED_SLOTS, generate_many
+from mlx_k2.cli.generate_file import MAX_SLOTS, generate_many
 from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.option_values import Numbers, with_struct
 from mlx_k2.cli.options import (
-    Numbers,
     answer_options,
     cluster_options,
     draft_option,
     run_options,
     sampling_options,
     tool_options,
-    with_struct,
 )
 from mlx_k2.cli.output import JsonOutput, TextOutput, show_answers
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.screen import Screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
-from mlx_k2.cli.started_cluster import asked_request, early_frontend, started_cluster
-from mlx_k2.cli.toolkit import opened_tools
+from mlx_k2.cli.started_cluster import frontend_before_start, prepare_request, started_cluster
+from mlx_k2.cli.started_tools import started_tools
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.coordinator.answer_summary import AnswerSummary, total
 from mlx_k2.coordinator.engine import Engine, engine_on
@@ -49,21 +48,21 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 @click.option("--prompt", "-p", "prompt_text", metavar="TEXT", help="The same as PROMPT; - reads standard input.")
 @cluster_options
 @connect_option
-@click.option("--raw", is_flag=True, help="Send PROMPT as it is, without the chat template.")
-@click.option("--token-ids", type=Numbers(0, "3,4,5"), help="The prompt as token ids, as they are.")
+@click.option("--raw", is_flag=True, help="Send PROMPT without the chat template.")
+@click.option("--token-ids", type=Numbers(0, "3,4,5"), help="The prompt as token ids, sent without the chat template.")
 @sampling_options
 @answer_options
 @click.option(
     "--prompts",
     "prompts_path",
     metavar="FILE",
-    help="Many prompts: a JSON object a line (docs/json.md); - reads them from standard input.",
+    help="A file of many prompts, one JSON object a line (docs/json.md); - reads standard input.",
 )
 @click.option(
     "--out",
     "out_path",
     metavar="FILE",
-    help="With --prompts: the file for the results. The same command, run again, completes it.",
+    help="With --prompts: the file for the results. The same command, run again, adds the missing results.",
 )
 @draft_option
 @run_options
@@ -73,7 +72,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
     "num_logprobs",
     type=int,
     metavar="N",
-    help="With --json or --prompts: the log-probability of each token, and those of the N most likely ones.",
+    help="With --json or --prompts: the log-probabilities of each sampled token and of the N most likely tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: each token, then a summary.")
 @click.option("--dry-run", is_flag=True, help="Show hosts, layers, bytes and files; start nothing.")
@@ -94,18 +93,18 @@ def command(options: GenerateOptions) -> None:
         mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking "Hello"
 
     \b
-    What would run where, without starting anything:
+    Show the plan without starting anything:
         mlx-k2 generate --hostfile two-macs.json --model ~/Kimi-K2-Thinking --dry-run
 
     The answer goes to stdout as it is sampled, everything else to stderr: thinking, tool calls, counts and times. The
-    exit code is 2 when something was wrong before anything was started, 1 when it went wrong later, 130 after Ctrl-C.
+    exit code is 2 for an error before anything was started, 1 for a later error, 130 after Ctrl-C.
     """  # noqa: D301  # click reads the escape
     if options.connect is not None:
         _generate_on_server(options)
         return
-    num_answers = options.conversation.sampling.num_answers
-    num_slots = WANTED_SLOTS if options.prompts_path is not None else min(num_answers, WANTED_SLOTS)
-    request = asked_request(options.cluster, options.draft_mode, num_slots)
+    num_sequences = MAX_SLOTS if options.prompts_path is not None else options.conversation.sampling.num_answers
+    num_slots = min(num_sequences, MAX_SLOTS)
+    request = prepare_request(options.cluster, options.draft_mode, num_slots)
     if options.dry_run:
         _dry_run(request)
         return
@@ -113,44 +112,43 @@ def command(options: GenerateOptions) -> None:
     if options.prompts_path is not None:
         generate_many(options, request, model)
     else:
-        _generate(options, request, model)
+        _generate_on_stages(options, request, model)
 
 
 def _dry_run(request: DeploymentRequest) -> None:
-    known, model = known_layout(request.source), None
+    """Show the plan for the model, or for the recorded layout of a repository that is not on this machine."""
+    recorded_layout, model = known_layout(request.source), None
     try:
         request, model = open_source(request)
     except DownloadError as error:
-        if known is None:
+        if recorded_layout is None:
             raise
         log(str(error))
-    if model is None and known is not None:
+    if model is None and recorded_layout is not None:
         log("this is the plan for the layout that the repository has on the Hub")
-        model = known
+        model = recorded_layout
     if model is None:
         name = request.source.path_or_repo
         raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
     show_dry_run(request, model, *preview(request, model))
 
 
-def _generate(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:
+def _generate_on_stages(options: GenerateOptions, request: DeploymentRequest, model: ModelDescription | None) -> None:
+    """Answer with the model on new stages. Raise errors of the request before any stage is started, if possible."""
     text = options.read_prompt()
-    frontend = early_frontend(request, model)
+    frontend = frontend_before_start(request, model)
     if frontend is not None:
-        first_submissions(options, text, frontend)
-    with opened_tools(options.conversation.tools) as tools:
+        first_submissions(options, text, frontend)  # checks the prompt
+    with started_tools(options.conversation.tools) as tools:
         if frontend is not None:
-            options.conversation.settings(frontend, tools)
-        with started_cluster(request, model, options.run, verbose=options.verbose) as (restarting, frontend):
+            options.conversation.settings(frontend, tools)  # checks --tool-choice
+        with started_cluster(request, model, options.run, verbose=options.verbose) as (stages, frontend):
             for line in opening_lines(options.cluster, frontend, is_raw=options.is_raw):
                 log(line)
             with engine_on(
-                restarting.deployment,
-                draft_mode=options.draft_mode,
-                on_report=restarting.on_report,
-                restarts=restarting,
+                stages.deployment, draft_mode=options.draft_mode, on_report=stages.on_report, restarts=stages
             ) as engine:
-                _answer(options, engine, frontend, text, tools, restarting)
+                _answer(options, engine, frontend, text, tools, stages)
 
 
 def _generate_on_server(options: GenerateOptions) -> None:
@@ -159,7 +157,7 @@ def _generate_on_server(options: GenerateOptions) -> None:
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     text, engine = options.read_prompt(), remote_engine(url)
     first_submissions(options, text, engine.frontend)
-    with opened_tools(options.conversation.tools) as tools:
+    with started_tools(options.conversation.tools) as tools:
         _answer(options, engine, engine.frontend, text, tools)
 
 
@@ -169,27 +167,30 @@ def _answer(
     frontend: ModelFrontend,
     text: str,
     tools: Tools | None,
-    restarting: RestartingDeployment | None = None,
+    stages: RestartingDeployment | None = None,
 ) -> None:
-    """Show each event of the answer as it comes, then its counts and times; or several answers."""
+    """Show each event of the answer at once, then its counts and times. Show each of several answers at its end."""
     settings = options.conversation.settings(frontend, tools, options.num_logprobs)
-    text_output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
-    output = JsonOutput(frontend.tokenizer) if options.as_json else text_output
+    output: JsonOutput | TextOutput
+    if options.as_json:
+        output = JsonOutput(frontend.tokenizer)
+    else:
+        output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
     output.wait("reading the prompt")
     try:
         for line in settings.warnings:
             log(line)
         if isinstance(engine, Engine) and options.conversation.sampling.num_answers > 1:
-            asked = first_submissions(options, text, frontend)
-            show_answers(engine, frontend.tokenizer, asked, as_json=options.as_json)
+            submissions = first_submissions(options, text, frontend)
+            show_answers(engine, frontend.tokenizer, submissions, as_json=options.as_json)
             return
         summaries = []
         for event in _events(options, engine, frontend, settings, text, tools, output):
-            output.event(event)
+            output.show_event(event)
             if isinstance(event, AnswerSummary):
                 summaries.append(event)
-        deployment = None if restarting is None else restarting.deployment
-        output.summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
+        deployment = None if stages is None else stages.deployment
+        output.write_summary(total(summaries), deployment, engine.use if isinstance(engine, Engine) else ())
     finally:
         output.pause()
 
@@ -207,8 +208,8 @@ def _events(
     if options.is_raw:
         (submission,) = first_submissions(options, text, frontend)
         return reply_events(engine.submit(submission.request, submission.policy))
-    asked = options.conversation.tools
-    approval = ToolApproval(screen, LineKeyboard(), asked.allowed_tools, everything=asked.yes)
+    tool_options = options.conversation.tools
+    approval = ToolApproval(screen, LineKeyboard(), tool_options.allowed_tools, allows_all=tool_options.yes)
     conversation = options.conversation.begin(frontend, tools)
     session = ChatSession(engine, frontend.tokenizer, conversation, settings, tools, approval)
     return session.send_message(text)
@@ -218,7 +219,7 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
     """Return the requests for the first reply, one for each of --num-answers.
 
     Raises:
-        RequestError, TokenizerError: they cannot be served; gives the reason.
+        RequestError, TokenizerError: the prompt cannot be rendered or does not fit, or an option cannot be used.
     """
     if options.token_ids is not None:
         prompt_ids = list(options.token_ids)
@@ -230,4 +231,4 @@ def first_submissions(options: GenerateOptions, text: str, frontend: ModelFronte
         prompt_ids = conversation.prompt_ids()
     settings = options.conversation.settings(frontend, num_logprobs=options.num_logprobs)
     num_answers = options.conversation.sampling.num_answers
-    return submissions(settings, frontend, prompt_ids, num_answers, is_raw=options.is_raw)
+    return submissions_for(settings, frontend, prompt_ids, num_answers, is_raw=options.is_raw)

@@ -1,4 +1,4 @@
-"""The options of `mlx-k2 generate`, checked, and the text of its prompt. Starts nothing."""
+"""The checked options of `mlx-k2 generate`, and the text of its prompt. Starts nothing."""
 
 import os
 import select
@@ -17,7 +17,8 @@ from mlx_k2.sampling import GenerationConfig
 from mlx_k2.scheduling.drafter import DraftMode
 
 STANDARD_INPUT = "-"
-_NOTIFY_AFTER_S = 2.0
+_SILENT_WAIT_S = 2.0
+"""Seconds without piped input after which a line on stderr says that standard input is read."""
 
 
 class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,30 +51,28 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise click.UsageError("--num-answers goes without --connect")
         if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:
             raise click.UsageError("--logprobs shows in the JSON lines only: add --json")
-        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.is_given:
+        if self.conversation.sampling.num_answers > 1 and self.conversation.tools.has_tools:
             raise click.UsageError("--num-answers goes without --tools and --mcp")
-        self.conversation.sampling.resolved(GenerationConfig(), self.num_logprobs)
+        self.conversation.sampling.sampler_parameters(GenerationConfig(), self.num_logprobs)  # checks --logprobs
         if (self.prompts_path is None) != (self.out_path is None):
             raise click.UsageError("--prompts and --out go together: give both")
-        is_single = (
-            self._given is not None or self.token_ids is not None or self.as_json or self.conversation.tools.is_given
-        )
-        if self.prompts_path is not None and is_single:
+        has_single_prompt = self._prompt_argument is not None or self.token_ids is not None
+        if self.prompts_path is not None and (has_single_prompt or self.as_json or self.conversation.tools.has_tools):
             raise click.UsageError("--prompts goes without PROMPT, --token-ids, --json, --tools and --mcp")
-        if self.token_ids is not None and (self._given or self.conversation.system is not None):
+        if self.token_ids is not None and (self._prompt_argument or self.conversation.system is not None):
             raise RequestError("--token-ids is the whole prompt: leave out PROMPT and --system")
-        if self.is_raw and (self.conversation.tools.is_given or self.conversation.sampling.is_for_replies):
+        if self.is_raw and (self.conversation.tools.has_tools or self.conversation.sampling.needs_template):
             raise RequestError("--raw and --token-ids go without --tools, --mcp and options for thinking")
         if self.raw and self.conversation.system is not None:
             raise RequestError("--raw sends only PROMPT: leave out --system")
 
     @property
     def is_raw(self) -> bool:
-        """Whether the prompt is sent without a chat template, so that its answer is not parsed as a reply."""
+        """Whether the prompt is sent without the chat template; its answer is then text and not parsed as a reply."""
         return self.raw or self.token_ids is not None
 
     @property
-    def _given(self) -> str | None:
+    def _prompt_argument(self) -> str | None:
         return self.prompt_text if self.prompt is None else self.prompt
 
     def read_prompt(self) -> str:
@@ -84,16 +83,21 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.token_ids is not None:
             return ""
-        given = "" if self._given in (None, STANDARD_INPUT) else self._given or ""
-        piped = _standard_input() if self._given in (None, STANDARD_INPUT) or _is_piped() else ""
-        text = piped if not given.strip() else f"{piped.rstrip()}\n\n{given}" if piped.strip() else given
+        argument = self._prompt_argument
+        if argument is None or argument == STANDARD_INPUT:
+            text = _standard_input()
+        elif _is_piped():
+            piped_text = _standard_input()
+            text = "\n\n".join(part for part in (piped_text.rstrip(), argument) if part.strip())
+        else:
+            text = argument
         if not text.strip():
             raise RequestError("the prompt is empty: give some text")
         return text
 
 
 def _is_piped() -> bool:
-    """Return whether standard input is a file or a pipe, from which text joins PROMPT."""
+    """Return whether standard input is a file, a pipe or a socket."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError):  # closed
@@ -109,8 +113,8 @@ def _standard_input() -> str:
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise RequestError("there is no prompt: give PROMPT, or write one to standard input")
-    if _is_piped() and not select.select([sys.stdin], [], [], _NOTIFY_AFTER_S)[0]:
-        log("reading standard input to its end; without a text to join PROMPT, add < /dev/null")
+    if _is_piped() and not select.select([sys.stdin], [], [], _SILENT_WAIT_S)[0]:
+        log("reading standard input to its end; add < /dev/null if it has no text")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""`mlx-k2 kernels`: checks and times of the kernels on this machine's GPU, and the best settings for it."""
+"""`mlx-k2 kernels`: checks and times of the kernels on this machine's GPU, and the best settings for this GPU."""
 
 import os
 import subprocess
@@ -20,37 +20,40 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
 from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits, chip_name, default_limits, save_limits
 
-MEASURING_S = 900.0
+MEASUREMENT_TIMEOUT_S = 900.0
+_NO_MEGABYTE_LIMIT = 1_000_000
 CANDIDATES = (
     OWN_LIMITS,
-    *(BufferLimits(*pair) for pair in ((50, 1_000_000), (100, 1_000_000), (200, 1_000_000), (1000, 4000))),
+    BufferLimits(50, _NO_MEGABYTE_LIMIT),
+    BufferLimits(100, _NO_MEGABYTE_LIMIT),
+    BufferLimits(200, _NO_MEGABYTE_LIMIT),
+    BufferLimits(1000, 4000),
 )
-"""The limits to time. Few operations and no rule by megabytes: long buffers keep a prompt's temporaries in memory."""
-WORTH = 0.99
-"""A time must be below this fraction of the time with the default limits; otherwise the difference counts as noise."""
+"""The limits to time. Most allow few operations, because long command buffers keep a prompt's temporaries in memory."""
+MAX_TIME_FRACTION = 0.99
+"""Limits replace the default ones if their time is below this fraction of the default time; less may be noise."""
 
-_REFRESH = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
+_REFRESH_VARIABLE = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
 
 @click.command(cls=ProgramCommand)
-@click.option("--check", "checks_only", is_flag=True, help="Check the kernels, time nothing, print the JSON.")
+@click.option("--check", "checks_only", is_flag=True, help="Only check the kernels, and print the results as JSON.")
 @click.option(
     "--report",
     "report_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Measure also reads of memory after a pause, a prompt's attention and GPU counters; write one ZIP file for "
-    "the maintainers.",
+    help="Also measure memory reads after a pause, a prompt's attention and GPU counters, and write a ZIP file for the "
+    "maintainers.",
 )
 def command(checks_only: bool, report_file: Path | None) -> None:
     """Check and time the kernels for Kimi K2's layers on this machine's GPU.
 
     Each kernel's result is compared with plain MLX in float32, its time with plain MLX's and with a plain read of the
-    same weights.
-    The best sizes, and the best limits for MLX's command buffers, are remembered: every stage that starts on this
-    machine uses them. Takes a few minutes and up to 30 GB of memory.
+    same weights. The best kernel sizes, and the best limits of MLX's command buffers, are stored: every stage that
+    starts on this machine uses them. Takes a few minutes and up to 30 GB of memory.
 
     \b
     The table goes to stderr. To send a report to the maintainers, also when all checks pass:
@@ -70,47 +73,47 @@ def command(checks_only: bool, report_file: Path | None) -> None:
     times = _time_limits()
     best = best_limits(times, default_limits(chip_name()))
     save_limits(best)
-    log(f"remembered for this machine's stages: {_named(best)}")
-    sent: dict[str, object] = {
+    log(f"stored for this machine's stages: {_limits_text(best)}")
+    results: dict[str, object] = {
         "report": report,
-        "seconds_by_limits": {_named(limits): seconds for limits, seconds in times.items()},
+        "seconds_by_limits": {_limits_text(limits): seconds for limits, seconds in times.items()},
     }
     if report_file is None:
-        log("please send back what follows, with the Mac's model and memory: it fills the table for this chip")
-        write_json_line(sent)
+        log("please send the next line to the maintainers, with the Mac's model and memory")
+        write_json_line(results)
         return
-    write_report(report_file, sent)
-    log(f"please send back {report_file}, with the Mac's model and memory: it fills the table for this chip")
+    write_report(report_file, results)
+    log(f"please send {report_file} to the maintainers, with the Mac's model and memory")
 
 
-def write_report(path: Path, sent: dict[str, object]) -> None:
+def write_report(path: Path, results: dict[str, object]) -> None:
     """Write a ZIP file with report.json, and with a trace of the GPU's counters if Xcode's tools are installed.
 
-    It also has the memory after 5 s without GPU work, with and without MLX's refreshing thread, and the time of the
-    attention of a chunk, fused and unfused.
+    report.json has ``results``, the speed of memory reads after 5 s without GPU work, with and without MLX's thread
+    that keeps memory resident, and the time of the attention of a chunk, fused and unfused.
     """
     log("reading GPU memory after 5 s without work, with and without refreshing; timing a prompt's attention ...")
-    idle = {value: _measure("idle", IdleTime, environment={_REFRESH: value}) for value in ("0", "500")}
-    sent |= {"idle_by_refresh_ms": idle, "attention": _measure("attention", AttentionTime)}
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        sent["trace"] = _record_counters(Path(folder) / "decode.trace")
-        file.writestr("report.json", json_line(sent))
-        for part in sorted(Path(folder).rglob("*")):
-            if part.is_file():
-                file.write(part, part.relative_to(folder))
+    idle_times = {value: _measure("idle", IdleTime, environment={_REFRESH_VARIABLE: value}) for value in ("0", "500")}
+    results |= {"idle_by_refresh_ms": idle_times, "attention": _measure("attention", AttentionTime)}
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        results["trace"] = _record_counters(Path(folder) / "decode.trace")
+        archive.writestr("report.json", json_line(results))
+        for trace_file in sorted(Path(folder).rglob("*")):
+            if trace_file.is_file():
+                archive.write(trace_file, trace_file.relative_to(folder))
 
 
 def _record_counters(trace: Path) -> str:
-    """Record the GPU's counters while a token's experts are computed. Return "recorded", or why it is not possible."""
+    """Record the GPU's counters while a token's experts are computed; return "recorded", or "not recorded: REASON"."""
     recorder = ["xcrun", "xctrace", "record", "--template", "Metal System Trace", "--output", str(trace), "--launch"]
-    program = ["--", sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", "decode"]
+    program = ["--", *_measure_command("decode")]
     try:
         subprocess.run(
             [*recorder, *program],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=MEASURING_S,
+            timeout=MEASUREMENT_TIMEOUT_S,
             check=True,
         )
     except subprocess.CalledProcessError as error:
@@ -148,40 +151,52 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
 
 
 def best_limits(seconds: Mapping[BufferLimits, float], default: BufferLimits) -> BufferLimits:
-    """Return the fastest limits; the default ones unless others are faster by more than noise."""
+    """Return the limits with the smallest time; ``default`` unless others are faster by more than noise."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
-    return fastest if seconds[fastest] < WORTH * seconds[default] else default
+    return fastest if seconds[fastest] < MAX_TIME_FRACTION * seconds[default] else default
 
 
 def _time_limits() -> dict[BufferLimits, float]:
-    """Return the seconds for a token's feed-forward blocks under each limit, each measured in a fresh process."""
+    """Return the seconds for one token's experts with each of CANDIDATES, each measured in a separate process."""
     times: dict[BufferLimits, float] = {}
     for limits in CANDIDATES:
         times[limits] = _measure("decode", DecodeTime, limits.environment()).seconds
-        log(f"{_named(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
+        log(f"{_limits_text(limits)}: {1000 * times[limits]:.2f} ms for the experts of one token")
     return times
 
 
-def _named(limits: BufferLimits) -> str:
+def _limits_text(limits: BufferLimits) -> str:
     if limits == OWN_LIMITS:
         return "MLX's own limits"
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 
 
-def _measure(what: str, wanted: type[Measurement], environment: Mapping[str, str] | None = None) -> Measurement:
-    """Measure in a separate process, so that its environment and memory end with it. MLX's settings are its own.
+def _measure_command(measurement: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", measurement]
+
+
+def _measure(
+    measurement: str, result_type: type[Measurement], environment: Mapping[str, str] | None = None
+) -> Measurement:
+    """Run a measurement in a separate process, which frees its memory at its end, and return the result.
+
+    Of the limits of MLX's command buffers, only those in ``environment`` are set.
 
     Raises:
-        StageStartError: the process failed, or took longer than ``MEASURING_S``.
+        StageStartError: the process failed, or took longer than ``MEASUREMENT_TIMEOUT_S``.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in CANDIDATES[1].environment()}
-    program = [sys.executable, "-P", "-m", "mlx_k2.stage.measure_kernels", what]
+    limit_variables = CANDIDATES[1].environment()
+    other_variables = {name: value for name, value in os.environ.items() if name not in limit_variables}
     try:
-        ran = subprocess.run(
-            program, stdout=subprocess.PIPE, env=kept | dict(environment or {}), timeout=MEASURING_S, check=True
+        process = subprocess.run(
+            _measure_command(measurement),
+            stdout=subprocess.PIPE,
+            env=other_variables | dict(environment or {}),
+            timeout=MEASUREMENT_TIMEOUT_S,
+            check=True,
         )
-        return read_json(ran.stdout.splitlines()[-1], wanted)
+        return read_json(process.stdout.splitlines()[-1], result_type)
     except subprocess.TimeoutExpired:
-        raise StageStartError(f"measuring took longer than {MEASURING_S:.0f} s: is the GPU busy?") from None
+        raise StageStartError(f"measuring took longer than {MEASUREMENT_TIMEOUT_S:.0f} s: is the GPU busy?") from None
     except subprocess.CalledProcessError as error:
         raise StageStartError(f"measuring ended with exit code {error.returncode}; its output is above") from None

@@ -1,7 +1,4 @@
-"""The mlx-k2 command: the table of subcommands, and the conversion of errors to one line and an exit code.
-
-Subcommands are imported when they are called, so that --help is fast.
-"""
+"""The mlx-k2 command: the table of subcommands, and the conversion of errors to one line and an exit code."""
 
 import difflib
 import errno
@@ -41,8 +38,9 @@ COMMANDS = {
     "config": "Show your own defaults of options, and where each one is written.",
 }
 _HIDDEN_COMMANDS = ("stage",)
-_MODULES = {"config": "show_config"}
-_OTHER_NAMES = {
+_MODULE_NAMES = {"config": "show_config"}
+"""Modules of commands that do not have the command's name."""
+_FOREIGN_COMMANDS = {
     "ask": "generate",
     "benchmark": "bench",
     "check": "doctor",
@@ -56,18 +54,16 @@ _OTHER_NAMES = {
     "start": "serve",
     "talk": "chat",
 }
-"""Commands of other programs, and the commands here that do the same."""
+"""The commands of this program that do the same as commands of other programs."""
 COMPLETION = "_MLX_K2_COMPLETE"
 """The environment variable with which a shell asks for completions, by click's convention."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-_UNNAMED = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
-"""What an error of the system is about if it names no file, by its number."""
+_SUBJECTS_BY_ERRNO = {errno.ENOENT: "the current folder", errno.ENOSPC: "standard output"}
+"""The subjects of system errors that name no file."""
 
 
 class Interrupted(BaseException):
-    """The exception for a signal that ends this program; ``number`` is the signal's number."""
+    """The exception for a signal that ends this program. ``number`` is the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -75,15 +71,15 @@ class Interrupted(BaseException):
 
 
 class PrintableRecord(logging.LogRecord):
-    """A record of a library's log, which can quote a server, in printable text."""
+    """A log record without control characters: records of libraries can quote a server."""
 
     def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
-        """Return the message without control characters."""
+        """Return the printable message."""
         return printable(super().getMessage())
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called. Listing the commands imports none."""
+    """A group that imports a command when it is called, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names that help shows."""
@@ -93,12 +89,12 @@ class LazyGroup(click.Group):
         """Import ``mlx_k2.cli.NAME`` and return its ``command``."""
         if cmd_name not in (*COMMANDS, *_HIDDEN_COMMANDS):
             return None
-        module = _MODULES.get(cmd_name, cmd_name)
+        module = _MODULE_NAMES.get(cmd_name, cmd_name)
         command: click.Command = importlib.import_module(f"mlx_k2.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands and their summaries from the table above."""
+        """Write the commands and their summaries."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -110,16 +106,20 @@ class LazyGroup(click.Group):
         if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
             return super().resolve_command(ctx, args)
         is_sentence = " " in name or (len(args) > 1 and not any(word.startswith("-") for word in args))
-        close = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.8 if is_sentence else 0.6)
-        meant = _OTHER_NAMES.get(name.lower(), close[0] if close else None)
-        if meant is None and is_sentence:
-            text = shlex.quote(" ".join(args))
-            raise click.UsageError(f"there is no command {name!r}: to ask it, write mlx-k2 generate {text}", ctx)
-        hint = f"did you mean {meant}?" if meant is not None else f"the commands are {', '.join(COMMANDS)}"
+        min_similarity = 0.8 if is_sentence else 0.6
+        suggestions = difflib.get_close_matches(name.lower(), COMMANDS, 1, min_similarity)
+        if name.lower() in _FOREIGN_COMMANDS:
+            suggestions = [_FOREIGN_COMMANDS[name.lower()]]
+        if suggestions:
+            hint = f"did you mean {suggestions[0]}?"
+        elif is_sentence:
+            hint = f"to ask it, write mlx-k2 generate {shlex.quote(' '.join(args))}"
+        else:
+            hint = f"the commands are {', '.join(COMMANDS)}"
         raise click.UsageError(f"there is no command {name!r}: {hint}", ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return the commands that begin with ``incomplete``, without importing one, or the options."""
+        """Return the commands that begin with ``incomplete``; for a dash, the options. Imports no command."""
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
@@ -164,11 +164,12 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    for number in handled:
+    # a signal that is ignored stays ignored: nohup ignores SIGHUP
+    signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in signals:
         signal.signal(number, _interrupt)
     problem = prepare_streams()
-    print_errors_cleanly()
+    make_errors_printable()
     exit_code: int
     if instruction := os.environ.get(COMPLETION):
         exit_code = shell_complete(cli, {}, "mlx-k2", COMPLETION, instruction)
@@ -177,13 +178,13 @@ def main() -> NoReturn:
     else:
         _print_error(f"error: {problem}")
         exit_code = 2
-    for number in handled:
-        signal.signal(number, signal.SIG_DFL)  # nothing is left to clean up: a further signal ends Python's exit too
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)  # a further signal ends the process at once: all is cleaned up
     sys.exit(exit_code)
 
 
-def print_errors_cleanly() -> None:
-    """Print tracebacks of all threads, and the records of libraries' logs, as printable text."""
+def make_errors_printable() -> None:
+    """Make tracebacks of all threads and log records of libraries printable."""
     sys.excepthook = _print_traceback
     threading.excepthook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)
     sys.unraisablehook = lambda error: _print_traceback(error.exc_type, error.exc_value, error.exc_traceback)
@@ -193,26 +194,25 @@ def print_errors_cleanly() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return the exit code. An error becomes one line on stderr."""
     try:
-        with cli.make_context(
-            "mlx-k2", list(arguments), obj=user_profile
-        ) as context:  # cli.main would hide a broken pipe
+        # not cli.main, which hides a broken pipe
+        with cli.make_context("mlx-k2", list(arguments), obj=user_profile) as context:
             cli.invoke(context)
     except MlxK2Error as error:
         _print_error(f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(shown)
-        _print_error(shown.getvalue().rstrip("\n"))
+        message = io.StringIO()
+        error.show(message)
+        _print_error(message.getvalue().rstrip("\n"))
         return error.exit_code
     except Interrupted as interrupted:
         return 128 + interrupted.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python reports the error again when it flushes stdout
         return 128 + signal.SIGPIPE
-    except OSError as error:  # this machine's disk or memory: a cache folder that cannot be written, a path too long
-        where = error.filename or _UNNAMED.get(error.errno or 0, "this machine")
-        _print_error(f"error: {error.strerror or error}: {where}")
+    except OSError as error:  # for instance a cache folder that cannot be written, or a path that is too long
+        subject = error.filename or _SUBJECTS_BY_ERRNO.get(error.errno or 0, "this machine")
+        _print_error(f"error: {error.strerror or error}: {subject}")
         return 1
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
@@ -220,7 +220,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _print_error(text: str) -> None:
-    """Print an error, which can quote files, hosts and the model."""
+    """Print an error as printable text, because it can quote files, hosts and the model."""
     click.echo(printable(text), err=True)
 
 

@@ -5,19 +5,12 @@ from typing import Any
 
 import click
 
-from mlx_k2.cli.profile import (
-    Default,
-    Profile,
-    defaults_of,
-    keep_sources,
-    not_overridden,
-    option_name,
-)
+from mlx_k2.cli.profile import Default, Profile, defaults_of, keep_sources, option_name, without_overridden
 from mlx_k2.errors import RequestError
 
 OWN_OPTIONS = "Options"
 
-_OTHER_NAMES = {
+_FOREIGN_OPTIONS = {
     "--ctx-size": "--context",
     "--max-kv-size": "--context",
     "--max-model-len": "--context",
@@ -32,7 +25,7 @@ _OTHER_NAMES = {
     "-t": "--temperature",
     "-s": "--system",
 }
-"""Options of other programs, and the options here that do the same."""
+"""The options of this program that do the same as options of other programs."""
 
 
 class GroupedOption(click.Option):
@@ -44,28 +37,28 @@ class GroupedOption(click.Option):
 
 
 class ProgramCommand(click.Command):
-    """A command of this program, whose options have the defaults of the profile if it ``reads_profile``.
+    """A command of this program. With ``reads_profile`` the profile sets the defaults of its options.
 
-    The function that reads the profile is the object of the parent's context.
+    The object of the parent's context is a function that reads the profile.
     """
 
     reads_profile = True
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **attributes: Any
     ) -> click.Context:
         """Parse the command line, with the profile's values as defaults.
 
         Raises:
-            RequestError: the profile is not usable; names the line.
+            RequestError: the profile cannot be read, or a value in it is invalid; names the line.
         """
         defaults: dict[str, Default] = {}
         if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
             profile: Profile = parent.obj()
-            defaults = not_overridden(self, defaults_of(self, info_name or "", profile), args)
-            extra["default_map"] = {name: default.value for name, default in defaults.items()}
+            defaults = without_overridden(self, defaults_of(self, info_name or "", profile), args)
+            attributes["default_map"] = {name: default.value for name, default in defaults.items()}
         try:
-            context = super().make_context(info_name, args, parent, **extra)
+            context = super().make_context(info_name, args, parent, **attributes)
         except click.BadParameter as error:
             if error.param is None or (default := defaults.get(error.param.name or "")) is None:
                 raise
@@ -90,13 +83,12 @@ class ProgramCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
-            known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+            known_options = [option for parameter in self.get_params(ctx) for option in parameter.opts]
             first_names = [parameter.opts[0] for parameter in self.get_params(ctx) if parameter.opts]
-            close = difflib.get_close_matches(name, first_names, 1, 0.7)
-            meant = name if name in known else _OTHER_NAMES.get(name, "")
-            meant = meant if meant.split(" ")[0] in known else "".join(close)
-            if not meant:
+            suggestion = name if name in known_options else _FOREIGN_OPTIONS.get(name, "")
+            if suggestion.split(" ")[0] not in known_options:
+                suggestion = "".join(difflib.get_close_matches(name, first_names, 1, 0.7))
+            if not suggestion:
                 raise
-            raise click.NoSuchOption(
-                error.option_name, f"No such option {error.option_name!r}. Did you mean {meant!r}?", ctx=ctx
-            ) from None
+            message = f"No such option {error.option_name!r}. Did you mean {suggestion!r}?"
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None

@@ -1,4 +1,4 @@
-"""A file of prompts, one JSON object a line, and what identifies the result of a line. Runs nothing."""
+"""A file of prompts, one JSON object a line, and the digest that identifies the result of a line. Runs nothing."""
 
 import hashlib
 import sys
@@ -28,9 +28,9 @@ class PromptLine(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def read_prompt_lines(source: str, options: SamplingOptions = _DEFAULTS) -> dict[int, PromptLine]:
-    """Return the lines of a file of prompts, or of standard input for "-", by number from 1, without blank ones.
+    """Return the lines of a file of prompts, or of standard input for "-", by number from 1. Blank lines are left out.
 
-    A line has the values of ``options`` where it gives none itself, except the seed, which differs by line.
+    ``options`` are the defaults of each line, except the seed, which differs by line.
 
     Raises:
         RequestError: a line is malformed, has an unknown key or a value out of range, or has not exactly one prompt
@@ -55,8 +55,8 @@ def read_prompt_lines(source: str, options: SamplingOptions = _DEFAULTS) -> dict
     return lines
 
 
-def run_digest(run: object, number: int, line: PromptLine) -> str:
-    """Return a digest that identifies what a result depends on: the run's model and options, and the line."""
+def result_digest(run: object, number: int, line: PromptLine) -> str:
+    """Return a digest of what a result depends on: the model and options of the run, and the line with its number."""
     values = msgspec.to_builtins([run, number, line], str_keys=True)  # the keys of a logit bias are numbers
     content = msgspec.json.encode(values, order="sorted")
     return hashlib.blake2b(content, digest_size=8).hexdigest()

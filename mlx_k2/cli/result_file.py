@@ -1,4 +1,4 @@
-"""The file of results of many prompts: one JSON object a line, none lost in a crash, in order at the end."""
+"""The file of results of many prompts, one JSON object a line. Knows no model."""
 
 import fcntl
 import os
@@ -15,13 +15,13 @@ from mlx_k2.private_files import open_private, write_private
 
 
 class ResultFile:
-    """A file of results, locked while this context is open. A result is on the disk when ``write`` returns.
+    """A context manager for a file of results, which it locks. A result is on the disk when ``write`` returns.
 
-    Results have the order in which they were written until ``sort``. A file that this context created and wrote
-    nothing to is removed.
+    Results are in the order of writing until ``sort``. On exit, a file that the context created is removed if it is
+    empty.
 
     Raises:
-        RequestError: it cannot be opened for writing, is not a regular file, or another run writes it now.
+        RequestError: the file cannot be opened for writing, is not a regular file, or another run writes it now.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,11 +29,11 @@ class ResultFile:
         self._numbers: Mapping[str, int] = {}
         self._digests: dict[int, str] = {}
         self._lines: dict[int, bytes] = {}
-        self._failed: set[int] = set()
+        self._failed_numbers: set[int] = set()
 
     def __enter__(self) -> "ResultFile":
         self._is_new = not self._path.exists()
-        self._file = self._locked()
+        self._file = self._open_locked()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,33 +42,33 @@ class ResultFile:
         self._file.close()
 
     def resume(self, numbers: Mapping[str, int]) -> None:
-        """Read the results that the file has already. ``numbers`` has the number of each prompt by its digest.
+        """Read the results in the file. ``numbers`` has the number of each prompt by its digest.
 
         An incomplete last line is dropped. A result with an error counts as missing.
 
         Raises:
-            RequestError: the file holds something else; it is not changed.
+            RequestError: the file has a line that is no result of this run; the file is not changed.
         """
         self._numbers = numbers
         self._digests = {number: digest for digest, number in numbers.items()}
-        found = self._file.read()
-        whole = found[: found.rfind(b"\n") + 1]
-        rest = found[len(whole) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
-        if rest and not rest.startswith(b"{"):
-            raise self._foreign(whole.count(b"\n") + 1)
-        for at, line in enumerate(whole.splitlines(keepends=True), start=1):
-            number, is_error = self._read(line, at)
+        content = self._file.read()
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        last_line = content[len(complete_lines) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
+        if last_line and not last_line.startswith(b"{"):
+            raise self._foreign_file_error(complete_lines.count(b"\n") + 1)
+        for line_number, line in enumerate(complete_lines.splitlines(keepends=True), start=1):
+            number, is_error = self._parse(line, line_number)
             if not is_error:
                 self._lines[number] = line
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
+        self._file.truncate(len(complete_lines))
+        self._file.seek(len(complete_lines))
 
     def __contains__(self, number: int) -> bool:
         """Return whether the file has a result of this prompt other than an error."""
-        return number in self._lines and number not in self._failed
+        return number in self._lines and number not in self._failed_numbers
 
     def __len__(self) -> int:
-        return len(self._lines) - len(self._failed)
+        return len(self._lines) - len(self._failed_numbers)
 
     def write(self, number: int, result: Mapping[str, object]) -> None:
         """Append the result of a prompt, and wait until it is on the disk.
@@ -78,33 +78,34 @@ class ResultFile:
         """
         line = msgspec.json.encode({**result, "run": self._digests[number]}) + b"\n"
         try:
-            unwritten = memoryview(line)
-            while unwritten:
-                unwritten = unwritten[self._file.write(unwritten) :]
+            unwritten_bytes = memoryview(line)
+            while unwritten_bytes:
+                unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
             os.fsync(self._file.fileno())
         except OSError as error:  # a full disk: the system names no file
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._lines[number] = line
         if "error" in result:
-            self._failed.add(number)
+            self._failed_numbers.add(number)
 
     def sort(self) -> None:
-        """Replace the file by one with the results in the order of their prompts; an end meanwhile loses nothing."""
+        """Replace the file by one with the results in the order of their prompts. A crash meanwhile loses no result."""
         write_private(self._path.resolve(), b"".join(line for _, line in sorted(self._lines.items())))
 
-    def _locked(self) -> FileIO:
-        """Open the file, and lock it until it is closed."""
+    def _open_locked(self) -> FileIO:
+        """Return the open file, which stays locked until it is closed."""
         try:
-            number = open_private(str(self._path), os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+            descriptor = open_private(str(self._path), os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         except OSError as error:
             raise RequestError(f"{self._path} cannot be written: {error.strerror or error}") from None
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            os.close(number)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise RequestError(f"{self._path} is not a file: --out is read again when a run goes on after its end")
-        file = FileIO(number, "r+")
+        file = FileIO(descriptor, "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_current = os.path.samestat(os.fstat(number), self._path.stat())  # else its last run has just replaced it
+            # False if another run has replaced the file by its sorted results after the file was opened here
+            is_current = os.path.samestat(os.fstat(descriptor), self._path.stat())
         except OSError:
             is_current = False
         if not is_current:
@@ -112,18 +113,19 @@ class ResultFile:
             raise RequestError(f"{self._path} is being written by another run: give another --out")
         return file
 
-    def _read(self, line: bytes, at: int) -> tuple[int, bool]:
-        """Return the number of the prompt of a result, and whether it is an error."""
+    def _parse(self, line: bytes, line_number: int) -> tuple[int, bool]:
+        """Return the number of a result's prompt, and whether the result is an error."""
         try:
             result = parse_json(line)
         except JsonError:
-            raise self._foreign(at) from None
+            raise self._foreign_file_error(line_number) from None
         digest = result.get("run") if isinstance(result, dict) else None
         if not isinstance(digest, str) or digest not in self._numbers:
-            raise self._foreign(at)
+            raise self._foreign_file_error(line_number)
         return self._numbers[digest], "error" in result
 
-    def _foreign(self, number: int) -> RequestError:
+    def _foreign_file_error(self, line_number: int) -> RequestError:
         return RequestError(
-            f"{self._path} belongs to another run (see its line {number}): give another --out, or move the file away"
+            f"{self._path} belongs to another run (see its line {line_number}): give another --out, or move the file "
+            "away"
         )

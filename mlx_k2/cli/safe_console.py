@@ -1,4 +1,4 @@
-"""The console that sends no control sequence to the terminal but its own. Knows no commands."""
+"""A console for untrusted text: only rich's own control sequences reach the terminal. Knows no commands."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from mlx_k2.cli.terminal_text import printable
 class SafeConsole(Console):
     """A rich console for text from models, tools, files and hosts.
 
-    It cleans text after all rendering, because Markdown decodes escapes in links. A link of Markdown shows its address
-    and is not a hyperlink of the terminal, which would hide the address.
+    Text is made printable after rendering, because Markdown decodes escapes in links. A link in Markdown is shown with
+    its address and is no hyperlink of the terminal, which would hide the address.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -21,17 +21,17 @@ class SafeConsole(Console):
         if isinstance(renderable, Markdown):
             renderable.hyperlinks = False
         for segment in super().render(renderable, options):
-            yield segment if segment.control else _safe(segment)
+            yield segment if segment.control else _printable_segment(segment)
 
     def on_broken_pipe(self) -> None:
-        """Write nothing more if stderr is closed: the program does not end because of a message that nobody reads."""
+        """Discard all further output if this console is stderr. The program continues without a reader of messages."""
         if self.stderr:
             self.quiet = True
         else:
             super().on_broken_pipe()
 
 
-def _safe(segment: Segment) -> Segment:
+def _printable_segment(segment: Segment) -> Segment:
     style = segment.style
     if style is not None and style.link is not None:
         style = style.update_link(None)

@@ -1,4 +1,4 @@
-"""`mlx-k2 setup`: from the names of some Macs to a hostfile and a profile that all commands use."""
+"""`mlx-k2 setup`: installation on the Macs of a cluster, and a hostfile and a profile for all commands."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ import psutil
 from mlx_k2 import __version__
 from mlx_k2.cli.console import ConsoleListener, console, gigabytes, log, show_table
 from mlx_k2.cli.doctor import show_checks
-from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.profile import profile_path, with_value
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cluster.hostfile import Backend, Host, Hostfile, parse_hostfile, read_hostfile
@@ -25,8 +25,9 @@ from mlx_k2.doctor.checks import CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey, wheel_digest
-from mlx_k2.private_files import write_whole
+from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, wheel_digest
+from mlx_k2.launch.remote_install import survey as survey_host
+from mlx_k2.private_files import write_atomically
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
 
 THIS_MACHINE = "127.0.0.1"
@@ -62,7 +63,7 @@ class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
     "addresses",
     multiple=True,
     metavar="IP",
-    help="A host's address for hidden states, in the order of the hosts; repeat it.  [default: the fastest network]",
+    help="A host's address for hidden states; give it once for each host, in order.  [default: on the fastest network]",
 )
 @click.option(
     "--python", metavar="PATH", help="The Python on the hosts, 3.11 or newer.  [default: the one found there]"
@@ -71,36 +72,37 @@ class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
     "--wheels",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Wheels of all packages, for hosts that reach no package index: `pip download -d DIR mlx_k2-*.whl`.",
+    help="A folder with the wheels of all packages, for hosts that reach no package index: "
+    "`pip download -d DIR mlx_k2-*.whl`.",
 )
 @click.option("--model", "-m", metavar="PATH_OR_REPO", help="The model that commands use from now on.")
 @click.option(
     "--hostfile",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Where to write the hostfile.  [default: in the folder of the profile]",
+    help="The file for the hosts.  [default: hosts.json in the folder of the profile]",
 )
-@click.option("--yes", "-y", is_flag=True, help="Change what has to be changed without asking.")
+@click.option("--yes", "-y", is_flag=True, help="Make all changes without asking.")
 @with_struct(SetupOptions)
 def command(options: SetupOptions) -> None:
     """Set up the Macs HOST..., named as ssh knows them, in the order of their layers; `this` is this Mac.
 
     \b
-    It asks for what is not given, and before each change:
+    Without arguments it asks for the hosts. It also asks before each change, except with --yes:
         mlx-k2 setup
         mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking --yes
 
     It tests ssh, finds Python and memory, installs this version of mlx-k2 in ~/.local/share/mlx-k2 of each other host,
     chooses addresses, writes a hostfile and the profile, and runs the doctor. Nothing needs an administrator. Run it
-    again after an interruption: what is done is not repeated.
+    again after an interruption: completed steps are not repeated.
     """  # noqa: D301  # click reads the escape
     steps = _Steps(options)
     try:
         steps.run()
     except BaseException:  # also a signal
-        for line in steps.done or ["nothing was changed"]:
+        for line in steps.changes or ["nothing was changed"]:
             log(line)
-        if steps.done:
+        if steps.changes:
             log("run the same command again to go on: what is done is not repeated")
         raise
 
@@ -109,29 +111,30 @@ command.reads_profile = False  # it writes the profile
 
 
 class _Steps:
-    """The steps of one set-up. ``done`` names each change that was made."""
+    """The steps of one set-up. ``changes`` has a line for each change that was made."""
 
     def __init__(self, options: SetupOptions) -> None:
         self._options = options
-        self.done: list[str] = []
+        self.changes: list[str] = []
 
     def run(self) -> None:
         """Run all steps.
 
         Raises:
-            SetupError: something is missing, or an answer was no; nothing was changed after ``done``.
-            ClusterError: a host failed while it was changed.
+            SetupError: a host cannot be used, or the user refused a change; ``changes`` has the changes before it.
+            ClusterError: the installation on a host failed, or the doctor found a failure.
         """
-        names = self._names()
+        names = self._host_names()
         surveys = _survey_all([name for name in names if name != THIS_MACHINE], self._options.python)
         _show_hosts(names, surveys)
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
-            self._install(wheel, [found for found in surveys.values() if found.installed != wheel_digest(wheel)])
-        present = {host.ssh: host for host in self._present_hosts()}
+            self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
+        # keys of the hosts that setup does not set are kept
+        present_hosts = {host.ssh: host for host in self._present_hosts()}
         hosts = [
             msgspec.structs.replace(
-                present.get(name, Host(ssh=name)),
+                present_hosts.get(name, Host(ssh=name)),
                 python=surveys[name].environment_python if name in surveys else None,
                 ips=(),
                 rdma=(),
@@ -139,14 +142,15 @@ class _Steps:
             for name in names
         ]
         request = self._with_addresses(hosts)
-        self._write(request)
+        self._write_files(request)
         self._run_doctor(request)
 
-    def _names(self) -> list[str]:
-        given = list(self._options.hosts)
-        if not given:
-            given = _ask("Macs, as ssh knows them, in the order of their layers (`this` is this Mac): ").split()
-        names = [THIS_MACHINE if name in _LOCAL_NAMES else name for name in given]
+    def _host_names(self) -> list[str]:
+        """Return the names of the hosts in the order of their layers, from the arguments or the user's answer."""
+        names = list(self._options.hosts)
+        if not names:
+            names = _ask("Macs, as ssh knows them, in the order of their layers (`this` is this Mac): ").split()
+        names = [THIS_MACHINE if name in _LOCAL_NAMES else name for name in names]
         if not names or len(set(names)) < len(names):
             raise RequestError("give each Mac once, for instance: mlx-k2 setup this mac-2")
         for name in names:
@@ -163,33 +167,33 @@ class _Steps:
         if not self._options.yes and _ask(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
             raise SetupError("the answer was no: ended before this change")
 
-    def _install(self, wheel: Path, lacking: Sequence[HostSurvey]) -> None:
-        if not lacking:
+    def _install(self, wheel: Path, surveys: Sequence[HostSurvey]) -> None:
+        if not surveys:
             return
-        names = ", ".join(found.host for found in lacking)
+        names = ", ".join(survey.host for survey in surveys)
         self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{FOLDER} there?")
         pins = [f"mlx=={version('mlx')}"]
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
-        for found in lacking:
-            self.done.append(f"the installation on {found.host} was begun and not finished: ~/{FOLDER}")
+        for survey in surveys:
+            self.changes.append(f"the installation on {survey.host} was begun and not finished: ~/{FOLDER}")
             try:
-                with console.status(f"installing on {found.host} ..."):
-                    install(found, wheel, pins, wheels)
+                with console.status(f"installing on {survey.host} ..."):
+                    install(survey, wheel, pins, wheels)
             except SetupError as error:
-                failures.append(f"{found.host}: {error}")
+                failures.append(f"{survey.host}: {error}")
             else:
-                self.done.pop()
-                self._log_done(f"mlx-k2 {__version__} is installed on {found.host}: ~/{FOLDER}/env")
+                self.changes.pop()
+                self._log_change(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
 
-    def _log_done(self, line: str) -> None:
-        self.done.append(line)
+    def _log_change(self, line: str) -> None:
+        self.changes.append(line)
         log(line)
 
     def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
-        """Return the request with an address for each host, if there are several."""
+        """Return the request for these hosts; several hosts get the addresses of --address, or the fastest ones."""
         options = ClusterOptions(hostfile=str(self._options.hostfile_path))
         hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
         request = DeploymentRequest(options, hostfile, ModelSource(path_or_repo=BUILTIN))
@@ -199,41 +203,39 @@ class _Steps:
         if not addresses:
             with console.status("looking for addresses, and measuring them ..."):
                 choices = address_choices(host_interfaces(request))
-                present = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
-                addresses, slowest = fastest_choice(request, [present] if present in choices else choices)
-            log(f"addresses {', '.join(addresses)}" + (f": {slowest / 1e9:.2f} GB/s" if slowest is not None else ""))
+                present_ips = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
+                addresses, bytes_per_s = fastest_choice(request, [present_ips] if present_ips in choices else choices)
+            speed = "" if bytes_per_s is None else f": {bytes_per_s / 1e9:.2f} GB/s"
+            log(f"addresses {', '.join(addresses)}{speed}")
         if len(addresses) != len(hosts):
             raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
         return with_addresses(request, addresses)
 
     def _present_hosts(self) -> tuple[Host, ...]:
-        """Return the hosts in the hostfile that is there, whose further keys are kept; none without a usable file."""
+        """Return the hosts in the existing hostfile; none if it is missing or malformed."""
         with suppress(HostfileError):
             return read_hostfile(self._options.hostfile_path).hosts
         return ()
 
-    def _write(self, request: DeploymentRequest) -> None:
-        """Write the hostfile and the profile, if their content is to change."""
-        entries = [msgspec.to_builtins(host) for host in request.hostfile.hosts]
-        kept = [{key: value for key, value in entry.items() if value} for entry in entries]
-        content = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in kept) + "\n]\n"
-        parse_hostfile(content.encode(), "the new hostfile")
+    def _write_files(self, request: DeploymentRequest) -> None:
+        """Write the hostfile and the profile, if their content changes."""
+        content = _hostfile_text(request.hostfile)
         profile = profile_path()
-        before = profile.read_text(encoding="utf-8") if profile.exists() else ""
-        after = with_value(before, "hostfile", str(self._options.hostfile_path))
+        text_before = profile.read_text(encoding="utf-8") if profile.exists() else ""
+        text_after = with_value(text_before, "hostfile", str(self._options.hostfile_path))
         if self._options.model is not None:
-            after = with_value(after, "model", self._options.model)
-        texts = {self._options.hostfile_path: content, profile: after}
-        changed = {path: text for path, text in texts.items() if not path.exists() or path.read_text() != text}
-        if not changed:
+            text_after = with_value(text_after, "model", self._options.model)
+        texts = {self._options.hostfile_path: content, profile: text_after}
+        changed_texts = {path: text for path, text in texts.items() if not path.exists() or path.read_text() != text}
+        if not changed_texts:
             return
-        for path, text in changed.items():
+        for path, text in changed_texts.items():
             log(f"{path}:\n{text.rstrip()}")
-        self._confirm(f"Write {' and '.join(map(str, changed))}?")
-        for path, text in changed.items():
+        self._confirm(f"Write {' and '.join(map(str, changed_texts))}?")
+        for path, text in changed_texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text.encode(), 0o644)
-            self._log_done(f"written: {path}")
+            write_atomically(path, text.encode(), 0o644)
+            self._log_change(f"written: {path}")
 
     def _run_doctor(self, request: DeploymentRequest) -> None:
         with ConsoleListener(verbose=False) as listener:
@@ -247,16 +249,16 @@ class _Steps:
 
 
 def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurvey]:
-    """Survey all hosts.
+    """Return the survey of each host by its name.
 
     Raises:
-        SetupError: some cannot be used; has a line for each.
+        SetupError: some hosts cannot be used; has a line for each of these.
     """
     surveys, problems = {}, []
     for name in names:
         try:
             with console.status(f"asking {name} ..."):
-                surveys[name] = survey(name, python)
+                surveys[name] = survey_host(name, python)
         except SetupError as error:
             problems.append(f"{name}: {error}")
         else:
@@ -267,29 +269,34 @@ def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurve
     return surveys
 
 
+def _hostfile_text(hostfile: Hostfile) -> str:
+    """Return the hostfile as JSON with one host a line."""
+    entries = [msgspec.to_builtins(host) for host in hostfile.hosts]
+    lines = [json.dumps({key: value for key, value in entry.items() if value}) for entry in entries]
+    text = "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n"
+    parse_hostfile(text.encode(), "the new hostfile")  # raises HostfileError before the file is written
+    return text
+
+
 def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
-    here = ("this machine", sys.platform, gigabytes(psutil.virtual_memory().total), sys.executable, __version__)
-    rows = [
-        here
-        if (found := surveys.get(name)) is None
-        else (
-            name,
-            found.system,
-            gigabytes(found.memory_bytes),
-            found.python or "",
-            "installed by setup" if found.installed else "not installed",
-        )
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        if name in surveys:
+            survey = surveys[name]
+            installed = "installed by setup" if survey.installed else "not installed"
+            rows.append((name, survey.system, gigabytes(survey.memory_bytes), survey.python or "", installed))
+        else:
+            memory = gigabytes(psutil.virtual_memory().total)
+            rows.append(("this machine", sys.platform, memory, sys.executable, __version__))
     headings = ("host", "system", "memory", "Python", "mlx-k2")
     show_table(headings, rows, folded=headings)
 
 
 def _ask(question: str) -> str:
-    """Return the line that the user answers with.
+    """Return the user's answer, one line.
 
     Raises:
-        RequestError: nobody can be asked, or the input has ended.
+        RequestError: standard input is no terminal, or has ended.
     """
     if sys.stdin is None or not sys.stdin.isatty():
         raise RequestError("nobody can be asked here: name the hosts, and give --yes to change them")

@@ -22,25 +22,26 @@ def command(command: str | None) -> None:
         [chat]
         temperature = 0.7
 
-    A variable overrides the file, as MLX_K2_MODEL does for --model, and the command line overrides both.
+    An environment variable, such as MLX_K2_MODEL for --model, overrides the file. The command line overrides both.
     """  # noqa: D301  # click reads the escape
     profile = user_profile()
     log(f"{'the profile is' if profile.text else 'there is no profile:'} {profile.path}")
     context = click.get_current_context()
-    shown: dict[str, Default] = {}
+    shown_defaults: dict[str, Default] = {}
     for name in COMMANDS if command is None else (command,):
-        found = cli.get_command(context, name)
-        if not isinstance(found, ProgramCommand) or not found.reads_profile:
+        subcommand = cli.get_command(context, name)
+        if not isinstance(subcommand, ProgramCommand) or not subcommand.reads_profile:
             continue
-        defaults = defaults_of(found, name, profile)
-        for option in found.params:
+        defaults = defaults_of(subcommand, name, profile)
+        for option in subcommand.params:
             key = option_name(option)
             default = defaults.get(option.name or "")
             if default is not None:
-                is_own = command is None and default.source == profile.where(name, key) != str(profile.path)
-                shown.setdefault(f"{name}.{key}" if is_own else key, default)
+                is_in_table = key in profile.tables.get(name, {}) and default.source == profile.location(name, key)
+                # a default of several commands is shown once
+                shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)
             elif command is not None and key:
-                shown[key] = Default(option.to_info_dict()["default"], "default")
-    for key, default in shown.items():
+                shown_defaults[key] = Default(option.to_info_dict()["default"], "default")
+    for key, default in shown_defaults.items():
         value = json.dumps(default.value, ensure_ascii=False, default=str) if default.value is not None else "(none)"
         click.echo(f"{key} = {value}  # {default.source}")

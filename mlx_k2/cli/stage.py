@@ -1,4 +1,4 @@
-"""`mlx-k2 stage`: the internal command that ssh starts on a host whose Python is not at the coordinator's path."""
+"""`mlx-k2 stage`: an internal command that starts a stage over ssh where the path of Python is not known."""
 
 import click
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.options import RunOptions
@@ -13,18 +14,18 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
-def asked_request(
+def prepare_request(
     cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
 ) -> DeploymentRequest:
-    """Return the request for a deployment, and log the hostfile's warnings; errors are `deployment_request`'s."""
+    """Return the request for a deployment, and log its warnings; errors are those of `deployment_request`."""
     request = deployment_request(cluster, num_slots, draft_mode)
     for line in request.hostfile.warnings:
         log(line)
     return request
 
 
-def early_frontend(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
-    """Return the model's frontend before any stage is started, to refuse bad requests; None without a description.
+def frontend_before_start(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
+    """Return the model's frontend, to refuse invalid requests before any stage is started; None without ``model``.
 
     Raises:
         SetupError: the deployment would be rejected.
@@ -32,15 +33,22 @@ def early_frontend(request: DeploymentRequest, model: ModelDescription | None) -
     return None if model is None else ModelFrontend(model, preview(request, model)[0].context_tokens)
 
 
+class StartedCluster(NamedTuple):
+    """Stages that are ready, and the frontend of their model."""
+
+    stages: RestartingDeployment
+    frontend: ModelFrontend
+
+
 @contextmanager
 def started_cluster(
     request: DeploymentRequest, model: ModelDescription | None, run: RunOptions, *, verbose: bool
-) -> Iterator[tuple[RestartingDeployment, ModelFrontend]]:
+) -> Iterator[StartedCluster]:
     """Start the stages and load the model, with progress on stderr; end them on exit."""
     with (
         ConsoleListener(verbose) as listener,
-        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as restarting,
+        RestartingDeployment(request, model, listener, run.restarts, run.log_dir, run.log_tokens) as stages,
     ):
         listener.hide_progress()
-        deployment = restarting.deployment
-        yield restarting, ModelFrontend(deployment.model, deployment.shape.context_tokens)
+        deployment = stages.deployment
+        yield StartedCluster(stages, ModelFrontend(deployment.model, deployment.shape.context_tokens))

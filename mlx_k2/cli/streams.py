@@ -1,4 +1,4 @@
-"""The standard streams of the process: closed and non-blocking ones, and text that their encoding cannot hold."""
+"""The standard streams of the process: closed or non-blocking ones, and encodings that lack characters."""
 
 import io
 import os
@@ -9,11 +9,11 @@ from typing import Any, TextIO
 from mlx_k2.cli.terminal_text import json_line
 
 
-class _Messages(io.FileIO):
-    """Standard error: a message that cannot be written, to a full disk or a closed pipe, is lost and ends nothing."""
+class _LossyFile(io.FileIO):
+    """A file whose writes never fail. Data for a full disk or a closed pipe is discarded."""
 
     def write(self, data: Any, /) -> int:
-        """Write bytes and return how many were written or lost."""
+        """Write bytes and return the number of bytes written or discarded."""
         try:
             return super().write(data)
         except OSError:
@@ -21,21 +21,21 @@ class _Messages(io.FileIO):
 
 
 def prepare_streams() -> str | None:
-    """Make the standard streams usable; return the problem if they cannot be.
+    """Make the standard streams usable; return an error message if standard output is closed, else None.
 
     A byte of standard input that is not text is read as U+FFFD. A character that an output's encoding lacks is written
-    as an escape. Other programs can have left a pipe or a terminal non-blocking.
+    as an escape. Errors of writing to standard error are ignored.
     """
     for descriptor in (0, 1, 2):
         try:
-            os.set_blocking(descriptor, True)
-        except OSError:  # closed: take its number, which the next file that is opened would get otherwise
+            os.set_blocking(descriptor, True)  # another program may have made the pipe or terminal non-blocking
+        except OSError:  # closed: open another file with this number, so that no later file gets the number
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - it is open until the process ends
     elif isinstance(sys.stderr, io.TextIOWrapper):
-        messages = io.BufferedWriter(_Messages(sys.stderr.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(messages, sys.stderr.encoding, line_buffering=True)
+        lossy_stderr = io.BufferedWriter(_LossyFile(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(lossy_stderr, sys.stderr.encoding, line_buffering=True)
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -43,17 +43,17 @@ def prepare_streams() -> str | None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether a standard stream, which is None if it was closed, is a terminal."""
+    """Return whether a standard stream is a terminal. ``stream`` is None if it was closed."""
     return stream is not None and stream.isatty()
 
 
 def is_dumb() -> bool:
-    """Return whether the terminal can only show lines, by its TERM."""
+    """Return whether TERM names a terminal that can only show lines."""
     return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
 
 
 def refuses_colour() -> bool:
-    """Return whether the user wants no colours."""
+    """Return whether NO_COLOR is set."""
     return bool(os.environ.get("NO_COLOR"))
 
 

@@ -1,4 +1,4 @@
-"""Trace of the stages' steps in Chrome's trace format: one track a stage, one span a microbatch (ui.perfetto.dev)."""
+"""Trace of the stages' steps in Chrome's trace format: one track for each stage (ui.perfetto.dev)."""
 
 from pathlib import Path
 
@@ -8,34 +8,33 @@ from mlx_k2.deployment.listener import StageReport
 
 
 class Trace:
-    """Spans placed by the time at which the coordinator received their end: clocks of different hosts can differ."""
+    """Spans of all stages. A step ends when the coordinator receives its report: the hosts' clocks can differ."""
 
     def __init__(self, hosts: list[str]) -> None:
         self._events: list[object] = [
-            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"stage {rank} on {host}"}}
+            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"stage {rank} on {host}"}}  # metadata
             for rank, host in enumerate(hosts)
         ]
 
     def add(self, report: StageReport) -> None:
-        """Add one step of one stage: receive, compute, send."""
-        done, microbatch = report.done, report.microbatch
-        parts = (("send", done.send_s), (f"step {done.number}", done.busy_s), ("receive", done.receive_s))
-        ended_us = report.received_at * 1e6
-        for name, seconds in parts:  # backwards: only the end of the step is known
-            length_us = seconds * 1e6
-            ended_us -= length_us
+        """Add up to three spans of a step of a stage: receive, compute, send."""
+        step, microbatch = report.done, report.microbatch
+        category = "decode" if microbatch.decodes else "prefill"
+        arguments = {"tokens": microbatch.num_tokens, "sequences": len(microbatch.rows)}
+        start_us = report.received_at * 1e6
+        # from the last span to the first, because only the end of the step is known
+        for name, seconds in (("send", step.send_s), (f"step {step.number}", step.busy_s), ("receive", step.receive_s)):
+            start_us -= seconds * 1e6
             if seconds > 0:
-                kind = "decode" if microbatch.decodes else "prefill"
-                arguments = {"tokens": microbatch.num_tokens, "sequences": len(microbatch.rows)}
                 self._events.append(
                     {
-                        "ph": "X",
+                        "ph": "X",  # a complete span
                         "name": name,
-                        "cat": kind,
+                        "cat": category,
                         "pid": report.rank,
                         "tid": 0,
-                        "ts": ended_us,
-                        "dur": length_us,
+                        "ts": start_us,
+                        "dur": seconds * 1e6,
                         "args": arguments,
                     }
                 )

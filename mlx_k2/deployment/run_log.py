@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.deployment.plan import StagePlan
-from mlx_k2.private_files import open_ours, write_private
+from mlx_k2.private_files import open_private_no_symlink, write_private
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
@@ -132,7 +132,7 @@ class RunLog(DeploymentListener):
         try:
             if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
                 path.replace(path.with_suffix(path.suffix + ".before"))
-            with open(path, "ab", opener=open_ours) as file:
+            with open(path, "ab", opener=open_private_no_symlink) as file:
                 file.write(line.encode(errors="backslashreplace") + b"\n")
             self._is_refused = False
         except OSError as error:

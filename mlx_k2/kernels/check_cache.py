@@ -23,7 +23,7 @@ from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.dispatch import metal_texts
 from mlx_k2.kernels.self_check import KernelCheck, LayerShape
 from mlx_k2.kernels.tuning import Tuning
-from mlx_k2.private_files import home_folder, write_whole
+from mlx_k2.private_files import home_folder, write_atomically
 
 DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
 LOCK_S = 600.0
@@ -97,4 +97,4 @@ def store(path: Path, cached: CachedChecks) -> None:
     """Write the file atomically. Ignore a directory that is not writable: the next start then repeats the checks."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, msgspec.json.encode(cached), 0o644)
+        write_atomically(path, msgspec.json.encode(cached), 0o644)

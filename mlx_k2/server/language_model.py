@@ -14,7 +14,7 @@ from mlx_k2.chat.sampling_options import SAMPLING_NAMES, resolved_sampling
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.errors import RequestError
-from mlx_k2.sampling import Sampling, for_answers
+from mlx_k2.sampling import Sampling, sampling_per_answer
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
@@ -181,7 +181,7 @@ class LanguageModel:
             raise context_overflow(len(prompt_ids), self.context_tokens, field)
         max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
         stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
-        samplings, ids = for_answers(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
+        samplings, ids = sampling_per_answer(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
         priority = _priority(asked)
         return [Request(ids, max_tokens, sampling, stop_ids, priority=priority) for sampling in samplings]
 

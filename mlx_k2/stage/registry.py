@@ -15,7 +15,7 @@ import msgspec
 from mlx_k2.cluster.host_facts import RunningStage
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
-from mlx_k2.private_files import home_folder, open_ours, state_folder
+from mlx_k2.private_files import home_folder, open_private_no_symlink, state_folder
 
 FOLDER = (state_folder() or home_folder()) / "stages"
 
@@ -26,7 +26,7 @@ def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{os.getpid()}{_suffix()}"
         new = path.with_suffix(".new")
-        file = open(new, "wb", opener=open_ours)  # noqa: SIM115 - it stays open
+        file = open(new, "wb", opener=open_private_no_symlink)  # noqa: SIM115 - it stays open
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(msgspec.json.encode(stage))
         file.flush()

@@ -18,7 +18,7 @@ import msgspec
 from mlx_k2.errors import CheckpointError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
-from mlx_k2.private_files import write_whole
+from mlx_k2.private_files import write_atomically
 from mlx_k2.weights.safetensors_file import open_regular
 
 MANIFEST_NAME = "mlx-k2-manifest.json"
@@ -86,7 +86,7 @@ def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
         return
     data = msgspec.json.format(msgspec.json.encode(Manifest(dict(sorted((entries | added).items())))), indent=1)
     with contextlib.suppress(OSError):
-        write_whole(folder / MANIFEST_NAME, data + b"\n", 0o644)
+        write_atomically(folder / MANIFEST_NAME, data + b"\n", 0o644)
 
 
 def sampled_digest(path: Path) -> str:

@@ -218,7 +218,7 @@ def test_a_message_too_long_for_the_context_is_refused_and_the_conversation_is_u
 
 
 def test_a_tool_result_too_long_for_the_context_is_an_error_and_stays_in_the_conversation(tools: ToolBox) -> None:
-    declared = len(Conversation(builtin_template(), tokenizer(), tools.declarations).known_ids())
+    declared = len(Conversation(builtin_template(), tokenizer(), tools.declarations).next_prompt_prefix())
     chat, _ = session(calls(("much", '{"length": 38}')), HI, tools=tools, context_tokens=declared + 100)
     with pytest.raises(RequestError, match="there is no room"):
         list(chat.send_message("hello"))

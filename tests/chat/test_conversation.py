@@ -83,7 +83,7 @@ def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
 @given(st.text(max_size=20), st.integers(0, 2))
 def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
     talk = conversation_of(*["hello", "Hi."] * num_turns)
-    known = talk.known_ids()
+    known = talk.next_prompt_prefix()
     talk.add_user(text)
     prompt = talk.prompt_ids()
     assert prompt[: len(known)] == known
@@ -113,7 +113,7 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
     talk.add_results(["7"])
     loop.append(talk.prompt_ids())
     talk.add_reply(Reply("R2", "Sunny.", ()), sampled(tokenizer(), "R2</think>Sunny.<|im_end|>"))
-    known = talk.known_ids()
+    known = talk.next_prompt_prefix()
     assert ("R1" in decoded(known), "R2" in decoded(known)) == (keeps, keeps)
     assert decoded(known).endswith("<|im_user|>user<|im_middle|>")
     assert (known[: len(loop[1])] == loop[1]) == (keeps or mode.thinking is False)
@@ -127,7 +127,7 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
 def test_a_template_with_nothing_before_the_user_message_or_without_it_has_a_known_prefix(
     source: str, text: str
 ) -> None:
-    assert decoded(Conversation(ChatTemplate(source), tokenizer()).known_ids()) == text
+    assert decoded(Conversation(ChatTemplate(source), tokenizer()).next_prompt_prefix()) == text
 
 
 def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
@@ -225,4 +225,4 @@ def test_a_load_that_fails_does_not_change_the_conversation(
 @pytest.mark.parametrize("source", ["always this", "{% if messages|length > 1 %}a{% else %}b{% endif %}"])
 def test_known_ids_of_a_template_that_ignores_the_last_message_are_the_whole_prompt(source: str) -> None:
     talk = Conversation(ChatTemplate(source), tokenizer())
-    assert decoded(talk.known_ids()) in ("always this", "b")
+    assert decoded(talk.next_prompt_prefix()) in ("always this", "b")

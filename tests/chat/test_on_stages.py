@@ -118,7 +118,7 @@ def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_a
     first = list(chat.send_message("Tell me about the water and the world."))
     first_prompt = summary(first).prompt_tokens
     assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
-    known = len(conversation.known_ids())
+    known = len(conversation.next_prompt_prefix())
     kept = known - first_prompt
 
     chat.prefill_next_prompt()

@@ -57,8 +57,8 @@ def main(script: str, transcript_path: str) -> None:
         if script != "talk":
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
             tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
-        keyboard = choose_keyboard(list(HELP), usage.status)
-        approval = ToolApproval(screen, keyboard, (), everything=False)
+        keyboard = choose_keyboard(list(HELP), usage.status_line)
+        approval = ToolApproval(screen, keyboard, (), allows_all=False)
         conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
         source = Script(
             tokenizer(),

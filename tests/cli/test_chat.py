@@ -55,7 +55,7 @@ def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
         pane.type("/und")
         pane.wait_for("/undo")
         pane.type("o", "Enter")
-        pane.wait_for("taken back: long")
+        pane.wait_for("removed: long")
         saved = tmp_path / "saved chat.json"
         pane.send_message(f"/save {saved}")
         pane.wait_for("the conversation is in")

@@ -117,7 +117,7 @@ def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:
 def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
     recorded: list[str] = []
     with Transcript(FULL, recorded.append) as transcript:
-        transcript.event(Content("a"))
-        transcript.event(MessageAdded(Message(role="user", content=USER["content"])))
+        transcript.write_event(Content("a"))
+        transcript.write_event(MessageAdded(Message(role="user", content=USER["content"])))
     (line,) = recorded
     assert "cannot be written any more: No space left on device; the chat continues" in line

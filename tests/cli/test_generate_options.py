@@ -12,7 +12,7 @@ import pytest
 from mlx_k2.cli.generate import command, first_submissions
 from mlx_k2.cli.generate_file import line_submissions
 from mlx_k2.cli.generate_options import GenerateOptions
-from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.errors import RequestError
 from mlx_k2.scheduling.request import Request
@@ -98,7 +98,7 @@ def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
 
 
 @follows_advice(
-    "reading standard input to its end; without a text to join PROMPT, add < /dev/null",
+    "reading standard input to its end; add < /dev/null if it has no text",
 )
 def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
@@ -109,14 +109,14 @@ def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(mon
         os.close(writes)
 
     monkeypatch.setattr("mlx_k2.cli.generate_options.log", end_the_text)
-    monkeypatch.setattr("mlx_k2.cli.generate_options._NOTIFY_AFTER_S", 0.1)
+    monkeypatch.setattr("mlx_k2.cli.generate_options._SILENT_WAIT_S", 0.1)
     with os.fdopen(reads) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
         assert options_of("Hi").read_prompt() == "Hi"
     with Path(os.devnull).open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         assert options_of("Hi").read_prompt() == "Hi"
-    assert shown == ["reading standard input to its end; without a text to join PROMPT, add < /dev/null"]
+    assert shown == ["reading standard input to its end; add < /dev/null if it has no text"]
 
 
 def test_the_prompt_is_given_once() -> None:

@@ -9,7 +9,7 @@ from mlx_k2.cli import doctor, serve
 from mlx_k2.cli.generate import command
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.main import cli, run, user_profile
-from mlx_k2.cli.options import with_struct
+from mlx_k2.cli.option_values import with_struct
 from tests.advice import follows_advice
 
 FILE = """\

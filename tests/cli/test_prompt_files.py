@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_k2.chat.sampling_options import SamplingOptions
-from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, run_digest
+from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, result_digest
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import derived_seed
 
@@ -36,7 +36,7 @@ def test_a_line_has_the_values_of_the_options_unless_it_gives_its_own_also_the_d
     assert (plain.timeout_s, plain.seed) == (2.0, None)  # a seed is derived for each line
     found = (default.top_k, default.stop, default.num_answers, default.regex, default.ignore_eos, default.logit_bias)
     assert found == (None, (), 1, None, False, {})
-    assert run_digest([options], 1, plain) != run_digest([options], 1, default)
+    assert result_digest([options], 1, plain) != result_digest([options], 1, default)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_digest_changes_with_the_run_the_line_and_its_number() -> None:
     line = PromptLine(prompt="x")
     digests = {
-        run_digest(["m", 1], 1, line),
-        run_digest(["n", 1], 1, line),
-        run_digest(["m", 2], 1, line),
-        run_digest(["m", 1], 2, line),
-        run_digest(["m", 1], 1, PromptLine(prompt="y")),
-        run_digest(["m", 1], 1, PromptLine(prompt="x", timeout_s=3)),
+        result_digest(["m", 1], 1, line),
+        result_digest(["n", 1], 1, line),
+        result_digest(["m", 2], 1, line),
+        result_digest(["m", 1], 2, line),
+        result_digest(["m", 1], 1, PromptLine(prompt="y")),
+        result_digest(["m", 1], 1, PromptLine(prompt="x", timeout_s=3)),
     }
     assert len(digests) == 6

@@ -69,7 +69,7 @@ def test_an_answer_that_the_encoding_of_standard_output_cannot_hold_is_written_w
     text: str, encoding: str
 ) -> None:
     with standard("stdout", b"", encoding, "strict") as raw:
-        PlainScreen(show_thinking=False).event(Content(text))
+        PlainScreen(show_thinking=False).show_event(Content(text))
         sys.stdout.flush()
         shown = raw.getvalue().decode(encoding)
     assert shown == text.encode(encoding, "backslashreplace").decode(encoding)

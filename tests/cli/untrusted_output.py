@@ -16,7 +16,7 @@ from mlx_k2.cli import main
 from mlx_k2.cli.console import ConsoleListener, log
 from mlx_k2.cli.doctor import _print_json, show_checks
 from mlx_k2.cli.repl.screen import PlainScreen, RichScreen, Screen
-from mlx_k2.cli.repl.wording import whole_call
+from mlx_k2.cli.repl.wording import full_call
 from mlx_k2.coordinator.handle import Restarting
 from mlx_k2.deployment.restarting import Restart
 from mlx_k2.doctor.checks import Check, CheckResult
@@ -41,16 +41,16 @@ def chat(screen: Screen, parts: list[str]) -> None:
         Restarting(Restart(text, 1, 3, 1.0), text),
     ]
     for event in events:
-        screen.event(event)
+        screen.show_event(event)
     screen.wait(text)
     screen.log(text)
-    screen.restart(Restart(text, 1, 3, 1.0))
+    screen.show_restart(Restart(text, 1, 3, 1.0))
     screen.pause()
 
 
 def approval(parts: list[str]) -> None:
     for screen in (RichScreen(show_thinking=True), PlainScreen(show_thinking=True)):
-        screen.show_call(f"the model wants to call {whole_call(call(''.join(parts)))}")
+        screen.show_call(f"the model wants to call {full_call(call(''.join(parts)))}")
 
 
 def listener(parts: list[str]) -> None:
@@ -111,7 +111,7 @@ WAYS: dict[str, Callable[[list[str]], None]] = {
 
 
 def serve() -> None:
-    main.print_errors_cleanly()
+    main.make_errors_printable()
     with os.fdopen(int(sys.argv[1])) as lines:
         for line in lines:
             asked = json.loads(line)

@@ -33,7 +33,7 @@ def main(model: Path) -> None:
         output = JsonOutput(tokenizer)
         for event in written.events():
             if isinstance(event, Token):
-                output.event(event)
+                output.show_event(event)
         thread.join()
 
 

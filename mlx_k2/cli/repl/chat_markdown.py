@@ -1,6 +1,6 @@
-r"""Markdown as chats show it: headings to the left, numbers of lists with their dots, formulas as they were written.
+r"""Markdown of a chat: headings are at the left, list numbers have dots, formulas are shown unchanged.
 
-A formula is the text between \( and \), \[ and \], or $$ and $$: its backslashes, underscores and stars stay.
+A formula is the text between \( and \), \[ and \], or $$ and $$. Its backslashes, underscores and stars stay.
 """
 
 from markdown_it import MarkdownIt
@@ -10,25 +10,28 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Heading, ListItem, Markdown
 from rich.segment import Segment
 
-_ENDS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
-_KEPT_ESCAPES = frozenset("()[]{},;:!\\ ")
-"""Characters after a backslash that belong to LaTeX more often than to Markdown: both characters stay."""
+_CLOSING_OF = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
+"""The end of a formula, by its beginning."""
+_LATEX_ESCAPES = frozenset("()[]{},;:!\\ ")
+"""Characters after a backslash that are more often LaTeX than Markdown. Backslash and character stay."""
 
 
 def chat_parser() -> MarkdownIt:
-    """Return a parser of what rich's Markdown shows, and of formulas."""
+    """Return a parser of formulas, and of the Markdown that rich can show."""
     parser = MarkdownIt().enable(["strikethrough", "table"])
     parser.inline.ruler.before("escape", "formula", _formula)
     return parser
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
-    """Read a formula, or an escape of LaTeX, as text."""
+    """Read a formula, or an escape of LaTeX, as text; return False if there is none. A rule of markdown-it."""
     opening = state.src[state.pos : state.pos + 2]
-    end = state.src.find(_ENDS[opening], state.pos + 2, state.posMax) if opening in _ENDS else -1
-    if end >= 0:
-        length = end + 2 - state.pos
-    elif opening[:1] == "\\" and opening[1:] and opening[1] in _KEPT_ESCAPES:
+    closing_at = -1
+    if opening in _CLOSING_OF:
+        closing_at = state.src.find(_CLOSING_OF[opening], state.pos + 2, state.posMax)
+    if closing_at >= 0:
+        length = closing_at + 2 - state.pos
+    elif len(opening) == 2 and opening[0] == "\\" and opening[1] in _LATEX_ESCAPES:
         length = 2
     else:
         return False
@@ -39,13 +42,13 @@ def _formula(state: StateInline, silent: bool) -> bool:
 
 
 class _LeftHeading(Heading):
-    """A heading of any level at the left."""
+    """A heading at the left, whatever its level."""
 
     LEVEL_ALIGN = {}  # noqa: RUF012 - rich's own name; a level without an entry is at the left
 
 
 class _NumberedItem(ListItem):
-    """An item of a list, whose number has a dot."""
+    """A list item whose number has a dot."""
 
     def render_number(self, console: Console, options: ConsoleOptions, number: int, last_number: int) -> RenderResult:
         """Yield the item's lines, the first after the number."""

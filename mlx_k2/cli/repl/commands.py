@@ -14,23 +14,25 @@ from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.cli.repl.wording import one_line
 from mlx_k2.errors import MlxK2Error, RequestError
 
-_MAX_SHOWN = 100
+_MAX_CHARS = 100
+"""Length at which a quoted text is cut."""
 
 HELP = {
-    "/help": ("", "this list; so does /?"),
+    "/help": ("", "show this list; also /?"),
     "/system": ("[TEXT | off]", "show or set the system prompt; off: the model's own"),
-    "/reset": ("", "delete all messages but the system prompt, as /clear does"),
-    "/undo": ("", "take back your last message and what followed"),
+    "/reset": ("", "delete all messages but the system prompt; also /clear"),
+    "/undo": ("", "remove your last message and what followed"),
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
-    "/load": ("FILE", "continue from a file"),
-    "/think": ("show | hide | on | off", "whether to show what the model thinks; whether it thinks"),
-    "/tools": ("", "the tools that the model may call"),
-    "/stats": ("", "what the conversation took so far, and each stage's part"),
-    "/quit": ("", "leave; so do /exit, /bye, quit and Ctrl-D"),
+    "/load": ("FILE", "continue a conversation from a file"),
+    "/think": ("show | hide | on | off", "whether thinking is shown, and whether the model thinks"),
+    "/tools": ("", "show the tools that the model may call"),
+    "/stats": ("", "show token counts, and each stage's share of the computing time"),
+    "/quit": ("", "end the chat; also /exit, /bye, quit and Ctrl-D"),
 }
+"""The argument and the effect of each command."""
 OTHER_NAMES = {"/?": "/help", "/clear": "/reset", "/exit": "/quit", "/bye": "/quit", "quit": "/quit", "exit": "/quit"}
-"""Further names of commands; those without a slash are whole lines."""
+"""Other names of commands. Those without a slash are commands only if they are the complete line."""
 _KEYS = (
     "Enter sends; Alt-Enter, Ctrl-J or a backslash at the end of the line begins a new one. Ctrl-C stops an answer. "
     "A message that begins with a slash is written with a space before it."
@@ -38,7 +40,10 @@ _KEYS = (
 
 
 def is_command(line: str) -> bool:
-    """Return whether a line is a command and not a message. A path, with a second slash or of a file, is a message."""
+    """Return whether a line is a command. A line that begins with a path is a message, unless it is also a command.
+
+    A path has a second slash or exists.
+    """
     if not line.startswith("/"):
         return line.strip() in OTHER_NAMES and not line.startswith(" ")
     first_word = line.split(maxsplit=1)[0]
@@ -52,15 +57,15 @@ class Quit(Exception):
 
 @dataclass
 class Commands:
-    """The commands on one session with the model of this name and digest, which saved files hold.
+    """The commands on one session with one model.
 
     ``show_stats`` shows each stage's fraction of the computing time. ``temperature`` returns the temperature of
     replies with thinking (True) and without it (False).
     """
 
     session: ChatSession
-    model: str
-    digest: str
+    model_name: str
+    model_digest: str
     screen: Screen
     usage: UsageTotals
     tools: Tools | None
@@ -72,20 +77,22 @@ class Commands:
         """Run one command; yield the events of an answer that it starts.
 
         Raises:
-            RequestError: the command does not exist or cannot be run; gives the reason.
+            RequestError: the command does not exist or cannot be run.
             Quit: the command is /quit.
         """
         name, _, argument = line.partition(" ")
         name = OTHER_NAMES.get(name, name)
         if name not in HELP:
             raise RequestError(
-                f"there is no command {one_line(name, _MAX_SHOWN)}: /help lists them; "
+                f"there is no command {one_line(name, _MAX_CHARS)}: /help lists them; "
                 "to send it as a message, write a space before it"
             )
         argument = argument.strip()
         if argument and not HELP[name][0]:
             raise RequestError(f"{name} takes no argument")
-        yield from getattr(self, f"_{name[1:]}")(argument) or ()
+        events: Iterator[Event] | None = getattr(self, f"_{name[1:]}")(argument)  # the method _help for /help
+        if events is not None:
+            yield from events
 
     def save_to(self, path: Path) -> None:
         """Write the conversation to a file.
@@ -94,7 +101,7 @@ class Commands:
             RequestError: the file cannot be written.
         """
         messages = [message.json_value() for message in self.session.conversation.messages]
-        save_chat(path, SavedChat(self.model, self.digest, messages))
+        save_chat(path, SavedChat(self.model_name, self.model_digest, messages))
 
     def _help(self, argument: str) -> None:
         width = max(len(f"{name} {hint}") for name, (hint, _) in HELP.items())
@@ -117,9 +124,9 @@ class Commands:
     def _undo(self, argument: str) -> None:
         text = self.session.cancel_prefill().undo()
         if text is None:
-            raise RequestError("there is nothing to take back")
+            raise RequestError("there is no message to remove")
         self._recount()
-        self.screen.log(f"taken back: {one_line(text, _MAX_SHOWN)}")
+        self.screen.log(f"removed: {one_line(text, _MAX_CHARS)}")
 
     def _retry(self, argument: str) -> Iterator[Event]:
         return self.session.retry()
@@ -131,13 +138,13 @@ class Commands:
 
     def _load(self, argument: str) -> None:
         path = _path(argument, "/load")
-        messages = load_chat(path, self.digest)
+        messages = load_chat(path, self.model_digest)
         try:
-            left_out = self.session.load(messages)
+            warnings = self.session.load(messages)
         except MlxK2Error as error:
             raise RequestError(f"{path}: {error}") from None
         self._recount()
-        for line in left_out:
+        for line in warnings:
             self.screen.log(line)
         self.screen.log(f"{len(messages)} messages from {path}")
 
@@ -155,25 +162,25 @@ class Commands:
                 raise RequestError("give /think show, hide, on or off")
 
     def _tools(self, argument: str) -> None:
-        declared = [] if self.tools is None else self.tools.declarations
-        for declaration in declared:
+        declarations = [] if self.tools is None else self.tools.declarations
+        for declaration in declarations:
             function = declaration["function"]
-            asked = "" if self.approval.covers(function["name"]) else "  [asks first]"
-            self.screen.log(f"{function['name']}{asked}  {one_line(function['description'], _MAX_SHOWN)}".rstrip())
-        if not declared:
+            mark = "" if self.approval.allows(function["name"]) else "  [asks first]"
+            self.screen.log(f"{function['name']}{mark}  {one_line(function['description'], _MAX_CHARS)}".rstrip())
+        if not declarations:
             self.screen.log("there are no tools: start with --tools or --mcp")
 
     def _stats(self, argument: str) -> None:
-        self.screen.log(self.usage.totals())
-        self.screen.log(self.usage.status())
+        self.screen.log(self.usage.totals_line())
+        self.screen.log(self.usage.status_line())
         self.show_stats()
 
     def _quit(self, argument: str) -> None:
         raise Quit
 
     def _recount(self) -> None:
-        """Count the context tokens again after the conversation was changed."""
-        self.usage.context_used = len(self.session.cancel_prefill().known_ids())
+        """Count the context tokens again after a change of the conversation."""
+        self.usage.context_used = len(self.session.cancel_prefill().next_prompt_prefix())
 
 
 def _path(argument: str, command: str) -> Path:

@@ -40,26 +40,26 @@ class LineKeyboard:
             EOFError: the input has ended.
             KeyboardInterrupt: the user discards the current line.
         """
-        lines = [self._line(PROMPT)]
+        lines = [self._read_line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(self._line(". "))
+            lines.append(self._read_line(". "))
         return "\n".join(lines)
 
     def ask(self, question: str) -> str:
         """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
         if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
-        return self._line(question)
+        return self._read_line(question)
 
-    def attended(self) -> AbstractContextManager[None]:
-        """Return a context around all reading. Input typed between two calls of ``read`` is kept for the next.
+    def without_echo(self) -> AbstractContextManager[None]:
+        """Return a context for all calls of ``read``, in which keys typed during an answer are not echoed into it.
 
-        Standard input keeps unread lines by itself.
+        Here it does nothing, because plain lines have no echo that this program controls.
         """
         return contextlib.nullcontext()
 
-    def _line(self, prompt: str) -> str:
+    def _read_line(self, prompt: str) -> str:
         if is_terminal(sys.stdin):
             sys.stderr.write(prompt)
             sys.stderr.flush()
@@ -70,12 +70,15 @@ class LineKeyboard:
 
 
 class TerminalKeyboard(LineKeyboard):
-    """A terminal with editing, a history across runs, and a status line with the text of ``status``."""
+    """A terminal with editing, a history in the file ``history``, and a status line with the text of ``status``.
+
+    Without a file the history ends with the program.
+    """
 
     def __init__(
         self, history: Path | None, commands: Sequence[str], status: Callable[[], str], *, colours: bool
     ) -> None:
-        self._session: PromptSession[str] = PromptSession(
+        self._message_session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else _History(str(history)),
             completer=_CommandCompleter(commands),
             complete_while_typing=True,
@@ -86,40 +89,41 @@ class TerminalKeyboard(LineKeyboard):
             color_depth=None if colours else ColorDepth.DEPTH_1_BIT,
             style=_STYLE,
         )
-        self._questions: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory())
 
     def read(self) -> str:
         """Return the next message or command; output of other threads meanwhile appears above the prompt."""
         with patch_stdout(raw=True):
-            return self._session.prompt(PROMPT)
+            return self._message_session.prompt(PROMPT)
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, as ``LineKeyboard.ask`` does."""
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-        clear_typeahead(self._questions.input)  # keys that prompt_toolkit has read after the last Enter
-        return self._questions.prompt(question)
+        clear_typeahead(self._question_session.input)  # keys after the last Enter that prompt_toolkit has read already
+        return self._question_session.prompt(question)
 
     @contextlib.contextmanager
-    def attended(self) -> Iterator[None]:
-        """Turn off the terminal's echo and line mode in this context: echoed input would appear inside the answer."""
+    def without_echo(self) -> Iterator[None]:
+        """Turn off the terminal's echo and line mode in this context, for input that is typed during an answer."""
         terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(terminal)
-        quiet = list(before)
-        quiet[0] &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
-        quiet[3] &= ~(termios.ECHO | termios.ICANON)
-        termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+        attributes_before = termios.tcgetattr(terminal)
+        input_flags, output_flags, control_flags, local_flags, *rest = attributes_before
+        input_flags &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
+        local_flags &= ~(termios.ECHO | termios.ICANON)
+        attributes = [input_flags, output_flags, control_flags, local_flags, *rest]
+        termios.tcsetattr(terminal, termios.TCSANOW, attributes)
         try:
             yield
         finally:
-            termios.tcsetattr(terminal, termios.TCSANOW, before)
+            termios.tcsetattr(terminal, termios.TCSANOW, attributes_before)
 
 
 def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> LineKeyboard:
-    """Return a keyboard with editing and saved history if stdin and stdout are capable terminals, else plain lines."""
+    """Return a keyboard with editing and saved history; plain lines if stdin or stdout is no terminal or a dumb one."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or is_dumb():
         return LineKeyboard()
-    state = state_folder()
-    history = None if state is None else _usable_history(state / "chat-history")
+    folder = state_folder()
+    history = None if folder is None else _usable_history(folder / "chat-history")
     return TerminalKeyboard(history, commands, status, colours=not refuses_colour())
 
 
@@ -134,7 +138,7 @@ def _usable_history(path: Path) -> Path | None:
 
 
 class _History(FileHistory):
-    """A history of well-formed text. A terminal can send bytes that are not UTF-8."""
+    """A history file whose text is made well-formed, because a terminal can send bytes that are not UTF-8."""
 
     def store_string(self, string: str) -> None:
         """Append a message to the file."""
@@ -142,7 +146,7 @@ class _History(FileHistory):
 
 
 def _bindings() -> KeyBindings:
-    """Return the bindings: Enter sends, after a backslash it begins a new line, as Escape Enter and Ctrl-J do."""
+    """Return the key bindings: Enter sends; Enter after a backslash, Escape Enter and Ctrl-J begin a new line."""
     bindings = KeyBindings()
 
     @bindings.add("enter")

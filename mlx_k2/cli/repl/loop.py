@@ -1,4 +1,4 @@
-"""The chat loop: read a line, answer it, show the answer. Knows neither options nor how anything was started."""
+"""The chat loop: read a line, answer it, show the answer. Knows neither options nor stages."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -9,16 +9,16 @@ from mlx_k2.chat.chat_events import Event
 from mlx_k2.cli.repl.commands import Commands, Quit, is_command
 from mlx_k2.cli.repl.keyboard import LineKeyboard
 from mlx_k2.cli.repl.transcript import Transcript
-from mlx_k2.cli.repl.wording import CUT
+from mlx_k2.cli.repl.wording import CUT_TEXTS
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.errors import EngineBusy, RequestFailed, SetupError
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.tokenizer import well_formed
 from mlx_k2.text.tool_call import ToolCall
 
-_ENDS = {**CUT, FinishReason.CANCELLED: "stopped; /retry answers again, /undo takes your message back"}
-_QUIT_AFTER = 3
-"""The number of Ctrl-C presses during one answer that ends the program, in case the answer does not stop."""
+_FINISH_TEXTS = {**CUT_TEXTS, FinishReason.CANCELLED: "stopped; /retry answers again, /undo removes your message"}
+_QUIT_PRESSES = 3
+"""Number of Ctrl-C presses during one answer that ends the program, in case the answer does not stop."""
 
 
 class Repl:
@@ -38,7 +38,7 @@ class Repl:
         Raises:
             ClusterError: the stages cannot continue; the conversation so far is in the session.
         """
-        with self._keyboard.attended():
+        with self._keyboard.without_echo():
             while True:
                 self._session.prefill_next_prompt()
                 try:
@@ -59,51 +59,52 @@ class Repl:
         if is_command(line):
             if self._transcript is not None:
                 self._transcript.write({"command": well_formed(line)})
-            self._follow(self._commands.run(line.strip()))
+            self._show_events(self._commands.run(line.strip()))
         elif line.strip():
             self._send(line)
 
     def _send(self, message: str) -> None:
-        self._follow(self._session.send_message(well_formed(message.strip())))
+        self._show_events(self._session.send_message(well_formed(message.strip())))
 
-    def _follow(self, events: Iterable[Event]) -> None:
-        """Show all events; count them and write them to the transcript."""
-        last: AnswerSummary | None = None
-        calls_nothing = False
+    def _show_events(self, events: Iterable[Event]) -> None:
+        """Show all events, count them, and write them to the transcript."""
+        summary: AnswerSummary | None = None
+        has_call_without_tools = False
         with self._ctrl_c_stops():
             self._screen.is_answering = True
             try:
                 for event in events:
-                    self._usage.event(event)
+                    self._usage.add(event)
                     if self._transcript is not None:
-                        self._transcript.event(event)
-                    self._screen.event(event)
+                        self._transcript.write_event(event)
+                    self._screen.show_event(event)
                     if isinstance(event, AnswerSummary):
-                        last = event
-                    calls_nothing |= isinstance(event, ToolCall) and self._commands.tools is None
+                        summary = event
+                    if isinstance(event, ToolCall) and self._commands.tools is None:
+                        has_call_without_tools = True
             finally:
                 self._screen.is_answering = False
                 self._screen.pause()
-        if calls_nothing:
+        if has_call_without_tools:
             self._screen.log("the model called a tool, and there are none: start with --tools or --mcp")
-        if last is not None and last.finish_reason in _ENDS:
-            self._screen.log(f"the answer was {_ENDS[last.finish_reason]}")
+        if summary is not None and summary.finish_reason in _FINISH_TEXTS:
+            self._screen.log(f"the answer was {_FINISH_TEXTS[summary.finish_reason]}")
 
     @contextmanager
     def _ctrl_c_stops(self) -> Iterator[None]:
         """Make Ctrl-C stop the answer in this context; the third Ctrl-C ends the program."""
-        before = signal.getsignal(signal.SIGINT)
-        times = 0
+        handler_before = signal.getsignal(signal.SIGINT)
+        num_presses = 0
 
         def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal times
-            times += 1
+            nonlocal num_presses
+            num_presses += 1
             self._session.stop()
-            if times >= _QUIT_AFTER and callable(before):
-                before(number, frame)
+            if num_presses >= _QUIT_PRESSES and callable(handler_before):
+                handler_before(number, frame)
 
         signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, handler_before)

@@ -1,4 +1,4 @@
-"""The blocks of a Markdown text that grows. Parses only the last top-level block again. Knows no display."""
+"""The blocks of a growing Markdown text. Only the last top-level block is parsed again. Knows no display."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from markdown_it.tree import SyntaxTreeNode
 
 from mlx_k2.cli.repl.chat_markdown import chat_parser
 
-_AFTER_A_BLOCK = Token("html_block", "", 0)
-"""A token that rich prints as nothing, and after which it prints an empty line before the next block."""
-_SHORTEN_EVERY = 8
+_EMPTY_BLOCK = Token("html_block", "", 0)
+"""A token that rich does not print, but after which it prints an empty line before the next block."""
+_SHORTEN_EVERY_LINES = 8
 """Number of lines by which an open block grows before it is shortened again."""
-_LEAVES = {"fence": 1, "paragraph": 1, "heading": 1, "code_block": 1, "html_block": 1, "table": 2}
-"""The kinds of blocks that contain no blocks, and how many first lines a parser needs to know the kind."""
+_NUM_OPENING_LINES = {"fence": 1, "paragraph": 1, "heading": 1, "code_block": 1, "html_block": 1, "table": 2}
+"""Number of first lines by which a parser recognizes the block, for each kind of block that contains no blocks."""
 
 
 class MarkdownBlocks:
@@ -30,41 +30,41 @@ class MarkdownBlocks:
         self.follows_block = False
         """True if an empty line is to be shown before the next block; set by the caller, for instance after a fence."""
         self._lines: list[str] = []  # all complete lines of the open block
-        self._kept: list[str] = []  # those of them that are still parsed and displayed
+        self._parsed_lines: list[str] = []  # those of the open block's lines that are still parsed and displayed
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
-        self._shown: dict[str, list[Token]] = {}  # tokens of the displayed paragraphs, by their text
+        self._inline_tokens: dict[str, list[Token]] = {}  # tokens inside the displayed paragraphs, by their text
 
     def add(self, text: str) -> None:
         """Append ``text``."""
         *lines, self._last_line = (self._last_line + text).split("\n")
         self._lines += lines
-        self._kept += lines
+        self._parsed_lines += lines
         self._has_new_lines |= bool(lines)
 
     def pop_finished(self, keep_lines: int) -> list[Token]:
         """Remove the blocks that later text cannot change and return their tokens.
 
-        Of a block that is still open the last ``keep_lines`` lines are kept, and at most about twice as many parsed.
+        Of a long open block, only the first lines and at least the last ``keep_lines`` lines are parsed again.
         """
         if not self._has_new_lines:
             return []
         self._has_new_lines = False
-        start = self._find_open_block(self._kept)
-        if start and len(self._kept) < len(self._lines):
+        start = self._find_open_block(self._parsed_lines)
+        if start and len(self._parsed_lines) < len(self._lines):
             start = self._find_open_block(self._lines)
-            self._kept = self._lines.copy()
+            self._parsed_lines = self._lines.copy()
         if start:
-            finished, self._lines = self._lines[:start], self._lines[start:]
-            self._kept = self._lines.copy()
-            return self._parse(finished)
-        if len(self._kept) > keep_lines + _SHORTEN_EVERY:
+            finished_lines, self._lines = self._lines[:start], self._lines[start:]
+            self._parsed_lines = self._lines.copy()
+            return self._parse(finished_lines)
+        if len(self._parsed_lines) > keep_lines + _SHORTEN_EVERY_LINES:
             self._shorten(keep_lines)
         return []
 
     def pop_fence(self) -> tuple[str, str] | None:
-        """Remove an open block that is a code fence; return its first line and the text after it, else None."""
+        """Remove an open code fence and return its first line and the text after that line; None if none is open."""
         if not self._is_fence:
             return None
         text = "\n".join([*self._lines[1:], self._last_line])
@@ -81,25 +81,25 @@ class MarkdownBlocks:
     def open_tokens(self, max_chars: int) -> list[Token]:
         """Return the tokens of the end of the open block, with at most ``max_chars`` characters of each paragraph."""
         env = self._env()
-        tokens = self._block_parser.parse("\n".join([*self._kept, self._last_line]), env)
-        shown: dict[str, list[Token]] = {}
+        tokens = self._block_parser.parse("\n".join([*self._parsed_lines, self._last_line]), env)
+        inline_tokens: dict[str, list[Token]] = {}
         for token in tokens:
             if token.type == "inline":
                 text = token.content[-max_chars:]
-                shown[text] = token.children = self._shown.get(text, [])
+                inline_tokens[text] = token.children = self._inline_tokens.get(text, [])
                 if not token.children:
                     self._parser.inline.parse(text, self._parser, env, token.children)
-        self._shown = shown
-        return self._displayable(tokens)
+        self._inline_tokens = inline_tokens
+        return self._make_displayable(tokens)
 
     def _clear(self) -> None:
-        self._lines, self._kept, self._last_line = [], [], ""
+        self._lines, self._parsed_lines, self._last_line = [], [], ""
         self._has_new_lines = self._is_fence = False
 
     def _find_open_block(self, lines: list[str]) -> int:
-        """Return the line at which the last top-level block begins.
+        """Return the index of the line at which the last top-level block begins; set ``_is_fence`` for that block.
 
-        Definitions of links directly before it belong to it: the next line may become the title of the last definition.
+        Link definitions directly before the block belong to it: the next line may become a definition's title.
         """
         env = self._env()
         tokens = self._block_parser.parse("\n".join([*lines, ""]), env)
@@ -123,31 +123,33 @@ class MarkdownBlocks:
             label: {"title": reference["title"], "href": reference["href"]}
             for label, reference in env["references"].items()
         }
-        placed = self._displayable(tokens)
+        displayable_tokens = self._make_displayable(tokens)  # reads follows_block
         if tokens:
             self.follows_block = tokens[-1].type != "hr"  # as in rich's Markdown
-        return placed
+        return displayable_tokens
 
     def _env(self) -> dict[str, Any]:
+        """Return markdown-it's environment of a parse: the link definitions of the finished blocks."""
         return {"references": dict(self._references)}
 
-    def _displayable(self, tokens: list[Token]) -> list[Token]:
-        """Return the tokens with balanced <kbd> tags, and an empty line before them if one is due."""
+    def _make_displayable(self, tokens: list[Token]) -> list[Token]:
+        """Return the tokens with balanced <kbd> tags, and with an empty line before them if they follow a block."""
         for token in tokens:
             if token.children is not None:
-                token.children = list(_balanced(token.children))
-        return [_AFTER_A_BLOCK, *tokens] if tokens and self.follows_block else tokens
+                token.children = list(_balance_kbd(token.children))
+        return [_EMPTY_BLOCK, *tokens] if tokens and self.follows_block else tokens
 
     def _shorten(self, keep_lines: int) -> None:
-        """Remove lines of the open block that change neither where it ends nor how its end is displayed."""
-        blocks = SyntaxTreeNode(self._block_parser.parse("\n".join([*self._kept, ""]), self._env())).children
+        """Drop the parsed lines that change neither the end of the open block nor the display of the end."""
+        tokens = self._block_parser.parse("\n".join([*self._parsed_lines, ""]), self._env())
+        blocks = SyntaxTreeNode(tokens).children
         if blocks:
             for start, end in sorted(_needless_lines(blocks[-1], 0, keep_lines), reverse=True):
-                del self._kept[start:end]
+                del self._parsed_lines[start:end]
 
 
-def _balanced(tokens: Sequence[Token]) -> Iterator[Token]:
-    """Yield ``tokens`` with as many </kbd> as <kbd>. Else rich raises IndexError or styles all later blocks."""
+def _balance_kbd(tokens: Sequence[Token]) -> Iterator[Token]:
+    """Yield ``tokens`` with as many </kbd> as <kbd>; otherwise rich raises IndexError or styles all later blocks."""
     depth = 0
     for token in tokens:
         step = {"<kbd>": 1, "</kbd>": -1}.get(token.content, 0) if token.type == "html_inline" else 0
@@ -158,28 +160,32 @@ def _balanced(tokens: Sequence[Token]) -> Iterator[Token]:
 
 
 def _needless_lines(block: SyntaxTreeNode, first: int, keep_lines: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of lines, from line ``first`` on, without which a parser finds the same end of ``block``.
+    """Yield the ranges of lines, at or after ``first``, without which a parser finds the same end of ``block``.
 
-    The last ``keep_lines`` lines stay. Before them only the first line of each enclosing block stays, which has its
-    marker.
+    The last ``keep_lines`` lines stay. Of the lines before them, the first line of each enclosing block stays, because
+    it has the marker of the block.
     """
     assert block.map is not None
     start, end = block.map
     children = block.children
-    if block.type in _LEAVES:
-        yield from _range(max(first, start + _LEAVES[block.type]), end - keep_lines)
+    if block.type in _NUM_OPENING_LINES:
+        yield from _nonempty_range(max(first, start + _NUM_OPENING_LINES[block.type]), end - keep_lines)
     elif children:
-        shown = next((child for child in children if end - _start(child) <= keep_lines), children[-1])
+        first_kept_child = next((child for child in children if end - _start(child) <= keep_lines), children[-1])
         if block.type in ("bullet_list", "ordered_list"):
-            yield from _range(max(first, start), _start(shown))
+            yield from _nonempty_range(max(first, start), _start(first_kept_child))
         else:
-            head = children[0]
-            assert head.map is not None
-            after_head = head.map[0] + 1 if head.type in ("paragraph", "heading") else head.map[1]
-            yield from _range(max(first, after_head), _start(shown) - 1)
-        if shown is children[-1]:
-            marker_lines = 1 if shown.type == "list_item" else 0
-            yield from _needless_lines(shown, max(first, _start(shown) + marker_lines), keep_lines)
+            first_child = children[0]
+            assert first_child.map is not None
+            child_start, child_end = first_child.map
+            if first_child.type in ("paragraph", "heading"):  # the first line is enough to find the end
+                child_end = child_start + 1
+            yield from _nonempty_range(max(first, child_end), _start(first_kept_child) - 1)
+        if first_kept_child is children[-1]:
+            marker_lines = 1 if first_kept_child.type == "list_item" else 0
+            yield from _needless_lines(
+                first_kept_child, max(first, _start(first_kept_child) + marker_lines), keep_lines
+            )
 
 
 def _start(block: SyntaxTreeNode) -> int:
@@ -187,5 +193,6 @@ def _start(block: SyntaxTreeNode) -> int:
     return block.map[0]
 
 
-def _range(start: int, end: int) -> Iterable[tuple[int, int]]:
+def _nonempty_range(start: int, end: int) -> Iterable[tuple[int, int]]:
+    """Return a list with the range, which is empty for an empty range."""
     return [(start, end)] if start < end else []

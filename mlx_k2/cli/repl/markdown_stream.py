@@ -1,4 +1,4 @@
-"""Streamed display of Markdown: prints finished blocks and lines of code once, redraws the rest. Knows no model."""
+"""Streamed display of Markdown. Prints finished blocks and lines of code once, redraws the rest. Knows no model."""
 
 import threading
 import time
@@ -12,14 +12,15 @@ from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
 from mlx_k2.cli.repl.streamed_code import StreamedCode
 
-_REFRESH_S = 0.1
+_MIN_PAUSE_S = 0.1
 _MAX_CPU_FRACTION = 0.1
-"""Share of one core that refreshes may use. A refresh that takes longer is followed by a longer pause."""
+"""Maximum fraction of one core that refreshes use. A long refresh is followed by a long pause."""
 _MARGIN_LINES = 2
+"""Lines of the terminal that are left free below the redrawn text."""
 
 
 class MarkdownStream:
-    """The display of one answer after the other on ``console``. Its own thread refreshes it, at most every 0.1 s."""
+    """The display of the answers of a chat on ``console``. A separate thread refreshes it, at most every 0.1 s."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -30,7 +31,7 @@ class MarkdownStream:
         if self._thread is None:
             self._display = MarkdownDisplay(self._console)
             self._has_text, self._is_closing = threading.Event(), threading.Event()
-            self._thread = threading.Thread(target=self._run, name="markdown", daemon=True)
+            self._thread = threading.Thread(target=self._refresh_until_closed, name="markdown", daemon=True)
             self._thread.start()
         self._display.add(text)
         self._has_text.set()
@@ -44,14 +45,14 @@ class MarkdownStream:
             self._thread = None
             self._display.close()
 
-    def _run(self) -> None:
+    def _refresh_until_closed(self) -> None:
         pause_s = 0.0
         while not self._is_closing.wait(pause_s):
             self._has_text.wait()
             self._has_text.clear()
-            began = time.thread_time()
+            started_at = time.thread_time()
             self._display.refresh()
-            pause_s = max(_REFRESH_S, (time.thread_time() - began) / _MAX_CPU_FRACTION)
+            pause_s = max(_MIN_PAUSE_S, (time.thread_time() - started_at) / _MAX_CPU_FRACTION)
 
 
 class MarkdownDisplay:
@@ -60,39 +61,39 @@ class MarkdownDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False)
-        self._added: list[str] = []
+        self._new_texts: list[str] = []
         self._blocks = MarkdownBlocks()
         self._code: StreamedCode | None = None
         self._live.start()
 
     def add(self, text: str) -> None:
         """Append ``text`` to the answer."""
-        self._added.append(text)
+        self._new_texts.append(text)
 
     def refresh(self) -> None:
-        """Print what is finished, and redraw the end of what is not."""
+        """Print the finished parts, and redraw the end of the unfinished part."""
         max_lines = max(1, self._console.size.height - _MARGIN_LINES)
-        finished = list(self._advance(max_lines))
+        finished_parts = list(self._pop_finished(max_lines))
         if self._code is not None:
-            shown: RenderableType = self._code.shown(max_lines)
+            unfinished: RenderableType = self._code.last_lines(max_lines)
         else:
-            shown = ChatMarkdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
+            unfinished = ChatMarkdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
         options = self._console.options.update(height=None)
-        lines = self._console.render_lines(shown, options, pad=False)
-        self._show(finished, SegmentLines(lines[-max_lines:], new_lines=True))
+        lines = self._console.render_lines(unfinished, options, pad=False)
+        self._show(finished_parts, SegmentLines(lines[-max_lines:], new_lines=True))
 
     def close(self) -> None:
-        """Print all that is not printed and end the display."""
-        finished = list(self._advance(max_lines=self._console.size.height))
-        finished.append(ChatMarkdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
-        self._show(finished, "")
+        """Print the rest of the answer and end the display."""
+        finished_parts = list(self._pop_finished(max_lines=self._console.size.height))
+        finished_parts.append(ChatMarkdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
+        self._show(finished_parts, "")
         self._live.stop()
 
-    def _advance(self, max_lines: int) -> Iterator[RenderableType]:
-        """Read the added text; yield what is finished."""
-        num_added = len(self._added)  # another thread may append more meanwhile
-        text = "".join(self._added[:num_added])
-        del self._added[:num_added]
+    def _pop_finished(self, max_lines: int) -> Iterator[RenderableType]:
+        """Read the added text; yield the finished blocks and lines of code."""
+        num_texts = len(self._new_texts)  # another thread may append more meanwhile
+        text = "".join(self._new_texts[:num_texts])
+        del self._new_texts[:num_texts]
         while True:
             if self._code is None:
                 self._blocks.add(text)
@@ -106,8 +107,8 @@ class MarkdownDisplay:
                 self._code = StreamedCode(first_line)
             self._code.add(text)
             if self._code.rest is None:
-                if (complete := self._code.pop_complete()) is not None:
-                    yield complete
+                if (code := self._code.pop_complete()) is not None:
+                    yield code
                 return
             yield self._code.pop_rest()
             text, self._code = self._code.rest, None

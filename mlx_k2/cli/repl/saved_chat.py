@@ -13,11 +13,11 @@ from mlx_k2.json_text.read import convert
 from mlx_k2.private_files import write_private
 
 Messages = list[dict[str, Any]]
-"""Messages as JSON holds them, from this program or another."""
+"""Messages in OpenAI's format, from this program or another."""
 
 
 class SavedChat(msgspec.Struct, frozen=True):
-    """The content of a file that /save writes. ``digest`` identifies the model, ``model`` is its name for display."""
+    """The content of a file that /save writes. ``digest`` identifies the model; ``model`` is the model's name."""
 
     model: str
     digest: str
@@ -38,13 +38,13 @@ def save_chat(path: Path, chat: SavedChat) -> None:
 
 
 def _refuse_special(path: Path) -> None:
-    """Refuse pipes and devices: a read of one can have no end, and a write would replace it."""
+    """Refuse pipes and devices: a read of a device may have no end, and a write would replace it by a file."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise RequestError(f"{path} is not a regular file")
 
 
 def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
-    """Return the messages of a file that /save wrote for the same model, or of a bare list of messages.
+    """Return the messages of a file that /save wrote for the same model, or of a file of another program.
 
     Raises:
         RequestError: the file cannot be read, is not a saved chat, or belongs to another model.
@@ -53,17 +53,17 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     try:
         value = parse_json(path.read_bytes())
         if isinstance(value, dict) and "digest" not in value and "messages" in value:
-            value = value["messages"]  # of another program, as one line of a training set
+            value = value["messages"]  # the format of a line of a training set
         if isinstance(value, list):
             return convert(value, Messages)
-        saved = convert(value, SavedChat)
+        chat = convert(value, SavedChat)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:
         raise RequestError(f"{path} is not a saved chat: {error}") from None
-    if saved.digest != digest:
+    if chat.digest != digest:
         raise RequestError(
-            f"{path} is a chat with another model: start with --model {shlex.quote(saved.model)}, or keep only the "
+            f"{path} is a chat with another model: start with --model {shlex.quote(chat.model)}, or keep only the "
             'list under "messages" to go on with this one'
         )
-    return saved.messages
+    return chat.messages

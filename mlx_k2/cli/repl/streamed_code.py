@@ -1,4 +1,4 @@
-"""A code fence that grows: each line is highlighted once, when it is complete. Knows no other block and no display."""
+"""A growing code fence, each line of which is highlighted once. Knows no other block and no display."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ _TAB_SIZE = 4
 
 
 class StreamedCode:
-    """One fence at top level. Its parts together print the lines of rich's CodeBlock.
+    """One fence at top level, printed in parts. All parts together print what rich's CodeBlock prints.
 
-    The colours are those of CodeBlock too, unless a line's colour depends on later lines.
+    The colours can differ where a line's colour depends on later lines.
     """
 
     def __init__(self, first_line: str) -> None:
@@ -35,14 +35,17 @@ class StreamedCode:
     def add(self, text: str) -> None:
         """Append ``text``."""
         *lines, self._last_line = (self._last_line + text).split("\n")
-        code, end = self._read(lines)
+        code, end = self._parse_lines(lines)
         self._code += code
         if end is not None:
             self.rest = "\n".join([*lines[end:], self._last_line])
             self._last_line = ""
 
     def pop_complete(self) -> Syntax | None:
-        """Remove and return the lines before the last one that is not blank. CodeBlock drops blank lines at the end."""
+        """Remove and return the complete lines before the last one that is not blank; None if there are none.
+
+        Later lines are kept, because CodeBlock drops blank lines at the end.
+        """
         num_lines = max((number for number, line in enumerate(self._code) if line.strip()), default=0)
         if num_lines == 0:
             return None
@@ -53,21 +56,21 @@ class StreamedCode:
 
     def pop_rest(self) -> Syntax:
         """Remove and return all lines, with the end of the block."""
-        code = "\n".join([*self._code, *self._incomplete()]).rstrip()
+        code = "\n".join([*self._code, *self._incomplete_line()]).rstrip()
         self._code, self._last_line = [], ""
         return self._syntax(code.split("\n"), is_end=True)
 
-    def shown(self, max_lines: int) -> Syntax:
-        """Return the last ``max_lines`` lines that are not popped, with the end of the block, for display."""
-        lines = [*self._code, *self._incomplete()]
+    def last_lines(self, max_lines: int) -> Syntax:
+        """Return the last ``max_lines`` of the lines that are not popped, with the end of the block, for display."""
+        lines = [*self._code, *self._incomplete_line()]
         return self._syntax(lines[-max_lines:], is_end=True, for_display=True)
 
-    def _incomplete(self) -> list[str]:
-        """Return the incomplete line, unless it closes the fence as it is."""
-        return self._read([self._last_line])[0] if self._last_line else []
+    def _incomplete_line(self) -> list[str]:
+        """Return a list with the incomplete line; an empty list if there is none, or if it closes the fence."""
+        return self._parse_lines([self._last_line])[0] if self._last_line else []
 
-    def _read(self, lines: Sequence[str]) -> tuple[list[str], int | None]:
-        """Return the code in ``lines``, and the number of lines up to the end of the fence; None if it is open."""
+    def _parse_lines(self, lines: Sequence[str]) -> tuple[list[str], int | None]:
+        """Return the code in ``lines``, and the number of lines up to the end of the fence; None for an open fence."""
         fence = self._parser.parse("\n".join([self._first_line, *lines, ""]))[0]
         assert fence.map is not None
         code = fence.content.split("\n")[:-1]
@@ -76,7 +79,7 @@ class StreamedCode:
 
     def _syntax(self, lines: Sequence[str], *, is_end: bool, for_display: bool = False) -> Syntax:
         code = "\n".join(lines).expandtabs(_TAB_SIZE)
-        lexer = self._highlighter.lex(code, goes_on=not for_display)
+        lexer = self._highlighter.lex(code, has_next_part=not for_display)
         padding = (1 if self._is_first else 0, 1, 1 if is_end else 0, 1)
         return Syntax(code, lexer, theme=_THEME, word_wrap=True, padding=padding, tab_size=_TAB_SIZE)
 
@@ -87,22 +90,23 @@ class _Highlighter:
     def __init__(self, lexer_name: str) -> None:
         syntax = Syntax("", lexer_name, tab_size=_TAB_SIZE)
         self._lexer: Any = syntax.lexer or syntax.default_lexer
-        self._opening = ""  # the line with the start of a string or comment that is still open
-        comment = [kind for kind, text in self._lexer.get_tokens("/**/") if text.strip()]
-        self._closes_comments = all(kind in Comment for kind in comment)
+        self._last_opening_line = ""  # the line with the start of a string or comment that is still open
+        kinds = [kind for kind, text in self._lexer.get_tokens("/**/") if text.strip()]
+        self._has_c_comments = all(kind in Comment for kind in kinds)
 
-    def lex(self, code: str, *, goes_on: bool) -> Lexer:
-        """Return a lexer that gives the tokens of ``code``; the next part follows it if ``goes_on``."""
-        text = f"{self._opening}{code}\n"
-        is_comment = self._closes_comments and text.rfind("/*") > text.rfind("*/")
-        tokens = list(_between(self._lexer.get_tokens(text + "*/" if is_comment else text), 0, len(text)))
-        start = len(self._opening)
-        if goes_on:
-            self._opening = _opening_line(tokens)
-        return _Lexed(list(_between(tokens, start, start + len(code))))
+    def lex(self, code: str, *, has_next_part: bool) -> Lexer:
+        """Return a lexer that yields the tokens of ``code``. ``has_next_part``: the next call has the next part."""
+        text = f"{self._last_opening_line}{code}\n"
+        has_open_comment = self._has_c_comments and text.rfind("/*") > text.rfind("*/")
+        closed_text = text + "*/" if has_open_comment else text  # a lexer recognizes closed comments only
+        tokens = list(_tokens_between(self._lexer.get_tokens(closed_text), 0, len(text)))
+        start = len(self._last_opening_line)
+        if has_next_part:
+            self._last_opening_line = _opening_line(tokens)
+        return _KnownTokens(list(_tokens_between(tokens, start, start + len(code))))
 
 
-class _Lexed(Lexer):  # type: ignore[misc]
+class _KnownTokens(Lexer):  # type: ignore[misc]
     """A lexer of one text whose tokens are known."""
 
     def __init__(self, tokens: Sequence[tuple[Any, str]]) -> None:
@@ -113,7 +117,7 @@ class _Lexed(Lexer):  # type: ignore[misc]
         return iter(self._tokens)
 
 
-def _between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
+def _tokens_between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
     """Yield the tokens of the characters from ``start`` up to, not including, ``end``."""
     position = 0
     for kind, text in tokens:
@@ -124,13 +128,16 @@ def _between(tokens: Any, start: int, end: int) -> Iterator[tuple[Any, str]]:
 
 
 def _opening_line(tokens: Sequence[tuple[Any, str]]) -> str:
-    """Return the line that begins the string or comment that is open at the end of the last line, or ""."""
+    """Return the line that begins the string or comment that is open at the end of the tokens; "" if none is open."""
     opening = line = ""
     for kind, text in tokens:
         is_open = (kind in String or kind in Comment) and kind is not Comment.Single
-        *ends, begin = text.split("\n")
-        for end in ends:
-            opening = (opening or f"{line}{end}\n") if is_open else ""
+        *line_ends, line_start = text.split("\n")
+        for line_end in line_ends:
+            if not is_open:
+                opening = ""
+            elif not opening:
+                opening = f"{line}{line_end}\n"
             line = ""
-        line += begin
+        line += line_start
     return opening

@@ -13,15 +13,15 @@ from mlx_k2.private_files import open_private
 from mlx_k2.text.reply_parts import Content, Reasoning
 
 
-def _open(path: str, flags: int) -> int:
-    """Open a file that only its owner can read. Do not wait for a reader of a named pipe."""
+def _open_without_wait(path: str, flags: int) -> int:
+    """Return the descriptor of a file as `open_private` does. Does not wait for a reader of a named pipe."""
     descriptor = open_private(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
 
 
 class Transcript:
-    """A file with a line for each part of a reply as it arrives, and for each complete message. A context.
+    """A file with a line for each part of a reply, and for each complete message. A context manager.
 
     A failed write, as on a full disk, ends the transcript and calls ``notify`` once. The chat continues.
 
@@ -33,7 +33,7 @@ class Transcript:
         self._path = path
         self._notify = notify
         try:
-            self._file = open(path, "ab", buffering=0, opener=_open)  # noqa: SIM115 - Path.open has no opener
+            self._file = open(path, "ab", buffering=0, opener=_open_without_wait)  # noqa: SIM115 - Path.open has no opener
         except OSError as error:
             raise RequestError(f"the transcript {path} cannot be written: {error.strerror}") from None
 
@@ -43,8 +43,8 @@ class Transcript:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def event(self, event: Event) -> None:
-        """Write an event: ``reasoning`` and ``content`` in parts, a finished ``call``, and the whole ``message``."""
+    def write_event(self, event: Event) -> None:
+        """Write a line for parts of ``reasoning`` and ``content``, an ended ``call``, or a complete ``message``."""
         match event:
             case Reasoning(text):
                 self.write({"reasoning": text})
@@ -63,6 +63,5 @@ class Transcript:
             self._file.write(msgspec.json.encode({"at": time.strftime("%Y-%m-%dT%H:%M:%S"), **line}) + b"\n")
         except OSError as error:
             self._file.close()
-            self._notify(
-                f"the transcript {self._path} cannot be written any more: {error.strerror}; the chat continues"
-            )
+            reason = error.strerror
+            self._notify(f"the transcript {self._path} cannot be written any more: {reason}; the chat continues")

@@ -8,7 +8,7 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 
 @dataclass
 class UsageTotals:
-    """Counts over all replies; ``context_used`` is the present length of the conversation in tokens."""
+    """Counts over all replies. ``context_used`` is the length of the conversation in tokens, of ``context_tokens``."""
 
     context_tokens: int
     num_stages: int
@@ -18,13 +18,13 @@ class UsageTotals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    last: AnswerSummary | None = None
+    last_summary: AnswerSummary | None = None
 
-    def event(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Add an event to the counts."""
         match event:
             case AnswerSummary():
-                self.last = event
+                self.last_summary = event
                 self.num_replies += 1
                 self.prompt_tokens += event.prompt_tokens
                 self.cached_tokens += event.cached_tokens
@@ -33,17 +33,17 @@ class UsageTotals:
             case CallEnded():
                 self.num_calls += 1
 
-    def status(self) -> str:
-        """Return one line: use of the context, speed and cached tokens of the last reply, number of stages."""
+    def status_line(self) -> str:
+        """Return one line: use of the context, speed and cached tokens of the last reply, and number of stages."""
         parts = [f"context {self.context_used} of {self.context_tokens}"]
-        if self.last is not None:
-            if self.last.decode_tokens_per_s is not None:
-                parts.append(f"{self.last.decode_tokens_per_s:.1f} tok/s")
-            parts.append(f"{self.last.cached_tokens} of {self.last.prompt_tokens} prompt tokens cached")
+        if self.last_summary is not None:
+            if self.last_summary.decode_tokens_per_s is not None:
+                parts.append(f"{self.last_summary.decode_tokens_per_s:.1f} tok/s")
+            parts.append(f"{self.last_summary.cached_tokens} of {self.last_summary.prompt_tokens} prompt tokens cached")
         parts.append(f"{self.num_stages} stages" if self.num_stages > 1 else "1 stage")
         return " · ".join(parts)
 
-    def totals(self) -> str:
+    def totals_line(self) -> str:
         """Return one line of totals for the whole chat."""
         fraction = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         return (

@@ -1,4 +1,4 @@
-"""Conversion of options to tools that a model may call. Shows the servers that cannot be used."""
+"""Start of the tools that options name. Logs the tool servers that cannot be used."""
 
 import logging
 import os
@@ -11,30 +11,29 @@ from pathlib import Path
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import log
 from mlx_k2.cli.options import ToolOptions
+from mlx_k2.errors import ToolsError
 
 _MUTED_LOGGERS = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 
 @contextmanager
-def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
+def started_tools(options: ToolOptions) -> Iterator[Tools | None]:
     """Start the tools of --tools and --mcp and yield them; yield None without these options.
 
     Raises:
         ToolsError: a file cannot be used, no server starts, or --allow-tool names no tool.
     """
-    if not options.is_given:
+    if not options.has_tools:
         yield None
         return
-    from mlx_k2.errors import ToolsError
-
     try:
         from mlx_k2.tools.servers import python_module, read_mcp_file
         from mlx_k2.tools.toolbox import Limits, open_toolbox
-    except ModuleNotFoundError as missing:
+    except ModuleNotFoundError as error:
         install = f"{shlex.quote(sys.executable)} -m pip install mcp"
-        raise ToolsError(f"--tools and --mcp need the package {missing.name}: run `{install}`") from None
+        raise ToolsError(f"--tools and --mcp need the package {error.name}: run `{install}`") from None
 
-    for name in _MUTED_LOGGERS:  # their messages about a lost server are in the call's result already
+    for name in _MUTED_LOGGERS:  # they report a lost server, which the result of the call reports already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ, log)
     if options.tools_path is not None:
@@ -42,8 +41,8 @@ def opened_tools(options: ToolOptions) -> Iterator[Tools | None]:
     with open_toolbox(servers, Limits(call_timeout_s=options.tool_timeout_s)) as tools:
         for problem in tools.problems:
             log(problem)
-        unknown = sorted(set(options.allowed_tools) - tools.tools.keys())
-        if unknown:
-            known = ", ".join(tools.tools) or "none"
-            raise ToolsError(f"--allow-tool {unknown[0]}: there is no such tool; the tools are {known}")
+        unknown_tools = sorted(set(options.allowed_tools) - tools.tools.keys())
+        if unknown_tools:
+            known_tools = ", ".join(tools.tools) or "none"
+            raise ToolsError(f"--allow-tool {unknown_tools[0]}: there is no such tool; the tools are {known_tools}")
         yield tools
