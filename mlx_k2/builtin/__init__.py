@@ -15,8 +15,8 @@ PROMPTS = ("What is 17 plus 25?", "Count from 3 to 12.", "What is mlx-k2?")
 """Prompts that it can answer."""
 
 BANNER = (
-    "kimi-k2-tiny, the built-in model: Kimi K2's architecture with 7.6 million weights in 7.8 MB",
-    "it computes with numbers up to 99, counts, copies words, calls tools and talks about itself; all else it invents",
+    "kimi-k2-tiny, built-in: Kimi K2's architecture, 7.6 million weights in 7.8 MB",
+    "it computes up to 99, counts, copies words and calls tools; all else it invents",
     f"try: {' · '.join(PROMPTS)}",
 )
-"""Lines for the user of a chat or an answer."""
+"""Lines for the user of a chat or an answer. They fit a terminal of 80 columns."""

@@ -19,23 +19,23 @@ _MAX_CHARS = 100
 
 HELP = {
     "/help": ("", "show this list; also /?"),
-    "/system": ("[TEXT | off]", "show or set the system prompt; off: the model's own"),
-    "/reset": ("", "delete all messages but the system prompt; also /clear"),
+    "/system": ("[TEXT | off]", "show or set the system prompt; off: the default"),
+    "/reset": ("", "delete all messages; also /clear"),
     "/undo": ("", "remove your last message and what followed"),
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
     "/load": ("FILE", "continue a conversation from a file"),
-    "/think": ("show | hide | on | off", "whether thinking is shown, and whether the model thinks"),
+    "/think": ("show | hide | on | off", "show or hide thinking; turn thinking on or off"),
     "/tools": ("", "show the tools that the model may call"),
-    "/stats": ("", "show token counts, and each stage's share of the computing time"),
+    "/stats": ("", "show counts of tokens, and each stage's work"),
     "/quit": ("", "end the chat; also /exit, /bye, quit and Ctrl-D"),
 }
 """The argument and the effect of each command."""
 OTHER_NAMES = {"/?": "/help", "/clear": "/reset", "/exit": "/quit", "/bye": "/quit", "quit": "/quit", "exit": "/quit"}
 """Other names of commands. Those without a slash are commands only if they are the complete line."""
 _KEYS = (
-    "Enter sends; Alt-Enter, Ctrl-J or a backslash at the end of the line begins a new one. Ctrl-C stops an answer. "
-    "A message that begins with a slash is written with a space before it."
+    "Enter sends. Alt-Enter, Ctrl-J or a backslash at the end begins a new line.",
+    "Ctrl-C stops an answer. Write a space before a message that begins with a slash.",
 )
 
 
@@ -107,7 +107,8 @@ class Commands:
         width = max(len(f"{name} {hint}") for name, (hint, _) in HELP.items())
         for name, (hint, text) in HELP.items():
             self.screen.log(f"{f'{name} {hint}':{width}}  {text}")
-        self.screen.log(_KEYS)
+        for line in _KEYS:
+            self.screen.log(line)
 
     def _system(self, argument: str) -> None:
         if argument:
