@@ -23,7 +23,7 @@ MakeGroup = Callable[..., StageGroup]
 RECEIVE_TIMEOUT_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 
-GROUP_SENDS_SIGNAL = "has not end_among: sending"
+GROUP_SENDS_SIGNAL = "has not ended: sending"
 """Part of the line that the group logs before it signals a process that did not end in time."""
 
 
@@ -106,10 +106,10 @@ def test_the_end_of_a_failed_stage_has_its_exit_code_and_the_tail_of_its_stderr(
         error = end.as_error()
         assert isinstance(error, StageFault)
         assert str(error) == (
-            "stage 1 on this machine (starting) end_among with exit code 3: it end_among by itself (it wrote last: "
+            "stage 1 on this machine (starting) ended with exit code 3: it ended by itself (it wrote last: "
             "ValueError: no such layer)"
         )
-        group.send(1, Step(1, ()))  # sending to an end_among stage raises no error
+        group.send(1, Step(1, ()))  # sending to an ended stage raises no error
         group.send(0, Step(2, ()))
         assert receive(group, 1) == [StageMessage(0, StepDone(2, 0.0, 0.0))]
 
@@ -120,7 +120,7 @@ def test_the_end_of_a_stage_whose_guard_was_killed_names_the_signal(make_group: 
         (guard,) = started_processes(recursive=False)
         guard.kill()
         end = end_among(receive(group, 1))
-        assert end.reason == "its guard was end_among by signal 9"
+        assert end.reason == "its guard was ended by signal 9"
 
 
 def test_a_stage_that_writes_other_bytes_than_frames_is_ended(make_group: MakeGroup) -> None:
