@@ -16,7 +16,6 @@ MAC_2: dict[str, Any] = {"ssh": "mac-2", "ips": ["192.168.0.2"]}
 
 
 def parse(content: Any) -> Hostfile:
-    """Parse ``content`` as the file macs.json."""
     return parse_hostfile(json.dumps(content).encode(), "macs.json")
 
 

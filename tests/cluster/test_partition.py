@@ -80,12 +80,10 @@ def macs(*memory_gb: float) -> list[HostCapacity]:
 
 
 def layer_counts(assignments: tuple[StageAssignment, ...]) -> list[int]:
-    """Return the number of layers of each stage."""
     return [assignment.num_layers for assignment in assignments]
 
 
 def assigned_layers(assignments: tuple[StageAssignment, ...]) -> list[int]:
-    """Return the layers of all stages in the order of the stages."""
     return [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
 
 

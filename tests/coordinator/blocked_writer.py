@@ -26,7 +26,6 @@ OTHER_REQUEST = request(9, NUM_TOKENS)
 
 
 def main(model: Path) -> None:
-    """Run both requests on one stage."""
     with local_cluster(model, [local_host()]) as cluster:
         tokenizer = load_tokenizer(cluster.deployment.model.files, VOCAB_SIZE)
         submissions = [

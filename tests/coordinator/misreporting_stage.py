@@ -74,7 +74,6 @@ def wrong_report(name: str, report: StepDone) -> FromStage:
 
 
 def main(folder: Path) -> None:
-    """Run the stage on stdin and stdout."""
     protocol_fd = os.dup(1)
     os.dup2(2, 1)
 

@@ -71,13 +71,11 @@ def instant_request(tokenizer: Tokenizer, seed: int, max_tokens: int, ending_bia
 def submission(
     compiler: GrammarCompiler, constraint: Constraint, request: Request, limits: ReplyLimits = NO_LIMITS
 ) -> Submission:
-    """Return a request with the policy of its constraint."""
     grammar = compile_constraint(compiler, constraint)
     return Submission(request, ReplyPolicy(compiler.tokenizer, request, limits, grammar))
 
 
 def reply_of(handle: Handle) -> GeneratedReply:
-    """Wait for the reply to a request and return it."""
     token_ids: list[int] = []
     parts: list[Part] = []
     for event in handle.events():

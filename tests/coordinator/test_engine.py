@@ -22,8 +22,9 @@ from tests.coordinator.token_engine import CONTEXT_TOKENS, VOCAB_SIZE, WAIT_S, T
 from tests.local_cluster import rest_of
 
 
-def check_answers(*handles: Handle) -> None:
-    """Check that each handle yields the tokens that its request gets when it runs alone."""
+def check_answers(harness: TokenEngine, *handles: Handle) -> None:
+    """Run these requests to their ends, and check that each gets the tokens that it gets alone."""
+    harness.run_to_end(*handles)
     for handle in handles:
         assert rest_of(handle)[0] == answer_alone(handle.request)
 
@@ -33,8 +34,7 @@ def test_a_request_joins_while_another_runs_and_each_gets_the_tokens_that_it_get
         first = harness.engine.submit(request(1, 2, 3, max_tokens=30))
         harness.run_steps(5)
         second = harness.engine.submit(request(4, 5, max_tokens=20))
-        harness.run_to_end(first, second)
-        check_answers(first, second)
+        check_answers(harness, first, second)
 
 
 def test_only_the_latest_progress_is_kept_while_nobody_reads() -> None:
@@ -100,8 +100,7 @@ def test_a_fault_is_detected_while_no_request_runs() -> None:
         harness.fail(0)
         harness.end_restart()
         handle = harness.engine.submit(request(1, 2))
-        harness.run_to_end(handle)
-        check_answers(handle)
+        check_answers(harness, handle)
     assert len(harness.restarts) == 1
 
 
@@ -113,8 +112,7 @@ def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() ->
         restarting = next(event for event in handles[2].events() if isinstance(event, Restarting))
         assert restarting.restart == harness.restarts[0]
         harness.end_restart()
-        harness.run_to_end(*handles)
-        check_answers(*handles)
+        check_answers(harness, *handles)
 
 
 def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after_it() -> None:
@@ -127,8 +125,7 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
         assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
         late = harness.engine.submit(request(3))
         harness.end_restart()
-        harness.run_to_end(other, late)
-        check_answers(other, late)
+        check_answers(harness, other, late)
 
 
 def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
@@ -153,12 +150,11 @@ def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_finish
         failed = [handle for handle in handles if handle.has_ended]
         assert {handle.request for handle in failed} <= set(requests_in_step)
         others = [handle for handle in handles if handle not in failed]
-        harness.run_to_end(*others)
         assert handles[0] in failed and others
         for handle in failed:
             with pytest.raises(RequestFailed, match="request ended: it was running when stage 1 failed twice"):
                 rest_of(handle)
-        check_answers(*others)
+        check_answers(harness, *others)
 
 
 def run_to_step_with(harness: TokenEngine, handle: Handle, position: int) -> list[Request]:
@@ -184,10 +180,9 @@ def test_no_plan_exceeds_the_chunk_when_eight_slots_replay_their_answers_after_a
         harness.fail(0)
         num_plans_before = len(harness.plans)
         harness.end_restart()
-        harness.run_to_end(*handles)
+        check_answers(harness, *handles)
         plan_sizes = [sum(len(row.token_ids) for row in plan.rows) for plan in harness.plans[num_plans_before:]]
         assert max(plan_sizes) == 128
-        check_answers(*handles)
 
 
 def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests_over_three_slots() -> None:
@@ -235,8 +230,7 @@ def test_a_brief_request_starts_after_an_interactive_one_that_was_submitted_late
         harness.run_to_end(waiting)
         assert running.has_ended
         assert not brief.has_ended
-        harness.run_to_end(brief)
-        check_answers(brief)
+        check_answers(harness, brief)
 
 
 def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_afterwards() -> None:
@@ -246,8 +240,7 @@ def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_
         interactive = harness.engine.submit(request(50, 51, max_tokens=5))
         harness.run_to_end(interactive)
         assert not background.has_ended
-        harness.run_to_end(background)
-        check_answers(interactive, background)
+        check_answers(harness, interactive, background)
 
 
 def test_a_reader_is_notified_of_every_event() -> None:
@@ -309,7 +302,7 @@ def test_a_request_whose_last_token_arrives_while_the_engine_closes_gets_its_ans
             for rank in range(2):
                 harness.stages.execute(rank)
             threading.Event().wait(0.001)
-        check_answers(handle)
+        assert rest_of(handle)[0] == answer_alone(handle.request)
 
 
 def test_a_concurrent_reader_gets_the_progress_of_a_prompt_before_its_first_token_only() -> None:
@@ -329,8 +322,7 @@ def test_a_failing_callback_ends_neither_the_engine_nor_other_requests() -> None
     with token_engine() as harness:
         broken = harness.engine.submit(request(1, 2), notify=fail)
         other = harness.engine.submit(request(3, 4))
-        harness.run_to_end(broken, other)
-        check_answers(broken, other)
+        check_answers(harness, broken, other)
 
 
 @pytest.mark.parametrize("prompt_ids", [(), (5,) * CONTEXT_TOKENS, (5, VOCAB_SIZE)])
@@ -348,8 +340,7 @@ def test_two_stages_that_fail_once_each_end_no_request() -> None:
         run_to_step_with(harness, handle, position=6)
         harness.fail(1)
         harness.end_restart()
-        harness.run_to_end(handle)
-        check_answers(handle)
+        check_answers(harness, handle)
 
 
 def test_a_request_that_is_submitted_during_a_restart_reports_the_restart() -> None:

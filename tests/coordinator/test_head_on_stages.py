@@ -47,7 +47,6 @@ EngineOf = Callable[[int], Engine]
 
 
 def builtin_deployment_request(hostfile: Hostfile, draft_head: DraftHead | None) -> DeploymentRequest:
-    """Return a request to deploy the built-in model in float32."""
     source = ModelSource(path_or_repo=BUILTIN)
     options = ClusterOptions(context_tokens=CONTEXT_TOKENS, dtype="float32")
     return DeploymentRequest(options, hostfile, source, num_slots=2, draft_head=draft_head)
@@ -105,7 +104,6 @@ def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[in
 
 
 def answer(engine: Engine, request: Request) -> list[int]:
-    """Run a request and return the tokens of its answer."""
     return rest_of(engine.submit(request))[0]
 
 

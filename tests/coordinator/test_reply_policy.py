@@ -106,7 +106,6 @@ def test_logprobs_are_returned_on_request_and_do_not_change_tokens(cluster: Clus
 
 
 def ids_of(tokens: Sequence[Token]) -> list[int]:
-    """Return the ids of tokens."""
     return [token.token_id for token in tokens]
 
 
@@ -115,19 +114,14 @@ def content_of(parts: Iterable[Part]) -> str:
     return "".join(part.text for part in parts if isinstance(part, Content))
 
 
-def answer_content(tokens: Sequence[Token]) -> str:
-    """Return the content of an answer."""
-    return content_of(part for token in tokens for part in token.parts)
-
-
 def test_a_stop_string_ends_the_answer_before_it_and_is_never_part_of_the_content(
     cluster: Cluster, tokenizer: Tokenizer
 ) -> None:
     undisturbed, _ = answer(cluster, tokenizer, REQUEST)
-    content = answer_content(undisturbed)
+    content = content_of(itertools.chain(*(token.parts for token in undisturbed)))
     stop_string = content[20:26]
     tokens, summary = answer(cluster, tokenizer, REQUEST, ReplyLimits(stop_strings=(stop_string, "not in the text")))
-    assert answer_content(tokens) == content[: content.index(stop_string)]
+    assert content_of(itertools.chain(*(token.parts for token in tokens))) == content[: content.index(stop_string)]
     assert summary.finish_reason is FinishReason.STOP
     assert ids_of(tokens) == ids_of(undisturbed)[: len(tokens)]
 

@@ -44,9 +44,7 @@ class TokenEngine:
     max_queued: int = MAX_QUEUED
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages
     plans: list[Step] = field(default_factory=list)
-    """All plans that were sent."""
     reports: list[StageReport] = field(default_factory=list)
-    """All reports of steps that the engine received."""
     restarts: list[Restart] = field(default_factory=list)
 
     def __post_init__(self) -> None:

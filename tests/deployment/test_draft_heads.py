@@ -44,7 +44,6 @@ def host_with_home(folder: Path, **environment: str) -> Host:
 
 
 def write_head(home: Path, model: Path, seed: int) -> None:
-    """Write a random draft head for ``model`` to the folder ``head`` in ``home``."""
     home.mkdir(exist_ok=True)
     fields = draft_config_fields(tiny_config_fields(VOCAB_SIZE))
     write_random_draft_head(home / "head", fields, read_config(model), seed, own=())

@@ -37,7 +37,6 @@ def k2_with_head() -> ModelDescription:
 
 
 def plan(head: DraftHead | None) -> tuple[StagePlan, ...]:
-    """Plan two stages of 32 and 29 layers."""
     return plan_stages(k2_with_head(), studios(2), STUDIOS, SPLIT, SHAPE, head)
 
 

@@ -78,7 +78,6 @@ def test_each_layer_is_on_one_stage_and_the_shards_sum_to_the_model(num_hosts: i
 
 
 def layers_of(stage: StagePlan) -> range:
-    """Return the layers of a stage."""
     return range(stage.assignment.first_layer, stage.assignment.end_layer)
 
 

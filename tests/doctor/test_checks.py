@@ -52,7 +52,6 @@ OK, WARNING, FAILURE = CheckResult.OK, CheckResult.WARNING, CheckResult.FAILURE
 
 
 def facts(**changes: object) -> HostFacts:
-    """Return FACTS with changed fields."""
     return msgspec.structs.replace(FACTS, **changes)
 
 
@@ -62,17 +61,14 @@ def tool_output(**changes: str) -> HostFacts:
 
 
 def model(**changes: object) -> ModelFacts:
-    """Return MODEL with changed fields."""
     return msgspec.structs.replace(MODEL, **changes)
 
 
 def hello(**changes: object) -> Hello:
-    """Return HELLO with changed fields."""
     return msgspec.structs.replace(HELLO, **changes)
 
 
 def jaccl_check(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
-    """Return the check of the backend jaccl."""
     return [check_backend(HOST, Backend.JACCL, hello(system=system), host_facts)]
 
 

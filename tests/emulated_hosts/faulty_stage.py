@@ -57,7 +57,6 @@ def cause_fault(name: str, folder: Path, protocol_fd: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run the stage on stdin and stdout."""
     protocol_fd = os.dup(1)
     os.dup2(2, 1)
     run = StageModel.run

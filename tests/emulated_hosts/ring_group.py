@@ -19,7 +19,11 @@ RING_PORT = 34567
 def start_ring_group(hosts: Sequence[str], python: str, lease_s: float) -> StageGroup:
     """Return a group of one stage on each host. Its log goes to stderr."""
     locations = [StageLocation(ssh=host, python=python) for host in hosts]
-    return StageGroup(locations, lease_s, log=lambda line: sys.stderr.write(f"{line}\n"))
+    return StageGroup(locations, lease_s, _log)
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def prepare(group: StageGroup) -> None:

@@ -29,7 +29,6 @@ def run_doctor(hosts: EmulatedHosts, *options: str) -> tuple[int, list[Line], st
 
 
 def line_of(lines: list[Line], host: str, check: str) -> Line:
-    """Return the line of a check of a host."""
     (line,) = [line for line in lines if (line.get("host"), line.get("check")) == (host, check)]
     return line
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.emulated_hosts import ring_group
 from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
-from tests.start_coordinator.guarded import stand_in_python
+from tests.launch.guarded import stand_in_python
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,6 @@ def start_coordinator(hosts: EmulatedHosts, folder: Path, situation: str, lease_
 
 
 def stage_on(hosts: EmulatedHosts, i: int) -> psutil.Process:
-    """Return the process of the stage on host i."""
     (pid,) = [pid for pid, command in hosts.processes(i).items() if "stage_programs.py" in command]
     return psutil.Process(pid)
 

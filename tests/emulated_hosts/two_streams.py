@@ -66,13 +66,11 @@ class EventWriter(DeploymentListener):
 
 
 def write_event(**fields: object) -> None:
-    """Write an event as a line to stdout."""
     sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 
 def report_restart(restart: Restart, phase: str) -> None:
-    """Report a restart at its first phase."""
     if phase == WAITING:
         write_event(restart=dataclasses.asdict(restart))
 
@@ -101,7 +99,6 @@ def main(options: Options) -> int:
 
 
 def run_streams(restarting: RestartingDeployment, writer: EventWriter) -> None:
-    """Run both streams to their ends."""
     log_report = restarting.on_report
     assert log_report is not None
 

@@ -34,13 +34,11 @@ os.dup2(2, 1)
 
 
 def send(message: FromStage) -> None:
-    """Send a message to the coordinator."""
     _output.write(encode_frame(Kind.MESSAGE, encode_message(message)))
     _output.flush()
 
 
 def report_phase(update: PhaseUpdate) -> None:
-    """Report a phase to the guard."""
     _output.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
     _output.flush()
 

@@ -42,7 +42,6 @@ def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
 
 
 def receive(group: StageGroup, count: int) -> list[StageEvent]:
-    """Return the next ``count`` events of a group."""
     events: list[StageEvent] = []
     for _ in range(count):
         event = group.receive(RECEIVE_TIMEOUT_S)
@@ -58,7 +57,6 @@ def end_among(events: Sequence[StageEvent]) -> StageEnded:
 
 
 def running_children() -> list[psutil.Process]:
-    """Return the processes that this test has started and that still run."""
     return [process for process in started_processes() if is_running(process)]
 
 

@@ -45,7 +45,6 @@ def monitor_of(group: StageGroup) -> HealthMonitor:
 
 
 def error_of(monitor: HealthMonitor) -> str:
-    """Wait for the error that a monitor raises; return its text."""
     with pytest.raises(StageSilent) as caught:
         monitor.receive(time.monotonic() + RECEIVE_TIMEOUT_S)
     return str(caught.value)

@@ -30,7 +30,6 @@ class Pipe:
         self.ends: queue.SimpleQueue[ProtocolError | None] = queue.SimpleQueue()
 
     def start_reader(self) -> FrameReader:
-        """Read frames on another thread."""
         return FrameReader(self.read_end, "test", self.frames.put, self.ends.put)
 
 

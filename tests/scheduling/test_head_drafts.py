@@ -200,20 +200,24 @@ REPETITION = [1, 2, 3, 4, 5, 1, 2, 3, 4]
 """Tokens of which the last four occurred before, followed by 5."""
 
 
+def plan_next(drafts: Drafts, text: list[int], drafter: NgramDrafter) -> tuple[DraftSource, int]:
+    """Put the next draft into a plan; return its source and its token id."""
+    draft = drafts.next(text, drafter)
+    assert draft is not None
+    drafts.plan(draft)
+    return draft.source, draft.token_id
+
+
 def test_an_ngram_of_four_tokens_that_is_right_more_often_replaces_the_draft_of_the_head() -> None:
     drafts = Drafts(DraftMode.AUTO)
     drafter = NgramDrafter()
     drafter.index(REPETITION, 100)
     for _ in range(10):
         drafts.propose([9])
-        draft = drafts.next(REPETITION, drafter)
-        assert draft is not None
-        drafts.plan(draft)
+        plan_next(drafts, REPETITION, drafter)
         drafts.accept(5)  # the n-gram's draft would be right
     drafts.propose([9])
-    draft = drafts.next(REPETITION, drafter)
-    assert draft is not None
-    assert (draft.source, draft.token_id) == (DraftSource.NGRAM, 5)
+    assert plan_next(drafts, REPETITION, drafter) == (DraftSource.NGRAM, 5)
 
 
 def test_an_ngram_of_three_tokens_or_one_of_unknown_acceptance_does_not_replace_the_draft_of_the_head() -> None:
@@ -222,18 +226,14 @@ def test_an_ngram_of_three_tokens_or_one_of_unknown_acceptance_does_not_replace_
     for text in (REPETITION, [7, 2, 3, 4, 8, 2, 3, 4]):
         drafts = Drafts(DraftMode.AUTO)
         drafts.propose([9])
-        draft = drafts.next(text, drafter)
-        assert draft is not None
-        assert draft.source is DraftSource.MODEL
+        assert plan_next(drafts, text, drafter) == (DraftSource.MODEL, 9)
 
 
 def test_proposals_that_differ_from_the_drafts_in_plans_are_dropped() -> None:
     drafts = Drafts(DraftMode.MODEL)
     drafts.propose([4, 5])
-    for _ in range(2):
-        draft = drafts.next([], NgramDrafter())
-        assert draft is not None
-        drafts.plan(draft)
+    for token_id in (4, 5):
+        assert plan_next(drafts, [], NgramDrafter()) == (DraftSource.MODEL, token_id)
     assert drafts.accept(4)
     drafts.propose([5, 6])
     draft = drafts.next([], NgramDrafter())

@@ -143,5 +143,4 @@ def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(nu
 
 
 def largest_gap_s(times: list[float]) -> float:
-    """Return the longest time between two tokens."""
     return max(later - earlier for earlier, later in itertools.pairwise(times))

@@ -35,12 +35,10 @@ def logits(folder: Path) -> mx.array:
 
 
 def run(model: Any) -> mx.array:
-    """Return the logits after each token of PROMPT."""
     return cast(mx.array, model(mx.array([PROMPT])))
 
 
 def largest_difference(left: mx.array, right: mx.array) -> float:
-    """Return the largest absolute difference of two values at the same position."""
     return cast(float, mx.abs(left - right).max().item())
 
 
