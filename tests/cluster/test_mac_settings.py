@@ -23,7 +23,7 @@ Currently in use:
  disksleep            0
 """
 
-# From ml-explore/mlx#3777 and jundot/omlx#3037: enabled, but without a device, as on every Thunderbolt 4 Mac.
+# Output of ibv_devices on Macs with Thunderbolt 4, which have no device, from ml-explore/mlx#3777 and jundot/omlx#3037.
 NO_DEVICES = """\
 device              node GUID
 ------          ----------------

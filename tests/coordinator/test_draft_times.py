@@ -17,14 +17,19 @@ WRONG_S = sum(STAGES_S) + 2 * HOP_S
 
 
 def test_the_times_of_steps_with_right_and_wrong_drafts_give_the_times_of_hop_and_cycle() -> None:
-    _, sampled, draft = scheduler_with_draft()
+    _, sampled_step, draft_step = scheduler_with_draft()
     timer = DraftTimer(2)
     now = 0.0
-    for microbatch, step_s in ((sampled, WRONG_S), (draft, RIGHT_S), (draft, RIGHT_S), (sampled, WRONG_S)):
+    for microbatch, step_s in (
+        (sampled_step, WRONG_S),
+        (draft_step, RIGHT_S),
+        (draft_step, RIGHT_S),
+        (sampled_step, WRONG_S),
+    ):
         now += step_s
         for rank, busy_s in enumerate(STAGES_S):
             timer.add(StageReport(rank, microbatch, StepDone(0, busy_s, tokens=(SampledToken(1),)), now))
-    timer.add(StageReport(1, draft, StepDone(0, 0.0, is_skipped=True), now + 99))  # not counted: it has no token
+    timer.add(StageReport(1, draft_step, StepDone(0, 0.0, is_skipped=True), now + 99))  # not counted: it has no token
     times = timer.times(HEAD_S)
     assert times is not None
     assert times.stages_s == STAGES_S
@@ -35,9 +40,9 @@ def test_the_times_of_steps_with_right_and_wrong_drafts_give_the_times_of_hop_an
 
 
 def test_without_a_right_draft_there_are_no_times() -> None:
-    _, sampled, _ = scheduler_with_draft()
+    _, sampled_step, _ = scheduler_with_draft()
     timer = DraftTimer(2)
     for now in (1.0, 2.0):
         for rank in range(2):
-            timer.add(StageReport(rank, sampled, StepDone(0, 0.02), now))
+            timer.add(StageReport(rank, sampled_step, StepDone(0, 0.02), now))
     assert timer.times(HEAD_S) is None

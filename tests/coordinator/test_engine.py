@@ -54,7 +54,7 @@ def test_a_waiting_request_reports_its_position_and_then_the_progress_of_its_pro
         harness.run_to_end(handles[0])
         assert next(events[2]) == Queued(0)
         harness.run_to_end(*handles)
-        assert next(events[2]) == PrefillProgress(16, 20)
+        assert next(events[2]) == PrefillProgress(16, 20)  # reported before the last chunk of 4 tokens
 
 
 @follows_advice(
@@ -109,8 +109,8 @@ def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() ->
         handles = [harness.engine.submit(request(number, 2, 3, max_tokens=40)) for number in range(3)]
         harness.run_steps(9)
         harness.fail(1)
-        restarting = next(event for event in handles[2].events() if isinstance(event, Restarting))
-        assert restarting.restart == harness.restarts[0]
+        first_restarting = next(event for event in handles[2].events() if isinstance(event, Restarting))
+        assert first_restarting.restart == harness.restarts[0]
         harness.end_restart()
         check_answers(harness, *handles)
 
@@ -123,9 +123,9 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
         cancelled.cancel()
         token_ids, end = rest_of(cancelled)
         assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
-        late = harness.engine.submit(request(3))
+        later = harness.engine.submit(request(3))
         harness.end_restart()
-        check_answers(harness, other, late)
+        check_answers(harness, other, later)
 
 
 def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
@@ -195,7 +195,7 @@ def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests
 
 
 def test_a_conversation_stays_cached_through_40_brief_requests_two_at_a_time() -> None:
-    """The conversation has 300 tokens, a brief request 45. Interactive requests would overwrite it after 300 / 45."""
+    """The conversation has 300 tokens, a brief request 45. About 300 / 45 interactive requests would overwrite it."""
     with token_engine(num_slots=2, chunk_tokens=64, context_tokens=1000) as harness:
         conversation = harness.engine.submit(request(*range(300), max_tokens=5))
         harness.run_to_end(conversation)
@@ -308,9 +308,9 @@ def test_a_request_whose_last_token_arrives_while_the_engine_closes_gets_its_ans
 def test_a_concurrent_reader_gets_the_progress_of_a_prompt_before_its_first_token_only() -> None:
     with token_engine(chunk_tokens=4) as harness, ThreadPoolExecutor(1) as pool:
         handle = harness.engine.submit(request(*range(11), max_tokens=3))
-        reading = pool.submit(lambda: [type(event) for event in handle.events()])
+        event_types = pool.submit(lambda: [type(event) for event in handle.events()])
         harness.run_to_end(handle)
-        *progress, first, second, third, end = reading.result(WAIT_S)
+        *progress, first, second, third, end = event_types.result(WAIT_S)
         assert [first, second, third, end] == [Token, Token, Token, Finished]
         assert PrefillProgress in progress and set(progress) <= {Queued, PrefillProgress}
 
@@ -320,9 +320,9 @@ def test_a_failing_callback_ends_neither_the_engine_nor_other_requests() -> None
         raise RuntimeError("the reader's loop is closed")
 
     with token_engine() as harness:
-        broken = harness.engine.submit(request(1, 2), notify=fail)
+        with_callback = harness.engine.submit(request(1, 2), notify=fail)
         other = harness.engine.submit(request(3, 4))
-        check_answers(harness, broken, other)
+        check_answers(harness, with_callback, other)
 
 
 @pytest.mark.parametrize("prompt_ids", [(), (5,) * CONTEXT_TOKENS, (5, VOCAB_SIZE)])

@@ -47,6 +47,7 @@ class Reader:
     """Number of the last stage's reports before the submission."""
     token_ids: list[int] = field(default_factory=list)
     ends: list[Finished | RequestFailed] = field(default_factory=list)
+    """The end of the handle, of which there must be exactly one."""
     was_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class Reader:
         """Read to the end of a handle that has ended."""
         try:
             for event in self._events:
-                self._on(event)
+                self._record(event)
         except RequestFailed as failure:
             self.ends.append(failure)
 
@@ -64,13 +65,13 @@ class Reader:
         """Read up to the next token or the end, one of which must be in the queue."""
         try:
             for event in self._events:
-                self._on(event)
+                self._record(event)
                 if isinstance(event, Token):
                     return
         except RequestFailed as failure:
             self.ends.append(failure)
 
-    def _on(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         match event:
             case Token(token_id):
                 assert not self.was_cancelled, "a token after cancel"
@@ -80,7 +81,7 @@ class Reader:
 
 
 class EngineStates(RuleBasedStateMachine):
-    """An engine over stages that execute plans when the test says so."""
+    """State machine of an engine. Its stages execute plans only when a rule calls ``execute``."""
 
     readers = Bundle("readers")
 
@@ -150,9 +151,9 @@ class EngineStates(RuleBasedStateMachine):
         if rank < self.num_stages and self.harness.stages.execute(rank):
             self.wait_for_engine()
 
-    @rule(times=st.integers(1, 20))
-    def execute_on_all_stages(self, times: int) -> None:
-        for rank in [*range(self.num_stages)] * times:
+    @rule(num_rounds=st.integers(1, 20))
+    def execute_on_all_stages(self, num_rounds: int) -> None:
+        for rank in [*range(self.num_stages)] * num_rounds:
             if self.harness.stages.execute(rank):
                 self.wait_for_engine()
 
@@ -188,7 +189,7 @@ class EngineStates(RuleBasedStateMachine):
     def background_requests_yield(self) -> None:
         for reader in self.all_readers:
             if reader.handle.request.priority is Priority.INTERACTIVE:
-                assert self.num_background_steps(reader) <= self.num_stages + 1
+                assert self.num_background_steps(reader) <= self.num_stages + 1, "more than may be in flight"
 
     def num_background_steps(self, reader: Reader) -> int:
         """Return the number of background steps between the submission and the first token; 0 without a token."""

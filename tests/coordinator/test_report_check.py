@@ -23,12 +23,12 @@ def scheduler_with_draft() -> tuple[Scheduler, Microbatch, Microbatch]:
     prompt = scheduler.next_microbatch()
     assert prompt is not None
     scheduler.complete(prompt.number, [SampledToken(3)])
-    sampled = scheduler.next_microbatch()
+    sampled_step = scheduler.next_microbatch()
     scheduler.propose(prompt, [4])
     draft = scheduler.next_microbatch()
-    assert sampled is not None
+    assert sampled_step is not None
     assert draft is not None
-    return scheduler, sampled, draft
+    return scheduler, sampled_step, draft
 
 
 @pytest.mark.parametrize(
@@ -44,25 +44,25 @@ def scheduler_with_draft() -> tuple[Scheduler, Microbatch, Microbatch]:
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:
-    _, sampled, _ = scheduler_with_draft()
-    assert find_draft_problem(message, sampled, vocab_size=VOCAB_SIZE) == problem
+    _, sampled_step, _ = scheduler_with_draft()
+    assert find_draft_problem(message, sampled_step, vocab_size=VOCAB_SIZE) == problem
 
 
 def test_a_stage_may_skip_drafts_only_and_the_last_stage_only_wrong_ones() -> None:
-    scheduler, sampled, draft = scheduler_with_draft()
+    scheduler, sampled_step, draft = scheduler_with_draft()
 
     def problem_of_skipping(plan: Microbatch, *, is_last: bool) -> str | None:
         report = StepDone(plan.number, 0.0, is_skipped=True)
         return find_problem(report, plan, is_last=is_last, vocab_size=VOCAB_SIZE)
 
-    assert problem_of_skipping(sampled, is_last=False) == "skipped step 1, which is not a draft"
+    assert problem_of_skipping(sampled_step, is_last=False) == "skipped step 1, which is not a draft"
     assert problem_of_skipping(draft, is_last=True) == "skipped step 2, whose draft is right"
     assert problem_of_skipping(draft, is_last=False) is None
-    scheduler.complete(sampled.number, [SampledToken(9)])  # now the draft 4 is wrong
+    scheduler.complete(sampled_step.number, [SampledToken(9)])  # now the draft 4 is wrong
     assert problem_of_skipping(draft, is_last=True) is None
 
 
 def test_drafts_in_place_of_the_report_of_a_step_are_described() -> None:
-    _, sampled, _ = scheduler_with_draft()
-    problem = find_problem(Drafted(1, (4,), 0.0), sampled, is_last=True, vocab_size=VOCAB_SIZE)
+    _, sampled_step, _ = scheduler_with_draft()
+    problem = find_problem(Drafted(1, (4,), 0.0), sampled_step, is_last=True, vocab_size=VOCAB_SIZE)
     assert problem == "sent a Drafted between steps"
