@@ -62,7 +62,7 @@ def test_a_stage_may_skip_drafts_only_and_the_last_stage_only_wrong_ones() -> No
     assert problem_of_skipping(draft, is_last=True) is None
 
 
-def test_drafts_in_place_of_the_report_of_a_step_are_described() -> None:
+def test_drafts_instead_of_the_report_of_a_step_are_described() -> None:
     _, sampled_step, _ = scheduler_with_draft()
     problem = find_problem(Drafted(1, (4,), 0.0), sampled_step, is_last=True, vocab_size=VOCAB_SIZE)
     assert problem == "sent a Drafted between steps"

@@ -141,7 +141,7 @@ def test_on_a_host_without_the_path_of_this_python_the_command_of_its_login_shel
         ("unresolvable", "its name cannot be resolved: check its spelling"),
     ],
 )
-def test_the_error_for_each_failure_of_ssh_says_what_to_do(hosts: EmulatedHosts, name: str, reason: str) -> None:
+def test_the_error_for_each_failure_of_ssh_advises_what_to_do(hosts: EmulatedHosts, name: str, reason: str) -> None:
     error = end_of_start(StageLocation(name)).as_error()
     assert isinstance(error, StageStartError)
     assert re.match(f"stage 0 on {name} did not start: {reason}", str(error))

@@ -41,7 +41,7 @@ def survey_with(*pythons: tuple[tuple[int, ...], str], python: str | None = None
         ((((3, 12, 3), "/usr/bin/python3.12"),), "cannot make environments: install its venv package (python3-venv)"),
     ],
 )
-def test_the_problem_of_a_host_without_a_usable_python_says_what_to_install(
+def test_the_problem_of_a_host_without_a_usable_python_names_what_to_install(
     pythons: tuple[tuple[tuple[int, ...], str], ...], problem: str
 ) -> None:
     assert problem in str(survey_with(*pythons).problem)

@@ -55,11 +55,11 @@ class FixedChoices(StepPolicy):
         return min(self._chunk_tokens, longest)
 
 
-def request(num_prompt: int, max_tokens: int, seed: int = 0, *, shares_prefix: bool = False) -> Request:
+def request(num_prompt: int, max_tokens: int, seed: int = 0, *, has_common_prefix: bool = False) -> Request:
     """Return a request. Prompts of different seeds differ in their first token only, or in their last token only."""
     common_ids = tuple(range(1, num_prompt))
     own_id = 1_000_000 + seed
-    prompt_ids = (*common_ids, own_id) if shares_prefix else (own_id, *common_ids)
+    prompt_ids = (*common_ids, own_id) if has_common_prefix else (own_id, *common_ids)
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset())
 
 

@@ -208,25 +208,22 @@ def plan_next(drafts: Drafts, text: list[int], drafter: NgramDrafter) -> tuple[D
     return draft.source, draft.token_id
 
 
-def test_an_ngram_of_four_tokens_that_is_right_more_often_replaces_the_draft_of_the_head() -> None:
+def test_a_draft_of_the_head_is_replaced_by_one_of_an_ngram_of_four_tokens_that_is_right_more_often() -> None:
     drafts = Drafts(DraftMode.AUTO)
     drafter = NgramDrafter()
     drafter.index(REPETITION, 100)
+    drafts.propose([9])
+    assert plan_next(drafts, REPETITION, drafter) == (DraftSource.MODEL, 9)  # nothing is known of the n-grams yet
+    drafts.accept(5)
     for _ in range(10):
         drafts.propose([9])
         plan_next(drafts, REPETITION, drafter)
         drafts.accept(5)  # the n-gram's draft would be right
     drafts.propose([9])
+    assert plan_next(drafts, [7, 2, 3, 4, 8, 2, 3, 4], drafter) == (DraftSource.MODEL, 9)  # three tokens match
+    drafts.accept(5)
+    drafts.propose([9])
     assert plan_next(drafts, REPETITION, drafter) == (DraftSource.NGRAM, 5)
-
-
-def test_an_ngram_of_three_tokens_or_one_of_unknown_acceptance_does_not_replace_the_draft_of_the_head() -> None:
-    drafter = NgramDrafter()
-    drafter.index(REPETITION, 100)
-    for text in (REPETITION, [7, 2, 3, 4, 8, 2, 3, 4]):
-        drafts = Drafts(DraftMode.AUTO)
-        drafts.propose([9])
-        assert plan_next(drafts, text, drafter) == (DraftSource.MODEL, 9)
 
 
 def test_proposals_that_differ_from_the_drafts_in_plans_are_dropped() -> None:

@@ -21,7 +21,7 @@ def decode_s(policy: StepPolicy, stages: list[StageCost], num_streams: int, num_
     """Return the seconds for each token of each stream, over the time in which all streams decode."""
     simulation = Simulation(stages, policy, num_streams)
     max_tokens = 40 + 20 * num_streams
-    requests = [request(num_prompt, max_tokens, seed, shares_prefix=True) for seed in range(num_streams)]
+    requests = [request(num_prompt, max_tokens, seed, has_common_prefix=True) for seed in range(num_streams)]
     simulation.run(*requests)  # the first prompt is computed, the others reuse its cache
     token_times = list(simulation.token_times.values())
     start_s, end_s = max(times[0] for times in token_times), min(times[-1] for times in token_times)
