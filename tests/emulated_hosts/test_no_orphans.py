@@ -56,7 +56,7 @@ def stage_on(hosts: EmulatedHosts, i: int) -> psutil.Process:
 def listens(process: psutil.Process, port: int) -> bool:
     """Return whether any process in the network of ``process`` listens on ``port``."""
     sockets = Path(f"/proc/{process.pid}/net/tcp").read_text()
-    return re.search(rf":{port:04X} \S+ 0A ", sockets) is not None
+    return re.search(rf":{port:04X} \S+ 0A ", sockets) is not None  # state 0A is LISTEN
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

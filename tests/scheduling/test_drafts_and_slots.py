@@ -155,4 +155,4 @@ def test_a_lone_prompt_is_indexed_in_parts_of_index_tokens_while_it_is_computed(
     num_parts = 1
     while run.scheduler.index_drafts():
         num_parts += 1
-    assert num_parts == math.ceil(999 / INDEX_TOKENS)  # no n-gram ends before the last token
+    assert num_parts == math.ceil(999 / INDEX_TOKENS)  # no token follows the last one
