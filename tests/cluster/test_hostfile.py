@@ -1,4 +1,4 @@
-"""Tests of hostfiles: the shipped examples, MLX's two forms, and a clear error for each bad one."""
+"""Tests of hostfiles: the examples in hostfiles/, MLX's list and object forms, and the error about each invalid one."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,15 @@ EXAMPLES = Path(__file__).parents[2] / "hostfiles"
 
 MAC_1: dict[str, Any] = {"ssh": "mac-1", "ips": ["192.168.0.1"]}
 MAC_2: dict[str, Any] = {"ssh": "mac-2", "ips": ["192.168.0.2"]}
-MAC_3: dict[str, Any] = {"ssh": "mac-3", "ips": ["192.168.0.3"]}
 
 
 def parse(content: Any) -> Hostfile:
     return parse_hostfile(json.dumps(content).encode(), "macs.json")
 
 
-def jaccl(*rdma: list[Any], backend: str = "jaccl") -> dict[str, Any]:
-    hosts = [host | {"rdma": row} for host, row in zip((MAC_1, MAC_2, MAC_3), rdma, strict=False)]
-    return {"backend": backend, "hosts": hosts}
+def jaccl(first_devices: list[Any], second_devices: list[Any]) -> dict[str, Any]:
+    """Return the content of a hostfile of two hosts with these RDMA devices."""
+    return {"backend": "jaccl", "hosts": [MAC_1 | {"rdma": first_devices}, MAC_2 | {"rdma": second_devices}]}
 
 
 @pytest.mark.parametrize(
@@ -68,17 +67,17 @@ def test_several_rdma_devices_between_two_hosts_are_read() -> None:
 
 
 def test_a_jaccl_ring_needs_devices_only_between_neighbours() -> None:
-    four = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
-    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(four)]
+    devices = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
+    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(devices)]
     assert parse({"backend": "jaccl-ring", "hosts": hosts}).backend is Backend.JACCL_RING
     with pytest.raises(HostfileError, match=r"host 0 \(mac-0\): rdma\[2\] names no device towards host 2 \(mac-2\)"):
         parse({"backend": "jaccl", "hosts": hosts})
 
 
-def test_the_keys_specific_to_mlx_k2_are_read() -> None:
-    own = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
-    host = parse([MAC_1 | own]).hosts[0]
-    assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(own.values())
+def test_the_keys_that_only_mlx_k2_knows_are_read() -> None:
+    keys = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
+    host = parse([MAC_1 | keys]).hosts[0]
+    assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(keys.values())
 
 
 def test_unknown_keys_are_ignored_with_a_warning() -> None:
@@ -89,19 +88,19 @@ def test_unknown_keys_are_ignored_with_a_warning() -> None:
     )
 
 
-def test_a_local_hostfile_passes_its_own_checks() -> None:
-    hostfile = local_hostfile(3)
-    assert len(hostfile.hosts) == 3
-    assert all(host.is_local for host in hostfile.hosts)
-    assert parse([{"ssh": host.ssh, "ips": host.ips} for host in hostfile.hosts]).hosts == hostfile.hosts
+def test_the_hosts_of_local_hostfile_are_this_machine_and_pass_the_checks_of_a_hostfile() -> None:
+    hosts = local_hostfile(3).hosts
+    assert len(hosts) == 3
+    assert all(host.is_local for host in hosts)
+    assert parse([{"ssh": host.ssh, "ips": host.ips} for host in hosts]).hosts == hosts
 
 
-def test_one_host_alone_needs_no_address() -> None:
+def test_a_single_host_needs_no_address() -> None:
     assert len(parse([{"ssh": "mac-1"}]).hosts) == 1
     assert len(parse({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}]}).hosts) == 1
 
 
-def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_hostfile_names_its_path(tmp_path: Path) -> None:
     with pytest.raises(HostfileError, match=r"cannot read the hostfile .*none\.json: No such file"):
         read_hostfile(tmp_path / "none.json")
 
@@ -156,7 +155,7 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
         ({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}, MAC_2]}, r"host 0 \(mac-1\) has no ips: backend jaccl needs"),
     ],
 )
-def test_a_bad_hostfile_is_refused_with_the_host_and_the_reason(content: Any, reason: str) -> None:
+def test_the_error_about_an_invalid_hostfile_names_the_file_the_host_and_the_reason(content: Any, reason: str) -> None:
     with pytest.raises(HostfileError, match=reason) as refused:
         parse(content)
     assert str(refused.value).startswith("macs.json")

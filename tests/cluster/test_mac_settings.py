@@ -1,4 +1,4 @@
-"""Tests of parsing the output of macOS's own tools, as quoted in public."""
+"""Tests of the parsers for the output of macOS's tools, with output that users have published."""
 
 from mlx_k2.cluster.mac_settings import (
     bridge_is_active,
@@ -23,7 +23,7 @@ Currently in use:
  disksleep            0
 """
 
-# From ml-explore/mlx#3777 and jundot/omlx#3037: enabled, but without a device, as on every Thunderbolt 4 Mac.
+# Output of ibv_devices on Macs with Thunderbolt 4, which have no device, from ml-explore/mlx#3777 and jundot/omlx#3037.
 NO_DEVICES = """\
 device              node GUID
 ------          ----------------
@@ -51,17 +51,17 @@ def test_the_idle_sleep_setting_is_read_even_while_a_process_prevents_sleep() ->
     assert sleeps_after_minutes(" displaysleep         28\n disksleep            10\n") is None
 
 
-def test_rdma_state_and_devices_are_read() -> None:
+def test_the_state_and_the_devices_of_rdma_are_read() -> None:
     assert rdma_is_enabled("enabled\n") and not rdma_is_enabled("disabled\n") and not rdma_is_enabled("")
     assert rdma_devices(DEVICES) == ("rdma_en2", "rdma_en5")
     assert rdma_devices(NO_DEVICES) == rdma_devices("") == ()
 
 
-def test_the_bridge_state_is_read() -> None:
+def test_the_state_of_the_thunderbolt_bridge_is_read() -> None:
     assert bridge_is_active(BRIDGE.format(status="active"))
     assert not bridge_is_active(BRIDGE.format(status="inactive")) and not bridge_is_active("")
 
 
-def test_the_macos_version_is_none_on_other_systems() -> None:
+def test_macos_versions_are_numbers_in_order_and_none_on_other_systems() -> None:
     assert macos_version("macOS 26.2") == (26, 2) < macos_version("macOS 26.10.1")  # type: ignore[operator]
     assert macos_version("Linux-6.1-x86_64-with-glibc2.36") is None

@@ -1,9 +1,10 @@
-"""Tests of the partition against brute force, and on Kimi K2 Thinking's own sizes."""
+"""Tests of the partition against all possible ones, and with the sizes of Kimi K2 Thinking; tests of memory sizes."""
 
 import functools
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -38,11 +39,12 @@ from mlx_k2.weights.inventory import (
 from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.advice import follows_advice
 
-THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
+K2_CACHE_BYTES_PER_TOKEN = 61 * 576 * 2
+K2_THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
-pieces = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
+layer_costs = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
 models = st.builds(
-    ModelCosts, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
+    ModelCosts, embedding=layer_costs, layers=st.lists(layer_costs, min_size=1, max_size=8).map(tuple), head=layer_costs
 )
 hosts_of_a_cluster = st.lists(
     st.builds(
@@ -57,125 +59,129 @@ hosts_of_a_cluster = st.lists(
 
 
 @functools.cache
-def thinking_costs(context_tokens: int = 0) -> ModelCosts:
-    cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
+def k2_costs(context_tokens: int = 0) -> ModelCosts:
+    """Return the costs of Kimi K2 Thinking in bfloat16, with the cache of one slot."""
+    cache_bytes = layer_cache_bytes(K2_THINKING, 1, context_tokens, 2)
+    weight_bytes = [held_bytes(layer_specs(K2_THINKING, layer)) for layer in range(61)]
     layers = tuple(
-        LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
-        for layer in range(61)
+        LayerCost(held + cache_bytes, layer_read_bytes_per_token(K2_THINKING, layer))
+        for layer, held in enumerate(weight_bytes)
     )
     return ModelCosts(
-        embedding=LayerCost(held_bytes(embedding_specs(THINKING)), embedding_read_bytes_per_token(THINKING)),
+        embedding=LayerCost(held_bytes(embedding_specs(K2_THINKING)), embedding_read_bytes_per_token(K2_THINKING)),
         layers=layers,
-        head=LayerCost(held_bytes(head_specs(THINKING)), held_bytes(head_specs(THINKING))),
+        head=LayerCost(held_bytes(head_specs(K2_THINKING)), held_bytes(head_specs(K2_THINKING))),
     )
 
 
-def macs(*memory_gb: float, gb_per_s: Iterable[float | None] = itertools.repeat(None)) -> list[HostCapacity]:
-    return [
-        HostCapacity(name=f"mac-{rank}", memory_bytes=int(gb * GB), gb_per_s=speed)
-        for rank, (gb, speed) in enumerate(zip(memory_gb, gb_per_s, strict=False))
-    ]
+def macs(*memory_gb: float) -> list[HostCapacity]:
+    """Return the hosts mac-0, mac-1 and so on, of unknown speed."""
+    return [HostCapacity(name=f"mac-{rank}", memory_bytes=int(gb * GB)) for rank, gb in enumerate(memory_gb)]
 
 
 def layer_counts(assignments: tuple[StageAssignment, ...]) -> list[int]:
     return [assignment.num_layers for assignment in assignments]
 
 
-def every_split(num_layers: int, num_hosts: int) -> list[tuple[int, ...]]:
-    inner = itertools.combinations(range(1, num_layers), num_hosts - 1)
-    return [tuple(b - a for a, b in itertools.pairwise((0, *cuts, num_layers))) for cuts in inner]
+def assigned_layers(assignments: tuple[StageAssignment, ...]) -> list[int]:
+    return [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
 
 
-def slowest_stage(assignments: tuple[StageAssignment, ...], hosts: list[HostCapacity]) -> float:
-    slowest_known = min((host.gb_per_s for host in hosts if host.gb_per_s), default=1.0)
+def all_splits(num_layers: int, num_hosts: int) -> Iterator[list[int]]:
+    """Yield every division of the layers into one or more for each host, as numbers of layers."""
+    for cuts in itertools.combinations(range(1, num_layers), num_hosts - 1):
+        yield [end - start for start, end in itertools.pairwise((0, *cuts, num_layers))]
+
+
+def slowest_stage_s(assignments: tuple[StageAssignment, ...], hosts: list[HostCapacity]) -> float:
+    """Return the seconds in which the slowest stage reads its weights. Unknown speeds are as the lowest known one."""
+    lowest_gb_per_s = min((host.gb_per_s for host in hosts if host.gb_per_s), default=1.0)
     return max(
-        assignment.read_bytes / (1e9 * (host.gb_per_s or slowest_known))
+        assignment.read_bytes / (1e9 * (host.gb_per_s or lowest_gb_per_s))
         for assignment, host in zip(assignments, hosts, strict=True)
     )
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
+def test_the_slowest_stage_of_the_chosen_split_is_the_fastest_of_all_splits_that_fit(
     model: ModelCosts, hosts: list[HostCapacity]
 ) -> None:
     fitting = []
-    for counts in every_split(len(model.layers), len(hosts)):
-        try:
-            fitting.append(divide_as_requested(model, hosts, counts))
-        except PartitionError:
-            continue
+    for split in all_splits(len(model.layers), len(hosts)):
+        with suppress(PartitionError):
+            fitting.append(divide_as_requested(model, hosts, split))
     if not fitting:
         with pytest.raises(PartitionError):
             divide_layers(model, hosts)
         return
     assignments = divide_layers(model, hosts)
     assert assignments in fitting
-    assert slowest_stage(assignments, hosts) == min(slowest_stage(other, hosts) for other in fitting)
+    assert slowest_stage_s(assignments, hosts) == min(slowest_stage_s(other, hosts) for other in fitting)
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelCosts, hosts: list[HostCapacity]) -> None:
+def test_each_layer_is_assigned_exactly_once_within_the_memory_of_its_host(
+    model: ModelCosts, hosts: list[HostCapacity]
+) -> None:
     try:
         assignments = divide_layers(model, hosts)
     except PartitionError:
         return
-    owned = [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
-    assert owned == list(range(len(model.layers)))
+    assert assigned_layers(assignments) == list(range(len(model.layers)))
     for assignment, host in zip(assignments, hosts, strict=True):
         assert assignment.num_layers >= 1
         assert host.memory_bytes is None or assignment.held_bytes <= host.memory_bytes
-    whole = model.shard(0, len(model.layers))
-    assert sum(assignment.held_bytes for assignment in assignments) == whole.held_bytes
-    assert sum(assignment.read_bytes for assignment in assignments) == whole.read_bytes
+    all_layers = model.shard(0, len(model.layers))
+    assert sum(assignment.held_bytes for assignment in assignments) == all_layers.held_bytes
+    assert sum(assignment.read_bytes for assignment in assignments) == all_layers.read_bytes
 
 
-def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
-    assignments = divide_layers(thinking_costs(), macs(480, 480))
+def test_on_two_equal_hosts_kimi_k2_thinking_is_divided_into_32_and_29_layers() -> None:
+    assignments = divide_layers(k2_costs(), macs(480, 480))
     assert layer_counts(assignments) == [32, 29]
     assert sum(assignment.held_bytes for assignment in assignments) == 594_205_351_936
 
 
 @pytest.mark.parametrize("num_hosts", range(1, 17))
 def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hosts: int) -> None:
-    assignments = divide_layers(thinking_costs(), macs(*[600] * num_hosts))
-    assert [
-        layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)
-    ] == list(range(61))
+    assignments = divide_layers(k2_costs(), macs(*[600] * num_hosts))
+    assert assigned_layers(assignments) == list(range(61))
     assert len(assignments) == num_hosts
 
 
 def test_layer_counts_of_the_middle_stages_differ_by_at_most_one() -> None:
-    counts = layer_counts(divide_layers(thinking_costs(), macs(*[600] * 16)))
+    counts = layer_counts(divide_layers(k2_costs(), macs(*[600] * 16)))
     assert counts[-1] == 1  # the last stage also reads the whole head
     assert max(counts[1:-1]) - min(counts[1:-1]) <= 1
 
 
 def test_a_host_with_less_memory_gets_fewer_layers() -> None:
-    assert layer_counts(divide_layers(thinking_costs(), macs(480, 200))) == [41, 20]
+    assert layer_counts(divide_layers(k2_costs(), macs(480, 200))) == [41, 20]
 
 
 def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
-    fast, slow = divide_layers(thinking_costs(), macs(600, 600, gb_per_s=(800.0, 400.0)))
+    hosts = [HostCapacity(name="mac", memory_bytes=600 * GB, gb_per_s=gb_per_s) for gb_per_s in (800.0, 400.0)]
+    fast, slow = divide_layers(k2_costs(), hosts)
     assert fast.read_bytes / slow.read_bytes == pytest.approx(2, rel=0.1)
 
 
 def test_held_bytes_include_the_cache() -> None:
-    without, with_cache = (
-        sum(assignment.held_bytes for assignment in divide_layers(thinking_costs(n), macs(480, 480)))
-        for n in (0, 32_768)
+    without_cache, with_cache = (
+        sum(assignment.held_bytes for assignment in divide_layers(k2_costs(context_tokens), macs(480, 480)))
+        for context_tokens in (0, 32_768)
     )
-    assert with_cache - without == 32_768 * 70_272
+    assert with_cache - without_cache == 32_768 * K2_CACHE_BYTES_PER_TOKEN
 
 
 def test_a_model_larger_than_the_hosts_memory_is_refused_with_the_sizes() -> None:
     reason = r"weights and cache need 594\.2 GB, and the hosts can hold 400\.0 GB \(mac-0 200\.0 GB, mac-1 200\.0 GB\)"
     with pytest.raises(PartitionError, match=reason):
-        divide_layers(thinking_costs(), macs(200, 200))
+        divide_layers(k2_costs(), macs(200, 200))
 
 
 def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size() -> None:
     with pytest.raises(PartitionError, match=r"does not fit in whole layers of up to 9\.8 GB"):
-        divide_layers(thinking_costs(), macs(3, 600))
+        divide_layers(k2_costs(), macs(3, 600))
 
 
 @follows_advice(
@@ -183,16 +189,16 @@ def test_a_model_that_fits_only_with_split_layers_is_refused_with_the_layer_size
 )
 def test_more_hosts_than_layers_are_refused() -> None:
     with pytest.raises(PartitionError, match="62 hosts and the model has 61 layers: use at most 61 hosts"):
-        divide_layers(thinking_costs(), macs(*[600] * 62))
+        divide_layers(k2_costs(), macs(*[600] * 62))
 
 
 def test_a_host_with_unknown_memory_has_no_limit() -> None:
     hosts = [HostCapacity(name=name, memory_bytes=None) for name in ("mac-1", "mac-2")]
-    assert layer_counts(divide_layers(thinking_costs(), hosts)) == [32, 29]
+    assert layer_counts(divide_layers(k2_costs(), hosts)) == [32, 29]
 
 
-def test_an_explicit_split_is_used() -> None:
-    assignments = divide_as_requested(thinking_costs(), macs(480, 480), (31, 30))
+def test_a_requested_split_is_used() -> None:
+    assignments = divide_as_requested(k2_costs(), macs(480, 480), (31, 30))
     assert layer_counts(assignments) == [31, 30]
 
 
@@ -207,10 +213,10 @@ def test_an_explicit_split_is_used() -> None:
 )
 def test_an_impossible_split_is_refused(split: tuple[int, ...], reason: str) -> None:
     with pytest.raises(PartitionError, match=reason):
-        divide_as_requested(thinking_costs(), macs(480, 480), split)
+        divide_as_requested(k2_costs(), macs(480, 480), split)
 
 
-def test_the_drivers_memory_limit_overrides_the_hostfiles() -> None:
+def test_the_memory_limit_is_the_lower_of_those_of_gpu_driver_and_hostfile_or_80_percent_of_the_ram() -> None:
     assert memory_bound_bytes(500, 400 * GB, 512 * GB) == 400 * GB
     assert memory_bound_bytes(300, 400 * GB, 512 * GB) == 300 * GB
     assert memory_bound_bytes(None, 400 * GB, 512 * GB) == 400 * GB
@@ -222,28 +228,32 @@ def test_the_drivers_memory_limit_overrides_the_hostfiles() -> None:
     assert memory_bound_bytes(None, None, 10 * GB, other_bytes=9 * GB) == 0
 
 
-def test_the_cache_bytes_per_token_equal_the_published_size() -> None:
-    assert 61 * layer_cache_bytes(THINKING, 1, 1, 2) == 70_272
-    assert 61 * layer_cache_bytes(THINKING, 2, 32_768, 2) == 2 * 32_768 * 70_272
+def test_the_cache_of_k2_has_576_values_for_each_layer_and_token() -> None:
+    assert 61 * layer_cache_bytes(K2_THINKING, 1, 1, 2) == K2_CACHE_BYTES_PER_TOKEN
+    assert 61 * layer_cache_bytes(K2_THINKING, 2, 32_768, 2) == 2 * 32_768 * K2_CACHE_BYTES_PER_TOKEN
 
 
 def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
-    layer = held_bytes(layer_specs(THINKING, 1))
+    layer_bytes = held_bytes(layer_specs(K2_THINKING, 1))
 
-    def needed(chunk: int, largest: int, *, on_gpu: bool) -> int:
-        block = attention_block_bytes(THINKING, 32768, 2, on_gpu=on_gpu)
-        return working_bytes(THINKING, chunk, 2, largest, block_bytes=block, on_gpu=on_gpu)
+    def needed_bytes(chunk_tokens: int, largest_part_bytes: int, *, on_gpu: bool) -> int:
+        block_bytes = attention_block_bytes(K2_THINKING, 32768, 2, on_gpu=on_gpu)
+        return working_bytes(K2_THINKING, chunk_tokens, 2, largest_part_bytes, block_bytes=block_bytes, on_gpu=on_gpu)
 
-    assert needed(2048, layer, on_gpu=False) == needed(2048, layer, on_gpu=True) == layer
-    assert 2**29 < needed(2048, 0, on_gpu=False) < 2 * GB
-    assert 5 * GB < needed(4096, 0, on_gpu=True) < 8 * GB
-    assert needed(4096, 0, on_gpu=False) > needed(2048, 0, on_gpu=False)
+    assert needed_bytes(2048, layer_bytes, on_gpu=False) == needed_bytes(2048, layer_bytes, on_gpu=True) == layer_bytes
+    assert 2**29 < needed_bytes(2048, 0, on_gpu=False) < 2 * GB
+    assert 5 * GB < needed_bytes(4096, 0, on_gpu=True) < 8 * GB
+    assert needed_bytes(4096, 0, on_gpu=False) > needed_bytes(2048, 0, on_gpu=False)
 
 
 def test_a_block_of_attention_is_fixed_on_a_cpu_and_grows_with_context_and_spare_memory_on_a_gpu() -> None:
-    on_cpu = {attention_block_bytes(THINKING, tokens, 4, on_gpu=False) for tokens in (2048, 131072)}
-    assert on_cpu == {128 * 2**20}
-    sizes = [attention_block_bytes(THINKING, tokens, 2, on_gpu=True) for tokens in (2048, 32768, 131072, 262144)]
-    assert sizes == [128 * 2**20, 8 * 32768 * 2176, 8 * 131072 * 2176, 8 * 262144 * 2176]
-    assert [added_block_bytes(sizes[1], gb * GB) for gb in (0, 1, 100)] == [0, GB // 4, 4 * 2**30 - sizes[1]]
-    assert added_block_bytes(sizes[3], 100 * GB) == 0
+    cpu_sizes = {attention_block_bytes(K2_THINKING, tokens, 4, on_gpu=False) for tokens in (2048, 131072)}
+    assert cpu_sizes == {128 * 2**20}
+    smallest, *sizes = (
+        attention_block_bytes(K2_THINKING, tokens, 2, on_gpu=True) for tokens in (2048, 32768, 131072, 262144)
+    )
+    bytes_per_key = 2 * (2 * 256 + 3 * 192)  # scores of 256 queries before and after softmax, and keys and values
+    assert smallest == 128 * 2**20
+    assert sizes == [8 * tokens * bytes_per_key for tokens in (32768, 131072, 262144)]  # for 8 heads
+    assert [added_block_bytes(sizes[0], gb * GB) for gb in (0, 1, 100)] == [0, GB // 4, 4 * 2**30 - sizes[0]]
+    assert added_block_bytes(sizes[2], 100 * GB) == 0

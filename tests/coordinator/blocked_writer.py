@@ -1,8 +1,8 @@
-"""Two answers at once in one program: one is written to stdout, which may block; of the other only the end is reported.
+"""Program with two answers at once: it writes one to stdout, which may block, and reports the end of each to stderr.
 
-As a program: blocked_writer.py MODEL_FOLDER. It writes the first answer's tokens to stdout as `generate --json` does,
-and two lines to stderr: "other ended", when the other answer has ended, and "written answer ended", when the engine has
-finished the first one.
+Run as: blocked_writer.py MODEL_FOLDER. The tokens of WRITTEN_REQUEST are written as by `generate --json`. Two lines go
+to stderr: "other ended" at the end of the other answer, then "written answer ended" when the engine has finished the
+written one.
 """
 
 import sys
@@ -18,17 +18,21 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.text.tokenizer import load_tokenizer
 from tests.local_cluster import VOCAB_SIZE, local_cluster, local_host, request
 
-WRITTEN = replace(request(5, 500), sampling=Sampling(seed=1, num_logprobs=20))
-"""Its lines are some 600 kB: more than a terminal and the kernel hold."""
-OTHER = request(9, 500)
+NUM_TOKENS = 500
+"""Tokens of each answer."""
+WRITTEN_REQUEST = replace(request(5, NUM_TOKENS), sampling=Sampling(seed=1, num_logprobs=20))
+"""Its answer is about 600 kB of output, more than the buffers of a terminal hold."""
+OTHER_REQUEST = request(9, NUM_TOKENS)
 
 
 def main(model: Path) -> None:
     with local_cluster(model, [local_host()]) as cluster:
         tokenizer = load_tokenizer(cluster.deployment.model.files, VOCAB_SIZE)
-        submissions = [Submission(asked, ReplyPolicy(tokenizer, asked)) for asked in (WRITTEN, OTHER)]
+        submissions = [
+            Submission(submitted, ReplyPolicy(tokenizer, submitted)) for submitted in (WRITTEN_REQUEST, OTHER_REQUEST)
+        ]
         written, other = cluster.engine.submit_all(submissions)
-        thread = threading.Thread(target=report_end, args=[other, written])
+        thread = threading.Thread(target=report_ends, args=[other, written])
         thread.start()
         output = JsonOutput(tokenizer)
         for event in written.events():
@@ -37,7 +41,8 @@ def main(model: Path) -> None:
         thread.join()
 
 
-def report_end(other: Handle, written: Handle) -> None:
+def report_ends(other: Handle, written: Handle) -> None:
+    """Write the two lines to stderr. Only the events of ``other`` are read."""
     for _ in other.events():
         pass
     sys.stderr.write("other ended\n")

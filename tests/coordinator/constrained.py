@@ -1,10 +1,10 @@
-"""Replies of a token policy to made-up logits: what the engine does for one sequence, without stages."""
+"""Generation of replies from random choices of tokens: what the engine does for one sequence, without stages."""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
@@ -19,21 +19,21 @@ VOCAB_SIZE = 640
 TOKENIZER: Tokenizer = load_tokenizer(tiny_vocabulary(VOCAB_SIZE, 4096).files, VOCAB_SIZE)
 COMPILER = GrammarCompiler(TOKENIZER)
 STOP_ID = TOKENIZER.token_id("<|im_end|>")
-THINK, THINK_END = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
-NO_THINKING = (STOP_ID, THINK, THINK_END)
-"""A prompt after which the model does not think."""
-ENDING = frozenset(
-    number for number in range(VOCAB_SIZE) if TOKENIZER.token_bytes(number)[:1] in (b'"', b"}", b"]", b",")
+THINK_ID, THINK_END_ID = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
+INSTANT_PROMPT = (STOP_ID, THINK_ID, THINK_END_ID)
+"""A prompt after which the reply begins with its content."""
+ENDING_IDS = frozenset(
+    token_id for token_id in range(VOCAB_SIZE) if TOKENIZER.token_bytes(token_id)[:1] in (b'"', b"}", b"]", b",")
 )
-"""The tokens that end values."""
+"""The tokens that can end a JSON value."""
 
-Choose = Callable[[Sequence[int]], int]
-"""A choice among the allowed tokens."""
+TokenChoice = Callable[[Sequence[int]], int]
+"""A function from the allowed token ids to one of them."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """A reply: its tokens, its parts, and why it ended."""
+class GeneratedReply:
+    """A reply: its tokens, its parts, and the reason of its end."""
 
     token_ids: list[int]
     reply: Reply
@@ -42,34 +42,36 @@ class Written:
 
 def policy_of(
     constraint: Constraint,
-    prompt_ids: Sequence[int] = NO_THINKING,
-    limits: ReplyLimits | None = None,
+    prompt_ids: Sequence[int] = INSTANT_PROMPT,
+    limits: ReplyLimits = NO_LIMITS,
     stop_ids: frozenset[int] = frozenset({STOP_ID}),
 ) -> ReplyPolicy:
     """Return the policy of a constrained reply."""
     request = Request(tuple(prompt_ids), 4096, Sampling(seed=0), stop_ids)
-    grammar = compile_constraint(COMPILER, constraint)
-    return ReplyPolicy(TOKENIZER, request, limits or ReplyLimits(), grammar)
+    return ReplyPolicy(TOKENIZER, request, limits, compile_constraint(COMPILER, constraint))
 
 
-def write_reply(
+def generate_reply(
     policy: ReplyPolicy,
-    choose: Choose,
+    choose: TokenChoice,
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset({STOP_ID}),
     on_mask: Callable[[list[int], TokenMask | None], None] = lambda _ids, _mask: None,
-) -> Written:
-    """Run a policy as a sequence does: forced tokens, else a token that the mask allows, as ``choose`` decides."""
+) -> GeneratedReply:
+    """Generate with a policy as a sequence does: its forced tokens, else the token that ``choose`` returns.
+
+    ``on_mask`` is called before each choice with the tokens so far and the mask.
+    """
     token_ids: list[int] = []
     parts: list[Part] = []
     reason: FinishReason | None = None
     while reason is None:
-        forced = list(policy.forced())
-        if not forced:
+        next_ids = list(policy.forced())
+        if not next_ids:
             mask = policy.token_mask(())
             on_mask(token_ids, mask)
-            forced = [choose(allowed_ids(mask))]
-        for token_id in forced:
+            next_ids = [choose(allowed_ids(mask))]
+        for token_id in next_ids:
             accepted = policy.accept(token_id)
             token_ids.append(token_id)
             parts += accepted.parts
@@ -79,20 +81,20 @@ def write_reply(
             if reason is not None:
                 break
     parts += policy.finish().parts
-    return Written(token_ids, whole_reply(parts), reason)
+    return GeneratedReply(token_ids, whole_reply(parts), reason)
 
 
 def allowed_ids(mask: TokenMask | None) -> list[int]:
-    """Return the tokens that a mask allows."""
-    return [number for number in range(VOCAB_SIZE) if mask is None or mask.allows(number)]
+    """Return the tokens that a mask allows; None allows all."""
+    return [token_id for token_id in range(VOCAB_SIZE) if mask is None or mask.allows(token_id)]
 
 
-def random_choice(seed: int, *, ending: float = 0.0) -> Choose:
-    """Return a choice by random logits; with the probability ``ending`` a token that ends values, if one is allowed."""
+def random_choice(seed: int, *, ending: float = 0.0) -> TokenChoice:
+    """Return a random choice. With the probability ``ending`` it is one of ENDING_IDS, if one is allowed."""
     rng = random.Random(seed)
 
     def choose(allowed: Sequence[int]) -> int:
-        preferred = [number for number in allowed if number in ENDING] if rng.random() < ending else []
-        return rng.choice(preferred or allowed)
+        ending_ids = [token_id for token_id in allowed if token_id in ENDING_IDS] if rng.random() < ending else []
+        return rng.choice(ending_ids or allowed)
 
     return choose

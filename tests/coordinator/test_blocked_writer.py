@@ -1,4 +1,4 @@
-"""Test of a terminal whose reader is suspended during an answer: other answers end, its own is complete later."""
+"""Test of a terminal whose reader is suspended during an answer: another answer ends, its own is complete later."""
 
 import json
 import os
@@ -12,45 +12,45 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.coordinator.blocked_writer import OTHER, WRITTEN
+from tests.coordinator.blocked_writer import NUM_TOKENS
 from tests.local_cluster import write_model
 
 SUSPENDED_S = 30.0 if hypothesis.settings.get_current_profile_name() == "long" else 1.0
+"""Time for which the reader stays suspended after both answers have ended in the engine."""
 
 
 @pytest.mark.slow
 def test_a_suspended_terminal_delays_no_other_answer_and_gets_its_own_complete(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
-    shown = tmp_path / "shown"
+    transcript = tmp_path / "transcript"
     master, slave = pty.openpty()
-    program = [sys.executable, "-m", "tests.coordinator.blocked_writer", str(model)]
+    command = [sys.executable, "-m", "tests.coordinator.blocked_writer", str(model)]
     with (
-        shown.open("wb") as file,
+        transcript.open("wb") as file,
         subprocess.Popen(["cat"], stdin=master, stdout=file, stderr=subprocess.DEVNULL) as reader,
-        subprocess.Popen(program, stdout=slave, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as writer,
+        subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as writer,
     ):
         os.close(master)
         os.close(slave)
         try:
-            suspend_and_resume(reader, writer, shown)
+            suspend_and_resume(reader, writer, transcript)
         finally:
             reader.kill()
             writer.kill()
-    lines = [json.loads(line) for line in shown.read_text().splitlines()]
-    assert len(lines) == WRITTEN.max_tokens == OTHER.max_tokens
+    assert len([json.loads(line) for line in transcript.read_text().splitlines()]) == NUM_TOKENS
 
 
-def suspend_and_resume(reader: subprocess.Popen[bytes], writer: subprocess.Popen[bytes], shown: Path) -> None:
-    """Suspend the reader from the first tokens until both answers have ended in the engine, and SUSPENDED_S longer."""
-    while not shown.stat().st_size:
+def suspend_and_resume(reader: subprocess.Popen[bytes], writer: subprocess.Popen[bytes], transcript: Path) -> None:
+    """Suspend the reader from the first token until SUSPENDED_S after the end of both answers in the engine."""
+    while not transcript.stat().st_size:
         assert writer.poll() is None
         threading.Event().wait(0.001)
     reader.send_signal(signal.SIGSTOP)
     assert writer.stderr is not None
     assert [writer.stderr.readline() for _ in range(2)] == [b"other ended\n", b"written answer ended\n"]
-    size = shown.stat().st_size
+    size_bytes = transcript.stat().st_size
     threading.Event().wait(SUSPENDED_S)
-    assert shown.stat().st_size == size and writer.poll() is None, "the writer is not blocked"
+    assert transcript.stat().st_size == size_bytes and writer.poll() is None, "the writer is not blocked"
     reader.send_signal(signal.SIGCONT)
     assert writer.wait(60) == 0
     reader.wait(60)

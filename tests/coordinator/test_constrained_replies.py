@@ -1,18 +1,19 @@
-"""Tests of constrained replies: whatever the logits, the answer follows its grammar or ends with ``length``."""
+"""Tests of constrained replies: whatever the logits, a reply follows its grammar or ends with FinishReason.LENGTH."""
 
 import json
 import re
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonschema
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlx_k2.coordinator.reply_policy import NO_LIMITS, ReplyLimits, ReplyPolicy
-from mlx_k2.errors import RequestError, RequestFailed
+from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
+from mlx_k2.errors import RequestFailed
 from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.drafter import NgramDrafter
 from mlx_k2.scheduling.request import FinishReason, Request
@@ -20,20 +21,21 @@ from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
 from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import MAX_CALLS, compile_constraint
-from tests.advice import follows_advice
 from tests.coordinator.constrained import (
     COMPILER,
-    NO_THINKING,
+    INSTANT_PROMPT,
     STOP_ID,
-    THINK,
-    THINK_END,
+    THINK_END_ID,
+    THINK_ID,
     TOKENIZER,
-    Written,
+    GeneratedReply,
     allowed_ids,
+    generate_reply,
     policy_of,
     random_choice,
-    write_reply,
 )
+from tests.coordinator.random_schemas import DEFINITIONS, schemas
+from tests.coordinator.schemas import answer_constraint
 
 WEATHER = {
     "type": "object",
@@ -53,93 +55,37 @@ SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END = (
         "tool_call_end",
     )
 )
-THINKS = (STOP_ID, THINK)
-"""A prompt after which the reply is inside the reasoning."""
+COSTLY_PATTERN = "(c?){200}c{200}"
+"""A regular expression that exceeds the grammar's limit of work per token after a few letters c."""
+REASONING_PROMPT = (STOP_ID, THINK_ID)
+"""A prompt after which the reply begins with reasoning."""
 
-leaves = st.one_of(
-    st.fixed_dictionaries({"type": st.just("string")}, optional={"maxLength": st.integers(0, 5)}),
-    st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-9, 0)}),
-    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["a", 'b"', 3]}, {"const": {"k": [1, None]}}]),
-    st.sampled_from(["^[a-f]{2,4}$", r"^\d{3}-\w$", "^(foo|bär)$"]).map(lambda one: {"type": "string", "pattern": one}),
-    st.sampled_from(["date", "time", "uuid", "ipv4", "email"]).map(lambda one: {"type": "string", "format": one}),
-    st.lists(st.sampled_from(["a", "ü", 1, 2.5, None, True, {"$ref": "ü"}, [], -0.5]), min_size=1).map(
-        lambda values: {"enum": values, "description": "d" * 5000}
-    ),
-    st.sampled_from([{"type": ["string", "null"], "maxLength": 3}, {"$ref": "#/$defs/tree ü"}, {"multipleOf": 5}]),
-)
-DEFINITIONS = {
-    "tree ü": {
-        "type": ["object", "null"],
-        "properties": {"枝": {"type": "array", "items": {"$ref": "#/$defs/tree ü"}, "maxItems": 2}},
-        "additionalProperties": False,
-    }
-}
+ending_probabilities = st.sampled_from([0.0, 0.5, 0.95])
+few_examples = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
+"""Settings of the properties that generate long replies: 30 examples in `make test`, all in other profiles."""
 
 
-def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    names = st.sampled_from(["a", "b c", "ü", 'q"', "x/y"])
-    objects = st.builds(
-        lambda properties, required, extra: {
-            "type": "object",
-            "properties": properties,
-            "required": sorted(properties)[:required],
-            "additionalProperties": extra,
-        },
-        st.dictionaries(names, inner, max_size=3),
-        st.integers(0, 3),
-        st.booleans(),
-    )
-    arrays = st.fixed_dictionaries(
-        {"type": st.just("array"), "items": inner},
-        optional={
-            "minItems": st.integers(0, 2),
-            "maxItems": st.integers(2, 3),
-            "prefixItems": st.lists(inner, min_size=1, max_size=2),
-        },
-    )
-    either = st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)})
-    tagged = st.builds(
-        lambda one, other: {"oneOf": [_tagged(name, part) for name, part in (("x", one), ("y", other))]}, inner, inner
-    )
-    both = st.builds(lambda one, other: {"allOf": [_tagged("x", one), {"properties": {"z": other}}]}, inner, inner)
-    return st.one_of(objects, arrays, either, tagged, both)
-
-
-def _tagged(name: str, part: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": {"kind": {"const": name}, name: part}, "required": ["kind", name]}
-
-
-schemas = st.recursive(leaves, _containers, max_leaves=6).map(lambda schema: schema | {"$defs": DEFINITIONS})
-endings = st.sampled_from([0.0, 0.5, 0.95])
-few = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
-"""Examples of the properties that write long replies: all of them in the long profile."""
-
-
-def answer(schema: object) -> Constraint:
-    """Return the constraint of an answer in JSON."""
-    return Constraint(answer=AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema))
-
-
-def calls(*tools: Tool, choice: ToolChoice = ToolChoice.REQUIRED, **rules: Any) -> Constraint:
-    """Return the constraint of a reply that calls tools."""
+def tools_constraint(*tools: Tool, choice: ToolChoice = ToolChoice.REQUIRED, **rules: Any) -> Constraint:
+    """Return the constraint of a reply that may, or by default must, call these tools."""
     return Constraint(tools=ToolRules(tools, choice, **rules))
 
 
-def text_of(written: Written) -> str:
-    """Return the reply with its markers."""
-    return b"".join(TOKENIZER.token_bytes(number) for number in written.token_ids).decode(errors="replace")
+def text_of(generated: GeneratedReply) -> str:
+    """Return the text of all tokens of a reply, control tokens by their names."""
+    return b"".join(TOKENIZER.token_bytes(number) for number in generated.token_ids).decode(errors="replace")
 
 
-@few
-@given(schemas, st.integers(0, 2**32), endings)
+@few_examples
+@given(schemas, st.integers(0, 2**32), ending_probabilities)
 def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any, seed: int, ending: float) -> None:
-    written = write_reply(policy_of(answer(schema)), random_choice(seed, ending=ending), 300)
-    if written.finish_reason is FinishReason.STOP:
-        jsonschema.validate(json.loads(written.reply.content), schema)
-        assert written.token_ids[-1] == STOP_ID
-        assert not re.search(r"[,:{\[]\s|\s[}\]]", re.sub(r'"(\\.|[^"\\])*"', '""', written.reply.content))
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed, ending=ending), 300)
+    if generated.finish_reason is FinishReason.STOP:
+        jsonschema.validate(json.loads(generated.reply.content), schema)
+        assert generated.token_ids[-1] == STOP_ID
+        without_strings = re.sub(r'"(\\.|[^"\\])*"', '""', generated.reply.content)
+        assert not re.search(r"[,:{\[]\s|\s[}\]]", without_strings), "white space outside strings"
     else:
-        assert written.finish_reason is FinishReason.LENGTH and len(written.token_ids) == 300
+        assert generated.finish_reason is FinishReason.LENGTH and len(generated.token_ids) == 300
 
 
 @given(
@@ -148,98 +94,101 @@ def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any,
 )
 def test_whatever_the_logits_an_answer_matches_its_regular_expression(pattern: str, seed: int) -> None:
     constraint = Constraint(answer=AnswerFormat(AnswerForm.REGEX, pattern))
-    written = write_reply(policy_of(constraint), random_choice(seed), 60)
-    if written.finish_reason is FinishReason.STOP:
-        assert re.fullmatch(pattern, written.reply.content, re.DOTALL)
+    generated = generate_reply(policy_of(constraint), random_choice(seed), 60)
+    if generated.finish_reason is FinishReason.STOP:
+        assert re.fullmatch(pattern, generated.reply.content, re.DOTALL)
     else:
-        assert written.finish_reason is FinishReason.LENGTH
+        assert generated.finish_reason is FinishReason.LENGTH
 
 
 @given(st.integers(0, 2**32))
 def test_whatever_the_logits_an_answer_follows_its_lark_grammar(seed: int) -> None:
     sums = 'start: term ("+" term)*\nterm: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,3}/'
     constraint = Constraint(answer=AnswerFormat(AnswerForm.LARK, sums))
-    written = write_reply(policy_of(constraint), random_choice(seed), 80)
-    if written.finish_reason is FinishReason.STOP:
-        assert re.fullmatch(r"[0-9+()]+", written.reply.content)
-        eval(re.sub(r"\b0+(?=\d)", "", written.reply.content), {"__builtins__": {}})
+    generated = generate_reply(policy_of(constraint), random_choice(seed), 80)
+    if generated.finish_reason is FinishReason.STOP:
+        assert re.fullmatch(r"[0-9+()]+", generated.reply.content)
+        eval(re.sub(r"\b0+(?=\d)", "", generated.reply.content), {"__builtins__": {}})  # Python refuses leading zeros
     else:
-        assert written.finish_reason is FinishReason.LENGTH
+        assert generated.finish_reason is FinishReason.LENGTH
 
 
-@few
-@given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 2**32), endings, st.booleans())
+@few_examples
+@given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 2**32), ending_probabilities, st.booleans())
 def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length(
-    parts: list[Any], seed: int, ending: float, is_parallel: bool
+    value_schemas: list[Any], seed: int, ending: float, is_parallel: bool
 ) -> None:
-    by_name = {
+    parameters = {
         f"tool-{index}.a": {
             "type": "object",
-            "properties": {"v": part},
+            "properties": {"v": value_schema},
             "required": ["v"],
             "$defs": DEFINITIONS,
         }
-        for index, part in enumerate(parts)
+        for index, value_schema in enumerate(value_schemas)
     }
-    tools = [Tool(name, schema) for name, schema in by_name.items()]
-    written = write_reply(policy_of(calls(*tools, is_parallel=is_parallel)), random_choice(seed, ending=ending), 400)
-    whole = [call for call in written.reply.calls if call.error is None]
-    for call in whole:
-        jsonschema.validate(json.loads(call.arguments), by_name[call.name])
-    if written.finish_reason is FinishReason.STOP:
-        assert len(whole) == len(written.reply.calls) >= 1
-        assert is_parallel or len(whole) == 1
-        assert [call.written_id for call in whole] == [
-            f"functions.{call.name}:{number}" for number, call in enumerate(whole)
+    constraint = tools_constraint(*(Tool(name, schema) for name, schema in parameters.items()), is_parallel=is_parallel)
+    generated = generate_reply(policy_of(constraint), random_choice(seed, ending=ending), 400)
+    complete_calls = [call for call in generated.reply.calls if call.error is None]
+    for call in complete_calls:
+        jsonschema.validate(json.loads(call.arguments), parameters[call.name])
+    if generated.finish_reason is FinishReason.STOP:
+        assert len(complete_calls) == len(generated.reply.calls) >= 1
+        assert is_parallel or len(complete_calls) == 1
+        assert [call.written_id for call in complete_calls] == [
+            f"functions.{call.name}:{number}" for number, call in enumerate(complete_calls)
         ]
-        assert written.reply.content == ""
+        assert generated.reply.content == ""
     else:
-        assert written.finish_reason is FinishReason.LENGTH
+        assert generated.finish_reason is FinishReason.LENGTH
 
 
-@few
-@given(st.one_of(schemas.map(answer), st.just(calls(WEATHER_TOOL, CLOCK_TOOL))), st.integers(0, 2**32), st.data())
+@few_examples
+@given(
+    st.one_of(schemas.map(answer_constraint), st.just(tools_constraint(WEATHER_TOOL, CLOCK_TOOL))),
+    st.integers(0, 2**32),
+    st.data(),
+)
 def test_a_mask_after_drafts_is_the_mask_after_the_same_accepted_tokens(
     constraint: Constraint, seed: int, data: st.DataObject
 ) -> None:
-    masks: list[tuple[list[int], list[int]]] = []
-    write_reply(
+    masks: list[tuple[list[int], list[int]]] = []  # the tokens before each mask, and the tokens that it allows
+    generate_reply(
         policy_of(constraint),
         random_choice(seed, ending=0.7),
         80,
-        on_mask=lambda ids, mask: masks.append((ids.copy(), allowed_ids(mask))),
+        on_mask=lambda token_ids, mask: masks.append((token_ids.copy(), allowed_ids(mask))),
     )
     assume(masks)
-    first, _ = data.draw(st.sampled_from(masks))
+    start = data.draw(st.integers(0, len(masks) - 1))
+    accepted, _ = masks[start]
     policy = policy_of(constraint)
-    for token_id in first:
+    for token_id in accepted:
         policy.accept(token_id)
     drafts: list[int] = []
-    for ids, allowed in masks:
-        if ids[: len(first)] != first:
-            continue
-        following = ids[len(first) :]
-        while len(drafts) < len(following) and policy.may_draft(drafts, following[len(drafts)]):
-            drafts.append(following[len(drafts)])
-        if drafts != following:
-            assert TOKENIZER.is_special(following[len(drafts)])
-            break
+    for token_ids, allowed in masks[start:]:
+        following = token_ids[len(accepted) :]
+        for token_id in following[len(drafts) :]:
+            if not policy.may_draft(drafts, token_id):
+                assert TOKENIZER.is_special(token_id)
+                return
+            drafts.append(token_id)
         assert allowed_ids(policy.token_mask(drafts)) == allowed
 
 
 def test_no_draft_token_is_a_control_token_or_one_that_the_grammar_excludes() -> None:
-    policy = policy_of(answer(WEATHER), THINKS)
+    policy = policy_of(answer_constraint(WEATHER), REASONING_PROMPT)
     assert policy.may_draft((), ord("x"))
-    assert not policy.may_draft((), THINK_END)
-    policy.accept(THINK_END)
-    assert [token for token in map(ord, 'x{"]') if policy.may_draft((), token)] == [ord("{")]
+    assert not policy.may_draft((), THINK_END_ID)
+    policy.accept(THINK_END_ID)
+    assert [letter for letter in 'x{"]' if policy.may_draft((), ord(letter))] == ["{"]
     assert policy.may_draft([ord("{")], ord('"'))
     assert not policy.may_draft([ord("{")], ord("}"))
 
 
-def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the_answer_goes_on() -> None:
-    policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, "bbb(bab|(c?){200}c{200})")))
-    request = Request((*b"bbbcccccc", *NO_THINKING), 99, Sampling(seed=0), frozenset({STOP_ID}))
+def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the_answer_continues() -> None:
+    policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, f"bbb(bab|{COSTLY_PATTERN})")))
+    request = Request((*b"bbbcccccc", *INSTANT_PROMPT), 99, Sampling(seed=0), frozenset({STOP_ID}))
     sequence = Sequence(request, 4096, policy)
     sequence.start(0, SharedPrefix(), NgramDrafter())
     assert [appended.token.token_id for appended in sequence.append_forced()] == [*b"bbb"]
@@ -250,7 +199,7 @@ def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the
         sequence.num_planned += 1
         mask = sequence.token_mask(sequence.num_planned)
         assert mask is not None and mask.allows(ord("c"))
-    assert 0 < len(drafts) < 6, "the text before has c six times"
+    assert 0 < len(drafts) < 6  # the prompt has c six times after bbb
     assert sequence.error is None
     assert sequence.append_sampled(0, SampledToken(ord("b")), 1)
     assert sequence.finish_reason is FinishReason.STOP
@@ -258,209 +207,173 @@ def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the
 
 
 def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with_this_grammar() -> None:
-    constraint = Constraint(AnswerFormat(AnswerForm.REGEX, "[ab]{3}(bab|(c?){200}c{200})"))
-    failing, going_on = policy_of(constraint), policy_of(constraint)
-    for policy in (failing, going_on):
+    constraint = Constraint(AnswerFormat(AnswerForm.REGEX, f"[ab]{{3}}(bab|{COSTLY_PATTERN})"))
+    failing, earlier, later = (policy_of(constraint) for _ in range(3))
+    for policy in (failing, earlier):
         for token_id in b"abb":
             policy.accept(token_id)
     with pytest.raises(RequestFailed, match="its grammar cannot follow the answer"):
         for _ in range(50):
             failing.accept(ord("c"))
             failing.token_mask(())
-    begun_later = policy_of(constraint)
     for token_id in b"abb":
-        begun_later.accept(token_id)
-    for policy in (going_on, begun_later):
+        later.accept(token_id)
+    for policy in (earlier, later):
         policy.accept(ord("b"))
         assert policy.forced() == [*b"ab"]
 
 
-def test_one_compiler_is_safe_from_several_threads() -> None:
-    constraints = [answer(WEATHER), calls(WEATHER_TOOL, CLOCK_TOOL), answer({"type": "array"}), answer({"const": 5})]
+def test_replies_of_eight_threads_with_one_compiler_equal_those_of_one_thread() -> None:
+    constraints = [
+        answer_constraint(WEATHER),
+        tools_constraint(WEATHER_TOOL, CLOCK_TOOL),
+        answer_constraint({"type": "array"}),
+        answer_constraint({"const": 5}),
+    ]
 
-    def written(compiler: GrammarCompiler, number: int) -> list[int]:
-        grammar = compile_constraint(compiler, constraints[number % len(constraints)])
-        request = Request(NO_THINKING, 300, Sampling(seed=0), frozenset({STOP_ID}))
-        return write_reply(ReplyPolicy(TOKENIZER, request, grammar=grammar), random_choice(number), 60).token_ids
+    def replies(compiler: GrammarCompiler, first_seed: int) -> list[list[int]]:
+        """Return the tokens of a reply to each constraint, from the one with the index ``first_seed`` on."""
+        token_ids = []
+        for seed in range(first_seed, first_seed + len(constraints)):
+            grammar = compile_constraint(compiler, constraints[seed % len(constraints)])
+            request = Request(INSTANT_PROMPT, 300, Sampling(seed=0), frozenset({STOP_ID}))
+            policy = ReplyPolicy(TOKENIZER, request, grammar=grammar)
+            token_ids.append(generate_reply(policy, random_choice(seed), 60).token_ids)
+        return token_ids
 
     compiler, num_threads = GrammarCompiler(TOKENIZER), 8
-    together = threading.Barrier(num_threads)
+    barrier = threading.Barrier(num_threads)
 
-    def write_all(first: int) -> list[list[int]]:
-        together.wait(60)  # all need the vocabulary's tables at once
-        return [written(compiler, first + step) for step in range(len(constraints))]
+    def replies_of_thread(first_seed: int) -> list[list[int]]:
+        barrier.wait(60)  # all need the vocabulary's tables at once
+        return replies(compiler, first_seed)
 
     with ThreadPoolExecutor(num_threads) as pool:
-        found = list(pool.map(write_all, range(num_threads), timeout=60))
-    for first, replies in enumerate(found):
-        assert replies == [written(COMPILER, first + step) for step in range(len(constraints))]
+        results = list(pool.map(replies_of_thread, range(num_threads), timeout=60))
+    assert results == [replies(COMPILER, first_seed) for first_seed in range(num_threads)]
 
 
 def test_tokens_without_an_alternative_are_forced() -> None:
-    masks: list[int] = []
-    constraint = calls(CLOCK_TOOL, is_parallel=False)
-    written = write_reply(policy_of(constraint), random_choice(0), 400, on_mask=lambda ids, _: masks.append(len(ids)))
-    assert masks == []
-    assert text_of(written) == (
+    def refuse_choice(_: object) -> NoReturn:
+        raise AssertionError("a token was not forced")
+
+    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL, is_parallel=False)), refuse_choice, 400)
+    assert text_of(generated) == (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.mcp__clock-1.x:0<|tool_call_argument_begin|>{}"
         "<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
     )
 
 
 def test_the_number_of_a_call_continues_those_of_the_prompt() -> None:
-    prompt = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *NO_THINKING)
-    one = write_reply(policy_of(calls(CLOCK_TOOL, is_parallel=False), prompt), random_choice(0), 400)
-    assert [call.written_id for call in one.reply.calls] == ["functions.mcp__clock-1.x:2"]
-    given_number = calls(CLOCK_TOOL, is_parallel=False, first_number=80)
-    other = write_reply(policy_of(given_number, prompt), random_choice(0), 400)
-    assert [call.written_id for call in other.reply.calls] == ["functions.mcp__clock-1.x:80"]
+    prompt = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *INSTANT_PROMPT)
+    for first_number, expected in ((None, 2), (80, 80)):
+        constraint = tools_constraint(CLOCK_TOOL, is_parallel=False, first_number=first_number)
+        generated = generate_reply(policy_of(constraint, prompt), random_choice(0), 400)
+        assert [call.written_id for call in generated.reply.calls] == [f"functions.mcp__clock-1.x:{expected}"]
 
 
 def test_reasoning_comes_before_a_required_call_and_an_answer_in_json() -> None:
-    for constraint in (calls(WEATHER_TOOL), answer(WEATHER)):
-        policy = policy_of(constraint, THINKS)
+    for constraint in (tools_constraint(WEATHER_TOOL), answer_constraint(WEATHER)):
+        policy = policy_of(constraint, REASONING_PROMPT)
         for token_id in (ord("h"), ord("m"), SECTION_END, ord("!")):  # a stray marker does not end the reasoning
             assert policy.forced() == ()
             mask = policy.token_mask(())
-            assert mask is not None and not mask.allows(STOP_ID), "the reply cannot end inside the reasoning"
-            policy.accept(token_id) if mask.allows(token_id) else None
-        policy.accept(THINK_END)
-        written = write_reply(policy, random_choice(1, ending=0.9), 400)
-        assert written.finish_reason is FinishReason.STOP
-        assert written.reply.calls or json.loads(written.reply.content)
+            assert mask is not None and not mask.allows(STOP_ID), "the reply may end inside the reasoning"
+            if mask.allows(token_id):
+                policy.accept(token_id)
+        policy.accept(THINK_END_ID)
+        generated = generate_reply(policy, random_choice(1, ending=0.9), 400)
+        assert generated.finish_reason is FinishReason.STOP
+        assert generated.reply.calls or json.loads(generated.reply.content)
 
 
-def test_a_model_that_opens_its_reasoning_itself_may_do_so_before_a_constrained_answer() -> None:
-    policy = policy_of(answer(WEATHER), (STOP_ID,))
-    assert allowed_ids(policy.token_mask(())) == sorted([ord("{"), THINK])
-    policy.accept(THINK)
+def test_the_model_may_begin_reasoning_before_a_constrained_answer() -> None:
+    policy = policy_of(answer_constraint(WEATHER), (STOP_ID,))
+    assert allowed_ids(policy.token_mask(())) == sorted([ord("{"), THINK_ID])
+    policy.accept(THINK_ID)
     assert ord("x") in allowed_ids(policy.token_mask(()))
-    policy.accept(THINK_END)
+    policy.accept(THINK_END_ID)
     assert policy.forced()[:1] == [ord("{")]
 
 
-def test_a_section_that_begins_inside_the_reasoning_is_constrained() -> None:
-    policy = policy_of(calls(WEATHER_TOOL), THINKS)
+def test_a_tool_section_that_begins_inside_the_reasoning_is_constrained() -> None:
+    policy = policy_of(tools_constraint(WEATHER_TOOL), REASONING_PROMPT)
     policy.accept(SECTION_BEGIN)
-    written = write_reply(policy, random_choice(1, ending=0.9), 400)
-    assert written.reply.calls and not any(call.error for call in written.reply.calls)
+    generated = generate_reply(policy, random_choice(1, ending=0.9), 400)
+    assert generated.reply.calls and not any(call.error for call in generated.reply.calls)
 
 
-def test_a_section_that_the_model_opens_itself_is_constrained_unless_that_is_turned_off() -> None:
-    auto = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.AUTO))
-    assert auto.token_mask(()) is None
-    auto.accept(ord("x"))
-    auto.accept(SECTION_BEGIN)
-    assert auto.forced() == (CALL_BEGIN,)
-    off = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.AUTO, has_grammar=False))
-    off.accept(SECTION_BEGIN)
-    assert off.forced() == () and off.token_mask(()) is None
+def test_an_optional_tool_section_is_constrained_unless_the_tool_grammar_is_off() -> None:
+    with_grammar = policy_of(tools_constraint(WEATHER_TOOL, choice=ToolChoice.AUTO))
+    assert with_grammar.token_mask(()) is None
+    with_grammar.accept(ord("x"))
+    with_grammar.accept(SECTION_BEGIN)
+    assert with_grammar.forced() == (CALL_BEGIN,)
+    without_grammar = policy_of(tools_constraint(WEATHER_TOOL, choice=ToolChoice.AUTO, has_grammar=False))
+    without_grammar.accept(SECTION_BEGIN)
+    assert without_grammar.forced() == () and without_grammar.token_mask(()) is None
 
 
-@pytest.mark.parametrize("prompt_ids", [NO_THINKING, THINKS, (STOP_ID,)])
-def test_without_tools_no_marker_of_a_call_is_allowed(prompt_ids: tuple[int, ...]) -> None:
-    policy = policy_of(calls(WEATHER_TOOL, choice=ToolChoice.NONE), prompt_ids)
+@pytest.mark.parametrize("prompt_ids", [INSTANT_PROMPT, REASONING_PROMPT, (STOP_ID,)])
+def test_with_the_tool_choice_none_no_marker_of_a_call_is_allowed(prompt_ids: tuple[int, ...]) -> None:
+    policy = policy_of(tools_constraint(WEATHER_TOOL, choice=ToolChoice.NONE), prompt_ids)
     markers = {SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END}
-    written = write_reply(policy, random_choice(5), 500)
-    assert not markers & set(written.token_ids) and written.reply.calls == ()
+    generated = generate_reply(policy, random_choice(5), 500)
+    assert not markers & set(generated.token_ids) and generated.reply.calls == ()
 
 
 def test_a_reply_that_may_call_tools_or_answer_in_json_does_one_of_them() -> None:
-    constraint = Constraint(answer(WEATHER).answer, calls(WEATHER_TOOL, choice=ToolChoice.AUTO).tools)
-    replies = [write_reply(policy_of(constraint), random_choice(seed, ending=0.9), 400).reply for seed in range(20)]
-    kinds = {bool(reply.calls) for reply in replies}
-    assert kinds == {True, False}
+    constraint = Constraint(
+        answer_constraint(WEATHER).answer, tools_constraint(WEATHER_TOOL, choice=ToolChoice.AUTO).tools
+    )
+    replies = [generate_reply(policy_of(constraint), random_choice(seed, ending=0.9), 400).reply for seed in range(20)]
+    assert {bool(reply.calls) for reply in replies} == {True, False}
     for reply in replies:
         assert bool(reply.calls) != bool(reply.content)
         jsonschema.validate(json.loads(reply.calls[0].arguments if reply.calls else reply.content), WEATHER)
 
 
 def test_without_a_stop_token_a_complete_answer_ends_the_reply() -> None:
-    policy = policy_of(answer(WEATHER), stop_ids=frozenset())
-    written = write_reply(policy, random_choice(0, ending=0.9), 400, stop_ids=frozenset())
-    assert written.finish_reason is FinishReason.STOP
-    jsonschema.validate(json.loads(written.reply.content), WEATHER)
+    policy = policy_of(answer_constraint(WEATHER), stop_ids=frozenset())
+    generated = generate_reply(policy, random_choice(0, ending=0.9), 400, stop_ids=frozenset())
+    assert generated.finish_reason is FinishReason.STOP
+    jsonschema.validate(json.loads(generated.reply.content), WEATHER)
 
 
-def test_min_tokens_does_not_make_a_complete_answer_longer() -> None:
-    policy = policy_of(answer({"type": "boolean"}), limits=ReplyLimits(min_tokens=50))
-    assert write_reply(policy, random_choice(0), 400).reply.content in ("true", "false")
-    digits = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, r"[0-9]*")), limits=ReplyLimits(min_tokens=50))
-    assert len(write_reply(digits, random_choice(0), 400).reply.content) >= 49
+def test_min_tokens_holds_only_where_the_grammar_allows_a_longer_answer() -> None:
+    limits = ReplyLimits(min_tokens=50)
+    boolean = policy_of(answer_constraint({"type": "boolean"}), limits=limits)
+    assert generate_reply(boolean, random_choice(0), 400).reply.content in ("true", "false")
+    digits = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, r"[0-9]*")), limits=limits)
+    assert len(generate_reply(digits, random_choice(0), 400).reply.content) >= 49  # and the stop token
 
 
 def test_a_named_tool_is_called_once() -> None:
     declarations = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("a", "b")]
     rules = tool_rules(declarations, {"type": "function", "function": {"name": "b"}})
-    written = write_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9), 400)
-    assert [call.name for call in written.reply.calls] == ["b"]
-    assert text_of(written).endswith("<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
+    generated = generate_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9), 400)
+    assert [call.name for call in generated.reply.calls] == ["b"]
+    assert text_of(generated).endswith("<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
 
 
-def test_a_reply_that_repeats_calls_ends() -> None:
-    written = write_reply(
-        policy_of(calls(CLOCK_TOOL)), lambda allowed: min(allowed, key=lambda one: one != CALL_BEGIN), 4096
-    )
-    assert written.finish_reason is FinishReason.STOP
-    assert len(written.reply.calls) == MAX_CALLS
+def test_a_reply_that_repeats_calls_ends_after_the_largest_number_of_calls() -> None:
+    def prefer_call(allowed: Iterable[int]) -> int:
+        return CALL_BEGIN if CALL_BEGIN in allowed else min(allowed)
+
+    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL)), prefer_call, 4096)
+    assert generated.finish_reason is FinishReason.STOP
+    assert len(generated.reply.calls) == MAX_CALLS
 
 
-@settings(deadline=None)
-@given(st.text(min_size=1, max_size=12).filter(lambda name: name.strip() and "\0" not in name))
-def test_any_name_of_a_tool_can_be_written(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return
-    written = write_reply(policy_of(calls(Tool(name), is_parallel=False)), random_choice(0), 400)
-    assert text_of(written).split("<|tool_call_argument_begin|>")[0].endswith(f"functions.{name}:0")
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(str.strip))
+def test_any_name_of_a_tool_can_be_generated(name: str) -> None:
+    generated = generate_reply(policy_of(tools_constraint(Tool(name), is_parallel=False)), random_choice(0), 400)
+    assert text_of(generated).split("<|tool_call_argument_begin|>")[0].endswith(f"functions.{name}:0")
 
 
-def raw_policy(pattern: str, limits: ReplyLimits = NO_LIMITS, *stop_ids: int) -> ReplyPolicy:
-    """Return the policy of a raw text that matches ``pattern``."""
-    grammar = compile_constraint(COMPILER, Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
-    return ReplyPolicy(
-        TOKENIZER, Request((5,), 50, Sampling(seed=0), frozenset(stop_ids)), limits, grammar, is_raw=True
-    )
-
-
-def test_a_raw_text_has_the_form_from_its_first_token_and_no_reasoning() -> None:
-    for seed in range(20):
-        policy = raw_policy("[ab]{3,9}", NO_LIMITS, STOP_ID)
-        assert not {THINK, THINK_END} & set(allowed_ids(policy.token_mask(())))
-        written = write_reply(policy, random_choice(seed), 50)
-        assert re.fullmatch("[ab]{3,9}", written.reply.content)
-        assert written.finish_reason is FinishReason.STOP
-
-
-def test_a_raw_text_has_a_minimum_of_tokens() -> None:
-    policy = raw_policy("a*", ReplyLimits(min_tokens=2), STOP_ID)
-    for _ in range(2):
-        assert STOP_ID not in allowed_ids(policy.token_mask(()))
-        policy.accept(TOKENIZER.encode_text("a")[0])
-    assert STOP_ID in allowed_ids(policy.token_mask(()))
-
-
-@follows_advice(
-    "the form of the answer allows only the empty text: leave out ignore_eos",
-)
-def test_a_form_that_allows_the_empty_text_alone_is_refused_without_a_stop_token() -> None:
-    with pytest.raises(RequestError, match="allows only the empty text"):
-        raw_policy("")
-    assert raw_policy("", NO_LIMITS, STOP_ID).forced() == (STOP_ID,)
-
-
-def test_an_ordinary_token_as_stop_token_ends_a_complete_answer() -> None:
-    (point,) = TOKENIZER.encode_text(".")
-    policy = raw_policy("a", NO_LIMITS, point)
-    policy.accept(TOKENIZER.encode_text("a")[0])
-    assert list(policy.forced()) == [point]
-    assert policy.accept(point).finish_reason is None  # the sequence ends at its stop token
-
-
-def test_without_a_grammar_a_reply_that_may_call_one_tool_begins_no_second_call_inside_it() -> None:
-    rules = ToolRules((Tool("f"), Tool("g")), is_parallel=False, has_grammar=False)
-    policy = policy_of(Constraint(tools=rules))
+def test_without_a_grammar_a_reply_that_may_call_one_tool_begins_no_second_call_inside_the_first() -> None:
+    constraint = tools_constraint(Tool("f"), Tool("g"), choice=ToolChoice.AUTO, is_parallel=False, has_grammar=False)
+    policy = policy_of(constraint)
     policy.accept(SECTION_BEGIN)
     assert list(policy.forced()) == [CALL_BEGIN]
     policy.accept(CALL_BEGIN)

@@ -1,4 +1,4 @@
-"""Tests of constraints that cannot be used: each is refused with a clear error before a request is queued."""
+"""Tests of constraints that cannot be used: an error names the problem, a warning what is not enforced."""
 
 import json
 import re
@@ -13,46 +13,49 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request, check_request
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint, Tool, ToolChoice, ToolRules, tool_rules
 from mlx_k2.text.grammar import MAX_GRAMMAR_BYTES, GrammarCompiler
-from mlx_k2.text.reply_grammar import ReplyGrammar, compile_constraint
+from mlx_k2.text.reply_grammar import compile_constraint
 from mlx_k2.text.tokenizer import Tokenizer
-from tests.coordinator.constrained import COMPILER, policy_of, random_choice, write_reply
-from tests.coordinator.schemas import answer_of, call_of
+from tests.coordinator.constrained import COMPILER, generate_reply, policy_of, random_choice
+from tests.coordinator.schemas import answer_constraint, call_constraint
 
-DECLARED = [{"type": "function", "function": {"name": "clock"}}]
-LOOP = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
-ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+CLOCK_DECLARATIONS = [{"type": "function", "function": {"name": "clock"}}]
+REFERENCE_LOOP = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+ENDLESS_OBJECT = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
 ENDLESS_LIST = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
-ENDLESS_BOTH = {
+ENDLESS_ALTERNATIVES = {
     "anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
     "$defs": {
         name: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{other}"}}, "required": ["x"]}
         for name, other in ("ab", "ba")
     },
 }
-CHAIN = {"$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(5000)}, "$ref": "#/$defs/0"}
+REFERENCE_CHAIN = {
+    "$defs": {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(5000)},
+    "$ref": "#/$defs/0",
+}
 
 BAD_SCHEMAS = {
     "a list": ([1], "is not a JSON schema"),
     "a text": ("foo", "is not a JSON schema"),
     "true": (True, "is not a JSON schema"),
     "an unknown type": ({"type": "strnig"}, "Invalid type: strnig"),
-    "properties that are none": ({"properties": 5}, "properties must be an object"),
+    "properties that are a number": ({"properties": 5}, "properties must be an object"),
     "a remote reference": ({"$ref": "http://example.org/schema.json"}, "does not fetch resources"),
     "a reference to nothing": ({"$ref": "#/$defs/q"}, "does not exist"),
     "a reference to itself": ({"$ref": "#"}, "refers to itself without end"),
-    "references in a loop": (LOOP, "refers to itself without end"),
-    "an object that needs itself": (ENDLESS, "refers to itself without end"),
+    "references in a loop": (REFERENCE_LOOP, "refers to itself without end"),
+    "an object that needs itself": (ENDLESS_OBJECT, "refers to itself without end"),
     "a list that needs itself": (ENDLESS_LIST, "refers to itself without end"),
-    "alternatives that all need themselves": (ENDLESS_BOTH, "refers to itself without end"),
-    "a long chain of references": (CHAIN, "too complex"),
-    "no value": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than maximum (1)"),
+    "alternatives that all need themselves": (ENDLESS_ALTERNATIVES, "refers to itself without end"),
+    "a long chain of references": (REFERENCE_CHAIN, "too complex"),
+    "a range without a value": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than maximum"),
     "a malformed pattern": ({"type": "string", "pattern": "("}, "unclosed group"),
     "5 MB": ({"enum": ["x" * 5_000_000]}, f"is larger than {MAX_GRAMMAR_BYTES} bytes"),
     "too many combinations": (
         {
             "allOf": [
-                {"anyOf": [{"type": "object", "properties": {f"p{n}": {"const": m}}} for m in range(4)]}
-                for n in range(12)
+                {"anyOf": [{"type": "object", "properties": {f"p{number}": {"const": value}}} for value in range(4)]}
+                for number in range(12)
             ]
         },
         "schema too large",
@@ -64,31 +67,31 @@ BAD_SCHEMAS = {
 
 @pytest.mark.parametrize(("schema", "problem"), BAD_SCHEMAS.values(), ids=BAD_SCHEMAS)
 def test_a_schema_that_cannot_be_used_is_refused(schema: Any, problem: str) -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(RequestError, match=re.escape(problem)):
-        compile_constraint(COMPILER, answer_of(schema))
-    assert time.monotonic() - began < 10
+        compile_constraint(COMPILER, answer_constraint(schema))
+    assert time.monotonic() - started_at < 10
 
 
-def test_the_error_of_a_tool_names_the_tool() -> None:
+def test_the_error_about_the_schema_of_a_tool_names_the_tool() -> None:
     with pytest.raises(RequestError, match="the schema of tool 'record' has no finite value"):
-        compile_constraint(COMPILER, call_of(ENDLESS))
+        compile_constraint(COMPILER, call_constraint(ENDLESS_OBJECT))
 
 
 RECURSIVE = {
     "an optional property": {"type": "object", "properties": {"a": {"$ref": "#"}}},
-    "an alternative": {"anyOf": [{"type": "null"}, ENDLESS | {"properties": {"a": {"$ref": "#"}}}]},
+    "an alternative": {"anyOf": [{"type": "null"}, ENDLESS_OBJECT | {"properties": {"a": {"$ref": "#"}}}]},
     "a list that may be empty": {"type": "array", "items": {"$ref": "#"}},
 }
 
 
 @pytest.mark.parametrize("schema", RECURSIVE.values(), ids=RECURSIVE)
 def test_a_recursive_schema_with_a_finite_value_is_used(schema: Any) -> None:
-    written = write_reply(policy_of(answer_of(schema)), random_choice(1, ending=0.9), 500)
-    json.loads(written.reply.content)
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(1, ending=0.9), 500)
+    json.loads(generated.reply.content)
 
 
-UNKNOWN = {
+NOT_ENFORCED = {
     "a keyword": ({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
     "a format": ({"type": "object", "properties": {"a": {"type": "string", "format": "colour"}}}, "colour"),
     "a pattern that looks ahead": (
@@ -102,19 +105,18 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize(("schema", "word"), UNKNOWN.values(), ids=UNKNOWN)
-def test_what_the_compiler_does_not_know_is_a_warning_and_with_strict_an_error(schema: Any, word: str) -> None:
-    for form, strict in (
-        (answer_of(schema), Constraint(AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema, is_strict=True))),
-        (call_of(schema), Constraint(tools=ToolRules((Tool("a", schema, is_strict=True),), ToolChoice.REQUIRED))),
-    ):
-        (warning,) = compile_constraint(COMPILER, form).warnings
+@pytest.mark.parametrize(("schema", "word"), NOT_ENFORCED.values(), ids=NOT_ENFORCED)
+def test_an_unknown_part_of_a_schema_is_a_warning_and_with_strict_an_error(schema: Any, word: str) -> None:
+    strict_answer = Constraint(AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema, is_strict=True))
+    strict_call = Constraint(tools=ToolRules((Tool("a", schema, is_strict=True),), ToolChoice.REQUIRED))
+    for constraint, strict in ((answer_constraint(schema), strict_answer), (call_constraint(schema), strict_call)):
+        (warning,) = compile_constraint(COMPILER, constraint).warnings
         assert word in warning
         with pytest.raises(RequestError, match=word):
             compile_constraint(COMPILER, strict)
 
 
-VALID_ELSEWHERE: dict[str, Any] = {
+VALID_BUT_REFUSED: dict[str, Any] = {
     "patterns of keys that overlap": {"patternProperties": {"^a": {"type": "string"}, "^ab": {"type": "integer"}}},
     "a number of keys": {"maxProperties": 3, "properties": {"a": {"type": "string"}}},
     "an end of text": {"properties": {"a": {"type": "string", "pattern": r"a\Z"}}},
@@ -124,26 +126,31 @@ VALID_ELSEWHERE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("schema", VALID_ELSEWHERE.values(), ids=VALID_ELSEWHERE)
+@pytest.mark.parametrize("schema", VALID_BUT_REFUSED.values(), ids=VALID_BUT_REFUSED)
 def test_a_valid_schema_that_the_compiler_refuses_is_a_warning(schema: Any) -> None:
-    for form in (answer_of(schema), call_of(schema), Constraint(tools=ToolRules((Tool("a", schema),)))):
-        assert len(compile_constraint(COMPILER, form).warnings) == 1
+    for constraint in (answer_constraint(schema), call_constraint(schema), optional_call(schema)):
+        assert len(compile_constraint(COMPILER, constraint).warnings) == 1
 
 
-def test_whatever_the_compiler_refuses_is_a_warning_for_a_tool_that_need_not_be_called() -> None:
-    wrong = {"type": "object", "properties": {"a": {"type": "strnig"}}}
-    (warning,) = compile_constraint(COMPILER, Constraint(tools=ToolRules((Tool("a", wrong),)))).warnings
+def optional_call(parameters: Any) -> Constraint:
+    """Return the constraint of a reply that may call a tool with these parameters."""
+    return Constraint(tools=ToolRules((Tool("a", parameters),)))
+
+
+def test_an_invalid_schema_of_an_optional_tool_is_a_warning_and_one_without_a_finite_value_an_error() -> None:
+    invalid = {"type": "object", "properties": {"a": {"type": "strnig"}}}
+    (warning,) = compile_constraint(COMPILER, optional_call(invalid)).warnings
     assert "any object is allowed: Invalid type: strnig" in warning
     with pytest.raises(RequestError, match="refers to itself without end"):
-        compile_constraint(COMPILER, Constraint(tools=ToolRules((Tool("a", ENDLESS),))))
+        compile_constraint(COMPILER, optional_call(ENDLESS_OBJECT))
 
 
-def test_the_name_of_the_latest_draft_of_schemas_is_known() -> None:
-    named = {"$schema": "http://json-schema.org/schema#", "type": "object"}
-    assert compile_constraint(COMPILER, answer_of(named)).warnings == ()
+def test_the_identifier_of_the_latest_json_schema_draft_is_known() -> None:
+    schema = {"$schema": "http://json-schema.org/schema#", "type": "object"}
+    assert compile_constraint(COMPILER, answer_constraint(schema)).warnings == ()
 
 
-def test_too_many_tools_are_refused() -> None:
+def test_more_than_512_tools_are_refused() -> None:
     with pytest.raises(RequestError, match="513 tools are declared: declare at most 512"):
         tool_rules([{"type": "function", "function": {"name": f"f{number}"}} for number in range(513)])
 
@@ -156,20 +163,20 @@ def test_a_schema_with_an_unknown_keyword_is_enforced_without_the_keyword() -> N
         "minContains": 1,
         "not": {},
     }
-    written = write_reply(policy_of(answer_of(schema)), random_choice(0, ending=0.9), 500)
-    assert isinstance(json.loads(written.reply.content)["a"], bool)
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(0, ending=0.9), 500)
+    assert isinstance(json.loads(generated.reply.content)["a"], bool)
 
 
 def test_options_of_the_compiler_in_a_schema_are_ignored() -> None:
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "x-guidance": {"whitespace_pattern": " *"}}
     for seed in range(20):
-        written = write_reply(policy_of(answer_of(schema)), random_choice(seed), 500)
-        assert " " not in written.reply.content
+        generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed), 500)
+        assert " " not in generated.reply.content
 
 
-BAD_TEXTS = {
+BAD_GRAMMARS = {
     "a malformed regular expression": (AnswerForm.REGEX, "(", "unclosed group"),
-    "a large one": (AnswerForm.REGEX, "x" * 300_000, "larger than"),
+    "a large regular expression": (AnswerForm.REGEX, "x" * 300_000, "larger than"),
     "a malformed grammar": (AnswerForm.LARK, "start: (", "cannot be compiled"),
     "an unknown rule": (AnswerForm.LARK, "start: other", "cannot be compiled"),
     "no text": (AnswerForm.LARK, 'start: start "a"', "allows no text"),
@@ -179,45 +186,41 @@ BAD_TEXTS = {
 }
 
 
-@pytest.mark.parametrize(("form", "text", "problem"), BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_a_grammar_that_cannot_be_used_is_refused(form: AnswerForm, text: str, problem: str) -> None:
+@pytest.mark.parametrize(("form", "grammar", "problem"), BAD_GRAMMARS.values(), ids=BAD_GRAMMARS)
+def test_a_grammar_that_cannot_be_used_is_refused(form: AnswerForm, grammar: str, problem: str) -> None:
     with pytest.raises(RequestError, match=re.escape(problem)):
-        compile_constraint(COMPILER, Constraint(AnswerFormat(form, text)))
+        compile_constraint(COMPILER, Constraint(AnswerFormat(form, grammar)))
 
 
 @pytest.mark.parametrize(
     "pattern", ["(a|aa)+$", "(.*a){40}", "(a?){200}a{200}", ".*a.{60}", "((a{1,1000}){1,1000}){1,1000}", "(a*)*b"]
 )
-def test_the_time_of_a_catastrophic_pattern_is_bounded(pattern: str) -> None:
+def test_a_pattern_with_many_ways_to_match_is_masked_in_bounded_time_or_refused(pattern: str) -> None:
     slowest_s = 0.0
-    began = time.monotonic()
+    started_at = time.monotonic()
     try:
         policy = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
-        for letter in b"a" * 100:
-            policy.accept(letter)
-            step = time.monotonic()
+        for token_id in b"a" * 100:
+            policy.accept(token_id)
+            accepted_at = time.monotonic()
             policy.forced()
             policy.token_mask(())
-            slowest_s = max(slowest_s, time.monotonic() - step)
+            slowest_s = max(slowest_s, time.monotonic() - accepted_at)
     except (RequestError, RequestFailed) as error:
         assert "cannot follow" in str(error) or "cannot be compiled" in str(error)
-    assert slowest_s < 1 and time.monotonic() - began < 10
+    assert slowest_s < 1 and time.monotonic() - started_at < 10
 
 
-def grammar_of(constraint: Constraint) -> ReplyGrammar:
-    return compile_constraint(COMPILER, constraint)
-
-
-BAD_CHOICES: dict[str, tuple[Callable[[], object], str]] = {
+BAD_VALUES: dict[str, tuple[Callable[[], object], str]] = {
     "a tool that is not declared": (
-        lambda: tool_rules(DECLARED, {"type": "function", "function": {"name": "calendar"}}),
+        lambda: tool_rules(CLOCK_DECLARATIONS, {"type": "function", "function": {"name": "calendar"}}),
         "tool_choice names 'calendar', which is not declared; declared tools: clock",
     ),
-    "an unknown choice": (lambda: tool_rules(DECLARED, "always"), "tool_choice 'always' is unknown"),
+    "an unknown choice": (lambda: tool_rules(CLOCK_DECLARATIONS, "always"), "tool_choice 'always' is unknown"),
     "a call without tools": (lambda: tool_rules([], "required"), "tool_choice is required, and no tool is declared"),
     "a tool without a name": (lambda: tool_rules([{"type": "function"}]), "a tool has no function with a name"),
     "parameters that are no object": (
-        lambda: grammar_of(call_of({"type": "string"})),
+        lambda: compile_constraint(COMPILER, call_constraint({"type": "string"})),
         "the schema of tool 'record' has the type 'string': arguments are an object",
     ),
     "a bias outside the vocabulary": (
@@ -236,16 +239,16 @@ BAD_CHOICES: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "problem"), BAD_CHOICES.values(), ids=BAD_CHOICES)
-def test_a_choice_or_a_value_that_cannot_be_used_is_refused(build: Callable[[], object], problem: str) -> None:
+@pytest.mark.parametrize(("build", "problem"), BAD_VALUES.values(), ids=BAD_VALUES)
+def test_an_invalid_tool_choice_tool_bias_or_penalty_is_refused(build: Callable[[], object], problem: str) -> None:
     with pytest.raises(RequestError, match=re.escape(problem)):
         build()
 
 
 def test_calls_need_a_vocabulary_with_their_markers() -> None:
-    ordinary = {number: bytes([number]) for number in range(256)}
-    tokenizer = Tokenizer(lambda text: list(text.encode()), ordinary, {"<|im_end|>": 256}, 257)
+    byte_tokens = {value: bytes([value]) for value in range(256)}
+    tokenizer = Tokenizer(lambda text: list(text.encode()), byte_tokens, {"<|im_end|>": 256}, 257)
     compiler = GrammarCompiler(tokenizer)
     with pytest.raises(RequestError, match=r"the model's vocabulary has no <\|tool_calls_section_begin\|>"):
-        compile_constraint(compiler, call_of({"type": "object"}))
-    assert compile_constraint(compiler, answer_of({"type": "object"})).warnings == ()
+        compile_constraint(compiler, call_constraint({"type": "object"}))
+    assert compile_constraint(compiler, answer_constraint({"type": "object"})).warnings == ()

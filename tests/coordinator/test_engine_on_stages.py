@@ -1,4 +1,4 @@
-"""Tests of requests over real stages on this machine: tokens, cancelling, and errors of lost or silent stages."""
+"""Tests of requests over real stages on this machine: tokens, cancellation, errors of killed and suspended stages."""
 
 import itertools
 import random
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -15,7 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from mlx_k2.coordinator.handle import Finished, Token
+from mlx_k2.coordinator.handle import Handle, Token
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.coordinator.pipeline import StepTimeout
 from mlx_k2.errors import ClusterError, StageFault, StageSilent
@@ -33,9 +34,9 @@ from tests.local_cluster import (
     write_model,
 )
 
-LONG = request(150, 30, seed=5)
+LONG_PROMPT = request(150, 30, seed=5)
 GREEDY = request(70, 30, temperature=0)
-SHORT = request(3, 60, seed=7)
+SHORT_PROMPT = request(3, 60, seed=7)
 ClusterOf = Callable[[int], Cluster]
 
 
@@ -53,109 +54,110 @@ def cluster_of(model: Path) -> Iterator[ClusterOf]:
 
 @pytest.mark.slow
 def test_sampled_and_greedy_tokens_are_the_same_through_1_2_and_3_stages(cluster_of: ClusterOf) -> None:
-    one, two, three = (cluster_of(num_stages).tokens(LONG, GREEDY) for num_stages in (1, 2, 3))
+    one, two, three = (cluster_of(num_stages).tokens(LONG_PROMPT, GREEDY) for num_stages in (1, 2, 3))
     assert one == two == three
 
 
 def test_concurrent_requests_get_the_same_tokens_as_when_run_alone(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
-    alone = {asked: cluster.tokens(asked)[asked] for asked in (LONG, GREEDY, SHORT)}
-    assert cluster.tokens(LONG, SHORT, GREEDY) == alone
-    assert cluster.tokens(GREEDY, LONG, SHORT) == alone
+    tokens_alone = cluster.tokens(LONG_PROMPT) | cluster.tokens(GREEDY) | cluster.tokens(SHORT_PROMPT)
+    assert cluster.tokens(LONG_PROMPT, SHORT_PROMPT, GREEDY) == tokens_alone
+    assert cluster.tokens(GREEDY, LONG_PROMPT, SHORT_PROMPT) == tokens_alone
 
 
 def test_more_requests_than_slots_all_finish(cluster_of: ClusterOf) -> None:
-    asked = [request(length, 5) for length in (4, 40, 8, 90, 2, 16)]
-    assert [len(tokens) for tokens in cluster_of(2).tokens(*asked).values()] == [5] * 6
+    requests = [request(prompt_tokens, 5) for prompt_tokens in (4, 40, 8, 90, 2, 16)]
+    assert [len(tokens) for tokens in cluster_of(2).tokens(*requests).values()] == [5] * 6
 
 
-def test_another_seed_samples_other_tokens(cluster_of: ClusterOf) -> None:
-    first, second, again = (request(20, 20, seed=seed) for seed in (1, 2, 1))
-    tokens = [cluster_of(2).tokens(asked)[asked] for asked in (first, second, again)]
-    assert tokens[0] == tokens[2] != tokens[1]
+def test_another_seed_samples_other_tokens_and_the_same_seed_the_same(cluster_of: ClusterOf) -> None:
+    first, other, again = (cluster_of(2).tokens(request(20, 20, seed=seed)).popitem()[1] for seed in (1, 2, 1))
+    assert first == again != other
 
 
 def test_cancelled_requests_end_at_once_and_do_not_change_later_tokens(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
-    undisturbed = cluster.tokens(SHORT)
-    first, second = (cluster.engine.submit(asked) for asked in (request(40, 1000), LONG))
-    assert isinstance(next(event for event in first.events() if isinstance(event, Token)), Token)
+    undisturbed = cluster.tokens(SHORT_PROMPT)
+    first, second = cluster.engine.submit(request(40, 1000)), cluster.engine.submit(LONG_PROMPT)
+    next(event for event in first.events() if isinstance(event, Token))
     first.cancel()
     second.cancel()
     for handle in (first, second):
         token_ids, end = rest_of(handle)
         assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
-    assert cluster.tokens(SHORT) == undisturbed
+    assert cluster.tokens(SHORT_PROMPT) == undisturbed
 
 
 def test_a_timed_out_request_keeps_its_tokens_and_does_not_change_other_requests(cluster_of: ClusterOf) -> None:
     cluster = cluster_of(2)
-    alone = cluster.tokens(SHORT)[SHORT]
-    in_time, before_it_began = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (1.0, 1e-6))
-    handles = cluster.engine.submit_all([Submission(asked) for asked in (in_time, SHORT, before_it_began)])
-    (some, limited), (whole, complete), (none, late) = (rest_of(handle) for handle in handles)
-    assert whole == alone
-    assert 0 < len(some) < 2000 and none == []
-    reasons = limited.reason, complete.reason, late.reason
-    assert reasons == (FinishReason.TIMEOUT, FinishReason.LENGTH, FinishReason.TIMEOUT)
+    tokens_alone = cluster.tokens(SHORT_PROMPT)[SHORT_PROMPT]
+    during_decode, during_prefill = (replace(request(40, 2000), timeout_s=timeout_s) for timeout_s in (1.0, 1e-6))
+    requests = (during_decode, SHORT_PROMPT, during_prefill)
+    handles = cluster.engine.submit_all([Submission(submitted) for submitted in requests])
+    (token_ids, timeout), (other_ids, end), (no_ids, early_timeout) = (rest_of(handle) for handle in handles)
+    assert (timeout.reason, end.reason) == (FinishReason.TIMEOUT, FinishReason.LENGTH)
+    assert early_timeout.reason is FinishReason.TIMEOUT
+    assert 0 < len(token_ids) < 2000 and no_ids == []
+    assert other_ids == tokens_alone
 
 
 NUM_SEEDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 1
-POOL = [
-    replace(request(length, max_tokens, seed=seed), priority=priority)
-    for seed, (length, max_tokens, priority) in enumerate(
+REQUEST_POOL = [
+    replace(request(prompt_tokens, max_tokens, seed=seed), priority=priority)
+    for seed, (prompt_tokens, max_tokens, priority) in enumerate(
         itertools.product((1, 2, 5, 9, 33, 40, 71, 100, 130, 200), (1, 6, 25), Priority)
     )
 ]
 
 
 @pytest.fixture(scope="module")
-def alone(cluster_of: ClusterOf) -> dict[Request, list[int]]:
-    """Return the tokens of each request of POOL, run alone."""
-    return {asked: cluster_of(2).tokens(asked)[asked] for asked in POOL}
+def tokens_alone(cluster_of: ClusterOf) -> dict[Request, list[int]]:
+    """Return the tokens of each request of REQUEST_POOL, run alone."""
+    return {pooled: cluster_of(2).tokens(pooled)[pooled] for pooled in REQUEST_POOL}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_requests_of_two_threads_at_random_times_get_the_tokens_that_they_get_alone(
-    cluster_of: ClusterOf, alone: dict[Request, list[int]], seed: int
+    cluster_of: ClusterOf, tokens_alone: dict[Request, list[int]], seed: int
 ) -> None:
-    """Submit 50 requests, 25 on each of two threads, and cancel 20 of them."""
-    rng = random.Random(seed)
-    chosen = rng.sample(POOL, 50)
+    """Submit 25 requests on each of two threads, with 10 cancellations each. A cancelled request gets a prefix."""
+    requests = random.Random(seed).sample(REQUEST_POOL, 50)
     engine = cluster_of(2).engine
-    results: dict[Request, tuple[list[int], Finished]] = {}
 
-    def submit(requests: list[Request], delays: list[float], cancelled: set[int]) -> None:
-        handles = []
-        for index, (asked, delay) in enumerate(zip(requests, delays, strict=True)):
-            threading.Event().wait(delay)
-            handles.append(engine.submit(asked))
-            if index in cancelled:
-                handles[rng.randrange(len(handles)) if index % 2 else -1].cancel()
-        results.update({handle.request: rest_of(handle) for handle in handles})
+    def submit(submitted: list[Request], rng: random.Random) -> list[tuple[Request, list[int], FinishReason]]:
+        handles: list[Handle] = []
+        cancel_after = rng.sample(range(len(submitted)), 10)
+        for index, next_request in enumerate(submitted):
+            threading.Event().wait(rng.expovariate(50))  # 20 ms on average
+            handles.append(engine.submit(next_request))
+            if index in cancel_after:
+                cancelled = rng.choice(handles) if index % 2 else handles[-1]
+                cancelled.cancel()
+        ends = [rest_of(handle) for handle in handles]
+        return [(handle.request, token_ids, end.reason) for handle, (token_ids, end) in zip(handles, ends, strict=True)]
 
-    threads = []
-    for half in (chosen[:25], chosen[25:]):
-        delays = [rng.expovariate(50) for _ in half]
-        threads.append(threading.Thread(target=submit, args=[half, delays, set(rng.sample(range(25), 10))]))
-        threads[-1].start()
-    for thread in threads:
-        thread.join(120)
-    assert len(results) == 50
-    whole = [asked for asked, (_, end) in results.items() if end.reason is not FinishReason.CANCELLED]
-    assert len(whole) >= 30
-    for asked, (token_ids, _) in results.items():
-        assert token_ids == (alone[asked] if asked in whole else alone[asked][: len(token_ids)])
+    rngs = [random.Random(2 * seed), random.Random(2 * seed + 1)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(submit, (requests[:25], requests[25:]), rngs, timeout=120)
+    results = [*first, *second]
+    num_complete = 0
+    for finished, token_ids, reason in results:
+        if reason is FinishReason.CANCELLED:
+            assert token_ids == tokens_alone[finished][: len(token_ids)]
+        else:
+            assert token_ids == tokens_alone[finished]
+            num_complete += 1
+    assert len(results) == 50 and num_complete >= 30
 
 
 def test_every_stage_reports_its_steps_and_busy_time(cluster_of: ClusterOf) -> None:
-    use = cluster_of(2).engine.use
-    before = max(stage.steps_done for stage in use)
+    uses = cluster_of(2).engine.use
+    steps_before = max(use.steps_done for use in uses)
     cluster_of(2).tokens(request(4, 10))
-    while {stage.steps_done for stage in use} != {before + 10}:
+    while {use.steps_done for use in uses} != {steps_before + 10}:
         threading.Event().wait(0.001)
-    assert all(stage.busy_s > 0 for stage in use)
+    assert all(use.busy_s > 0 for use in uses)
 
 
 @pytest.mark.parametrize("num_stages", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3, 7))])
@@ -163,33 +165,31 @@ def test_the_stages_load_each_tensor_once_with_embedding_first_and_head_last(
     cluster_of: ClusterOf, num_stages: int
 ) -> None:
     cluster = cluster_of(num_stages)
-    names = cluster.loaded.by_rank
-    assert sorted(names) == list(range(num_stages))
-    nobody_needs = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(NUM_LAYERS)}
-    assert Counter(itertools.chain(*names.values())) == Counter(
-        cluster.deployment.model.index.weight_map.keys() - nobody_needs
-    )
-    for rank, loaded in names.items():
-        assert ("model.embed_tokens.weight" in loaded) == (rank == 0)
-        assert ("model.norm.weight" in loaded) == ("lm_head.weight" in loaded) == (rank == num_stages - 1)
-    assert [loaded.held_bytes for loaded in cluster.deployment.loaded] == [
-        plan.shard_bytes for plan in cluster.deployment.plans
-    ]
+    names_by_rank = cluster.loaded.by_rank
+    assert sorted(names_by_rank) == list(range(num_stages))
+    not_loaded = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(NUM_LAYERS)}
+    expected_names = cluster.deployment.model.index.weight_map.keys() - not_loaded
+    assert Counter(itertools.chain(*names_by_rank.values())) == Counter(expected_names)
+    for rank, names in names_by_rank.items():
+        assert ("model.embed_tokens.weight" in names) == (rank == 0)
+        assert ("model.norm.weight" in names) == ("lm_head.weight" in names) == (rank == num_stages - 1)
+    held_bytes = [loaded.held_bytes for loaded in cluster.deployment.loaded]
+    assert held_bytes == [plan.shard_bytes for plan in cluster.deployment.plans]
 
 
 def error_after(
     model: Path,
     folder: Path,
-    do: Callable[[], None],
+    cause_fault: Callable[[], None],
     step_timeout: StepTimeout | None = None,
     stall_timeout_s: float = 8.0,
 ) -> ClusterError:
-    """Return the error of a run over two marked stages in which ``do`` is called after the sixth token event."""
+    """Return the error of a request over two marked stages. ``cause_fault`` is called after the sixth token."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
     with local_cluster(model, hosts, step_timeout, stall_timeout_s) as cluster, pytest.raises(ClusterError) as caught:
-        for count, _ in enumerate(together(cluster.engine, request(8, 2000))):
-            if count == 5:
-                do()
+        for num_tokens, _ in enumerate(together(cluster.engine, request(8, 2000)), start=1):
+            if num_tokens == 6:
+                cause_fault()
     return caught.value
 
 
@@ -212,7 +212,7 @@ def test_the_error_for_a_suspended_stage_names_host_step_and_phase(model: Path, 
 
 
 @pytest.mark.slow
-def test_a_step_timeout_names_the_late_stage_and_lists_every_stage_status(model: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_step_timeout_names_the_late_stage_and_lists_every_status(model: Path, tmp_path: Path) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), StepTimeout(1.0, 0.0))
     assert isinstance(error, StageSilent)
     assert re.match(

@@ -29,26 +29,25 @@ prompts = st.one_of(
     st.integers(1, 25).map(lambda length: [7] * length),  # prompts that share a prefix
 )
 requests = st.builds(
-    lambda ids, max_tokens, seed, priority, stops: Request(
-        tuple(ids), max_tokens, Sampling(seed=seed), frozenset({STOP_ID} if stops else ()), priority=priority
-    ),
-    prompts,
-    st.integers(1, 12),
-    st.integers(0, 3),
-    st.sampled_from([Priority.INTERACTIVE, Priority.INTERACTIVE, Priority.BACKGROUND]),
-    st.booleans(),
+    Request,
+    prompts.map(tuple),
+    max_tokens=st.integers(1, 12),
+    sampling=st.builds(Sampling, seed=st.integers(0, 3)),
+    stop_ids=st.sampled_from([frozenset({STOP_ID}), frozenset()]),
+    priority=st.sampled_from([Priority.INTERACTIVE, Priority.INTERACTIVE, Priority.BACKGROUND]),
 )
 
 
 @dataclass
 class Reader:
-    """The reader of one handle, and what it has read."""
+    """The reader of one handle, with the token ids and the end that it has read."""
 
     handle: Handle
-    submitted_at: int
-    """Number of steps that had returned at the submission."""
+    num_reports_before: int
+    """Number of the last stage's reports before the submission."""
     token_ids: list[int] = field(default_factory=list)
     ends: list[Finished | RequestFailed] = field(default_factory=list)
+    """The end of the handle, of which there must be exactly one."""
     was_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -58,21 +57,21 @@ class Reader:
         """Read to the end of a handle that has ended."""
         try:
             for event in self._events:
-                self._on(event)
+                self._record(event)
         except RequestFailed as failure:
             self.ends.append(failure)
 
     def read_token(self) -> None:
-        """Read up to the next token. There must be one, or the end."""
+        """Read up to the next token or the end, one of which must be in the queue."""
         try:
             for event in self._events:
-                self._on(event)
+                self._record(event)
                 if isinstance(event, Token):
                     return
         except RequestFailed as failure:
             self.ends.append(failure)
 
-    def _on(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         match event:
             case Token(token_id):
                 assert not self.was_cancelled, "a token after cancel"
@@ -82,7 +81,7 @@ class Reader:
 
 
 class EngineStates(RuleBasedStateMachine):
-    """An engine over stages that execute plans when the test says so."""
+    """State machine of an engine. Its stages execute plans only when a rule calls ``execute``."""
 
     readers = Bundle("readers")
 
@@ -90,25 +89,25 @@ class EngineStates(RuleBasedStateMachine):
     def start(self, num_stages: int, num_slots: int, mode: DraftMode) -> None:
         self.num_stages = num_stages
         self.all_readers: list[Reader] = []
-        self.tested = TokenEngine(
+        self.harness = TokenEngine(
             SchedulerLimits(num_slots, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages), mode, max_queued=MAX_QUEUED
         )
-        self.engine = self.tested.engine
+        self.engine = self.harness.engine
         self.engine.__enter__()
 
     @property
     def is_restarting(self) -> bool:
-        return self.tested.is_restarting.is_set()
+        return self.harness.is_restarting.is_set()
 
     @property
     def last_reports(self) -> list[StageReport]:
-        """The reports of the last stage."""
-        return [report for report in self.tested.reports if report.rank == self.num_stages - 1]
+        """All reports of steps that the last stage has sent."""
+        return [report for report in self.harness.reports if report.rank == self.num_stages - 1]
 
     def wait_for_engine(self) -> None:
-        """Wait until the engine waits for the stages, so that a run can be repeated."""
+        """Wait until the engine waits for its stages. Then the same rules have the same result in each run."""
         if not self.is_restarting:
-            assert self.tested.stages.wait_until_waiting(WAIT_S), "the engine does not wait"
+            assert self.harness.stages.wait_until_waiting(WAIT_S), "the engine does not wait"
 
     # ---- rules
 
@@ -117,16 +116,16 @@ class EngineStates(RuleBasedStateMachine):
         self.wait_for_engine()
         handle = self.submit_or_refuse(request)
         if handle is None:
-            refused = Handle(request, lambda _: None)
-            refused.end(RequestFailed("refused"))
-            return Reader(refused, 0)
+            ended_handle = Handle(request, lambda _: None)
+            ended_handle.end(RequestFailed("refused"))
+            return Reader(ended_handle, 0)
         reader = Reader(handle, len(self.last_reports))
         self.all_readers.append(reader)
         self.wait_for_engine()
         return reader
 
     def submit_or_refuse(self, request: Request) -> Handle | None:
-        """Submit a request; return None if the queue is full. The engine frees a cancelled request's place soon."""
+        """Submit a request; return None if the queue is full. A cancelled request stays in it for a moment."""
         deadline = time.monotonic() + WAIT_S
         while True:
             try:
@@ -135,7 +134,7 @@ class EngineStates(RuleBasedStateMachine):
                 assert busy.wait_s > 0
                 if sum(not reader.handle.has_ended for reader in self.all_readers) >= MAX_QUEUED:
                     return None
-                assert time.monotonic() < deadline, "refused with a place in the queue"
+                assert time.monotonic() < deadline, "the request was refused, and the queue is not full"
                 threading.Event().wait(0.001)
 
     @rule(reader=readers)
@@ -149,68 +148,68 @@ class EngineStates(RuleBasedStateMachine):
 
     @rule(rank=st.integers(0, 2))
     def execute_on_one_stage(self, rank: int) -> None:
-        if rank < self.num_stages and self.tested.stages.execute(rank):
+        if rank < self.num_stages and self.harness.stages.execute(rank):
             self.wait_for_engine()
 
-    @rule(times=st.integers(1, 20))
-    def execute_on_all_stages(self, times: int) -> None:
-        for rank in [*range(self.num_stages)] * times:
-            if self.tested.stages.execute(rank):
+    @rule(num_rounds=st.integers(1, 20))
+    def execute_on_all_stages(self, num_rounds: int) -> None:
+        for rank in [*range(self.num_stages)] * num_rounds:
+            if self.harness.stages.execute(rank):
                 self.wait_for_engine()
 
     @rule(reader=readers)
-    def read_some(self, reader: Reader) -> None:
+    def read_one_token(self, reader: Reader) -> None:
         if reader in self.all_readers and not reader.ends and reader.handle.has_ended:
             reader.read_token()
 
     @precondition(lambda self: not self.is_restarting)
     @rule(rank=st.integers(0, 2))
     def fail(self, rank: int) -> None:
-        self.tested.fail(min(rank, self.num_stages - 1))
+        self.harness.fail(min(rank, self.num_stages - 1))
 
     @precondition(lambda self: self.is_restarting)
     @rule()
     def end_restart(self) -> None:
-        self.tested.end_restart()
+        self.harness.end_restart()
 
-    # ---- what must hold
+    # ---- invariants
 
     @invariant()
     def no_slot_has_two_owners(self) -> None:
-        slots = [sequence.slot for sequence in self.tested.scheduler.running]
+        slots = [sequence.slot for sequence in self.harness.scheduler.running]
         assert len(slots) == len(set(slots)) and None not in slots
-        for step in self.tested.plans:
+        for step in self.harness.plans:
             assert len({row.slot for row in step.rows}) == len(step.rows)
 
     @invariant()
-    def no_microbatch_exceeds_its_budget(self) -> None:
-        assert all(sum(len(row.token_ids) for row in step.rows) <= CHUNK_TOKENS for step in self.tested.plans)
+    def no_microbatch_exceeds_the_chunk(self) -> None:
+        assert all(sum(len(row.token_ids) for row in step.rows) <= CHUNK_TOKENS for step in self.harness.plans)
 
     @invariant()
     def background_requests_yield(self) -> None:
         for reader in self.all_readers:
             if reader.handle.request.priority is Priority.INTERACTIVE:
-                assert self.num_background_steps(reader) <= self.num_stages + 1, "before the first token"
+                assert self.num_background_steps(reader) <= self.num_stages + 1, "more than may be in flight"
 
     def num_background_steps(self, reader: Reader) -> int:
-        """Return how many background steps returned between the submission and the first token, if there is one."""
+        """Return the number of background steps between the submission and the first token; 0 without a token."""
         count = 0
-        for report in self.last_reports[reader.submitted_at :]:
+        for report in self.last_reports[reader.num_reports_before :]:
             rows = report.microbatch.rows
-            if any(one.row.needs_logits and one.sequence.request is reader.handle.request for one in rows):
+            if any(planned.row.needs_logits and planned.sequence.request is reader.handle.request for planned in rows):
                 return count
-            count += any(one.sequence.request.priority is Priority.BACKGROUND for one in rows)
+            count += any(planned.sequence.request.priority is Priority.BACKGROUND for planned in rows)
         return 0
 
     def teardown(self) -> None:
-        if not hasattr(self, "tested"):
+        if not hasattr(self, "harness"):
             return
         if self.is_restarting:
             self.end_restart()
         while any(not reader.handle.has_ended for reader in self.all_readers):
             self.wait_for_engine()
-            executed = [self.tested.stages.execute(rank) for rank in range(self.num_stages)]
-            assert any(executed) or not self.tested.scheduler.has_work, "there is work, and no plan"
+            executed = [self.harness.stages.execute(rank) for rank in range(self.num_stages)]
+            assert any(executed) or not self.harness.scheduler.has_work, "a request runs, and no plan was sent"
         self.background_requests_yield()
         for reader in self.all_readers:
             if not reader.ends:
@@ -221,7 +220,7 @@ class EngineStates(RuleBasedStateMachine):
 
     @staticmethod
     def check_answer(reader: Reader, end: Finished | RequestFailed) -> None:
-        """Compare a whole answer with that of the request alone. A cancelled one is the beginning of it."""
+        """Check that an answer equals that of the request alone, and a cancelled or failed one a prefix of it."""
         expected = answer_alone(reader.handle.request)
         if isinstance(end, RequestFailed):
             assert "was running when stage" in str(end)
@@ -229,9 +228,8 @@ class EngineStates(RuleBasedStateMachine):
             assert reader.token_ids == expected[: len(reader.token_ids)]
         else:
             assert reader.token_ids == expected
-            assert end.reason is (
-                FinishReason.STOP if expected[-1] in reader.handle.request.stop_ids else FinishReason.LENGTH
-            )
+            has_stopped = expected[-1] in reader.handle.request.stop_ids
+            assert end.reason is (FinishReason.STOP if has_stopped else FinishReason.LENGTH)
             assert end.summary.generated_tokens == len(expected)
 
 

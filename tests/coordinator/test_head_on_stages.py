@@ -1,4 +1,4 @@
-"""Tests of the built-in model's draft head over real stages: the tokens are those of one stage without a head."""
+"""Tests of the built-in model's draft head over real stages: tokens are those of one stage without a draft head."""
 
 import random
 import sys
@@ -28,7 +28,7 @@ from mlx_k2.text.reply_grammar import compile_constraint
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import BUILTIN, BUILTIN_HEAD, DraftHead, ModelSource
-from tests.coordinator.schemas import answer_of
+from tests.coordinator.schemas import answer_constraint
 from tests.local_cluster import marked_host, rest_of, stage_process
 from training.conversation import render_prompt
 from training.data import Question, held_out
@@ -36,46 +36,45 @@ from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
 NUM_TEXT_TOKENS = 1792
-"""Ids of ordinary tokens; those of control tokens follow."""
+"""Number of tokens with text. The ids of control tokens follow."""
 NUM_CASES = 400 if IS_LONG else 8
 CONTEXT_TOKENS = 1024
+QUESTIONS = held_out().questions
+HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)
+TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).files, 2048)
+STOP_IDS = frozenset({TOKENIZER.token_id("<|im_end|>")})
 EngineOf = Callable[[int], Engine]
 
 
-def builtin_request(hostfile: Hostfile, head: DraftHead | None) -> DeploymentRequest:
+def builtin_deployment_request(hostfile: Hostfile, draft_head: DraftHead | None) -> DeploymentRequest:
     source = ModelSource(path_or_repo=BUILTIN)
     options = ClusterOptions(context_tokens=CONTEXT_TOKENS, dtype="float32")
-    return DeploymentRequest(options, hostfile, source, num_slots=2, draft_head=head)
-
-
-HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)
+    return DeploymentRequest(options, hostfile, source, num_slots=2, draft_head=draft_head)
 
 
 @pytest.fixture(scope="module")
 def engine_of() -> Iterator[EngineOf]:
-    """Yield a function from a number of stages to an engine. One stage has no head."""
+    """Yield a function from a number of stages to an engine. One stage has no draft head, several have it."""
     with ExitStack() as stack:
 
         def start(num_stages: int) -> Engine:
-            asked = builtin_request(local_hostfile(num_stages), HEAD if num_stages > 1 else None)
-            deployment = stack.enter_context(deploy(*open_source(asked), DeploymentListener()))
+            hostfile = local_hostfile(num_stages)
+            deployment_request = builtin_deployment_request(hostfile, HEAD if num_stages > 1 else None)
+            deployment = stack.enter_context(deploy(*open_source(deployment_request), DeploymentListener()))
             mode = DraftMode.MODEL if num_stages > 1 else DraftMode.OFF
             return stack.enter_context(engine_on(deployment, draft_mode=mode))
 
         yield cache(start)
 
 
-def prompt_ids(question: Question) -> tuple[int, ...]:
+def prompt_of(question: Question) -> tuple[int, ...]:
+    """Return the token ids of a question as the template renders it."""
     encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
     text = render_prompt(question.conversation, question.num_steps)
     return tuple(encoding.encode(text, allowed_special="all"))
 
 
-STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
-QUESTIONS = held_out().questions
-
-
-def sampling_of(rng: random.Random, seed: int) -> Sampling:
+def random_sampling(rng: random.Random, seed: int) -> Sampling:
     """Return random parameters: greedy or sampled, with some of the filters, penalties and biases."""
     return Sampling(
         seed=seed,
@@ -90,20 +89,21 @@ def sampling_of(rng: random.Random, seed: int) -> Sampling:
     )
 
 
-def continued(engine: Engine, rng: random.Random, number: int) -> list[list[int]]:
-    """Return the tokens of an answer, then of one that continues it, then of the first prompt with another seed.
+def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[int]]:
+    """Return the tokens of an answer, of an answer to its continuation, and of one to its prompt with another seed.
 
-    The second request continues in the first one's slot. The third copies the prompt from that slot, or takes it over.
+    The second request continues in the first one's slot. The third copies the prompt from that slot, or reuses it.
     """
-    first = prompt_ids(rng.choice(QUESTIONS))
-    answers = [tokens(engine, Request(first, 40, sampling_of(rng, number), frozenset({STOP_ID})))]
-    more = (*first, *answers[0], *(rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.choice([1, 8, 70]))))
-    answers.append(tokens(engine, Request(more, 24, sampling_of(rng, number), frozenset())))
-    answers.append(tokens(engine, Request(first, 24, sampling_of(rng, number + 1), frozenset())))
-    return answers
+    prompt_ids = prompt_of(rng.choice(QUESTIONS))
+    first_answer = answer(engine, Request(prompt_ids, 40, random_sampling(rng, seed), STOP_IDS))
+    added_ids = [rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.choice([1, 8, 70]))]
+    continuation = Request((*prompt_ids, *first_answer, *added_ids), 24, random_sampling(rng, seed), frozenset())
+    second_answer = answer(engine, continuation)
+    third_answer = answer(engine, Request(prompt_ids, 24, random_sampling(rng, seed + 1), frozenset()))
+    return [first_answer, second_answer, third_answer]
 
 
-def tokens(engine: Engine, request: Request) -> list[int]:
+def answer(engine: Engine, request: Request) -> list[int]:
     return rest_of(engine.submit(request))[0]
 
 
@@ -111,27 +111,26 @@ def tokens(engine: Engine, request: Request) -> list[int]:
 @pytest.mark.timeout(3000 if IS_LONG else 120)
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_the_tokens_of_random_requests_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
-    for number in range(NUM_CASES):
-        alone, drafted = (continued(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
-        assert drafted == alone, f"case {number}"
+    for seed in range(NUM_CASES):
+        expected = three_answers(engine_of(1), random.Random(seed), seed)
+        assert three_answers(engine_of(num_stages), random.Random(seed), seed) == expected, f"seed {seed}"
 
 
 @pytest.mark.timeout(60)
 def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after_a_cancelled_one(
     engine_of: EngineOf,
 ) -> None:
-    request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=0.0), frozenset({STOP_ID}))
-    alone = tokens(engine_of(1), request)
-    cancelled = engine_of(2).submit(Request(prompt_ids(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
-    for number, event in enumerate(cancelled.events()):
-        if isinstance(event, Token) and number > 5:
+    request = Request(prompt_of(QUESTIONS[250]), 60, Sampling(seed=3, temperature=0.0), STOP_IDS)
+    expected = answer(engine_of(1), request)
+    cancelled = engine_of(2).submit(Request(prompt_of(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
+    for num_events, event in enumerate(cancelled.events()):
+        if isinstance(event, Token) and num_events > 5:
             cancelled.cancel()
     token_ids, end = rest_of(engine_of(2).submit(request))
-    assert token_ids == alone
-    assert isinstance(end, Finished)
-    (count,) = end.summary.drafts
-    assert count.source is DraftSource.MODEL
-    assert count.num_accepted > 0.5 * len(alone)
+    assert token_ids == expected
+    (drafts,) = end.summary.drafts
+    assert drafts.source is DraftSource.MODEL
+    assert drafts.num_accepted > 0.5 * len(expected)
 
 
 WORDS = {"type": "string", "pattern": "^[a-z ]{1,24}$"}
@@ -141,13 +140,12 @@ SCHEMA = {
     "required": ["city", "kind", "words"],
     "additionalProperties": False,
 }
-TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).files, 2048)
-GRAMMAR = compile_constraint(GrammarCompiler(TOKENIZER), answer_of(SCHEMA))
+GRAMMAR = compile_constraint(GrammarCompiler(TOKENIZER), answer_constraint(SCHEMA))
 
 
-def constrained(engine: Engine, rng: random.Random, number: int) -> tuple[list[int], Finished]:
-    """Return the tokens of an answer that a grammar, a thinking budget and a minimum length constrain, and its end."""
-    request = Request(prompt_ids(rng.choice(QUESTIONS)), 60, sampling_of(rng, number), frozenset({STOP_ID}))
+def constrained_answer(engine: Engine, rng: random.Random, seed: int) -> tuple[list[int], Finished]:
+    """Return the tokens and the end of an answer with a grammar, a thinking budget and a minimum length."""
+    request = Request(prompt_of(rng.choice(QUESTIONS)), 60, random_sampling(rng, seed), STOP_IDS)
     limits = ReplyLimits(min_tokens=rng.choice([0, 40]), thinking_budget=rng.choice([None, 0, 9]))
     return rest_of(engine.submit(request, ReplyPolicy(TOKENIZER, request, limits, GRAMMAR)))
 
@@ -156,30 +154,35 @@ def constrained(engine: Engine, rng: random.Random, number: int) -> tuple[list[i
 @pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_tokens_of_constrained_answers_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
     num_accepted = 0
-    for number in range(NUM_CASES // 4):
-        alone, drafted = (constrained(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
-        assert drafted[0] == alone[0], f"case {number}"
-        num_accepted += sum(count.num_accepted for count in drafted[1].summary.drafts)
-    assert num_accepted > NUM_CASES
+    for seed in range(NUM_CASES // 4):
+        expected, _ = constrained_answer(engine_of(1), random.Random(seed), seed)
+        token_ids, end = constrained_answer(engine_of(num_stages), random.Random(seed), seed)
+        assert token_ids == expected, f"seed {seed}"
+        num_accepted += end.summary.accepted
+    assert num_accepted > NUM_CASES  # more than 4 drafts in each answer
 
 
 @pytest.mark.slow
-def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_killed(
+def test_an_answer_with_drafts_continues_with_the_same_tokens_after_each_stage_was_killed(
     engine_of: EngineOf, tmp_path: Path
 ) -> None:
-    request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=1.0), frozenset())
+    request = Request(prompt_of(QUESTIONS[250]), 60, Sampling(seed=3, temperature=1.0), frozenset())
     hosts = tuple(marked_host(tmp_path, rank, sys.executable) for rank in range(2))
-    asked = builtin_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
+    deployment_request = builtin_deployment_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
     with (
-        RestartingDeployment(*open_source(asked), DeploymentListener(), 5, first_wait_s=0.05) as restarting,
+        RestartingDeployment(
+            *open_source(deployment_request), DeploymentListener(), limit=5, first_wait_s=0.05
+        ) as restarting,
         engine_on(restarting.deployment, draft_mode=DraftMode.MODEL, restarts=restarting) as engine,
     ):
-        token_ids, killed_at = [], {10: 0, 30: 1}
+        token_ids = []
         for event in engine.submit(request).events():
             if isinstance(event, Token):
                 token_ids.append(event.token_id)
-                if len(token_ids) in killed_at:
-                    stage_process(killed_at[len(token_ids)]).kill()
+                if len(token_ids) == 10:
+                    stage_process(0).kill()
+                elif len(token_ids) == 30:
+                    stage_process(1).kill()
     assert isinstance(event, Finished)
     assert event.summary.accepted > 0
-    assert token_ids == tokens(engine_of(1), request)
+    assert token_ids == answer(engine_of(1), request)

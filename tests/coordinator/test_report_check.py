@@ -1,4 +1,4 @@
-"""Tests of reports about drafts: one that a stage cannot have made is refused and described."""
+"""Tests of find_problem and find_draft_problem: a message that a correct stage does not send is described."""
 
 import math
 
@@ -16,19 +16,19 @@ from tests.scheduling.fake_stages import WHOLE_CHUNKS
 VOCAB_SIZE = 100
 
 
-def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
-    """Return a scheduler that has completed a prompt, and the plans of the next token and of a draft after it."""
+def scheduler_with_draft() -> tuple[Scheduler, Microbatch, Microbatch]:
+    """Return a scheduler that has completed step 0, a prompt; step 1, which has a sampled token; step 2, a draft."""
     scheduler = Scheduler(SchedulerLimits(1, 50, 50, 2), WHOLE_CHUNKS, draft_mode=DraftMode.MODEL)
     scheduler.submit(Request((1, 2), 20, Sampling(seed=0), frozenset()))
     prompt = scheduler.next_microbatch()
     assert prompt is not None
     scheduler.complete(prompt.number, [SampledToken(3)])
-    known = scheduler.next_microbatch()
+    sampled_step = scheduler.next_microbatch()
     scheduler.propose(prompt, [4])
     draft = scheduler.next_microbatch()
-    assert known is not None
+    assert sampled_step is not None
     assert draft is not None
-    return scheduler, known, draft
+    return scheduler, sampled_step, draft
 
 
 @pytest.mark.parametrize(
@@ -44,25 +44,25 @@ def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:
-    _, known, _ = plans()
-    assert find_draft_problem(message, known, vocab_size=VOCAB_SIZE) == problem
+    _, sampled_step, _ = scheduler_with_draft()
+    assert find_draft_problem(message, sampled_step, vocab_size=VOCAB_SIZE) == problem
 
 
-def test_a_stage_skips_drafts_only_and_the_last_one_only_those_that_are_wrong() -> None:
-    scheduler, known, draft = plans()
+def test_a_stage_may_skip_drafts_only_and_the_last_stage_only_wrong_ones() -> None:
+    scheduler, sampled_step, draft = scheduler_with_draft()
 
-    def problem(plan: Microbatch, *, is_last: bool) -> str | None:
-        skipped = StepDone(plan.number, 0.0, is_skipped=True)
-        return find_problem(skipped, plan, is_last=is_last, vocab_size=VOCAB_SIZE)
+    def problem_of_skipping(plan: Microbatch, *, is_last: bool) -> str | None:
+        report = StepDone(plan.number, 0.0, is_skipped=True)
+        return find_problem(report, plan, is_last=is_last, vocab_size=VOCAB_SIZE)
 
-    assert problem(known, is_last=False) == "skipped step 1, which is not a draft"
-    assert problem(draft, is_last=True) == "skipped step 2, whose draft is right"
-    assert problem(draft, is_last=False) is None
-    scheduler.complete(known.number, [SampledToken(9)])
-    assert problem(draft, is_last=True) is None
+    assert problem_of_skipping(sampled_step, is_last=False) == "skipped step 1, which is not a draft"
+    assert problem_of_skipping(draft, is_last=True) == "skipped step 2, whose draft is right"
+    assert problem_of_skipping(draft, is_last=False) is None
+    scheduler.complete(sampled_step.number, [SampledToken(9)])  # now the draft 4 is wrong
+    assert problem_of_skipping(draft, is_last=True) is None
 
 
-def test_drafts_between_steps_are_due_only_where_a_row_requests_them() -> None:
-    _, known, _ = plans()
-    found = find_problem(Drafted(1, (4,), 0.0), known, is_last=True, vocab_size=VOCAB_SIZE)
-    assert found == "sent a Drafted between steps"
+def test_drafts_instead_of_the_report_of_a_step_are_described() -> None:
+    _, sampled_step, _ = scheduler_with_draft()
+    problem = find_problem(Drafted(1, (4,), 0.0), sampled_step, is_last=True, vocab_size=VOCAB_SIZE)
+    assert problem == "sent a Drafted between steps"

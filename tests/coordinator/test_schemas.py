@@ -1,7 +1,7 @@
-"""Tests of the schemas of another project's suites: as the form of an answer, and as parameters of a required tool."""
+"""Tests of the schemas in tests/coordinator/goldens: as the form of an answer, and as parameters of a required tool."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -12,20 +12,23 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.text.constraint import Constraint
 from mlx_k2.text.reply_grammar import compile_constraint
 from mlx_k2.text.reply_parts import Reply
-from tests.coordinator.constrained import COMPILER, policy_of, random_choice, write_reply
-from tests.coordinator.schemas import SCHEMAS, TOOL, answer_of, as_parameters, call_of
+from tests.coordinator.constrained import COMPILER, generate_reply, policy_of, random_choice
+from tests.coordinator.schemas import SCHEMAS, TOOL, answer_constraint, as_parameters, call_constraint
 
-ENDING = 0.999
-"""Fraction of steps at which a token that ends values is taken if one is allowed, as with a logit bias of +20."""
+ENDING_PROBABILITY = 0.999
+"""Probability of a token that ends a JSON value where one is allowed: as high as with a logit bias of +20."""
 NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 1
-FORMS: list[tuple[Callable[[Any], Constraint], Callable[[Any], Any]]] = [
-    (answer_of, lambda schema: schema),
-    (call_of, as_parameters),
-]
+"""Replies of each kind to each schema."""
+
+
+def constraints_of(schema: Any) -> Iterator[tuple[Constraint, Any]]:
+    """Yield the constraints of an answer and of a call, each with the schema of its JSON."""
+    yield answer_constraint(schema), schema
+    yield call_constraint(as_parameters(schema)), as_parameters(schema)
 
 
 def check(reply: Reply, constraint: Constraint, schema: Any) -> None:
-    """Check that a complete reply is what the constraint demands."""
+    """Check that a complete reply is an answer, or at least one call, in JSON of the schema."""
     if constraint.answer is not None:
         jsonschema.validate(json.loads(reply.content), schema)
         return
@@ -36,28 +39,27 @@ def check(reply: Reply, constraint: Constraint, schema: Any) -> None:
 
 
 def test_no_schema_needs_a_fallback() -> None:
-    forms = [(name, form(changed(schema))) for name, schema in SCHEMAS.items() for form, changed in FORMS]
-    assert {name for name, constraint in forms if compile_constraint(COMPILER, constraint).warnings} == set()
+    for name, schema in SCHEMAS.items():
+        for constraint, _ in constraints_of(schema):
+            assert compile_constraint(COMPILER, constraint).warnings == (), name
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_replies_that_tend_to_end_are_complete_and_valid(schema: Any) -> None:
-    for form, changed in FORMS:
-        constraint = form(changed(schema))
+    for constraint, json_schema in constraints_of(schema):
         for seed in range(NUM_SEEDS):
-            written = write_reply(policy_of(constraint), random_choice(seed, ending=ENDING), 4096)
-            assert written.finish_reason is FinishReason.STOP
-            check(written.reply, constraint, changed(schema))
+            generated = generate_reply(policy_of(constraint), random_choice(seed, ending=ENDING_PROBABILITY), 4096)
+            assert generated.finish_reason is FinishReason.STOP
+            check(generated.reply, constraint, json_schema)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-def test_replies_to_random_logits_are_valid_or_end_with_length_and_no_call(schema: Any) -> None:
-    for form, changed in FORMS:
-        constraint = form(changed(schema))
+def test_replies_of_random_tokens_are_valid_or_end_with_length_inside_their_last_call(schema: Any) -> None:
+    for constraint, json_schema in constraints_of(schema):
         for seed in range(NUM_SEEDS):
-            written = write_reply(policy_of(constraint), random_choice(seed), 300)
-            if written.finish_reason is FinishReason.STOP:
-                check(written.reply, constraint, changed(schema))
+            generated = generate_reply(policy_of(constraint), random_choice(seed), 300)
+            if generated.finish_reason is FinishReason.STOP:
+                check(generated.reply, constraint, json_schema)
             else:
-                assert written.finish_reason is FinishReason.LENGTH
-                assert all(call.error is None or call is written.reply.calls[-1] for call in written.reply.calls)
+                assert generated.finish_reason is FinishReason.LENGTH
+                assert all(call.error is None for call in generated.reply.calls[:-1])

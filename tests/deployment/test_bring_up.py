@@ -1,4 +1,4 @@
-"""Tests of stages that start with another version, or do not start."""
+"""Tests of the handshake with stages that have another version or send nothing."""
 
 import re
 import sys
@@ -27,42 +27,40 @@ def ignore(line: str) -> None:
     "a: install the same on both: `python -m pip install mlx==2`",
 )
 @pytest.mark.parametrize(
-    ("versions", "words"),
+    ("versions", "problem"),
     [
         (("9.9.9", MLX), f"has mlx-k2 {__version__}, this machine has 9.9.9: install .*make dist"),
         ((__version__, "9.9.9"), f"has mlx {MLX}, this machine has 9.9.9: install .*pip install mlx==9.9.9"),
     ],
     ids=["mlx-k2", "mlx"],
 )
-def test_a_stage_with_another_version_is_refused_and_named(versions: tuple[str, str], words: str) -> None:
+def test_a_stage_whose_versions_are_not_those_of_this_machine_is_refused(
+    versions: tuple[str, str], problem: str
+) -> None:
     with (
         StageGroup([StageLocation()], 20.0, ignore) as group,
-        pytest.raises(StageStartError, match=f"stage 0 on this machine {words}"),
+        pytest.raises(StageStartError, match=f"stage 0 on this machine {problem}"),
     ):
         handshake(group, versions)
 
 
-def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Path) -> None:
+def test_the_error_about_a_guard_of_another_version_names_its_host_and_both_versions(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    older = "import runpy, mlx_k2; mlx_k2.__version__ = '0.0.9'; runpy.run_module('mlx_k2.stage', run_name='__main__')"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{older}"\n')
+    program = "import mlx_k2, runpy; mlx_k2.__version__ = '0.0.9'; runpy.run_module('mlx_k2.stage', None, '__main__')"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
     python.chmod(0o755)
-    words = (
-        f"stage 0 on this machine .*its mlx-k2 is 0.0.9, and that of this machine is {re.escape(__version__)}: install"
-    )
+    pattern = rf"stage 0 .*its mlx-k2 is 0\.0\.9, and that of this machine is {re.escape(__version__)}: install"
     with (
         StageGroup([StageLocation(python=str(python))], 20.0, ignore) as group,
-        pytest.raises(StageStartError, match=words),
+        pytest.raises(StageStartError, match=pattern),
     ):
         handshake(group, (__version__, MLX))
 
 
-def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:
+def test_the_error_about_a_stage_that_sends_nothing_in_time_names_what_it_had_to_do(tmp_path: Path) -> None:
     locations = [StageLocation(python=stand_in_python(tmp_path, "reads_nothing")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
-        collected = [group.receive(20), group.receive(20)]
-        assert None not in collected
-        with pytest.raises(
-            StageSilent, match=r"no message for 0 s from stage 1 on this machine .starting for . s., which had to"
-        ):
+        assert None not in [group.receive(20), group.receive(20)]
+        pattern = r"no message for 0 s from stage 1 on this machine \(starting for \d s\), which had to start"
+        with pytest.raises(StageSilent, match=pattern):
             collect(group, Hello, [1], 0.2, "start")

@@ -1,4 +1,4 @@
-"""Tests that the two ends of each connection of a ring are compared: a process between two stages is found."""
+"""Tests of the check of a ring's connections: an unknown process at one end of a connection is an error."""
 
 import re
 import socket
@@ -20,64 +20,67 @@ from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
 PROOF = bytes(range(32))
 RETRY_S = 0.1
-TWO_LOOPBACK_ADDRESSES = pytest.mark.skipif(
+needs_two_loopback_addresses = pytest.mark.skipif(
     sys.platform != "linux", reason="needs Linux: 127.0.0.2 is an address of loopback there"
 )
 
 
 @contextmanager
 def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[StageGroup, RingLinks]]:
-    """Yield two real stages that hold their ports, and the links between them."""
+    """Yield two real stages that have opened their ports, and the addresses by which they can be connected."""
     hostfile = Hostfile(hosts=(Host(ssh="127.0.0.1", ips=ips),) * 2, backend=Backend.RING)
     with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
         collect(group, Hello, range(2), 60.0, "start")
         answers = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * 2)
-        found = links(hostfile, answers)
-        assert isinstance(found, RingLinks)
-        yield group, found
+        ring = links(hostfile, answers)
+        assert isinstance(ring, RingLinks)
+        yield group, ring
 
 
 def test_stages_that_are_connected_to_each_other_are_accepted() -> None:
-    with prepared_group() as (group, found):
-        connect(group, found)
+    with prepared_group() as (group, ring):
+        connect(group, ring)
 
 
-def pass_on(source: socket.socket, target: socket.socket) -> None:
+def forward(source: socket.socket, target: socket.socket) -> None:
+    """Send everything from ``source`` to ``target`` until one of them is closed."""
     with suppress(OSError):
         while data := source.recv(65536):
             target.sendall(data)
 
 
 def relay(listener: socket.socket, address: str) -> None:
-    """Pass everything on between the first connection to ``listener`` and ``address``."""
+    """Forward in both directions between the first connection to ``listener`` and the stage at ``address``."""
+    client, _ = listener.accept()
+    stage = connect_when_open(address)
+    for source, target in ((client, stage), (stage, client)):
+        threading.Thread(target=forward, args=(source, target), daemon=True).start()
+
+
+def connect_when_open(address: str) -> socket.socket:
+    """Connect to ``address``, and try again until the stage listens there."""
     ip, _, port = address.partition(":")
-    near, _ = listener.accept()
     while True:
         with suppress(OSError):
-            far = socket.create_connection((ip, int(port)))
-            break
-        threading.Event().wait(RETRY_S)  # until the stage listens
-    for source, target in ((near, far), (far, near)):
-        threading.Thread(target=pass_on, args=(source, target), daemon=True).start()
+            return socket.create_connection((ip, int(port)), timeout=10)
+        threading.Event().wait(RETRY_S)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ips",
-    [("127.0.0.1",), pytest.param(("127.0.0.1", "127.0.0.2"), marks=TWO_LOOPBACK_ADDRESSES)],
+    [("127.0.0.1",), pytest.param(("127.0.0.1", "127.0.0.2"), marks=needs_two_loopback_addresses)],
     ids=["one cable", "the second of two cables"],
 )
-def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_is_loaded(
-    ips: tuple[str, ...],
-) -> None:
-    """MLX sends the proof of a hop over the first connection only."""
-    with prepared_group(ips) as (group, found), socket.create_server((ips[-1], 0)) as listener:
-        (first, second) = found.addresses
+def test_a_process_that_relays_between_two_stages_is_an_error_before_anything_is_loaded(ips: tuple[str, ...]) -> None:
+    """The random bytes that prove a hop do not show the relay, which forwards them."""
+    with prepared_group(ips) as (group, ring), socket.create_server((ips[-1], 0)) as listener:
+        (first, second) = ring.addresses
         threading.Thread(target=relay, args=(listener, second[-1]), daemon=True).start()
         redirected = RingLinks((first, (*second[:-1], f"{ips[-1]}:{listener.getsockname()[1]}")))
         group.send(0, Connect(redirected, PROOF, None))
-        group.send(1, Connect(found, None, PROOF))
-        answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the proof itself was passed on
+        group.send(1, Connect(ring, None, PROOF))
+        answers = collect(group, Connected, range(2), CONNECT_S, "connect")
         with pytest.raises(
             StageStartError, match=r"stage 0 on this machine is connected to a process that is no stage: the"
         ):
@@ -85,24 +88,19 @@ def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_
 
 
 @pytest.mark.slow
-@TWO_LOOPBACK_ADDRESSES
+@needs_two_loopback_addresses
 @pytest.mark.parametrize("rank", [0, 1])
-def test_another_process_that_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
+def test_an_unknown_process_that_connects_first_and_sends_nothing_is_named_in_less_than_15_s(rank: int) -> None:
     """Rank 0 accepts the process and then cannot reach its neighbour. Rank 1 reaches its own neighbour first."""
-    with prepared_group() as (group, found), socket.create_server(("127.0.0.2", 0)) as neighbour:
-        addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour.getsockname()[1] if rank else 9}",)] * 2
-        addresses[rank] = found.addresses[rank]
-        ip, _, port = addresses[rank][0].partition(":")
-        began = time.monotonic()
+    with prepared_group() as (group, ring), socket.create_server(("127.0.0.2", 0)) as neighbour:
+        neighbour_port = 9 if rank == 0 else neighbour.getsockname()[1]  # nothing listens on port 9
+        addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour_port}",)] * 2
+        addresses[rank] = ring.addresses[rank]
+        started_at = time.monotonic()
         group.send(rank, Connect(RingLinks(tuple(addresses)), PROOF if rank == 0 else None, PROOF if rank else None))
-        while True:
-            with suppress(ConnectionRefusedError):
-                other = socket.create_connection((ip, int(port)), timeout=10)
-                break
-        with other, pytest.raises(StageFault) as caught:
+        with connect_when_open(addresses[rank][0]), pytest.raises(StageFault) as caught:
             collect(group, Connected, [rank], CONNECT_S, "connect")
-    assert time.monotonic() - began < 15
-    assert "(connecting to its neighbours" in str(caught.value)
-    assert re.search(
-        r"it wrote last: an unknown process at 127\.0\.0\.1:\d+ is connected to the ring", str(caught.value)
-    )
+    assert time.monotonic() - started_at < 15
+    error = str(caught.value)
+    assert "(connecting to its neighbours" in error
+    assert re.search(r"it wrote last: an unknown process at 127\.0\.0\.1:\d+ is connected to the ring", error)

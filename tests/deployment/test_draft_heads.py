@@ -1,4 +1,4 @@
-"""Tests of a draft head on real stages whose hosts have different files: refused, if they are read, before loading."""
+"""Tests of a draft head on real stages whose hosts have different files of it."""
 
 import shutil
 import sys
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def host_with_home(folder: Path, **environment: str) -> Host:
-    """Return this machine as a host whose user has another home folder and environment."""
+    """Return this machine as a host whose user has the home ``folder``, and also other variables."""
     folder.mkdir(exist_ok=True)
     script = folder / "python"
     variables = " ".join(f"{name}={value}" for name, value in {"HOME": str(folder), **environment}.items())
@@ -50,7 +50,7 @@ def write_head(home: Path, model: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_files(
+def test_a_stage_whose_layers_the_head_does_not_read_starts_without_the_files_of_the_head(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_head(tmp_path / "first", model, 1)
@@ -67,7 +67,9 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
 
 
 @pytest.mark.slow
-def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path, tmp_path: Path) -> None:
+def test_hosts_that_reach_a_hub_where_this_machine_does_not_load_the_head_of_one_commit(
+    model: Path, tmp_path: Path
+) -> None:
     write_head(tmp_path / "hub", model, 1)
     with serve_hub("someone/head", tmp_path / "hub" / "head") as hub:
         hosts = [
@@ -77,9 +79,9 @@ def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path,
         head = DraftHead(source=ModelSource(path_or_repo="someone/head"))
         request = replace(local_request(model, hosts), draft_head=head)
         with deploy(request, None, DeploymentListener()) as deployment:
-            used = deployment.request.draft_head
-    assert used is not None
-    assert used.source.revision == COMMIT
+            deployed_head = deployment.request.draft_head
+    assert deployed_head is not None
+    assert deployed_head.source.revision == COMMIT
     assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors"}
 
 
@@ -87,7 +89,7 @@ def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path,
     "the draft head on a (stage 0) is not the one on b (stage 1): copy the same files to both",
 )
 @pytest.mark.parametrize(
-    ("seed", "sentence"),
+    ("second_seed", "problem"),
     [
         (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
         pytest.param(
@@ -97,22 +99,22 @@ def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path,
         ),
     ],
 )
-def test_a_head_that_differs_between_hosts_is_refused_before_anything_is_loaded(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None, sentence: str
+def test_a_head_that_a_host_lacks_or_has_differently_is_refused_before_anything_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second_seed: int | None, problem: str
 ) -> None:
     write_head(tmp_path / "first", model, 1)
-    if seed is not None:
-        write_head(tmp_path / "second", model, seed)
+    if second_seed is not None:
+        write_head(tmp_path / "second", model, second_seed)
     monkeypatch.setenv("HOME", str(tmp_path / "first"))
     hosts = [host_with_home(tmp_path / name) for name in ("first", "second")]
     head = DraftHead(source=ModelSource(path_or_repo="~/head"))
     request, description = open_source(replace(local_request(model, hosts), draft_head=head))
     loaded = LoadedNames()
-    with pytest.raises(MlxK2Error, match=sentence) as refused, deploy(request, description, loaded):
+    with pytest.raises(MlxK2Error, match=problem) as refused, deploy(request, description, loaded):
         pass
     assert "\n" not in str(refused.value)
     assert not loaded.by_rank
-    if seed is not None:
+    if second_seed is not None:
         shutil.copytree(tmp_path / "first" / "head", tmp_path / "second" / "head", dirs_exist_ok=True)
         with deploy(request, description, loaded):
             assert sorted(loaded.by_rank) == [0, 1]

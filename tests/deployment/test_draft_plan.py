@@ -1,4 +1,4 @@
-"""Tests of planning with a draft head: its bytes, its time, and what is said if it does not fit."""
+"""Tests of plans with a draft head: its bytes, its time, and the errors about heads and their options."""
 
 import json
 from dataclasses import replace
@@ -20,55 +20,57 @@ from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
-from tests.deployment.test_plan import GB, SHAPE, THINKING, studios
+from tests.deployment.test_plan import GB, K2_THINKING, SHAPE, studios
 
 HEAD = DraftHead(source=ModelSource(path_or_repo="nvidia/head"), bits=8)
-AUX = [1, 29, 57]
+STUDIOS = [HostMemory(460 * GB, 512 * GB)] * 2
+SPLIT = (32, 29)
 
 
-def with_head(vocab_size: int | None = None) -> ModelDescription:
-    """Return Kimi K2 Thinking with a head that shares the embedding."""
-    fields = draft_config_fields(thinking_config_fields(), eagle_config={"eagle_aux_hidden_state_layer_ids": AUX})
-    names = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
-    files = {CONFIG_NAME: json.dumps(fields).encode(), INDEX_NAME: json.dumps({"weight_map": names}).encode()}
-    head = msgspec.structs.replace(HEAD, vocab_size=vocab_size)
-    return replace(THINKING, draft=describe_draft(files, head, THINKING.config, check_names=False))
+def k2_with_head() -> ModelDescription:
+    """Return Kimi K2 Thinking with a head that uses the target's embedding and reads the layers 1, 29 and 57."""
+    eagle_config = {"eagle_aux_hidden_state_layer_ids": [1, 29, 57]}
+    fields = draft_config_fields(thinking_config_fields(), eagle_config=eagle_config)
+    weight_map = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
+    files = {CONFIG_NAME: json.dumps(fields).encode(), INDEX_NAME: json.dumps({"weight_map": weight_map}).encode()}
+    return replace(K2_THINKING, draft=describe_draft(files, HEAD, K2_THINKING.config, check_names=False))
 
 
-def plan(model: ModelDescription, memory_gb: float, head: DraftHead | None = HEAD) -> tuple[StagePlan, ...]:
-    memory = HostMemory(int(memory_gb * GB), 512 * GB)
-    return plan_stages(model, studios(2), [memory] * 2, (32, 29), SHAPE, head)
+def plan(head: DraftHead | None) -> tuple[StagePlan, ...]:
+    return plan_stages(k2_with_head(), studios(2), STUDIOS, SPLIT, SHAPE, head)
 
 
-def test_a_heads_slices_are_on_the_stages_of_their_layers_and_the_rest_on_the_last() -> None:
-    model = with_head()
-    assert model.draft is not None
-    plain, drafting = plan(model, 460, None), plan(model, 460)
-    added = [ours.shard_bytes - theirs.shard_bytes for ours, theirs in zip(drafting, plain, strict=True)]
-    slice_bytes = model.draft.slice_bytes(2, 8)
-    head_bytes = model.draft.layer_bytes(2, 8) + model.draft.projection_bytes(2, 8) + model.draft.embedding_bytes(2)
-    assert added == [2 * slice_bytes, slice_bytes + head_bytes]
-    assert sum(added) / GB == pytest.approx(1.96 + 2.35, abs=0.01)
+def test_the_slices_of_a_head_are_on_the_stages_of_their_layers_and_the_rest_on_the_last_stage() -> None:
+    draft = k2_with_head().draft
+    assert draft is not None
+    stages_without, stages_with = plan(None), plan(HEAD)
+    pairs = list(zip(stages_without, stages_with, strict=True))
+    slice_bytes = draft.slice_bytes(2, 8)
+    rest_bytes = draft.layer_bytes(2, 8) + draft.projection_bytes(2, 8) + draft.embedding_bytes(2)
+    shard_bytes = [with_head.shard_bytes - without.shard_bytes for without, with_head in pairs]
+    assert shard_bytes == [2 * slice_bytes, slice_bytes + rest_bytes]
+    assert sum(shard_bytes) / GB == pytest.approx(4.31, abs=0.01)
+    needed_bytes = [with_head.needed_bytes - without.needed_bytes for without, with_head in pairs]
     cache_bytes = 576 * 2 * SHAPE.context_tokens
-    needed = [ours.needed_bytes - theirs.needed_bytes for ours, theirs in zip(drafting, plain, strict=True)]
-    assert needed == [added[0], added[1] + cache_bytes]
-    assert "ends.safetensors" in drafting[1].files  # the target's embedding
+    assert needed_bytes == [shard_bytes[0], shard_bytes[1] + cache_bytes]
+    assert "ends.safetensors" in stages_with[1].files  # the target's embedding
 
 
-def test_a_head_moves_layers_to_the_first_stage() -> None:
-    memories = [HostMemory(460 * GB, 512 * GB)] * 2
-    plain, drafting = (plan_stages(with_head(), studios(2), memories, None, SHAPE, head) for head in (None, HEAD))
-    assert drafting[0].assignment.num_layers > plain[0].assignment.num_layers
+def test_with_a_head_the_first_stage_gets_more_layers() -> None:
+    without, with_head = (
+        plan_stages(k2_with_head(), studios(2), STUDIOS, None, SHAPE, head)[0].assignment.num_layers
+        for head in (None, HEAD)
+    )
+    assert with_head > without
 
 
-def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
-    model = with_head()
+def test_the_cost_of_the_last_stage_has_the_time_of_a_draft() -> None:
     shape = replace(SHAPE, dense_bits=8)
-    stages = [replace(stage, host=msgspec.structs.replace(stage.host, gb_per_s=692)) for stage in plan(model, 460)]
-    costs = [stage_cost(model, stage, shape, HEAD, on_gpu=True) for stage in stages]
-    assert costs[0].draft_s == 0
-    slices_s = 3 * 7168**2 * 1.0625 / 692e9
-    assert costs[1].draft_s + slices_s == pytest.approx(2.8e-3, rel=0.1)
+    stages = [replace(stage, host=msgspec.structs.replace(stage.host, gb_per_s=692)) for stage in plan(HEAD)]
+    first, last = (stage_cost(k2_with_head(), stage, shape, HEAD, on_gpu=True) for stage in stages)
+    assert first.draft_s == 0
+    slices_s = 3 * 7168**2 * 1.0625 / 692e9  # three square matrices of 8.5 bits per weight
+    assert last.draft_s + slices_s == pytest.approx(2.8e-3, rel=0.1)
 
 
 @follows_advice(
@@ -76,20 +78,20 @@ def test_the_last_stages_cost_has_the_time_of_a_draft() -> None:
     "leave --draft-model out",
 )
 @pytest.mark.slow
-def test_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
-    head = msgspec.structs.replace(HEAD, bits=None)
-    needed = [stage.needed_bytes for stage in plan(with_head(), 460, head)]
-    options = ClusterOptions(split=(32, 29), context_tokens=32768)
-    request = DeploymentRequest(options, studios(2), ModelSource(path_or_repo="k2"), draft_head=head)
-    memories = [HostMemory(460 * GB, 512 * GB), HostMemory(needed[1] - GB, 512 * GB)]
+def test_the_error_about_a_head_that_does_not_fit_names_the_options_that_make_it_fit() -> None:
+    unquantized_head = msgspec.structs.replace(HEAD, bits=None)
+    options = ClusterOptions(split=SPLIT, context_tokens=32768)
+    request = DeploymentRequest(options, studios(2), ModelSource(path_or_repo="k2"), draft_head=unquantized_head)
+    available_bytes = plan(unquantized_head)[1].needed_bytes - GB
+    memories = [STUDIOS[0], HostMemory(available_bytes, 512 * GB)]
     with pytest.raises(PartitionError, match="give --draft-bits 8, or leave --draft-model out"):
-        plan_for(request, with_head(), memories, all_on_gpu=True)
-    for advised in (HEAD, None):
-        _, plans = plan_for(replace(request, draft_head=advised), with_head(), memories, all_on_gpu=True)
-        assert plans[1].needed_bytes <= needed[1] - GB
+        plan_for(request, k2_with_head(), memories, all_on_gpu=True)
+    for advised_head in (HEAD, None):
+        _, plans = plan_for(replace(request, draft_head=advised_head), k2_with_head(), memories, all_on_gpu=True)
+        assert plans[1].needed_bytes <= available_bytes
 
 
-def test_a_head_for_one_stage_is_refused() -> None:
+def test_a_head_for_a_single_stage_is_refused() -> None:
     options = ClusterOptions(num_stages=1, draft_model="nvidia/head")
     with pytest.raises(RequestError, match="--draft-model is for two stages or more"):
         open_source(deployment_request(options))
@@ -97,9 +99,9 @@ def test_a_head_for_one_stage_is_refused() -> None:
         deployment_request(ClusterOptions(num_stages=1), draft_mode=DraftMode.MODEL)
 
 
-@pytest.mark.parametrize("given", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
-def test_options_of_a_draft_model_without_one_are_refused(given: dict[str, Any]) -> None:
-    ClusterOptions(**given)  # the built-in model has one
-    ClusterOptions(model="k2", draft_model="nvidia/head", **given)
+@pytest.mark.parametrize("option", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
+def test_an_option_of_draft_models_is_refused_for_a_model_without_one(option: dict[str, Any]) -> None:
+    ClusterOptions(**option)  # the built-in model has a draft head
+    ClusterOptions(model="k2", draft_model="nvidia/head", **option)
     with pytest.raises(RequestError, match="give --draft-model"):
-        ClusterOptions(model="k2", **given)
+        ClusterOptions(model="k2", **option)

@@ -1,4 +1,4 @@
-"""Test that warnings of a loading stage reach the user with the names of the stage and its host."""
+"""Test of the warnings of a stage that loads: the user sees them with the stage and its host."""
 
 from pathlib import Path
 from typing import Any
@@ -8,34 +8,25 @@ import pytest
 
 from mlx_k2.deployment import bring_up
 from mlx_k2.deployment.deploy import deploy
-from mlx_k2.deployment.listener import DeploymentListener
-from mlx_k2.launch.group import StageGroup
-from mlx_k2.protocol.messages import FromStage, Loaded, ToStage
+from mlx_k2.protocol.messages import Loaded
+from tests.deployment.test_run_log import RecordingListener
 from tests.local_cluster import local_host, local_request, write_model
 
 pytestmark = pytest.mark.timeout(60)
 
 
-class RecordedNotifications(DeploymentListener):
-    """Listener that collects the notifications."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def notify(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def test_a_stages_warnings_are_shown_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_of_a_stage_is_notified_with_the_name_of_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ask = bring_up.ask
 
-    def ask_with_warning(group: StageGroup, messages: list[ToStage], wanted: type[FromStage], *rest: Any) -> object:
-        (answer,) = ask(group, messages, wanted, *rest)
+    def ask_and_add_warning(*request: Any) -> object:
+        (answer,) = ask(*request)
         if isinstance(answer, Loaded):
             answer = msgspec.structs.replace(answer, warnings=("a kernel is not used",))
         return (answer,)
 
-    monkeypatch.setattr(bring_up, "ask", ask_with_warning)
-    listener = RecordedNotifications()
+    monkeypatch.setattr(bring_up, "ask", ask_and_add_warning)
+    listener = RecordingListener()
     with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, listener):
-        assert listener.lines == ["stage 0 on this machine: a kernel is not used"]
+        assert "stage 0 on this machine: a kernel is not used" in listener.notifications

@@ -1,28 +1,31 @@
-"""Tests of streams that continue on new stages after a fault: the same tokens, none lost and none repeated."""
+"""Tests of answers that continue on new stages after a fault: the same tokens, none lost and none repeated."""
 
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from mlx_k2.coordinator.engine import Engine, engine_on
+from mlx_k2.deployment.cluster_options import open_source
 from mlx_k2.deployment.listener import DeploymentListener
 from mlx_k2.deployment.restarting import WAITING, Restart, RestartingDeployment
 from mlx_k2.errors import NotFinite, StageFault, StageStartError
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import Request
-from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import local_host, local_request, marked_host, request, stage_process, together, write_model
 from tests.processes import started_processes
 
-ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
-Tokens = list[list[int]]
+REQUESTS = (request(90, 60, seed=5), request(7, 80, temperature=0))
+NUM_TOKENS = 60 + 80
+"""Tokens of both answers."""
+Answers = dict[Request, list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +34,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    with restarting(model, tmp_path_factory.mktemp("undisturbed"), 1) as run:
-        return answers(run)
-
-
-@dataclass
-class Run:
-    """Stages that restart after a fault, and the restarts so far."""
-
-    deployment: RestartingDeployment
-    engine: Engine
-    restarts: list[Restart]
+def expected_answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Return the answers of one stage without a fault."""
+    with restarting_engine(model, tmp_path_factory.mktemp("expected"), 1) as (engine, _):
+        return answers(engine)
 
 
 @contextmanager
-def restarting(
+def restarting_engine(
     model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
-) -> Iterator[Run]:
+) -> Iterator[tuple[Engine, list[Restart]]]:
+    """Yield an engine over marked stages that start again after a fault, and the list of restarts so far."""
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
-    asked = local_request(model, hosts).with_options(stall_timeout_s=1.5)
-    description = describe_model(read_model_files(asked.source).files, str(model))
     restarts: list[Restart] = []
 
     def on_restart(restart: Restart, phase: str) -> None:
@@ -60,95 +54,95 @@ def restarting(
 
     with (
         RestartingDeployment(
-            asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
-        ) as deployment,
+            *open_source(local_request(model, hosts).with_options(stall_timeout_s=1.5)),
+            listener or DeploymentListener(),
+            limit,
+            first_wait_s=0.05,
+        ) as restarting,
         engine_on(
-            deployment.deployment, draft_mode=DraftMode.NGRAM, restarts=deployment, on_restart=on_restart
+            restarting.deployment, draft_mode=DraftMode.NGRAM, restarts=restarting, on_restart=on_restart
         ) as engine,
     ):
-        yield Run(deployment, engine, restarts)
+        yield engine, restarts
 
 
-def answers(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
-    """Return the tokens of ASKED. Call ``breaking[i]`` after token i, counted from 0."""
-    tokens: dict[Request, list[int]] = {asked: [] for asked in ASKED}
-    for count, (asked, token) in enumerate(together(run.engine, *ASKED)):
-        tokens[asked].append(token.token_id)
-        if breaking and count in breaking:
-            breaking[count]()
-    return [tokens[asked] for asked in ASKED]
+def answers(engine: Engine, faults: Mapping[int, Callable[[], None]] = MappingProxyType({})) -> Answers:
+    """Return the tokens of REQUESTS. ``faults[count]`` is called after ``count`` tokens of both together."""
+    token_ids: Answers = {submitted: [] for submitted in REQUESTS}
+    for count, (submitted, token) in enumerate(together(engine, *REQUESTS), start=1):
+        token_ids[submitted].append(token.token_id)
+        if count in faults:
+            faults[count]()
+    return token_ids
 
 
 @pytest.mark.slow
-def test_two_streams_resume_with_the_same_tokens_after_a_stage_is_killed_or_suspended(
-    model: Path, tmp_path: Path, undisturbed: Tokens
+def test_two_answers_continue_with_the_same_tokens_after_three_stages_were_killed_and_one_suspended(
+    model: Path, tmp_path: Path, expected_answers: Answers
 ) -> None:
-    breaking = {
+    faults = {
         10: lambda: stage_process(0).kill(),
         40: lambda: stage_process(1).kill(),
         70: lambda: stage_process(2).kill(),
         100: lambda: stage_process(1).suspend(),
     }
-    with restarting(model, tmp_path, 3) as run:
-        assert answers(run, breaking) == undisturbed
-    for rank, restart in enumerate(run.restarts[:3]):
-        assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
-    stopped = run.restarts[3]
-    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d+ s\) is stopped", stopped.reason), (
-        stopped.reason
-    )
-    assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
+    with restarting_engine(model, tmp_path, 3) as (engine, restarts):
+        assert answers(engine, faults) == expected_answers
+    *kills, suspension = (restart.reason for restart in restarts)
+    for rank, reason in enumerate(kills):
+        assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", reason), reason
+    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d+ s\) is stopped", suspension), suspension
+    assert [(restart.number, restart.wait_s) for restart in restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
 
 
 @pytest.mark.slow
-def test_with_no_restarts_allowed_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
+def test_with_a_limit_of_no_restart_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
     with (
-        restarting(model, tmp_path, 2, limit=0) as run,
+        restarting_engine(model, tmp_path, 2, limit=0) as (engine, restarts),
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
     ):
-        answers(run, {5: lambda: stage_process(1).kill()})
-    assert run.restarts == []
+        answers(engine, {5: lambda: stage_process(1).kill()})
+    assert restarts == []
 
 
-def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model: Path, tmp_path: Path) -> None:
-    with restarting(model, tmp_path, 2, limit=2) as run:
-        events = together(run.engine, *ASKED)
+def test_a_stage_that_cannot_start_again_is_named_after_the_last_restart(model: Path, tmp_path: Path) -> None:
+    with restarting_engine(model, tmp_path, 2, limit=2) as (engine, restarts):
+        events = together(engine, *REQUESTS)
         next(events)
         (tmp_path / "python-1").unlink()
         stage_process(1).kill()
         with pytest.raises(StageStartError, match=r"stage 1 on this machine did not start: .*\(given up after 2 rest"):
             list(events)
-    assert [restart.number for restart in run.restarts] == [1, 2]
-    assert "did not start" in run.restarts[1].reason
+    assert [restart.number for restart in restarts] == [1, 2]
+    assert "did not start" in restarts[1].reason
 
 
 @pytest.mark.slow
 def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_path: Path) -> None:
-    with restarting(model, tmp_path, 2, limit=None) as run:
-        script = tmp_path / "python-1"
-        text = script.read_text()
+    with (
+        restarting_engine(model, tmp_path, 2, limit=None) as (engine, restarts),
+        ThreadPoolExecutor(1) as pool,
+    ):
 
-        def repair() -> None:
-            while len(run.restarts) < 4:
+        def repair_after_three_restarts() -> None:
+            while len(restarts) < 4:
                 threading.Event().wait(0.01)
             marked_host(tmp_path, 1, sys.executable)
 
-        events = together(run.engine, *ASKED)
+        events = together(engine, *REQUESTS)
         next(events)
-        script.unlink()
+        (tmp_path / "python-1").unlink()
         stage_process(1).kill()
-        mending = threading.Thread(target=repair, daemon=True)
-        mending.start()
-        assert len(list(events)) == 60 + 80 - 1
-        mending.join(10)
-        assert script.read_text() == text
-    assert [restart.limit for restart in run.restarts] == [None] * len(run.restarts)
-    assert [restart.count for restart in run.restarts][:4] == ["1", "2", "3", "4"]
+        repair = pool.submit(repair_after_three_restarts)
+        assert len(list(events)) == NUM_TOKENS - 1
+        repair.result(10)
+    assert [restart.limit for restart in restarts] == [None] * len(restarts)
+    assert [restart.count for restart in restarts][:4] == ["1", "2", "3", "4"]
 
 
 @dataclass
-class Failing(DeploymentListener):
-    """Listener that, once armed, raises each of ``errors`` at the beginning of a restart, in their order."""
+class FailingListener(DeploymentListener):
+    """Listener that, once armed, raises each of ``errors`` at the start of a restart, in their order."""
 
     errors: list[Exception]
     is_armed: bool = False
@@ -159,34 +153,31 @@ class Failing(DeploymentListener):
 
 
 @pytest.mark.slow
-def test_without_a_limit_any_error_of_a_restart_is_tried_again(
-    model: Path, tmp_path: Path, undisturbed: Tokens
+def test_without_a_limit_a_restart_that_ended_with_any_error_is_tried_again(
+    model: Path, tmp_path: Path, expected_answers: Answers
 ) -> None:
-    failing = Failing([RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
-    with restarting(model, tmp_path, 1, limit=None, listener=failing) as run:
-        failing.is_armed = True
-        assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
-    assert [restart.reason for restart in run.restarts[1:]] == [
-        "can't start new thread",
-        "[Errno 24] Too many open files",
-    ]
+    listener = FailingListener([RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
+    with restarting_engine(model, tmp_path, 1, limit=None, listener=listener) as (engine, restarts):
+        listener.is_armed = True
+        assert answers(engine, {10: lambda: stage_process(0).kill()}) == expected_answers
+    reasons = [restart.reason for restart in restarts[1:]]
+    assert reasons == ["can't start new thread", "[Errno 24] Too many open files"]
 
 
 @pytest.mark.slow
-def test_nan_is_restarted_once_also_after_another_fault_and_is_then_final(model: Path) -> None:
+def test_a_second_nan_is_final_also_with_another_fault_before_the_first(model: Path) -> None:
     restarts: set[tuple[int, str]] = set()
-    asked = local_request(model, [local_host()])
-    description = describe_model(read_model_files(asked.source).files, str(model))
-    with RestartingDeployment(asked, description, DeploymentListener(), limit=5, first_wait_s=0.05) as deployment:
+    request_and_model = open_source(local_request(model, [local_host()]))
+    with RestartingDeployment(*request_and_model, DeploymentListener(), limit=5, first_wait_s=0.05) as restarting:
         for error in (StageFault("killed", 0), NotFinite("NaN in step 3", 0)):
-            deployment.restart(error, lambda restart, _: restarts.add((restart.number, restart.reason)))
+            restarting.restart(error, lambda restart, _: restarts.add((restart.number, restart.reason)))
         with pytest.raises(NotFinite, match=r"NaN in step 9 \(given up after 2 restarts\)"):
-            deployment.restart(NotFinite("NaN in step 9", 0), lambda restart, _: pytest.fail(restart.reason))
+            restarting.restart(NotFinite("NaN in step 9", 0), lambda restart, _: pytest.fail(restart.reason))
     assert restarts == {(1, "killed"), (2, "NaN in step 3")}
 
 
 @dataclass
-class Breaker(DeploymentListener):
+class KillingListener(DeploymentListener):
     """Listener that, once armed, kills stage 1 at the start of each of ``phases``, in their order."""
 
     phases: list[str]
@@ -199,27 +190,27 @@ class Breaker(DeploymentListener):
 
 
 @pytest.mark.slow
-def test_a_stage_killed_during_a_restart_causes_one_more_restart(
-    model: Path, tmp_path: Path, undisturbed: Tokens
+def test_each_stage_that_is_killed_during_a_restart_causes_one_more_restart(
+    model: Path, tmp_path: Path, expected_answers: Answers
 ) -> None:
-    breaker = Breaker(["connecting", "loading"])
-    with restarting(model, tmp_path, 2, listener=breaker) as run:
-        breaker.is_armed = True
-        assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
-    assert [restart.number for restart in run.restarts] == [1, 2, 3]
-    for restart in run.restarts[1:]:
+    listener = KillingListener(["connecting", "loading"])
+    with restarting_engine(model, tmp_path, 2, listener=listener) as (engine, restarts):
+        listener.is_armed = True
+        assert answers(engine, {10: lambda: stage_process(0).kill()}) == expected_answers
+    assert [restart.number for restart in restarts] == [1, 2, 3]
+    for restart in restarts[1:]:
         assert re.match(r"stage 1 on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
 
 
 @pytest.mark.slow
-def test_a_fault_between_requests_causes_one_restart_and_leaves_no_old_process(
-    model: Path, tmp_path: Path, undisturbed: Tokens
+def test_a_fault_between_requests_causes_one_restart_and_no_old_process_remains(
+    model: Path, tmp_path: Path, expected_answers: Answers
 ) -> None:
-    with restarting(model, tmp_path, 2) as run:
-        assert answers(run) == undisturbed
-        before = started_processes()
+    with restarting_engine(model, tmp_path, 2) as (engine, restarts):
+        assert answers(engine) == expected_answers
+        old_processes = started_processes()
         stage_process(1).kill()
-        assert answers(run) == undisturbed
-        assert not [process for process in before if process.is_running()]
-        assert len(started_processes()) == len(before)
-    assert len(run.restarts) == 1
+        assert answers(engine) == expected_answers
+        assert not any(process.is_running() for process in old_processes)
+        assert len(started_processes()) == len(old_processes)
+    assert len(restarts) == 1

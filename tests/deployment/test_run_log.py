@@ -1,4 +1,4 @@
-"""Tests of a run's log: its size is bounded, and a failing disk stops nothing."""
+"""Tests of the run log and of fault reports: their sizes and numbers are bounded, and a failing disk stops no run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ class RecordingListener(DeploymentListener):
         self.notifications.append(line)
 
 
-def test_the_log_files_together_stay_below_twice_the_file_limit(
+def test_the_log_files_together_stay_below_twice_the_file_limit_and_the_last_line_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_log, "MAX_FILE_BYTES", 1000)
@@ -32,13 +32,13 @@ def test_the_log_files_together_stay_below_twice_the_file_limit(
 
 
 def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path) -> None:
-    recorded = RecordingListener()
-    log = RunLog(tmp_path / "logs", recorded)
+    listener = RecordingListener()
+    log = RunLog(tmp_path / "logs", listener)
     (tmp_path / "logs").rmdir()
     log.log("a line")
     log.log("another line")
     assert log.write_report("a fault", ()) is None
-    assert [line.partition(": ")[0] for line in recorded.notifications] == [
+    assert [line.partition(": ")[0] for line in listener.notifications] == [
         "the log cannot be written",
         "no report could be written",
     ]
@@ -46,24 +46,21 @@ def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path
 
 def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
-    for rank, count in ((0, 3), (1, run_log.LAST_LINES + 50)):
-        for number in range(count):
+    for rank, num_lines in ((0, 3), (1, run_log.LAST_LINES + 50)):
+        for number in range(num_lines):
             log.log(f"[stage {rank} mac-{rank}] line {number}")
     reports = [log.write_report(reason, ["stage 0 on mac-0 (loading for 2 s)"]) for reason in ("a fault", "another")]
     first, second = (report.read_text() for report in reports if report)
     assert "a fault" in first and "another" in second
-    for part in (
-        "== status of the stages at the fault\nstage 0 on mac-0",
-        "[stage 0 mac-0] line 0\n",
-        "[stage 1 mac-1] line 50\n",
-    ):
-        assert part in first
+    assert "== status of the stages at the fault\nstage 0 on mac-0" in first
+    assert "[stage 0 mac-0] line 0\n" in first
     assert "[stage 1 mac-1] line 49\n" not in first
+    assert "[stage 1 mac-1] line 50\n" in first
 
 
-def test_the_last_reports_of_a_run_are_kept(tmp_path: Path) -> None:
+def test_the_last_20_reports_of_a_run_and_all_of_another_run_are_kept(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
-    (tmp_path / "report-of-another-run.txt").touch()
-    written = [log.write_report(f"fault {number}", ()) for number in range(run_log.LAST_REPORTS + 5)]
-    kept = written[5:]
-    assert sorted(tmp_path.glob("report-*")) == sorted([tmp_path / "report-of-another-run.txt", *filter(None, kept)])
+    report_of_another_run = tmp_path / "report-of-another-run.txt"
+    report_of_another_run.touch()
+    reports = [log.write_report(f"fault {number}", ()) for number in range(25)]
+    assert set(tmp_path.glob("report-*")) == {report_of_another_run, *reports[5:]}

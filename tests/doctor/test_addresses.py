@@ -1,10 +1,10 @@
-"""Tests of the choice of addresses from the interfaces of all hosts."""
+"""Tests of address_choices: the addresses by which all hosts can reach their neighbours."""
 
 import pytest
 
 from mlx_k2.doctor.addresses import address_choices
 
-LO = {"127.0.0.1": "lo0"}
+LOOPBACK = {"127.0.0.1": "lo0"}
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,4 @@ LO = {"127.0.0.1": "lo0"}
 def test_hosts_connect_over_their_common_networks(
     interfaces: list[dict[str, str]], choices: list[tuple[str, ...]]
 ) -> None:
-    assert address_choices([LO | host for host in interfaces]) == choices
+    assert address_choices([LOOPBACK | host for host in interfaces]) == choices

@@ -1,4 +1,4 @@
-"""Tests of the doctor's checks: a host's facts give ok, a warning or a failure; the last two state a remedy."""
+"""Tests of the doctor's checks: the facts of a host give ok, or a warning or failure with what to do."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
-HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
+OWN_VERSIONS = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
 GB = 10**9
 HOST = Host(ssh="mac-2", ips=("192.168.0.2",), rdma=("rdma_en5", None))
 HELLO = Hello(
@@ -46,7 +46,7 @@ FACTS = HostFacts(
     settings={"pmset": PMSET, "rdma_ctl": "enabled\n", "ibv_devices": DEVICES, "bridge0": ""},
 )
 MODEL = ModelFacts(folder="/models/k2", num_files=30, disk_free_bytes=900 * GB)
-DOWNLOAD = "mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking"
+DOWNLOAD_COMMAND = "mlx-k2 download --hostfile two-macs.json --model moonshotai/Kimi-K2-Thinking"
 
 OK, WARNING, FAILURE = CheckResult.OK, CheckResult.WARNING, CheckResult.FAILURE
 
@@ -55,7 +55,8 @@ def facts(**changes: object) -> HostFacts:
     return msgspec.structs.replace(FACTS, **changes)
 
 
-def settings(**changes: str) -> HostFacts:
+def tool_output(**changes: str) -> HostFacts:
+    """Return FACTS with changed output of macOS's tools."""
     return facts(settings=FACTS.settings | changes)
 
 
@@ -67,28 +68,28 @@ def hello(**changes: object) -> Hello:
     return msgspec.structs.replace(HELLO, **changes)
 
 
-def backend(seen: HostFacts, system: str = "macOS 26.4") -> list[Check]:
-    return [check_backend(HOST, Backend.JACCL, hello(system=system), seen)]
+def jaccl_check(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
+    return [check_backend(HOST, Backend.JACCL, hello(system=system), host_facts)]
 
 
-JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
+CASES: dict[str, tuple[list[Check], CheckResult, str]] = {
     "an old package": (
-        list(check_versions(HOST, hello(mlx_version="0.31.0"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
+        list(check_versions(HOST, hello(mlx_version="0.31.0"), OWN_VERSIONS, Backend.RING, {"macOS 26.4"}))[:1],
         FAILURE,
         "`ssh mac-2 python3 -m pip install mlx==0.32.4`",
     ),
     "an old mlx-k2": (
-        list(check_versions(HOST, hello(mlx_k2_version="0.0.9"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
+        list(check_versions(HOST, hello(mlx_k2_version="0.0.9"), OWN_VERSIONS, Backend.RING, {"macOS 26.4"}))[:1],
         FAILURE,
         f"`ssh mac-2 python3 -m pip install ./{WHEEL}`",
     ),
     "another macOS": (
-        list(check_versions(HOST, HELLO, HERE, Backend.RING, {"macOS 26.4", "macOS 26.2"}))[1:],
+        list(check_versions(HOST, HELLO, OWN_VERSIONS, Backend.RING, {"macOS 26.4", "macOS 26.2"}))[1:],
         WARNING,
         "update all to the same",
     ),
     "another macOS under RDMA": (
-        list(check_versions(HOST, HELLO, HERE, Backend.JACCL, {"macOS 26.4", "macOS 26.2"}))[1:],
+        list(check_versions(HOST, HELLO, OWN_VERSIONS, Backend.JACCL, {"macOS 26.4", "macOS 26.2"}))[1:],
         FAILURE,
         "update all to the same",
     ),
@@ -100,16 +101,20 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "a host with too little memory": ([check_memory(HELLO, 480 * GB, 600 * GB)], FAILURE, "give --split"),
     "memory in use": ([check_memory(HELLO, 100 * GB, 300 * GB)], WARNING, "end other programs"),
     "enough memory": ([check_memory(HELLO, 480 * GB, 300 * GB)], OK, "300.0 GB of 400.0 GB of GPU"),
-    "files to fetch": ([check_model(model(missing_bytes=300 * GB), DOWNLOAD)], WARNING, f"`{DOWNLOAD}`"),
-    "a full disk": ([check_model(model(missing_bytes=1000 * GB), DOWNLOAD)], FAILURE, "900.0 GB free"),
-    "a truncated file": ([check_model(model(problem="x is truncated"), DOWNLOAD)], FAILURE, "x is trunc"),
+    "missing files": (
+        [check_model(model(missing_bytes=300 * GB), DOWNLOAD_COMMAND)],
+        WARNING,
+        f"`{DOWNLOAD_COMMAND}`",
+    ),
+    "a full disk": ([check_model(model(missing_bytes=1000 * GB), DOWNLOAD_COMMAND)], FAILURE, "900.0 GB free"),
+    "a truncated file": ([check_model(model(problem="x is truncated"), DOWNLOAD_COMMAND)], FAILURE, "x is trunc"),
     "a wrong checksum": (
-        [check_model(model(found={"a": "1", "b": "2"}, expected={"a": "1", "b": "3"}), DOWNLOAD)],
+        [check_model(model(found={"a": "1", "b": "2"}, expected={"a": "1", "b": "3"}), DOWNLOAD_COMMAND)],
         FAILURE,
         "b in /models/k2 is not what the Hub has",
     ),
     "right checksums": (
-        [check_model(model(found={"a": "1"}, expected={"a": "1"}), DOWNLOAD)],
+        [check_model(model(found={"a": "1"}, expected={"a": "1"}), DOWNLOAD_COMMAND)],
         OK,
         "1 of them right",
     ),
@@ -118,18 +123,26 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
         FAILURE,
         r"192.168.0.2 is on none of its interfaces that are up \(169.254.1.2 on en5\)",
     ),
-    "its addresses": (list(check_addresses(HOST, FACTS)), OK, "192.168.0.2 on en5"),
+    "the right addresses": (list(check_addresses(HOST, FACTS)), OK, "192.168.0.2 on en5"),
     "jaccl on an old macOS": (
-        backend(facts(backends=("ring",)), "macOS 15.5"),
+        jaccl_check(facts(backends=("ring",)), "macOS 15.5"),
         FAILURE,
         "update macOS 15.5 to macOS 26.2",
     ),
-    "RDMA off": (backend(settings(rdma_ctl="disabled\n")), FAILURE, "Recovery and run `rdma_ctl enable`"),
-    "no RDMA device": (backend(settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
-    "the bridge": (backend(settings(bridge0=BRIDGE.format(status="active"))), FAILURE, "`sudo networksetup"),
-    "small RDMA": (backend(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
-    "RDMA": (backend(FACTS), OK, "jaccl over rdma_en5"),
-    "fast synch there": (
+    "RDMA off": (
+        jaccl_check(tool_output(rdma_ctl="disabled\n")),
+        FAILURE,
+        "Recovery and run `rdma_ctl enable`",
+    ),
+    "no RDMA device": (jaccl_check(tool_output(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
+    "the bridge": (
+        jaccl_check(tool_output(bridge0=BRIDGE.format(status="active"))),
+        FAILURE,
+        "`sudo networksetup",
+    ),
+    "small RDMA": (jaccl_check(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
+    "RDMA": (jaccl_check(FACTS), OK, "jaccl over rdma_en5"),
+    "fast synch on the host": (
         [check_environment(facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())],
         WARNING,
         "`unset MLX_METAL_FAST_SYNCH`",
@@ -143,7 +156,7 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "a slow answer": (list(check_answer(0.05, 0.0))[:1], WARNING, "answers in 50.0 ms"),
     "a wrong clock": (list(check_answer(0.001, -90.0))[1:], WARNING, "90 s behind .* `sudo sntp"),
     "a slow hop": ([check_hop(HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
-    "a hop": ([check_hop(HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
+    "a fast hop": ([check_hop(HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
 }
 
 
@@ -164,29 +177,29 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "A is set there, which can wedge a GPU until it is restarted: `unset A`",
     "a: `sudo pmset -a sleep 0 disksleep 0` there",
 )
-@pytest.mark.parametrize(("checks", "result", "words"), JUDGED.values(), ids=JUDGED.keys())
-def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
-    checks: list[Check], result: CheckResult, words: str
+@pytest.mark.parametrize(("checks", "result", "pattern"), CASES.values(), ids=CASES)
+def test_each_state_of_a_host_gives_the_right_result_and_advice(
+    checks: list[Check], result: CheckResult, pattern: str
 ) -> None:
     (check,) = checks
     assert check.result is result
-    assert re.search(words, check.found), check.found
-    if "`" in words and result is not OK:
+    assert re.search(pattern, check.found), check.found
+    if "`" in pattern and result is not OK:
         assert check.commands
 
 
-def test_a_host_without_sleep_settings_has_no_sleep_check() -> None:
+def test_a_host_without_pmset_has_no_check_of_its_sleep() -> None:
     assert list(check_sleep(facts(settings={}))) == []
 
 
-def test_hosts_whose_copies_of_a_file_differ_are_all_named() -> None:
+def test_of_hosts_whose_copies_of_a_file_differ_the_minority_is_named_or_all_of_them() -> None:
     copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
     assert [(check.host, check.result) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
-    third = copies | {"mac-3": model(found={"b": "2"})}
-    assert [check.host for check in check_copies(third)] == ["mac-2"]
+    with_majority = copies | {"mac-3": model(found={"b": "2"})}
+    assert [check.host for check in check_copies(with_majority)] == ["mac-2"]
 
 
-def test_commands_are_the_texts_between_backticks() -> None:
-    check = Check("ssh", FAILURE, "it is so: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
+def test_the_commands_of_a_check_that_failed_are_the_texts_between_backticks() -> None:
+    check = Check("ssh", FAILURE, "its key is unknown: run `ssh mac-2` once, then `ssh-copy-id mac-2`")
     assert check.commands == ["ssh mac-2", "ssh-copy-id mac-2"]
     assert replace(check, result=OK).commands == []

@@ -1,3 +1,5 @@
+"""Fixture of three emulated hosts for one test."""
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two streams over three hosts, run from host 0, and the access to their stages that faults need."""
+"""Two streams over three hosts, started on host 0, and the access to processes and files that faults need."""
 
 import json
 import queue
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from tests.emulated_hosts.hosts import EmulatedHosts, wait_until
 
 ROOT = Path(__file__).parents[2]
 NUM_HOSTS = 3
-LINE_S = 150.0
+LINE_TIMEOUT_S = 150.0
 Line = dict[str, Any]
+"""One JSON object that two_streams.py writes."""
 
 
 @dataclass
 class StreamsRun:
-    """The coordinator's process on host 0, and every line that it has written, with its time of arrival."""
+    """A process of two_streams.py on host 0, and the lines of its stdout with their times of arrival."""
 
     process: subprocess.Popen[bytes]
     lines: list[Line] = field(default_factory=list)
@@ -39,24 +40,26 @@ class StreamsRun:
     def until(self, **wanted: object) -> Line:
         """Read lines up to the first that has these keys and values, and return it. ``...`` matches any value."""
         while True:
-            came_at, data = self._queue.get(timeout=LINE_S)
-            assert data, f"it ended before {wanted}; its last lines: {self.lines[-3:]}"
-            self.lines.append(json.loads(data))
-            self.times.append(came_at)
-            line = self.lines[-1]
+            line = self._next_line(LINE_TIMEOUT_S)
+            assert line is not None, f"it ended before {wanted}; its last lines: {self.lines[-3:]}"
             if all(key in line and value in (..., line[key]) for key, value in wanted.items()):
                 return line
 
-    def finish(self, timeout_s: float = LINE_S) -> None:
-        """Read all remaining lines, to the end of the process."""
-        deadline = time.monotonic() + timeout_s
+    def finish(self) -> None:
+        """Read the remaining lines and wait for the end of the process."""
+        deadline = time.monotonic() + LINE_TIMEOUT_S
         while self.process.returncode is None:
-            came_at, data = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-            if not data:
+            if self._next_line(max(0.0, deadline - time.monotonic())) is None:
                 self.process.wait(timeout=10)
-                break
-            self.lines.append(json.loads(data))
-            self.times.append(came_at)
+
+    def _next_line(self, timeout_s: float) -> Line | None:
+        """Wait for the next line, record it and return it; None at the end of stdout."""
+        arrived_at, data = self._queue.get(timeout=timeout_s)
+        if not data:
+            return None
+        self.lines.append(json.loads(data))
+        self.times.append(arrived_at)
+        return self.lines[-1]
 
     def resume(self) -> None:
         """Resume the halted run."""
@@ -66,25 +69,22 @@ class StreamsRun:
 
     @property
     def tokens(self) -> tuple[list[int], ...]:
-        """Tokens of each stream so far."""
+        """The tokens of each stream so far."""
         return tuple(
             [line["token"] for line in self.lines if line.get("stream") == stream]
             for stream in range(len(two_streams.STREAMS))
         )
 
     @property
-    def recorded(self) -> list[tuple[float, str]]:
-        """Time and reason of each restart and, if the run ended with an error, of its end."""
-        return [
-            (at, line["error"] if "error" in line else line["restart"]["reason"])
-            for at, line in zip(self.times, self.lines, strict=True)
-            if line.keys() & {"restart", "error"}
-        ]
+    def reasons(self) -> list[str]:
+        """The reason of each restart and, if the run ended with an error, that error."""
+        restarts_and_error = [line for line in self.lines if line.keys() & {"restart", "error"}]
+        return [line["error"] if "error" in line else line["restart"]["reason"] for line in restarts_and_error]
 
     @property
-    def reasons(self) -> list[str]:
-        """Reasons of ``recorded``, without the times."""
-        return [reason for _, reason in self.recorded]
+    def reason_times(self) -> list[float]:
+        """The time of arrival of each of ``reasons``."""
+        return [at for at, line in zip(self.times, self.lines, strict=True) if line.keys() & {"restart", "error"}]
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -94,7 +94,7 @@ class StreamsRun:
 
 
 class FaultSetup:
-    """A fresh folder for one fault: copies of the model and Pythons for single hosts, the hostfile, and logs."""
+    """The hosts, and a folder for one fault: hostfile, logs, and copies of the model for single hosts."""
 
     def __init__(self, hosts: EmulatedHosts, model: Path, folder: Path) -> None:
         folder.mkdir()
@@ -102,31 +102,30 @@ class FaultSetup:
         self.folder = folder
         self.model = model
         self.log_dir = folder / "logs"
-        self._more: dict[int, dict[str, object]] = {i: {} for i in range(NUM_HOSTS)}
+        self._entries: list[dict[str, object]] = [
+            {"ssh": name, "ips": [address]} for name, address in zip(hosts.names, hosts.addresses, strict=True)
+        ]
         self._runs: list[StreamsRun] = []
 
-    def own_model(self, i: int) -> Path:
-        """Give host i its own copy of the model and return the copy's folder."""
-        copy = self.folder / f"model-{i}"
+    def copy_model(self, rank: int) -> Path:
+        """Give a host its own copy of the model and return the folder of the copy."""
+        copy = self.folder / f"model-{rank}"
         shutil.copytree(self.model, copy)
-        self._more[i]["model"] = str(copy)
+        self.on_host(rank, model=str(copy))
         return copy
 
-    def on_host(self, i: int, **more: object) -> None:
-        """Set further fields of host i in the hostfile."""
-        self._more[i] |= more
+    def on_host(self, rank: int, **fields: object) -> None:
+        """Set fields of a host in the hostfile."""
+        self._entries[rank] |= fields
 
     def start(self, options: Mapping[str, object], num_hosts: int = NUM_HOSTS) -> StreamsRun:
         """Start the streams over the first ``num_hosts`` hosts. ``options`` are two_streams.Options."""
         hostfile = self.folder / "hosts.json"
-        entries = [
-            {"ssh": self.hosts.names[i], "ips": [self.hosts.addresses[i]], **self._more[i]} for i in range(num_hosts)
-        ]
-        hostfile.write_text(json.dumps(entries))
-        words = {"model": str(self.model), "hostfile": str(hostfile), "log_dir": str(self.log_dir), **options}
+        hostfile.write_text(json.dumps(self._entries[:num_hosts]))
+        all_options = {"model": str(self.model), "hostfile": str(hostfile), "log_dir": str(self.log_dir), **options}
         process = self.hosts.exec(
             0,
-            [sys.executable, "-m", "tests.emulated_hosts.two_streams", json.dumps(words)],
+            [sys.executable, "-m", "tests.emulated_hosts.two_streams", json.dumps(all_options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self.folder / "stderr").open("wb"),
@@ -142,28 +141,23 @@ class FaultSetup:
                 run.process.kill()
                 run.process.wait()
 
-    def stage(self, i: int) -> psutil.Process:
-        """Wait for the stage process (not its guard) on host i and return it."""
-        return self._await(i, ("mlx_k2.stage.program",), ("tests.emulated_hosts.faulty_stage", " stage"))
+    def stage(self, rank: int) -> psutil.Process:
+        """Wait for the process of a stage (not its guard) and return it."""
+        pids: list[int] = []
 
-    def guard(self, i: int) -> psutil.Process:
-        """Return the guard of the stage on host i."""
-        parent = self.stage(i).parent()
-        assert parent is not None
-        return parent
+        def find_stage() -> bool:
+            commands = self.hosts.processes(rank)
+            pids[:] = [pid for pid, command in commands.items() if "mlx_k2.stage.program" in command]
+            return bool(pids)
 
-    def _await(self, i: int, *signs: Sequence[str]) -> psutil.Process:
-        found: list[int] = []
+        assert wait_until(find_stage, 20), f"no stage on {self.hosts.names[rank]}: {self.hosts.processes(rank)}"
+        return psutil.Process(pids[0])
 
-        def look() -> bool:
-            commands = self.hosts.processes(i).items()
-            found[:] = [
-                pid for pid, command in commands if any(all(word in command for word in all_) for all_ in signs)
-            ]
-            return bool(found)
-
-        assert wait_until(look, 20), f"no stage on {self.hosts.names[i]}: {self.hosts.processes(i)}"
-        return psutil.Process(found[0])
+    def guard(self, rank: int) -> psutil.Process:
+        """Return the guard of a stage."""
+        guard = self.stage(rank).parent()
+        assert guard is not None
+        return guard
 
     def report(self) -> str:
         """Return the last report in the logs."""

@@ -1,4 +1,4 @@
-"""One fault: the actions on three stages with two streams over ssh, and the checks after it."""
+"""A fault while two streams run on three stages over ssh: its actions, its outcome, and the checks of the outcome."""
 
 import re
 import time
@@ -12,7 +12,7 @@ Tokens = tuple[list[int], ...]
 
 
 class Outcome:
-    """Expected outcomes of a run."""
+    """The expected outcomes of a run, as docs/reliability.md shows them."""
 
     UNNOTICED = "goes on, no restart"
     RESTARTED = "same tokens after a restart"
@@ -22,28 +22,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fault:
-    """One row. ``cause`` is called in ``phase`` and returns when the fault began, or None if at its return.
-
-    ``reasons`` are patterns of the restarts' reasons and of the final error, one for each. The last is of this fault.
-    """
+    """One row of the matrix. ``prepare``, ``cause`` and ``after`` are actions, as fault_actions.py describes them."""
 
     name: str
     cause: Callable[[FaultSetup, StreamsRun], float | None]
     outcome: str
     reasons: tuple[str, ...] = ()
+    """A pattern for the reason of each restart and for the final error. The last one is that of this fault."""
     within_s: float | None = None
+    """Time limit for the detection of the fault."""
     phase: str = "decode"
-    at: int = 1
+    """The phase of the first start in which ``cause`` is called."""
     prepare: Callable[[FaultSetup], None] = lambda _: None
     after: Callable[[FaultSetup, StreamsRun], None] = lambda *_: None
     options: dict[str, object] = field(default_factory=dict)
+    """Options of two_streams.py, without ``halts``."""
     halts: dict[str, int] = field(default_factory=dict)
-    left_s: float = 6.0
+    end_timeout_s: float = 6.0
+    """Time limit for the end of all processes on the hosts."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one row. ``reason`` is the last one reported, ``detected_s`` the time from the fault to that report."""
+    """The result of one row. ``detected_s`` is the time from the fault to the last reported reason, ``reason``."""
 
     fault: Fault
     detected_s: float | None
@@ -52,34 +53,35 @@ class Finding:
 
 
 def try_fault(fault: Fault, setup: FaultSetup, expected: Tokens, times_slower: float = 1.0) -> Finding:
-    """Cause the fault and assert all that must hold. ``times_slower`` scales the time limits on a busy machine."""
-    began = time.monotonic()
+    """Cause a fault and check its outcome. All time limits are multiplied by ``times_slower``, for a busy machine."""
+    started_at = time.monotonic()
     fault.prepare(setup)
     run = setup.start({**fault.options, "halts": fault.halts})
     try:
-        run.until(phase=fault.phase, time=fault.at)
-        broken_at = fault.cause(setup, run) or time.monotonic()
+        run.until(phase=fault.phase, time=1)
+        fault_at = fault.cause(setup, run) or time.monotonic()
         if fault.outcome != Outcome.GONE:
             run.finish()
         fault.after(setup, run)
         _check_outcome(fault, run, expected)
-        detected_s, reason = (run.recorded[-1][0] - broken_at, run.recorded[-1][1]) if run.recorded else (None, "")
         _check_reasons(fault, run)
-        _check_time(fault, detected_s, times_slower)
+        detected_s = run.reason_times[-1] - fault_at if run.reasons else None
+        if fault.within_s is not None:
+            assert detected_s is not None and detected_s < times_slower * fault.within_s, f"after {detected_s} s"
         if run.reasons:
             _check_report(setup, run)
-        left = setup.hosts.all_processes
-        assert wait_until(lambda: not left(), times_slower * fault.left_s), f"left over: {left()}"
+        processes = setup.hosts.all_processes
+        assert wait_until(lambda: not processes(), times_slower * fault.end_timeout_s), f"still running: {processes()}"
     finally:
         setup.close()
-    return Finding(fault, detected_s, reason, time.monotonic() - began)
+    return Finding(fault, detected_s, run.reasons[-1] if run.reasons else "", time.monotonic() - started_at)
 
 
 def _check_outcome(fault: Fault, run: StreamsRun, expected: Tokens) -> None:
-    whole = fault.outcome in (Outcome.UNNOTICED, Outcome.RESTARTED)
-    for tokens, right in zip(run.tokens, expected, strict=True):
-        assert tokens == (right if whole else right[: len(tokens)]), f"the tokens are not the same; {run.reasons}"
-    if whole:
+    is_complete = fault.outcome in (Outcome.UNNOTICED, Outcome.RESTARTED)
+    for tokens, answer in zip(run.tokens, expected, strict=True):
+        assert tokens == (answer if is_complete else answer[: len(tokens)]), f"other tokens; {run.reasons}"
+    if is_complete:
         assert run.process.returncode == 0 and run.lines[-1] == {"ended": True}, (run.reasons, run.lines[-1])
     if fault.outcome == Outcome.ENDED:
         assert run.process.returncode == 1 and "error" in run.lines[-1], run.lines[-1]
@@ -89,14 +91,9 @@ def _check_reasons(fault: Fault, run: StreamsRun) -> None:
     assert len(run.reasons) == len(fault.reasons), run.reasons
     for reason, pattern in zip(run.reasons, fault.reasons, strict=True):
         assert re.match(pattern, reason), f"{reason!r} is not {pattern!r}"
-        named = re.findall(r"stage (\d) on host-(\d)", reason)
-        meant = re.findall(r"stage (\d) on host-(\d)", pattern)
-        assert named[0] in meant and set(named) <= set(meant), f"others are blamed in {reason!r}"
-
-
-def _check_time(fault: Fault, detected_s: float | None, times_slower: float) -> None:
-    if fault.within_s is not None:
-        assert detected_s is not None and detected_s < times_slower * fault.within_s, f"noticed after {detected_s} s"
+        named_stages = re.findall(r"stage (\d) on host-(\d)", reason)
+        expected_stages = re.findall(r"stage (\d) on host-(\d)", pattern)
+        assert set(named_stages) <= set(expected_stages), f"{reason!r} names another stage"
 
 
 def _check_report(setup: FaultSetup, run: StreamsRun) -> None:
@@ -105,6 +102,6 @@ def _check_report(setup: FaultSetup, run: StreamsRun) -> None:
     assert reason in report, f"{reason!r} is not in the report"
     assert "\n== versions\nmlx-k2 " in report and "== last lines of stage" in report
     if len(run.reasons) == 1 and "error" not in run.lines[-1]:
-        status = report.partition("== status of the stages at the fault\n")[2].splitlines()[:3]
-        assert [line.partition(" (")[0] for line in status] == [f"stage {i} on host-{i}" for i in range(3)], status
+        lines = report.partition("== status of the stages at the fault\n")[2].splitlines()[:3]
+        assert [line.partition(" (")[0] for line in lines] == [f"stage {rank} on host-{rank}" for rank in range(3)]
         assert '"step": ' in report and '"tokens": ' in report

@@ -1,6 +1,6 @@
-"""A real stage with a fault inside. The fault occurs at the next step after a file of its name is put in the folder.
+"""A real stage that causes a fault of NAMES at the next step after ``request_fault``.
 
-As a program: faulty_stage.py FOLDER is the stage process, to be started by a guard.
+As a program: faulty_stage.py FOLDER, to be started by a guard. A file in FOLDER with the name of a fault requests it.
 """
 
 import os
@@ -14,17 +14,19 @@ from mlx_k2.stage.service import serve
 
 NAMES = ("exception", "print", "rubbish", "half-frame", "flood", "clock")
 FLOOD_BYTES = 10_000_000
-GUARD = (
+GUARD_PROGRAM = (
     "import os, sys; from mlx_k2.guard.guard import run_guard; "
     "os._exit(run_guard([sys.executable, '-m', 'tests.emulated_hosts.faulty_stage', sys.argv[1]]))"
 )
 
 
 def faulty_python(folder: Path) -> str:
-    """Make ``folder`` with a stand-in for a host's Python that runs a guard over a faulty stage. Return its path."""
+    """Make ``folder`` with a stand-in for a host's Python that runs a guard over a faulty stage; return its path."""
     folder.mkdir()
     script = folder / "python"
-    script.write_text(f'#!/bin/sh\ncd {Path(__file__).parents[2]}\nexec {sys.executable} -c "{GUARD}" {folder}\n')
+    script.write_text(
+        f'#!/bin/sh\ncd {Path(__file__).parents[2]}\nexec {sys.executable} -c "{GUARD_PROGRAM}" {folder}\n'
+    )
     script.chmod(0o755)
     return str(script)
 
@@ -36,11 +38,12 @@ def request_fault(folder: Path, name: str) -> None:
 
 
 def cause_fault(name: str, folder: Path, protocol_fd: int) -> None:
+    """Cause a fault of NAMES; "clock" is none, but writes the stage's wall clock to the file ``clock-report``."""
     match name:
         case "exception":
             raise ValueError("a fault inside a layer")
         case "print":
-            sys.stdout.write("rubbish on stdout\n" * 1000)
+            sys.stdout.write("printed on stdout\n" * 1000)
             sys.stdout.flush()
         case "rubbish":
             os.write(protocol_fd, b"\xff" * 64)

@@ -1,11 +1,12 @@
 """Several hosts on one Linux machine: a network namespace, two addresses, a name, a home and an sshd for each.
 
-They share only the file system and the user. Everything is made in a folder of the test and in namespaces named after
-this process, so that several test runs do not collide, and everything is removed again. Needs root.
+They share only the file system and the user. Their files are in a folder of the test, and the names of their namespaces
+contain the pid of this process, so that several test runs do not collide. Needs root.
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ import psutil
 
 SSHD = "/usr/sbin/sshd"
 PREFIX = "k2"
-START_S = 15.0
+"""Start of the name of each namespace."""
+SSHD_TIMEOUT_S = 15.0
 
 SSHD_CONFIG = """\
 ListenAddress {address}:22
@@ -35,7 +37,7 @@ PidFile none
 SetEnv HOME={home} XDG_CACHE_HOME={home}/.cache
 """
 
-SSH_CONFIG_FIRST = """\
+SSH_CONFIG_OF_ALL = """\
 Host *
   User root
   IdentitiesOnly yes
@@ -67,9 +69,9 @@ def what_is_missing() -> str | None:
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Wait up to ``timeout_s`` for ``condition`` and return whether it became true."""
     deadline = time.monotonic() + timeout_s
-    while not (holds := condition()) and time.monotonic() < deadline:
+    while not (is_true := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return holds
+    return is_true
 
 
 class EmulatedHosts:
@@ -91,7 +93,7 @@ class EmulatedHosts:
         self._sshds: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "EmulatedHosts":
-        _remove_left_overs()
+        _remove_hosts_of_killed_runs()
         try:
             self._write_keys_and_configs()
             self._make_network()
@@ -114,8 +116,8 @@ class EmulatedHosts:
         self, i: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[bytes]:
         """Start ``command`` on host i. The returned process has the command's pid. ``options`` are Popen's."""
-        enter = ["ip", "netns", "exec", self._spaces[i], "unshare", "--uts"]
-        named = ["sh", "-c", f'hostname {self.names[i]}; exec "$@"', "sh"]
+        enter_namespaces = ["ip", "netns", "exec", self._spaces[i], "unshare", "--uts"]
+        set_hostname = ["sh", "-c", f'hostname {self.names[i]}; exec "$@"', "sh"]
         environment = {
             **os.environ,
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
@@ -124,7 +126,7 @@ class EmulatedHosts:
             "MLX_K2_CONFIG": "",
             **(env or {}),
         }
-        return subprocess.Popen([*enter, *named, *command], env=environment, **options)
+        return subprocess.Popen([*enter_namespaces, *set_hostname, *command], env=environment, **options)
 
     def ssh_folder(self, i: int) -> Path:
         """Return a folder for the PATH of a process outside the hosts: the ``ssh`` in it connects from host i."""
@@ -132,17 +134,14 @@ class EmulatedHosts:
 
     def processes(self, i: int) -> dict[int, str]:
         """Return the pid and command line of every process on host i except its sshd."""
-        found = {}
+        commands = {}
         for pid in _pids(self._spaces[i]):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                name, command = process.name(), " ".join(process.cmdline())
-                alive = process.status() != psutil.STATUS_ZOMBIE
-            except psutil.NoSuchProcess:
-                continue
-            if alive and not name.startswith("sshd"):
-                found[pid] = command
-        return found
+                command = " ".join(process.cmdline())
+                if process.status() != psutil.STATUS_ZOMBIE and not process.name().startswith("sshd"):
+                    commands[pid] = command
+        return commands
 
     def all_processes(self) -> dict[int, str]:
         """Return the pid and command line of every process on all hosts except the sshds."""
@@ -159,14 +158,14 @@ class EmulatedHosts:
     def slow(self, i: int, kilobits: int) -> None:
         """Limit host i's cable eth0 to ``kilobits`` per second in each direction."""
         for space, link in ((self._spaces[i], "eth0"), (self._hub, f"a{i}")):
-            shape = ["tbf", "rate", f"{kilobits}kbit", "burst", "3kb", "latency", "2s"]
-            subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", link, "root", *shape], check=True)
+            token_bucket_filter = ["tbf", "rate", f"{kilobits}kbit", "burst", "3kb", "latency", "2s"]
+            subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", link, "root", *token_bucket_filter], check=True)
 
     def num_delayed_packets(self, i: int) -> int:
-        """Return how many packets were delayed since ``slow``."""
-        shown = subprocess.run(["tc", "-s", "-n", self._spaces[i], "qdisc", "show", "dev", "eth0"], capture_output=True)
-        (count,) = [words[words.index(b"overlimits") + 1] for words in [shown.stdout.split()]]
-        return int(count)
+        """Return the number of packets that host i has sent late since ``slow``."""
+        tc = subprocess.run(["tc", "-s", "-n", self._spaces[i], "qdisc", "show", "dev", "eth0"], capture_output=True)
+        words = tc.stdout.split()
+        return int(words[words.index(b"overlimits") + 1])
 
     def end_sshd(self, i: int) -> None:
         """Kill host i's sshd and the server processes of its sessions."""
@@ -174,7 +173,7 @@ class EmulatedHosts:
             with suppress(psutil.NoSuchProcess):
                 if (process := psutil.Process(pid)).name().startswith("sshd"):
                     process.kill()
-        self._sshds.pop(i).wait(START_S)
+        self._sshds.pop(i).wait(SSHD_TIMEOUT_S)
 
     def start_sshd(self, i: int) -> None:
         """Start host i's sshd again."""
@@ -182,12 +181,9 @@ class EmulatedHosts:
         self._start_sshd(i)
         self._await_sshd(i)
 
-    def write_hostfile(self, path: Path, ranks: Sequence[int] | None = None, **more: object) -> Path:
-        """Write a hostfile in MLX's list form, with one entry for each of ``ranks`` and the fields ``more``."""
-        entries = [
-            {"ssh": self.names[i], "ips": [self.addresses[i]], **more}
-            for i in (range(len(self.names)) if ranks is None else ranks)
-        ]
+    def write_hostfile(self, path: Path) -> Path:
+        """Write a hostfile in MLX's list form with all hosts; return its path."""
+        entries = [{"ssh": name, "ips": [address]} for name, address in zip(self.names, self.addresses, strict=True)]
         path.write_text(json.dumps(entries))
         return path
 
@@ -199,10 +195,13 @@ class EmulatedHosts:
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", self.folder / key], check=True
             )
-        public = {key: " ".join((self.folder / f"{key}.pub").read_text().split()[:2]) for key in keys}
-        known = [f"{address} {public[f'{name}-key']}" for name, address in zip(self.names, self.addresses, strict=True)]
-        (self.folder / "known_hosts").write_text("\n".join(known) + "\n")
-        (self.folder / "changed_known_hosts").write_text(f"{self.addresses[1]} {public['other-key']}\n")
+        public_keys = {key: " ".join((self.folder / f"{key}.pub").read_text().split()[:2]) for key in keys}
+        known_hosts = [
+            f"{address} {public_keys[f'{name}-key']}\n"
+            for name, address in zip(self.names, self.addresses, strict=True)
+        ]
+        (self.folder / "known_hosts").write_text("".join(known_hosts))
+        (self.folder / "changed_known_hosts").write_text(f"{self.addresses[1]} {public_keys['other-key']}\n")
         self._write_ssh_config()
         for name, address, home in zip(self.names, self.addresses, self.homes, strict=True):
             home.mkdir()
@@ -211,20 +210,20 @@ class EmulatedHosts:
             )
 
     def _write_ssh_config(self) -> None:
-        good = {"folder": self.folder, "port": 22, "identity": "user-key", "known_hosts": self.folder / "known_hosts"}
-        first = {**good, "address": self.addresses[1]}
+        host = {"folder": self.folder, "port": 22, "identity": "user-key", "known_hosts": self.folder / "known_hosts"}
+        host_1 = host | {"address": self.addresses[1]}
         entries: list[dict[str, object]] = [
-            {**good, "name": name, "address": address} for name, address in zip(self.names, self.addresses, strict=True)
+            host | {"name": name, "address": address} for name, address in zip(self.names, self.addresses, strict=True)
         ]
         entries += [
-            {**first, "name": "unknown-key", "known_hosts": "/dev/null"},
-            {**first, "name": "changed-key", "known_hosts": self.folder / "changed_known_hosts"},
-            {**first, "name": "refused-key", "identity": "other-key"},
-            {**first, "name": "refused-connection", "port": 2222},
-            {**good, "name": "unreachable", "address": "10.77.0.200"},
-            {**good, "name": "unresolvable", "address": "nobody.invalid"},
+            host_1 | {"name": "unknown-key", "known_hosts": "/dev/null"},
+            host_1 | {"name": "changed-key", "known_hosts": self.folder / "changed_known_hosts"},
+            host_1 | {"name": "refused-key", "identity": "other-key"},
+            host_1 | {"name": "refused-connection", "port": 2222},
+            host | {"name": "unreachable", "address": "10.77.0.200"},
+            host | {"name": "unresolvable", "address": "nobody.invalid"},
         ]
-        text = SSH_CONFIG_FIRST + "".join(SSH_CONFIG.format(**entry) for entry in entries)
+        text = SSH_CONFIG_OF_ALL + "".join(SSH_CONFIG.format(**entry) for entry in entries)
         (self.folder / "ssh_config").write_text(text)
         ssh = f"{shutil.which('ssh')} -F {self.folder}/ssh_config"
         _write_script(self.folder / "bin" / "ssh", f'exec {ssh} "$@"')
@@ -236,16 +235,16 @@ class EmulatedHosts:
         for space in self._spaces:
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
-        for bridge, link, ends, addresses in (
+        for bridge, link, port_prefix, addresses in (
             ("br0", "eth0", "a", self.addresses),
             ("br1", "eth1", "b", self.data_addresses),
         ):
             _ip("-n", self._hub, "link", "add", bridge, "type", "bridge")
             _ip("-n", self._hub, "link", "set", bridge, "up")
             for i, (space, address) in enumerate(zip(self._spaces, addresses, strict=True)):
-                end = f"{ends}{i}"
-                _ip("link", "add", end, "netns", self._hub, "type", "veth", "peer", "name", link, "netns", space)
-                _ip("-n", self._hub, "link", "set", end, "master", bridge, "up")
+                port = f"{port_prefix}{i}"
+                _ip("link", "add", port, "netns", self._hub, "type", "veth", "peer", "name", link, "netns", space)
+                _ip("-n", self._hub, "link", "set", port, "master", bridge, "up")
                 _ip("-n", space, "addr", "add", f"{address}/24", "dev", link)
                 _ip("-n", space, "link", "set", link, "up")
 
@@ -258,14 +257,14 @@ class EmulatedHosts:
 
     def _await_sshd(self, i: int) -> None:
         log = self._log_of(i)
-        listening = wait_until(lambda: log.exists() and "listening" in log.read_text(), START_S)
-        assert listening, f"sshd did not start: {log.read_text() if log.exists() else 'no log'}"
+        is_listening = wait_until(lambda: log.exists() and "listening" in log.read_text(), SSHD_TIMEOUT_S)
+        assert is_listening, f"sshd did not start: {log.read_text() if log.exists() else 'no log'}"
 
     def close(self) -> None:
         """End every process on the hosts and remove the hosts."""
         _remove((self._hub, *self._spaces))
         for sshd in self._sshds.values():
-            sshd.wait(START_S)
+            sshd.wait(SSHD_TIMEOUT_S)
 
 
 def _write_script(path: Path, text: str) -> None:
@@ -274,18 +273,18 @@ def _write_script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 def _pids(space: str) -> list[int]:
-    listed = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
-    return [int(pid) for pid in listed.stdout.split()]
+    ip = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
+    return [int(pid) for pid in ip.stdout.split()]
 
 
 def _spaces() -> list[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
-    return [line.split()[0] for line in listed.stdout.splitlines() if line]
+    ip = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    return [line.split()[0] for line in ip.stdout.splitlines() if line]
 
 
 def _remove(spaces: Sequence[str]) -> None:
@@ -302,7 +301,6 @@ def _remove(spaces: Sequence[str]) -> None:
                 raise
 
 
-def _remove_left_overs() -> None:
-    """Remove the hosts of test runs that were killed."""
-    ours = [space.split("-") for space in _spaces() if space.startswith(f"{PREFIX}-")]
-    _remove(["-".join(parts) for parts in ours if parts[1].isdigit() and not psutil.pid_exists(int(parts[1]))])
+def _remove_hosts_of_killed_runs() -> None:
+    pids = {space: re.match(rf"{PREFIX}-(\d+)-", space) for space in _spaces()}
+    _remove([space for space, pid in pids.items() if pid is not None and not psutil.pid_exists(int(pid[1]))])

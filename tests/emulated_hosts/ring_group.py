@@ -1,7 +1,7 @@
-"""Three stages over ssh that pass arrays along MLX's ring, and a coordinator program for tests to kill.
+"""A group of stages over ssh that run the program ``ring`` of stage_programs.py, and a coordinator of such a group.
 
 As a program: ring_group.py SITUATION PYTHON LEASE_S HOST=ADDRESS... brings the stages into the situation, writes
-"ready" to stdout, and runs until it is ended.
+"ready" to stdout, and runs until it is killed.
 """
 
 import sys
@@ -35,23 +35,24 @@ def prepare(group: StageGroup) -> None:
 
 
 def connect(group: StageGroup, addresses: Sequence[str], ranks: Sequence[int]) -> None:
-    """Make ``ranks`` join the ring over all addresses. Does not wait."""
+    """Let ``ranks`` join the ring of all addresses. Do not wait until they have joined."""
     links = RingLinks(tuple((f"{address}:{RING_PORT}",) for address in addresses))
     for rank in ranks:
         group.send(rank, Connect(links, to_next=None, from_previous=None))
 
 
 def receive(group: StageGroup, kind: type[FromStage]) -> FromStage:
-    """Return the next message, and assert that it is of ``kind``."""
+    """Return the next message, which must be of type ``kind``."""
     event = group.receive(30)
     assert isinstance(event, StageMessage) and isinstance(event.message, kind), event
     return event.message
 
 
-def bring_about(situation: str, group: StageGroup, addresses: Sequence[str]) -> None:
+def enter_situation(situation: str, group: StageGroup, addresses: Sequence[str]) -> None:
     """Bring the stages into a situation.
 
-    ``idle``: all are connected; ``init``: ranks 0 and 1 wait for others in init; ``recv``: rank 1 waits for rank 0.
+    ``idle``: all are connected. ``init``: ranks 0 and 1 wait for rank 2 in mlx.distributed.init. ``recv``: rank 1 waits
+    for the hidden states of rank 0.
     """
     prepare(group)
     if situation == "init":
@@ -65,8 +66,9 @@ def bring_about(situation: str, group: StageGroup, addresses: Sequence[str]) -> 
 
 
 def main(situation: str, python: str, lease_s: float, hosts: Mapping[str, str]) -> None:
+    """Run the coordinator. ``hosts`` maps names to addresses."""
     with start_ring_group(tuple(hosts), python, lease_s) as group:
-        bring_about(situation, group, tuple(hosts.values()))
+        enter_situation(situation, group, tuple(hosts.values()))
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         while True:

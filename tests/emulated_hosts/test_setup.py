@@ -1,4 +1,4 @@
-"""Tests of `mlx-k2 setup` over real ssh on three hosts: asked in a terminal, half failed, resumed, and used."""
+"""Tests of `mlx-k2 setup` over real ssh on three hosts: answers in a terminal, failures, repetition, and the result."""
 
 import functools
 import json
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, survey, wheel_digest
+from mlx_k2.launch.remote_install import FOLDER, survey
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.pty_command import on_pty
@@ -18,23 +17,23 @@ from tests.stub_wheels import write_stub_wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-INSTALL_S = 240.0
+INSTALL_TIMEOUT_S = 240.0
 HOSTS = ("this", "host-1", "host-2")
 
 
-def run(hosts: EmulatedHosts, *arguments: str, timeout_s: float = INSTALL_S) -> tuple[int, str]:
+def run(hosts: EmulatedHosts, *arguments: str) -> tuple[int, str]:
     """Run mlx-k2 on host 0 without a terminal; return its exit code and its output."""
     process = hosts.exec(
         0, [MLX_K2, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    output, _ = process.communicate(timeout=timeout_s)
+    output, _ = process.communicate(timeout=INSTALL_TIMEOUT_S)
     return process.returncode, output.decode()
 
 
-def changed_files(hosts: EmulatedHosts) -> list[Path]:
-    """Return the files and folders that setup writes, as far as there are any."""
-    wanted = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
-    return [path for path in wanted if path.exists()]
+def changed_folders(hosts: EmulatedHosts) -> list[Path]:
+    """Return the existing ones of the folders that setup creates in the homes."""
+    folders = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
+    return [folder for folder in folders if folder.exists()]
 
 
 def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
@@ -43,9 +42,9 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     hosts = emulated_hosts
     wheels = str(write_stub_wheels(tmp_path / "wheels"))
     options = ("--python", sys.executable, "--wheels", wheels)
-    start = functools.partial(hosts.exec, 0, [MLX_K2, "setup", *options])
+    start_setup = functools.partial(hosts.exec, 0, [MLX_K2, "setup", *options])
 
-    with on_pty(start) as pane:
+    with on_pty(start_setup) as pane:
         pane.wait_for("in the order of their layers")
         pane.type("this host-1 host-2")
         table = pane.wait_for("Install mlx-k2")
@@ -54,9 +53,9 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         pane.wait_for("nothing was changed")
         pane.wait_for("error: the answer was no")
         assert pane.end() == 2
-    assert changed_files(hosts) == []
+    assert changed_folders(hosts) == []
 
-    with on_pty(start) as pane:
+    with on_pty(start_setup) as pane:
         pane.wait_for("in the order of their layers")
         pane.type("host-1")
         pane.wait_for("there? [y/N]")
@@ -68,39 +67,37 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         assert pane.end() == 130
 
     (hosts.homes[2] / ".local").write_text("a file where a folder has to be")
-    with on_pty(start) as pane:
+    with on_pty(start_setup) as pane:
         pane.wait_for("in the order of their layers")
         pane.type("this host-1 host-2")
         pane.wait_for("there? [y/N]")
         pane.type("y")
-        pane.wait_for("is installed on host-1", INSTALL_S)
-        pane.wait_for("run the same command again to go on", INSTALL_S)
+        pane.wait_for("is installed on host-1", INSTALL_TIMEOUT_S)
+        pane.wait_for("run the same command again to go on", INSTALL_TIMEOUT_S)
         pane.wait_for("error: not installed on host-2: ")
         assert pane.end() == 1
-    assert changed_files(hosts) == [hosts.homes[1] / ".local", hosts.homes[2] / ".local"]
+    assert changed_folders(hosts) == [hosts.homes[1] / ".local", hosts.homes[2] / ".local"]
     (hosts.homes[2] / ".local").unlink()
 
     with on_pty(functools.partial(hosts.exec, 0, [MLX_K2, "setup", *HOSTS, *options, "-m", "built-in"])) as pane:
-        assert "on host-2, in ~/" in pane.wait_for("there? [y/N]"), "host-1 is not installed twice"
+        assert "on host-2, in ~/" in pane.wait_for("there? [y/N]")  # and not on host-1, where it is installed
         pane.type("y")
-        pane.wait_for("is installed on host-2", INSTALL_S)
-        pane.wait_for("GB/s", INSTALL_S)
+        pane.wait_for("is installed on host-2", INSTALL_TIMEOUT_S)
+        pane.wait_for("GB/s", INSTALL_TIMEOUT_S)
         pane.wait_for("config.toml?")
         pane.wait_for("[y/N]")
         pane.type("y")
         pane.wait_for("written: ")
-        pane.wait_for("0 failure", INSTALL_S)
+        pane.wait_for("0 failure", INSTALL_TIMEOUT_S)
         pane.wait_for("next: mlx-k2 chat")
         assert pane.end() == 0
     config = tomllib.loads((hosts.homes[0] / ".config" / "mlx-k2" / "config.toml").read_text())
     assert config == {"hostfile": str(hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json"), "model": "built-in"}
     entries = json.loads(Path(config["hostfile"]).read_text())
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "host-1", "host-2"]
-    assert [entry.get("python") for entry in entries[1:]] == [
-        f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes[1:]
-    ]
-    chosen = [entry["ips"] for entry in entries]
-    assert chosen in [[[address] for address in addresses] for addresses in (hosts.addresses, hosts.data_addresses)]
+    pythons = [f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes]
+    assert [entry.get("python") for entry in entries[1:]] == pythons[1:]
+    assert tuple(entry["ips"][0] for entry in entries) in (hosts.addresses, hosts.data_addresses)
 
     code, output = run(hosts, "setup", *HOSTS, *options)
     assert (code, "written" in output, "Install mlx-k2" in output) == (0, False, False), output
@@ -111,7 +108,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     assert hosts.all_processes() == {}
 
 
-def test_hosts_that_cannot_be_used_are_all_named_with_the_way_out_and_nothing_is_changed(
+def test_all_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_changed(
     emulated_hosts: EmulatedHosts,
 ) -> None:
     hosts = emulated_hosts
@@ -120,32 +117,26 @@ def test_hosts_that_cannot_be_used_are_all_named_with_the_way_out_and_nothing_is
     assert "refused-key: it refused this user's key: run `ssh-copy-id refused-key`" in output
     assert "unknown-key: ssh does not know its host key" in output
     assert "nothing was changed" in output
-    old = hosts.folder / "python3.9"
-    old.write_text('#!/bin/sh\necho "3.9.6 pip /usr/bin/python3"\n')
-    old.chmod(0o755)
-    code, output = run(hosts, "setup", "host-1", "--python", str(old), "--yes")
+    old_python = hosts.folder / "python3.9"
+    old_python.write_text('#!/bin/sh\necho "3.9.6 pip /usr/bin/python3"\n')
+    old_python.chmod(0o755)
+    code, output = run(hosts, "setup", "host-1", "--python", str(old_python), "--yes")
     assert code == 2
     assert "its newest Python is 3.9.6 (/usr/bin/python3, which comes with macOS) and mlx-k2 needs 3.11" in output
     code, output = run(hosts, "setup", "host-1", "host-2", "--python", sys.executable)
     assert (code, "nobody can be asked here" in output) == (2, True), output
-    assert changed_files(hosts) == []
+    assert changed_folders(hosts) == []
 
 
-def test_the_installed_wheel_is_known_by_its_digest(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    assert wheel_digest(write_wheel(tmp_path / "a")) == wheel_digest(write_wheel(tmp_path / "b"))
-
-
-def test_a_survey_finds_a_python_without_an_option(
+def test_a_survey_over_ssh_finds_a_python_in_the_home_of_the_host(
     emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", f"{emulated_hosts.ssh_folder(0)}:{Path('/usr/bin')}:/bin")
+    monkeypatch.setenv("PATH", f"{emulated_hosts.ssh_folder(0)}:/usr/bin:/bin")
     bin_folder = emulated_hosts.homes[1] / ".local" / "bin"
     bin_folder.mkdir(parents=True)
     (bin_folder / "python3.11").symlink_to(sys.executable)
-    found = survey("host-1")
-    assert found.python is not None and found.problem is None
-    assert found.home == str(emulated_hosts.homes[1])
-    assert found.memory_bytes > 10**9
-    assert found.system.startswith("Linux")
+    host = survey("host-1")
+    assert host.python is not None and host.problem is None
+    assert host.home == str(emulated_hosts.homes[1])
+    assert host.memory_bytes > 10**9
+    assert host.system.startswith("Linux")

@@ -1,8 +1,8 @@
-"""A coordinator that runs two streams over a hostfile's stages as the target of faults, and reports every event.
+"""Program that runs two streams over the hosts of a hostfile and reports every event. The fault matrix tests it.
 
-As a program: two_streams.py OPTIONS, where OPTIONS is a JSON object. It writes one JSON object a line to stdout:
-{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``halts`` maps a
-phase to a number N. At the N-th start of that phase the program waits for a line on stdin.
+Run as: two_streams.py OPTIONS, where OPTIONS is a JSON object. It writes one JSON object a line to stdout:
+{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``time`` counts the
+starts of a phase from 1. ``halts`` maps phases to such numbers: at that start the program waits for a line on stdin.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import CONTEXT_TOKENS, request, together
 
 STREAMS = (request(400, 100, seed=5), request(7, 130, temperature=0))
-DECODING_TOKEN = 10
+NUM_TOKENS_BEFORE_DECODE = 10
+"""The phase decode is reported after this number of tokens of both streams."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the program: what to run, and in which phases to halt."""
+    """Options of the program: what to run, and at which starts of phases to halt."""
 
     model: str
     hostfile: str
@@ -46,13 +47,13 @@ class EventWriter(DeploymentListener):
 
     def __init__(self, halts: dict[str, int]) -> None:
         self._halts = halts
-        self._begun: Counter[str] = Counter()
+        self._num_starts: Counter[str] = Counter()
 
     def phase(self, what: str) -> None:
         name = what.split(maxsplit=1)[0]
-        self._begun[name] += 1
-        write_event(phase=name, time=self._begun[name])
-        if self._halts.get(name) == self._begun[name]:
+        self._num_starts[name] += 1
+        write_event(phase=name, time=self._num_starts[name])
+        if self._halts.get(name) == self._num_starts[name]:
             sys.stdin.readline()
 
     def notify(self, line: str) -> None:
@@ -60,12 +61,12 @@ class EventWriter(DeploymentListener):
 
     def step(self, report: StageReport) -> None:
         """Report the phase prefill at the first step report."""
-        if not self._begun["prefill"]:
+        if not self._num_starts["prefill"]:
             self.phase("prefill")
 
 
-def write_event(**values: object) -> None:
-    sys.stdout.write(json.dumps(values) + "\n")
+def write_event(**fields: object) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 
@@ -75,8 +76,9 @@ def report_restart(restart: Restart, phase: str) -> None:
 
 
 def main(options: Options) -> int:
+    """Run the streams; return 1 if they ended with an error, else 0."""
     source = ModelSource(path_or_repo=options.model)
-    requested = DeploymentRequest(
+    deployment_request = DeploymentRequest(
         ClusterOptions(context_tokens=CONTEXT_TOKENS, lease_s=options.lease_s, stall_timeout_s=options.stall_timeout_s),
         read_hostfile(Path(options.hostfile)),
         source,
@@ -85,8 +87,9 @@ def main(options: Options) -> int:
     model = describe_model(read_model_files(source).files, options.model)
     writer = EventWriter(options.halts)
     try:
-        with RestartingDeployment(requested, model, writer, options.restarts, Path(options.log_dir)) as restarting:
-            run(restarting, writer)
+        log_dir = Path(options.log_dir)
+        with RestartingDeployment(deployment_request, model, writer, options.restarts, log_dir) as restarting:
+            run_streams(restarting, writer)
             writer.phase("stopping")
     except ClusterError as error:
         write_event(error=str(error))
@@ -95,12 +98,12 @@ def main(options: Options) -> int:
     return 0
 
 
-def run(restarting: RestartingDeployment, writer: EventWriter) -> None:
-    keep = restarting.on_report
-    assert keep is not None
+def run_streams(restarting: RestartingDeployment, writer: EventWriter) -> None:
+    log_report = restarting.on_report
+    assert log_report is not None
 
     def on_report(report: StageReport) -> None:
-        keep(report)
+        log_report(report)
         writer.step(report)
 
     with engine_on(
@@ -110,9 +113,9 @@ def run(restarting: RestartingDeployment, writer: EventWriter) -> None:
         restarts=restarting,
         on_restart=report_restart,
     ) as engine:
-        for count, (requested, token) in enumerate(together(engine, *STREAMS)):
-            write_event(stream=STREAMS.index(requested), token=token.token_id)
-            if count == DECODING_TOKEN:
+        for num_tokens, (stream, token) in enumerate(together(engine, *STREAMS)):
+            write_event(stream=STREAMS.index(stream), token=token.token_id)
+            if num_tokens == NUM_TOKENS_BEFORE_DECODE:
                 writer.phase("decode")
 
 

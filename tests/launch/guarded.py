@@ -1,4 +1,4 @@
-"""A stand-in for a host's Python: it runs the guard with one of the programs of stage_programs.py as its stage."""
+"""Stand-in for a host's Python: it runs the guard with one of the programs of stage_programs.py as its stage."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Small stages for tests of the guard and the group. The guard runs ``python stage_programs.py NAME``."""
+"""Small stage programs for tests of guard and group, run as ``python stage_programs.py NAME`` by a guard."""
 
 import ctypes
 import json
@@ -29,16 +29,22 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
-_out = os.fdopen(os.dup(1), "wb")
+_output = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
 
-def notify(message: FromStage) -> None:
-    _out.write(encode_frame(Kind.MESSAGE, encode_message(message)))
-    _out.flush()
+def send(message: FromStage) -> None:
+    _output.write(encode_frame(Kind.MESSAGE, encode_message(message)))
+    _output.flush()
+
+
+def report_phase(update: PhaseUpdate) -> None:
+    _output.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
+    _output.flush()
 
 
 def read_messages() -> Iterator[ToStage]:
+    """Yield the coordinator's messages until Stop or the end of the input."""
     while (frame := read_frame(sys.stdin.buffer)) is not None:
         message = decode_to_stage(frame.payload)
         if isinstance(message, Stop):
@@ -47,27 +53,22 @@ def read_messages() -> Iterator[ToStage]:
 
 
 def echo() -> None:
-    """Answer each step at once."""
+    """Report each step as done at once."""
     sys.stderr.write("the echo stage is up\n")
-    notify(Connected())
+    send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
-        notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
-
-
-def report_phase(update: PhaseUpdate) -> None:
-    _out.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
-    _out.flush()
+        send(StepDone(message.number, 0.0, 0.0))
 
 
 def has_sent() -> None:
-    """Report that step 5 is done, then answer each step."""
+    """Report the phase after step 5, in which its hidden states are sent, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
-    """Report a wait for the hidden states of step 5, then answer each step."""
+    """Report the phase in which the hidden states of step 5 are received, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
@@ -80,7 +81,7 @@ def exceeds_its_limit() -> None:
 
 def reads_nothing() -> None:
     """Read nothing and hold the GIL, as mlx.distributed.init does, for 1000 s."""
-    notify(Connected())
+    send(Connected())
     ctypes.PyDLL(None).sleep(1000)
 
 
@@ -88,36 +89,39 @@ def ignores_signals() -> None:
     """Ignore the end of the input and every signal that can be ignored."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    notify(Connected())
+    send(Connected())
     time.sleep(1000)
 
 
 def with_child() -> None:
-    """Start a child process that runs for 1000 s, then answer each step."""
+    """Start a child process that runs for 1000 s, then do as ``echo``."""
     subprocess.Popen(["sleep", "1000"])
     echo()
 
 
 def failing() -> None:
-    notify(Connected())
+    """End with exit code 3."""
+    send(Connected())
     sys.stderr.write("ValueError: no such layer\n")
     sys.exit(3)
 
 
 def crashing() -> None:
-    notify(Connected())
+    """End with a segmentation fault."""
+    send(Connected())
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def writes_garbage() -> None:
-    notify(Connected())
-    _out.write(b"this is not a frame")
-    _out.flush()
+    """Write bytes that are no frame, then run for 1000 s."""
+    send(Connected())
+    _output.write(b"this is not a frame")
+    _output.flush()
     time.sleep(1000)
 
 
 def flooding() -> None:
-    """Write 10 MB of log in lines of up to 100,000 characters, then answer each step."""
+    """Write 10 MB to stderr in lines of up to 100,000 characters, then do as ``echo``."""
     for _ in range(100):
         sys.stderr.write("x" * 1000 + "\n" + "y" * 99_000)
     sys.stderr.write("\n")
@@ -125,16 +129,16 @@ def flooding() -> None:
 
 
 def repeats_answers() -> None:
-    """Answer each step a thousand times without a pause."""
-    notify(Connected())
+    """Report each step a thousand times without a pause."""
+    send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
         for _ in range(1000):
-            notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+            send(StepDone(message.number, 0.0, 0.0))
 
 
 def ring() -> None:
-    """Join MLX's ring and pass an array along. Each rank adds the step's number; the last rank's tokens are the mean.
+    """Join MLX's ring and send an array from stage to stage. Each adds the step's number; the tokens are the mean.
 
     The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
     """
@@ -147,7 +151,7 @@ def ring() -> None:
         if isinstance(message, Prepare):
             rank, num_stages = message.rank, message.num_stages
             ports = HeldPorts(message.listen)
-            notify(Prepared(addresses=ports.addresses, model_digest=""))
+            send(Prepared(addresses=ports.addresses, model_digest=""))
         elif isinstance(message, Connect):
             assert isinstance(message.links, RingLinks)
             ports.release()
@@ -156,7 +160,7 @@ def ring() -> None:
                 file.flush()
                 os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=file.name)
                 mx.distributed.init(backend="ring", strict=True)
-            notify(Connected())
+            send(Connected())
         elif isinstance(message, Step):
             num_tokens = sum(len(row.token_ids) for row in message.rows)
             num_sampled = sum(row.sampling is not None for row in message.rows) if message.rows else 1
@@ -167,10 +171,10 @@ def ring() -> None:
             x = x + message.number
             if rank < num_stages - 1:
                 mx.eval(mx.distributed.send(x, rank + 1))
-                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+                send(StepDone(message.number, 0.0, 0.0))
             else:
                 tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
-                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
+                send(StepDone(message.number, 0.0, 0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

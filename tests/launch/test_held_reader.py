@@ -1,4 +1,4 @@
-"""Tests of a 200,000-token prompt while the coordinator's readers are blocked: no deadlock, no lost message."""
+"""Tests of many plans and reports while the coordinator's readers are blocked: no deadlock and no lost message."""
 
 import threading
 from collections.abc import Iterator
@@ -13,8 +13,16 @@ from mlx_k2.deployment.bring_up import collect
 from mlx_k2.launch import stage_process
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.launch.stage_location import StageLocation
-from mlx_k2.protocol.messages import Connect, Connected, FromStage, Prepare, Prepared, RingLinks, Step
-from mlx_k2.protocol.messages import decode_from_stage as decode
+from mlx_k2.protocol.messages import (
+    Connect,
+    Connected,
+    FromStage,
+    Prepare,
+    Prepared,
+    RingLinks,
+    Step,
+    decode_from_stage,
+)
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -26,42 +34,44 @@ from tests.scheduling.simulation import k2_stages
 
 PROMPT_TOKENS = 200_000
 CHUNK_TOKENS = 2048
-HELD_S = 1.0
+BLOCKED_S = 1.0
 NUM_STAGES = 2
 
 
-class HeldReaders:
-    """A block for readers: after ``hold`` each waits at its next message until HELD_S after all of them wait."""
+class ReaderBlock:
+    """A switch that blocks each stage's reader at its next message, until BLOCKED_S after all of them are blocked."""
 
     def __init__(self) -> None:
         self._may_read = threading.Event()
         self._may_read.set()
         self._lock = threading.Lock()
-        self.num_held = 0
+        self.num_blocked = 0
 
-    def hold(self) -> None:
+    def start(self) -> None:
+        """Block the readers from now on."""
         self._may_read.clear()
 
     def decode(self, payload: bytes) -> FromStage:
+        """Decode a message. The readers call this in place of ``decode_from_stage``."""
         if not self._may_read.is_set():
             with self._lock:
-                self.num_held += 1
-                if self.num_held == NUM_STAGES:
-                    threading.Timer(HELD_S, self._may_read.set).start()
+                self.num_blocked += 1
+                if self.num_blocked == NUM_STAGES:
+                    threading.Timer(BLOCKED_S, self._may_read.set).start()
             self._may_read.wait()
-        return decode(payload)
+        return decode_from_stage(payload)
 
 
 @pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> HeldReaders:
-    readers = HeldReaders()
-    monkeypatch.setattr(stage_process, "decode_from_stage", readers.decode)
-    return readers
+def reader_block(monkeypatch: pytest.MonkeyPatch) -> ReaderBlock:
+    reader_block = ReaderBlock()
+    monkeypatch.setattr(stage_process, "decode_from_stage", reader_block.decode)
+    return reader_block
 
 
 @contextmanager
 def connected_stages(folder: Path) -> Iterator[StageGroup]:
-    """Yield stages that pass arrays of Kimi K2's width along a real ring."""
+    """Yield stages that send arrays of Kimi K2's hidden size over a real ring."""
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
@@ -74,26 +84,28 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 
 
 @pytest.mark.slow
-def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(readers: HeldReaders, tmp_path: Path) -> None:
+def test_a_prompt_of_200_000_tokens_completes_although_readers_were_blocked(
+    reader_block: ReaderBlock, tmp_path: Path
+) -> None:
     limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
     policy = StepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)
-        readers.hold()
+        reader_block.start()
         with Engine(Pipeline(group, scheduler, policy, PROMPT_TOKENS), scheduler) as engine:
             assert len(tokens_of(engine, prompt)[prompt]) == 3
             assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
-    assert readers.num_held == NUM_STAGES
+    assert reader_block.num_blocked == NUM_STAGES
 
 
-def test_two_thousand_plans_and_reports_are_kept_while_readers_are_held_back(
-    readers: HeldReaders, tmp_path: Path
+def test_two_thousand_plans_and_their_reports_arrive_although_readers_were_blocked(
+    reader_block: ReaderBlock, tmp_path: Path
 ) -> None:
     with connected_stages(tmp_path) as group:
-        readers.hold()
+        reader_block.start()
         for number in range(2000):
             group.send_all(Step(number, ()))
-        done = [group.receive(30) for _ in range(2000 * NUM_STAGES)]
-    assert None not in done
-    assert readers.num_held == NUM_STAGES
+        reports = [group.receive(30) for _ in range(2000 * NUM_STAGES)]
+    assert None not in reports
+    assert reader_block.num_blocked == NUM_STAGES

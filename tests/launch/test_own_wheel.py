@@ -1,4 +1,4 @@
-"""Tests of the wheel that the running program makes of itself."""
+"""Tests of the wheel that the running program makes from its own files."""
 
 import csv
 import hashlib
@@ -19,12 +19,12 @@ from tests.advice import follows_advice
 ROOT = Path(mlx_k2.__file__).parents[1]
 
 
-def test_the_wheel_has_the_packages_files_and_a_record_of_all(tmp_path: Path) -> None:
-    listed = subprocess.run(["git", "ls-files", "mlx_k2"], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_the_wheel_has_all_files_of_the_package_and_records_their_digests(tmp_path: Path) -> None:
+    git = subprocess.run(["git", "ls-files", "mlx_k2"], cwd=ROOT, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(write_wheel(tmp_path)) as archive:
         names = archive.namelist()
         info = f"mlx_k2-{mlx_k2.__version__}.dist-info"
-        assert {name for name in names if not name.startswith(info)} >= set(listed.stdout.splitlines())
+        assert {name for name in names if not name.startswith(info)} >= set(git.stdout.splitlines())
         assert b"\nRequires-Dist: msgspec" in archive.read(f"{info}/METADATA")
         assert b"mlx-k2 = mlx_k2.cli.main:main" in archive.read(f"{info}/entry_points.txt")
         record = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
@@ -35,18 +35,17 @@ def test_the_wheel_has_the_packages_files_and_a_record_of_all(tmp_path: Path) ->
             assert (digest, int(size)) == (f"sha256={expected}", len(data))
 
 
-def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    first, second = (wheel_digest(write_wheel(folder)) for folder in folders)
-    assert first == second
+def test_two_wheels_of_the_same_program_have_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    assert wheel_digest(write_wheel(tmp_path)) == wheel_digest(write_wheel(tmp_path / "second"))
 
 
 @follows_advice(
     "mlx-k2 runs from a folder here and is not installed: install it first (README)",
 )
-def test_a_program_that_was_installed_writes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_program_writes_a_wheel_and_one_that_runs_from_a_folder_advises_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheel = write_wheel(tmp_path)
     monkeypatch.setattr("sys.path", [str(ROOT / "mlx_k2")])
     with pytest.raises(SetupError, match="is not installed: install it first"):

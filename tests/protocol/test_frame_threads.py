@@ -1,3 +1,5 @@
+"""Tests of FrameReader and FrameWriter, the threads that read and write the frames of a pipe."""
+
 import gc
 import os
 import queue
@@ -18,7 +20,7 @@ NUM_INTERRUPTS = 200
 
 
 class Pipe:
-    """A pipe between a writer and a reader, and the frames and ends that the reader delivered."""
+    """A pipe between a writer and a reader, with the frames and ends that the reader delivered."""
 
     def __init__(self) -> None:
         read_fd, write_fd = os.pipe()
@@ -27,11 +29,12 @@ class Pipe:
         self.frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self.ends: queue.SimpleQueue[ProtocolError | None] = queue.SimpleQueue()
 
-    def read(self) -> FrameReader:
+    def start_reader(self) -> FrameReader:
         return FrameReader(self.read_end, "test", self.frames.put, self.ends.put)
 
 
-def fill(writer: FrameWriter) -> None:
+def fill_queue(writer: FrameWriter) -> None:
+    """Put more frames than the queue of a writer holds while nothing is read."""
     writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread blocks
     for _ in range(QUEUE_FRAMES + 1):
         writer.put(Kind.MESSAGE, b"")
@@ -40,11 +43,12 @@ def fill(writer: FrameWriter) -> None:
 def test_frames_arrive_in_order_followed_by_the_end_of_the_stream() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
-    for i in range(100):
-        writer.put(Kind.MESSAGE, bytes([i]))
+    payloads = [bytes([value]) for value in range(100)]
+    for payload in payloads:
+        writer.put(Kind.MESSAGE, payload)
     writer.close(5)
-    pipe.read().join(30)
-    assert [pipe.frames.get(timeout=30).payload for _ in range(100)] == [bytes([i]) for i in range(100)]
+    pipe.start_reader().join(30)
+    assert [pipe.frames.get(timeout=30).payload for _ in range(100)] == payloads
     assert pipe.ends.get(timeout=30) is None
 
 
@@ -59,21 +63,21 @@ def test_flush_returns_when_the_frames_so_far_are_written_or_its_time_is_over() 
     assert not pipe.write_end.closed
 
 
-def test_put_does_not_block_and_a_full_queue_raises_with_the_peers_name() -> None:
+def test_put_does_not_block_and_a_full_queue_is_an_error_that_names_the_peer() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "stage 1 on mac-2")
     with pytest.raises(ProtocolError, match="stage 1 on mac-2 has stopped reading"):
-        fill(writer)
+        fill_queue(writer)
 
 
-def test_close_returns_after_its_timeout_and_the_stream_closes_once_the_peer_reads() -> None:
+def test_close_returns_after_its_timeout_and_the_stream_closes_when_the_peer_reads() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     for _ in range(10):
         writer.put(Kind.MESSAGE, bytes(100_000))
     writer.close(0.05)
     assert not pipe.write_end.closed
-    pipe.read()
+    pipe.start_reader()
     assert pipe.ends.get(timeout=30) is None
     assert pipe.frames.qsize() == 10
 
@@ -82,9 +86,9 @@ def test_a_full_queue_does_not_prevent_closing_the_stream() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     with pytest.raises(ProtocolError):
-        fill(writer)
+        fill_queue(writer)
     writer.close(0)
-    pipe.read()
+    pipe.start_reader()
     assert pipe.ends.get(timeout=30) is None
 
 
@@ -99,7 +103,7 @@ def test_frames_for_a_closed_peer_are_dropped_and_the_stream_is_closed() -> None
 
 
 class _Interrupted(BaseException):
-    """Exception that the signal handler of the test below raises."""
+    """The exception that the signal handler of the next test raises."""
 
 
 @pytest.mark.slow
@@ -111,7 +115,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
         main = threading.main_thread().ident or 0
         for _ in range(NUM_INTERRUPTS):
             putting.get()
-            time.sleep(moments.uniform(0, 2e-4))
+            time.sleep(rng.uniform(0, 2e-4))
             signal.pthread_kill(main, signal.SIGUSR1)
 
     def put_until_stopped() -> NoReturn:
@@ -119,12 +123,12 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
             with suppress(ProtocolError):  # the reader is slower
                 writer.put(Kind.MESSAGE, b"")
 
-    moments = random.Random(0)
+    rng = random.Random(0)
     putting: queue.SimpleQueue[None] = queue.SimpleQueue()
     pipe = Pipe()
-    pipe.read()
+    pipe.start_reader()
     writer = FrameWriter(pipe.write_end, "test")
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    previous_handler = signal.signal(signal.SIGUSR1, interrupt)
     sender = threading.Thread(target=send_signals)
     sender.start()
     gc.disable()  # exceptions in a callback of the collector, such as Hypothesis's, are dropped
@@ -134,13 +138,13 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
             put_until_stopped()
     gc.enable()
     sender.join()
-    signal.signal(signal.SIGUSR1, before)
+    signal.signal(signal.SIGUSR1, previous_handler)
     writer.close(5)
     assert pipe.ends.get(timeout=30) is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
+def test_a_reader_whose_frame_handler_fails_reports_a_protocol_error_as_the_end() -> None:
     def fail(_: Frame) -> None:
         raise RuntimeError("a fault of the handler")
 
@@ -151,7 +155,7 @@ def test_a_reader_whose_handler_fails_still_reports_an_end() -> None:
     reader.join(30)
 
 
-def test_a_frame_refused_by_the_handler_ends_the_reader() -> None:
+def test_the_error_of_a_frame_handler_that_refuses_a_frame_is_the_end() -> None:
     def refuse(_: Frame) -> None:
         raise ProtocolError("not this one")
 

@@ -1,6 +1,9 @@
+"""Tests of the frames of a stream and of the mark that opens it."""
+
 import io
 import re
 import struct
+from contextlib import suppress
 from typing import IO, Any, cast
 
 import pytest
@@ -25,36 +28,35 @@ frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)
 
 
 class ShortReads(io.RawIOBase):
-    """A stream that returns at most ``most`` bytes at a time, as an unbuffered pipe may."""
+    """A stream that returns at most ``max_bytes`` at a time, as an unbuffered pipe may."""
 
-    def __init__(self, data: bytes, most: int) -> None:
+    def __init__(self, data: bytes, max_bytes: int) -> None:
         self._data = io.BytesIO(data)
-        self._most = most
+        self._max_bytes = max_bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        part = self._data.read(min(len(buffer), self._most))
-        buffer[: len(part)] = part
-        return len(part)
+        data = self._data.read(min(len(buffer), self._max_bytes))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @given(frames, st.integers(1, 9))
-def test_frames_are_read_back_from_a_stream_in_pieces_of_any_size(sent: list[Frame], most: int) -> None:
-    stream = cast(IO[bytes], ShortReads(b"".join(encode_frame(*frame) for frame in sent), most))
-    read = []
-    while (frame := read_frame(stream)) is not None:
-        read.append(frame)
-    assert read == sent
+def test_frames_are_read_from_a_stream_that_arrives_in_pieces_of_any_size(written: list[Frame], max_bytes: int) -> None:
+    stream = cast(IO[bytes], ShortReads(b"".join(encode_frame(*frame) for frame in written), max_bytes))
+    for frame in written:
+        assert read_frame(stream) == frame
+    assert read_frame(stream) is None
 
 
 @given(frames, st.data())
-def test_a_stream_that_ends_inside_a_frame_is_refused(sent: list[Frame], data: st.DataObject) -> None:
+def test_a_stream_that_ends_inside_a_frame_is_refused(complete: list[Frame], data: st.DataObject) -> None:
     last = encode_frame(Kind.MESSAGE, b"the last frame")
-    whole = b"".join(encode_frame(*frame) for frame in sent)
-    stream = io.BytesIO(whole + last[: data.draw(st.integers(1, len(last) - 1))])
-    for _ in sent:
+    num_bytes = data.draw(st.integers(1, len(last) - 1))
+    stream = io.BytesIO(b"".join(encode_frame(*frame) for frame in complete) + last[:num_bytes])
+    for _ in complete:
         read_frame(stream)
     with pytest.raises(ProtocolError, match="middle of a frame"):
         read_frame(stream)
@@ -63,21 +65,19 @@ def test_a_stream_that_ends_inside_a_frame_is_refused(sent: list[Frame], data: s
 @given(st.binary(max_size=200))
 def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
     stream = io.BytesIO(data)
-    try:
+    with suppress(ProtocolError):
         while read_frame(stream) is not None:
             pass
-    except ProtocolError:
-        pass
 
 
 @pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
-def test_an_unknown_kind_or_a_giant_length_is_refused_before_its_payload(header: bytes) -> None:
+def test_a_header_with_an_unknown_kind_or_too_large_a_length_is_refused_before_its_payload(header: bytes) -> None:
     with pytest.raises(ProtocolError, match="bytes that are not frames"):
         read_frame(io.BytesIO(header))
 
 
 @given(st.binary(max_size=300).filter(lambda shell_output: MARK_START not in shell_output + MARK_START[:-1]))
-def test_login_shell_output_before_the_opening_mark_is_skipped(shell_output: bytes) -> None:
+def test_the_output_of_a_login_shell_before_the_opening_mark_is_skipped(shell_output: bytes) -> None:
     stream = io.BytesIO(shell_output + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
     assert skip_to_mark(stream) == shell_output
     assert read_frame(stream) == Frame(Kind.HEARTBEAT, b"beat")
@@ -95,7 +95,7 @@ def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "found"),
+    ("mark", "version"),
     [
         (b"mlx-k2 control 0.0.9\n", "0.0.9"),
         (b"mlx-k2 control 9.1.dev3+g1234\n" + b"\xff" * 50, "9.1.dev3+g1234"),
@@ -104,7 +104,7 @@ def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
         (b"mlx-k2 control \x1b[31m\n", "of another version"),
     ],
 )
-def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, found: str) -> None:
-    words = f"its mlx-k2 is {found}, and that of this machine is {__version__}: install the same on both"
-    with pytest.raises(ProtocolError, match=re.escape(words)):
+def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, version: str) -> None:
+    error = f"its mlx-k2 is {version}, and that of this machine is {__version__}: install the same on both"
+    with pytest.raises(ProtocolError, match=re.escape(error)):
         skip_to_mark(io.BytesIO(b"Welcome!\n" + mark))

@@ -1,4 +1,4 @@
-"""Fake stages: a queue and, for each slot, the tokens in its cache. Every row that a scheduler sends is recorded.
+"""A scheduler over fake stages: a queue of microbatches and, for each slot, the tokens in its cache.
 
 A sampled token is a function of the tokens in the cache before it, as a real model's is. A plan that leaves out a
 position, or relies on a wrong one, therefore changes the answer.
@@ -22,17 +22,16 @@ from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 
 STOP_ID = 9
 """Sampled like any other id by the fake stages, so that some sequences stop early."""
-FIRST_PROMPT_ID = 100
 
 
-def request(num_prompt: int, max_tokens: int = 1000, first: int = 0) -> Request:
-    """Return a request. Prompts with the same ``first`` begin alike."""
-    prompt_ids = tuple(FIRST_PROMPT_ID + first + i for i in range(num_prompt))
+def request(num_prompt: int, max_tokens: int = 1000, first_id: int = 100) -> Request:
+    """Return a request with the prompt ``first_id``, ``first_id`` + 1 and so on, ``num_prompt`` tokens."""
+    prompt_ids = tuple(range(first_id, first_id + num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
 
-requests = st.builds(request, st.integers(1, 30), st.integers(1, 12), st.sampled_from([0, 0, 1, 200]))
-limits = st.builds(
+random_requests = st.builds(request, st.integers(1, 30), st.integers(1, 12), st.sampled_from([100, 100, 101, 300]))
+random_limits = st.builds(
     SchedulerLimits,
     num_slots=st.integers(1, 4),
     context_tokens=st.integers(31, 40),
@@ -40,38 +39,38 @@ limits = st.builds(
     num_stages=st.integers(1, 3),
     prompts_first=st.booleans(),
 )
-actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
-"""Actions in their order. After the last one the run continues to its end."""
+random_actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
+"""Names of actions for ``SchedulerRun.play``."""
 
 
 @dataclass(frozen=True)
 class FixedStepPolicy(StepPolicy):
-    """A step policy that always makes the same choices."""
+    """A step policy with a fixed number of microbatches and fixed lengths of chunks, alone or beside decode rows."""
 
     num_microbatches: int
-    chunk: int
-    beside: int
+    lone_chunk_tokens: int
+    beside_chunk_tokens: int
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
         return DecodeRound(min(num_sequences, self.num_microbatches), 1.0)
 
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
-        return min(self.chunk, longest)
+        return min(self.lone_chunk_tokens, longest)
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        return min(self.beside, longest)
+        return min(self.beside_chunk_tokens, longest)
 
     def drafts_pay(self) -> bool:
         return True
 
 
-policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+random_policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
 WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
 
 
 @dataclass(frozen=True)
 class SentRow:
-    """A row, and the known tokens of its sequence when it was sent."""
+    """A row, its sequence, and the tokens that the sequence had when the row was sent."""
 
     row: Row
     sequence: Sequence
@@ -79,24 +78,25 @@ class SentRow:
 
 
 @dataclass
-class Run:
-    """A scheduler on fake stages. ``sent`` has the rows of each microbatch, ``most_in_flight`` the most at any time."""
+class SchedulerRun:
+    """A scheduler over fake stages, and all rows that it has sent."""
 
     limits: SchedulerLimits
     policy: FixedStepPolicy = WHOLE_CHUNKS
-    drafts: bool = False
-    vocabulary: int = STOP_ID + 1
+    has_drafts: bool = False
+    vocab_size: int = STOP_ID + 1
     """Number of ids that can be sampled: with 1 only id 0."""
     scheduler: Scheduler = field(init=False)
-    sent: list[list[SentRow]] = field(default_factory=list)
-    most_in_flight: int = 0
+    microbatches: list[list[SentRow]] = field(default_factory=list)
+    """The rows of each microbatch in the order of sending."""
+    max_in_flight: int = 0
+    """The largest number of microbatches that were in flight at a time."""
     _in_flight: deque[Microbatch] = field(default_factory=deque)
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            self.limits, self.policy, draft_mode=DraftMode.NGRAM if self.drafts else DraftMode.OFF
-        )
+        mode = DraftMode.NGRAM if self.has_drafts else DraftMode.OFF
+        self.scheduler = Scheduler(self.limits, self.policy, draft_mode=mode)
 
     def send(self) -> bool:
         """Send one microbatch and return True, or return False if there is none to send."""
@@ -104,21 +104,22 @@ class Run:
         if microbatch is None:
             return False
         self._in_flight.append(microbatch)
-        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
-        self.sent.append(
+        self.max_in_flight = max(self.max_in_flight, len(self._in_flight))
+        self.microbatches.append(
             [SentRow(planned.row, planned.sequence, tuple(planned.sequence.token_ids)) for planned in microbatch.rows]
         )
         return True
 
     def complete(self) -> list[TokensAppended]:
-        """Run the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
+        """Execute the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
         if not self._in_flight:
             return []
         microbatch = self._in_flight.popleft()
-        sampled = [token_id for planned in microbatch.rows if (token_id := self._run(planned.row)) is not None]
-        return self.scheduler.complete(microbatch.number, [SampledToken(token_id) for token_id in sampled])
+        sampled_ids = [token_id for planned in microbatch.rows if (token_id := self._execute(planned.row)) is not None]
+        return self.scheduler.complete(microbatch.number, [SampledToken(token_id) for token_id in sampled_ids])
 
-    def _run(self, row: Row) -> int | None:
+    def _execute(self, row: Row) -> int | None:
+        """Write a row to the cache; return the sampled token, if the row needs logits."""
         cache = self._caches.setdefault(row.slot, [])
         if row.copy_from is not None:
             cache[: row.position] = self._caches[row.copy_from][: row.position]
@@ -128,20 +129,20 @@ class Run:
             return None
         digest = hashlib.blake2b(bytes(token_id % 251 for token_id in cache[max(0, row.end - 3) : row.end]))
         digest.update(bytes([sum(cache[: row.end]) % 7]))
-        return digest.digest()[0] % self.vocabulary
+        return digest.digest()[0] % self.vocab_size
 
-    def play(self, asked: Iterable[Request], actions: Iterable[str]) -> None:
-        """Perform the actions, then submit the requests that are left and run to the end."""
-        waiting = deque(asked)
+    def play(self, requests: Iterable[Request], actions: Iterable[str]) -> None:
+        """Perform the actions, each "submit" with the next request; then submit the other requests and finish."""
+        unsubmitted = deque(requests)
         for action in actions:
-            if action == "submit" and waiting:
-                self.scheduler.submit(waiting.popleft())
+            if action == "submit" and unsubmitted:
+                self.scheduler.submit(unsubmitted.popleft())
             elif action == "send":
                 self.send()
             elif action == "complete":
                 self.complete()
-        for left in waiting:
-            self.scheduler.submit(left)
+        for request in unsubmitted:
+            self.scheduler.submit(request)
         self.finish()
 
     def finish(self) -> None:
@@ -149,7 +150,7 @@ class Run:
         while self.scheduler.has_work:
             while self.send():
                 pass
-            assert self._in_flight, "there is work, and none of it is sent"
+            assert self._in_flight, "the scheduler has work and sends no plan"
             self.complete()
 
     def cancel_all(self) -> None:
@@ -160,7 +161,7 @@ class Run:
     @property
     def rows(self) -> list[SentRow]:
         """All rows in the order in which they were sent."""
-        return [row for microbatch in self.sent for row in microbatch]
+        return [row for microbatch in self.microbatches for row in microbatch]
 
     def rows_of(self, sequence: Sequence) -> list[SentRow]:
         """Return the rows of one sequence, in order."""

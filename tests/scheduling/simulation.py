@@ -1,4 +1,4 @@
-"""Simulated stages that take the cost model's time, to compare the scheduler's choices with all others."""
+"""Simulation of a scheduler over stages whose steps take the time of the cost model."""
 
 import functools
 import itertools
@@ -20,26 +20,27 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
 TURNAROUND_S = 0.001
 CONFIG = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
-SPLITS = {1: (0, 61), 2: (0, 32, 61), 4: (0, 16, 31, 46, 61)}
-LONGEST_CHUNK = 8192
+STAGE_BOUNDS = {1: (0, 61), 2: (0, 32, 61), 4: (0, 16, 31, 46, 61)}
+"""The first layer of each stage and the end of the last one, by number of stages, as the partition chooses them."""
+MAX_CHUNK_TOKENS = 8192
 
 
 @functools.cache
 def k2_sizes(num_stages: int) -> list[StageSizes]:
-    """Return Kimi K2's stage sizes over ``num_stages`` machines, as the partition divides it."""
+    """Return the sizes of the stages of Kimi K2."""
     return [
         stage_sizes(CONFIG, first, end, 2, tile_rows=GPU_TILE_ROWS)
-        for first, end in itertools.pairwise(SPLITS[num_stages])
+        for first, end in itertools.pairwise(STAGE_BOUNDS[num_stages])
     ]
 
 
 def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]:
-    """Return the costs of these stages on machines of one speed."""
+    """Return the costs of the stages of Kimi K2 on machines of the same speed."""
     return [StageCost(sizes, speed) for sizes in k2_sizes(num_stages)]
 
 
 class FixedChoices(StepPolicy):
-    """The adaptive step policy, except for a fixed number of microbatches and a fixed chunk length."""
+    """The step policy with a fixed number of microbatches and a fixed length of chunks."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
         super().__init__(stages, TURNAROUND_S)
@@ -54,11 +55,12 @@ class FixedChoices(StepPolicy):
         return min(self._chunk_tokens, longest)
 
 
-def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
-    """Return a request. Prompts of different seeds differ in the first token, or with ``alike`` only in the last."""
-    rest = tuple(range(1, num_prompt))
-    own = 1_000_000 + seed
-    return Request((*rest, own) if alike else (own, *rest), max_tokens, Sampling(seed=0), frozenset())
+def request(num_prompt: int, max_tokens: int, seed: int = 0, *, has_common_prefix: bool = False) -> Request:
+    """Return a request. Prompts of different seeds differ in their first token only, or in their last token only."""
+    common_ids = tuple(range(1, num_prompt))
+    own_id = 1_000_000 + seed
+    prompt_ids = (*common_ids, own_id) if has_common_prefix else (own_id, *common_ids)
+    return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset())
 
 
 @dataclass
@@ -71,18 +73,18 @@ class Simulation:
     context_tokens: int = 70_000
     now_s: float = 0.0
     token_times: dict[int, list[float]] = field(default_factory=dict)
-    """Times at which each request's tokens arrived, by the request's id()."""
+    """Arrival times of the tokens of each request, by the request's id()."""
 
     def __post_init__(self) -> None:
-        limits = SchedulerLimits(self.num_slots, self.context_tokens, LONGEST_CHUNK, len(self.stages))
+        limits = SchedulerLimits(self.num_slots, self.context_tokens, MAX_CHUNK_TOKENS, len(self.stages))
         self.scheduler = Scheduler(limits, self.policy)
         self._free_at = [0.0] * len(self.stages)
         self._in_flight: deque[tuple[float, Microbatch]] = deque()
 
     def run(self, *requests: Request, until_s: float = float("inf")) -> None:
         """Submit the requests and run to the end, or until ``until_s``."""
-        for asked in requests:
-            self.scheduler.submit(asked)
+        for submitted in requests:
+            self.scheduler.submit(submitted)
         while self.scheduler.has_work and self.now_s < until_s:
             while (microbatch := self.scheduler.next_microbatch()) is not None:
                 self._in_flight.append((self._send(microbatch), microbatch))
@@ -97,7 +99,7 @@ class Simulation:
 
     def _receive(self, done_s: float, microbatch: Microbatch) -> None:
         self.now_s = done_s
-        sampling_rows = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
-        self.scheduler.complete(microbatch.number, [SampledToken(1)] * len(sampling_rows))
-        for sequence in sampling_rows:
+        sampled_sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
+        self.scheduler.complete(microbatch.number, [SampledToken(1)] * len(sampled_sequences))
+        for sequence in sampled_sequences:
             self.token_times.setdefault(id(sequence.request), []).append(done_s)

@@ -1,6 +1,8 @@
-"""Tests of draft tokens, which come from the text, and of slots: a cached prefix is found in any slot."""
+"""Tests of n-gram drafts and of the choice of slots: a cached prefix is used from any slot."""
 
+import math
 from array import array
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,13 +13,13 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from mlx_k2.scheduling.sequence import INDEX_TOKENS, Sequence, SharedPrefix
 from mlx_k2.scheduling.slots import SlotChoice, SlotPool, common_prefix
-from tests.scheduling.fake_stages import FixedStepPolicy, Run, request, requests
+from tests.scheduling.fake_stages import FixedStepPolicy, SchedulerRun, random_requests, request
 
-ids = st.lists(st.integers(0, 3), max_size=40)
+random_ids = st.lists(st.integers(0, 3), max_size=40)
 
 
 def after_longest_match(token_ids: list[int]) -> int | None:
-    """Return the draft token that the index should return, by a search through the whole text."""
+    """Return the token after the latest earlier occurrence of the last 4 tokens, else of the last 3, else of 2."""
     for length in (4, 3, 2):
         for end in range(len(token_ids) - 1, length - 1, -1):
             if token_ids[end - length : end] == token_ids[-length:]:
@@ -25,117 +27,114 @@ def after_longest_match(token_ids: list[int]) -> int | None:
     return None
 
 
-@given(ids, st.integers(1, 7))
-def test_a_draft_token_follows_the_longest_most_recent_ngram_match(token_ids: list[int], step: int) -> None:
+@given(random_ids, st.integers(1, 7))
+def test_a_draft_follows_the_latest_occurrence_of_the_longest_known_ngram(token_ids: list[int], step: int) -> None:
     drafter = NgramDrafter()
-    for end in range(step, len(token_ids), step):  # the text grows
+    for end in (*range(step, len(token_ids), step), len(token_ids)):  # the text grows
         drafter.index(token_ids[:end], 100)
-    drafter.index(token_ids, 100)
     assert drafter.draft(token_ids, []) == after_longest_match(token_ids)
 
 
-def test_drafting_continues_from_earlier_draft_tokens() -> None:
+def test_a_draft_can_follow_earlier_drafts() -> None:
     drafter = NgramDrafter()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     drafter.index(text, 100)
     drafts: list[int] = []
-    for _ in range(6):
-        draft = drafter.draft(text, drafts)
-        assert draft is not None
-        drafts.append(draft)
-    assert drafts == [3, 4, 5, 6, 1, 2]
+    for expected in (3, 4, 5, 6, 1, 2):
+        assert drafter.draft(text, drafts) == expected
+        drafts.append(expected)
 
 
 def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run = SchedulerRun(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
     run.scheduler.submit(request(4, 60))
     run.finish()
     (sequence,) = run.sequences
-    assert run.most_in_flight == 3
+    assert run.max_in_flight == 3
     assert sum(count.num_accepted for count in sequence.drafts.counts) > 45
     assert sum(count.num_drafted - count.num_accepted for count in sequence.drafts.counts) <= 3
 
 
-@given(ids, ids)
-def test_common_prefix_ends_at_the_first_difference(left: list[int], right: list[int]) -> None:
+@given(random_ids, random_ids)
+def test_a_common_prefix_ends_at_the_first_difference(left: list[int], right: list[int]) -> None:
     length = common_prefix(array("I", left), array("I", right))
     assert left[:length] == right[:length]
     assert length in (len(left), len(right)) or left[length] != right[length]
 
 
-def acquire(pool: SlotPool, slot: int, *token_ids: int) -> Sequence:
-    """Acquire ``slot`` for a sequence that has computed its whole prompt, and return it."""
+def acquire(pool: SlotPool, slot: int, *token_ids: int) -> None:
+    """Acquire ``slot`` for a sequence that has these tokens in its cache."""
     sequence = Sequence(Request((*token_ids, 0), 5, Sampling(seed=0), frozenset()), 100_000)
     pool.acquire(SlotChoice(slot, SharedPrefix()), sequence)
     sequence.num_planned = len(token_ids)
-    return sequence
 
 
-def pool_with(*held: tuple[int, ...]) -> SlotPool:
-    """Return a pool of free slots that hold these tokens. The first slot is the least recently used."""
-    pool = SlotPool(len(held))
-    for slot, token_ids in enumerate(held):
+def pool_with(*caches: tuple[int, ...]) -> SlotPool:
+    """Return a pool of free slots with these tokens in their caches. The first slot is the least recently used."""
+    pool = SlotPool(len(caches))
+    for slot, token_ids in enumerate(caches):
         acquire(pool, slot, *token_ids)
-    for slot in range(len(held)):
+    for slot in range(len(caches)):
         pool.release(slot)
     return pool
 
 
-def test_the_least_recently_used_slot_is_reused_first() -> None:
-    choice = pool_with((1, 2), (3, 4), (5, 6)).choose(array("I", (7, 8)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 0, None)
+def check_choice(pool: SlotPool, prompt_ids: Iterable[int], slot: int, shared: SharedPrefix) -> None:
+    """Check the slot and the cached prefix that a pool chooses for a prompt."""
+    choice = pool.choose(array("I", prompt_ids))
+    assert (choice.slot, choice.shared) == (slot, shared)
+
+
+def test_without_a_shared_prefix_the_least_recently_used_slot_is_chosen() -> None:
+    check_choice(pool_with((1, 2), (3, 4), (5, 6)), (7, 8), slot=0, shared=SharedPrefix())
 
 
 def test_a_continued_conversation_reuses_its_own_slot() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose(array("I", (3, 4, 5, 6, 9)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (1, 4, None)
+    check_choice(pool_with((1, 2), (3, 4, 5, 6), (7, 8)), (3, 4, 5, 6, 9), slot=1, shared=SharedPrefix(4))
 
 
 def test_an_edited_conversation_reuses_the_cache_before_the_edit() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6)).choose(array("I", (3, 4, 5, 9, 9)))
-    assert (choice.slot, choice.shared.num_tokens) == (1, 3)
+    check_choice(pool_with((1, 2), (3, 4, 5, 6)), (3, 4, 5, 9, 9), slot=1, shared=SharedPrefix(3))
 
 
-def test_a_short_cached_prefix_is_copied_and_the_source_slot_is_kept() -> None:
-    choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose(array("I", (3, 4, 9)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 2, 1)
+def test_a_short_prefix_is_copied_to_another_slot_and_the_longer_cache_is_kept() -> None:
+    check_choice(pool_with((1, 2), (3, 4, 5, 6, 7)), (3, 4, 9), slot=0, shared=SharedPrefix(2, copy_from=1))
 
 
-def test_a_cached_prefix_of_a_running_sequence_is_copied() -> None:
+def test_a_prefix_in_the_cache_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
     acquire(pool, 1, 5, 6, 7)
-    choice = pool.choose(array("I", (5, 6, 7, 8)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
+    check_choice(pool, (5, 6, 7, 8), slot=0, shared=SharedPrefix(3, copy_from=1))
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
-    assert pool_with((1, 2, 3)).choose(array("I", (1, 2, 3))).shared.num_tokens == 2
+    check_choice(pool_with((1, 2, 3)), (1, 2, 3), slot=0, shared=SharedPrefix(2))
 
 
-def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -> None:
-    run = Run(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocabulary=1)
-    for last in (7, 8):
-        run.scheduler.submit(Request((*range(60), last), 3, Sampling(seed=0), frozenset()))
+def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_computes() -> None:
+    run = SchedulerRun(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocab_size=1)
+    for last_id in (7, 8):
+        run.scheduler.submit(Request((*range(60), last_id), 3, Sampling(seed=0), frozenset()))
     run.finish()
     first, second = run.sequences
-    assert [len(microbatch) for microbatch in run.sent[:2]] == [1, 1]
-    assert (second.shared.num_tokens, second.shared.copy_from) == (60, first.slot)
+    assert [len(microbatch) for microbatch in run.microbatches[:2]] == [1, 1]
+    assert second.shared == SharedPrefix(60, copy_from=first.slot)
 
 
-@given(requests, st.booleans(), st.integers(1, 4))
+@given(random_requests, st.booleans(), st.integers(1, 4))
 def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
-    asked: Request, drafts: bool, vocabulary: int
+    first_request: Request, has_drafts: bool, vocab_size: int
 ) -> None:
-    run = Run(SchedulerLimits(1, 45, 8, 2), FixedStepPolicy(1, 8, 8), drafts, vocabulary)
-    run.play([asked], [])
-    (sequence,) = run.sequences
-    run.scheduler.submit(Request((*sequence.token_ids, 0), 1, Sampling(seed=0), frozenset()))
+    run = SchedulerRun(SchedulerLimits(1, 45, 8, 2), FixedStepPolicy(1, 8, 8), has_drafts, vocab_size)
+    run.play([first_request], [])
+    (first,) = run.sequences
+    run.scheduler.submit(Request((*first.token_ids, 0), 1, Sampling(seed=0), frozenset()))
     run.finish()
-    assert run.sequences[1].num_cached == len(sequence.token_ids) - 1
+    assert run.sequences[1].num_cached == len(first.token_ids) - 1
 
 
-def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+def test_a_conversation_that_continues_in_its_slot_keeps_its_ngram_index() -> None:
+    run = SchedulerRun(SchedulerLimits(1, 200, 16, 2), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
     run.scheduler.submit(request(60, 5))
     run.finish()
     (first,) = run.sequences
@@ -145,15 +144,15 @@ def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() 
     run.finish()
     second = run.sequences[1]
     assert second.drafter is first.drafter
-    num_known = len(first.token_ids) - 1
-    assert not second.drafter.index(second.token_ids[:num_known], 0), "the shared prefix is indexed again"
+    num_shared = len(first.token_ids) - 1
+    assert not second.drafter.index(second.token_ids[:num_shared], 0), "the shared prefix is indexed again"
 
 
-def test_a_lone_prompt_is_indexed_for_drafts_in_small_parts_while_it_is_computed() -> None:
-    run = Run(SchedulerLimits(1, 2000, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+def test_a_lone_prompt_is_indexed_in_parts_of_index_tokens_while_it_is_computed() -> None:
+    run = SchedulerRun(SchedulerLimits(1, 2000, 16, 2), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
     run.scheduler.submit(request(1000, 5))
     run.send()
-    parts = 1
+    num_parts = 1
     while run.scheduler.index_drafts():
-        parts += 1
-    assert parts == -(-999 // INDEX_TOKENS)
+        num_parts += 1
+    assert num_parts == math.ceil(999 / INDEX_TOKENS)  # no token follows the last one

@@ -1,4 +1,4 @@
-"""Tests of presence and frequency penalties and of a logit bias, as the last stage gets them, against a reference."""
+"""Tests of the logit bias of a step plan, the sum of the request's bias and its penalties, against a reference."""
 
 import random
 
@@ -12,26 +12,24 @@ from mlx_k2.scheduling.sequence import Sequence, SharedPrefix
 VOCAB_SIZE = 30
 
 
-def reference(sampling: Sampling, generated: list[int]) -> list[float]:
-    """Return what is added to each logit after ``generated`` tokens, in float32."""
-    added = dict.fromkeys(range(VOCAB_SIZE), 0.0) | dict(sampling.logit_bias)
-    for token_id in set(generated):
-        count = generated.count(token_id)
-        added[token_id] -= sampling.presence_penalty + count * sampling.frequency_penalty
-    return [float(np.float32(added[number])) for number in range(VOCAB_SIZE)]
+def reference_bias(sampling: Sampling, answer_ids: list[int]) -> list[float]:
+    """Return the value that is added to each logit after an answer, in float32."""
+    values = dict.fromkeys(range(VOCAB_SIZE), 0.0) | dict(sampling.logit_bias)
+    for token_id in set(answer_ids):
+        values[token_id] -= sampling.presence_penalty + answer_ids.count(token_id) * sampling.frequency_penalty
+    return [float(np.float32(values[token_id])) for token_id in range(VOCAB_SIZE)]
 
 
-def added_by(bias: LogitBias | None) -> list[float]:
-    """Return what a logit bias adds to each logit."""
-    added = np.zeros(VOCAB_SIZE, np.float32)
+def dense(bias: LogitBias | None) -> np.ndarray:
+    """Return the value that a logit bias adds to each logit."""
+    values = np.zeros(VOCAB_SIZE, np.float32)
     if bias is not None:
-        added[np.frombuffer(bias.token_ids, np.uint32)] = np.frombuffer(bias.values, np.float32)
-    found: list[float] = added.tolist()
-    return found
+        values[np.frombuffer(bias.token_ids, np.uint32)] = np.frombuffer(bias.values, np.float32)
+    return values
 
 
-class Script(NgramDrafter):
-    """A drafter that proposes given tokens."""
+class FixedDrafter(NgramDrafter):
+    """A drafter that returns the given tokens one after the other."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
@@ -46,43 +44,43 @@ class Script(NgramDrafter):
         """Do nothing."""
 
 
-def test_bias_and_penalties_count_the_tokens_of_the_answer_as_a_plain_reference_does() -> None:
+def test_the_bias_of_500_random_answers_with_drafts_and_after_a_restart_is_that_of_the_reference() -> None:
     rng = random.Random(3)
-    for case in range(500):
+    for seed in range(500):
         sampling = Sampling(
-            seed=case,
+            seed=seed,
             presence_penalty=rng.choice([0.0, rng.uniform(-2, 2)]),
             frequency_penalty=rng.choice([0.0, rng.uniform(-2, 2)]),
-            logit_bias=tuple((number, rng.uniform(-9, 9)) for number in rng.sample(range(VOCAB_SIZE), 3)),
+            logit_bias=tuple((token_id, rng.uniform(-9, 9)) for token_id in rng.sample(range(VOCAB_SIZE), 3)),
         )
         prompt_ids = tuple(rng.randrange(VOCAB_SIZE) for _ in range(4))
         sequence = Sequence(Request(prompt_ids, 50, sampling, frozenset()), 100)
-        generated = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(20))]
+        answer_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(20))]
         drafts = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(4))]
-        sequence.start(0, SharedPrefix(), Script(drafts.copy()))
-        for number, token_id in enumerate(generated):
+        sequence.start(0, SharedPrefix(), FixedDrafter(drafts.copy()))
+        for number, token_id in enumerate(answer_ids):
             sequence.append_sampled(number, SampledToken(token_id), number + 1)
-        end = len(prompt_ids) + len(generated)
-        for count in range(len(drafts) + 1):
-            found = added_by(sequence.logit_bias(end + count))
-            np.testing.assert_allclose(found, reference(sampling, generated + drafts[:count]), rtol=2e-7, atol=1e-6)
-            if count < len(drafts):
-                sequence.num_planned = end + count
-                assert sequence.draft() == drafts[count]
-        before = added_by(sequence.logit_bias(end))
+        end = len(prompt_ids) + len(answer_ids)
+        for num_drafts in range(len(drafts) + 1):
+            bias = dense(sequence.logit_bias(end + num_drafts))
+            expected = reference_bias(sampling, answer_ids + drafts[:num_drafts])
+            np.testing.assert_allclose(bias, expected, rtol=2e-7, atol=1e-6)
+            if num_drafts < len(drafts):
+                sequence.num_planned = end + num_drafts
+                assert sequence.draft() == drafts[num_drafts]
+        bias_before = dense(sequence.logit_bias(end))
         sequence.reset(100)
-        assert added_by(sequence.logit_bias(end)) == before
-        np.testing.assert_allclose(added_by(sequence.logit_bias(end)), reference(sampling, generated), atol=1e-6)
+        np.testing.assert_array_equal(dense(sequence.logit_bias(end)), bias_before)
 
 
-def test_the_last_stage_gets_the_sum_and_not_the_parameters() -> None:
+def test_a_plan_has_the_sum_of_bias_and_penalties_and_not_the_parameters() -> None:
     sampling = Sampling(seed=1, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((3, 1.0),))
     sequence = Sequence(Request((1,), 5, sampling, frozenset()), 100)
     assert sequence.sampling == Sampling(seed=1)
-    assert added_by(sequence.logit_bias(1))[3] == 1.0
+    assert dense(sequence.logit_bias(1))[3] == 1.0
 
 
-def test_without_bias_and_penalties_nothing_is_sent() -> None:
+def test_without_bias_and_penalties_a_plan_has_no_bias() -> None:
     sequence = Sequence(Request((1,), 5, Sampling(seed=1), frozenset()), 100)
     sequence.append_sampled(0, SampledToken(7), 1)
     assert sequence.logit_bias(2) is None

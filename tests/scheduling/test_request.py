@@ -1,4 +1,4 @@
-"""Tests that a request that can never run is refused, with the numbers and a remedy."""
+"""Tests of check_request: a request that can never run is refused with the reason."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,13 @@ from mlx_k2.scheduling.request import Request, check_request
 
 
 def check(prompt_ids: tuple[int, ...], max_tokens: int = 5) -> None:
+    """Check a request with a vocabulary of 100 tokens and a context of 8."""
     request = Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset())
     check_request(request, vocab_size=100, context_tokens=8)
 
 
 @pytest.mark.parametrize("prompt_ids", [(0,), (99,), tuple(range(7))])
-def test_a_prompt_within_vocabulary_and_context_passes(prompt_ids: tuple[int, ...]) -> None:
+def test_a_prompt_within_vocabulary_and_context_is_accepted(prompt_ids: tuple[int, ...]) -> None:
     check(prompt_ids)
 
 
@@ -23,7 +24,7 @@ def test_max_tokens_may_exceed_the_context_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt_ids", "words"),
+    ("prompt_ids", "reason"),
     [
         ((), "the prompt is empty"),
         ((5, 100), "token id 100 is outside the vocabulary of 100"),
@@ -31,8 +32,8 @@ def test_max_tokens_may_exceed_the_context_length() -> None:
         (tuple(range(8)), "8 tokens and the context holds 8.*larger --context"),
     ],
 )
-def test_a_prompt_that_cannot_run_is_refused(prompt_ids: tuple[int, ...], words: str) -> None:
-    with pytest.raises(RequestError, match=words):
+def test_a_prompt_that_cannot_run_is_refused(prompt_ids: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
         check(prompt_ids)
 
 

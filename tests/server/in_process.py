@@ -29,7 +29,7 @@ CONTEXT_TOKENS = 4000
 
 @dataclass(frozen=True)
 class SteppedServer:
-    """A server whose stages wait for ``tokens.run``, and the lines of its log."""
+    """A server whose stages wait for ``tokens.run_until``, and the lines of its log."""
 
     port: int
     tokens: TokenEngine

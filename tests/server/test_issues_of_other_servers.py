@@ -242,7 +242,9 @@ def test_ds4_333_a_prompt_sent_again_goes_on_from_what_was_computed() -> None:
     with stepped_server() as server:
         first = send_chat(server, LONG_PROMPT, stream=True)
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
-        server.tokens.run(lambda: sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) > 80)
+        server.tokens.run_until(
+            lambda: sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) > 80
+        )
         first.close()
         wait_until(lambda: server.num_used == 0, "the request is gone")
         with stepping(server):
@@ -470,19 +472,19 @@ MODEL: dict[str, tuple[Test, ...]] = {
     "arguments in one piece": (test_chat_reply.test_arguments_are_streamed_as_they_are_sampled,),
     "an id twice": (test_chat_reply.test_a_new_calls_number_is_above_all_that_occur,),
     "auto without a grammar": (
-        test_constrained_replies.test_a_section_that_the_model_opens_itself_is_constrained_unless_that_is_turned_off,
+        test_constrained_replies.test_an_optional_tool_section_is_constrained_unless_the_tool_grammar_is_off,
     ),
     "a grammar without the numbers of calls": (
-        test_constrained_replies.test_any_name_of_a_tool_can_be_written,
+        test_constrained_replies.test_any_name_of_a_tool_can_be_generated,
         test_constrained_replies.test_the_number_of_a_call_continues_those_of_the_prompt,
     ),
     "a call without its section": (
         test_constrained_replies.test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length,
-        test_constrained_replies.test_a_section_that_begins_inside_the_reasoning_is_constrained,
+        test_constrained_replies.test_a_tool_section_that_begins_inside_the_reasoning_is_constrained,
     ),
     "two owners of the reasoning": (
         test_constrained_replies.test_reasoning_comes_before_a_required_call_and_an_answer_in_json,
-        test_constrained_replies.test_a_model_that_opens_its_reasoning_itself_may_do_so_before_a_constrained_answer,
+        test_constrained_replies.test_the_model_may_begin_reasoning_before_a_constrained_answer,
     ),
     "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing,),
 }

@@ -88,7 +88,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, after: bytes | None
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
         connection.close()
         wait_until(lambda: server.num_used == 0, "the request is gone")
-        server.tokens.run(lambda: server.tokens.stages.next_step(1) is None)
+        server.tokens.run_until(lambda: server.tokens.stages.next_step(1) is None)
         assert sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) < 100
 
 
@@ -99,7 +99,7 @@ def test_a_hang_up_in_decode_ends_the_answer(stream: bool, after: bytes | None) 
     with stepped_server() as server:
         connection = send_chat(server, after=after, stream=stream)
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
-        server.tokens.run(lambda: len(server.tokens.plans) > 12)
+        server.tokens.run_until(lambda: len(server.tokens.plans) > 12)
         connection.close()
         wait_until(lambda: server.num_used == 0, "the request is gone")
         server.wait_for("/v1/chat/completions")
@@ -128,7 +128,7 @@ def test_a_hang_up_frees_the_slot_for_the_next_plan(phase: str) -> None:
         running = send_chat(server, LONG_PROMPT if phase == "prefill" else "a", stream=True)
         wait_until(lambda: bool(server.tokens.plans), "the first request runs")
         if phase == "decode":
-            server.tokens.run(lambda: len(server.tokens.plans) > 12)
+            server.tokens.run_until(lambda: len(server.tokens.plans) > 12)
         waiting = send_chat(server, "four five six " * 60, stream=True)
         wait_until(lambda: server.num_used == 2, "the second request waits")
         num_plans = len(server.tokens.plans)
@@ -217,7 +217,7 @@ def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
         connection = send_chat(server, stream=True, **fields)
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
         num_plans = len(server.tokens.plans)
-        server.tokens.run(lambda: len(server.tokens.plans) > num_plans + 6)
+        server.tokens.run_until(lambda: len(server.tokens.plans) > num_plans + 6)
         server.tokens.fail(1)
         refused = answer_of(send_chat(server))
         assert (refused.status, refused.error["code"]) == (503, "unavailable")

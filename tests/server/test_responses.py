@@ -118,7 +118,7 @@ def test_without_keep_alives_in_progress_is_sent_once() -> None:
     ):
         received_until(connection, b"event: response.in_progress")
         wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
-        server.tokens.run(lambda: len(server.tokens.plans) > 2)
+        server.tokens.run_until(lambda: len(server.tokens.plans) > 2)
         with stepping(server):
             assert b"in_progress" not in received_until(connection, b"[DONE]").replace(b'"status":"in_progress"', b"")
 

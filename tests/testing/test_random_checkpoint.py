@@ -1,4 +1,4 @@
-"""Tests of random checkpoints: files, names, shapes, dtypes and bytes follow the original layout."""
+"""Tests of random checkpoints: their files have the layout of Kimi K2's, and are written all or none."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -18,46 +18,49 @@ from tests.weights.made_up import VOCAB_SIZE, write_tiny
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random checkpoint."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    return folder, write_tiny(folder)
+    write_tiny(folder)
+    return folder
 
 
-def test_checkpoint_files_are_named_and_divided_like_the_original(tiny: tuple[Path, ModelConfig]) -> None:
-    folder, _ = tiny
+@pytest.fixture(scope="module")
+def config(folder: Path) -> ModelConfig:
+    return ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
+
+
+def test_there_is_a_file_for_each_layer_and_one_for_embedding_and_head(folder: Path) -> None:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == [f"model-{number:05d}-of-000008.safetensors" for number in range(1, 9)]
-    layer_3 = read_header(folder / files[3]).tensors
-    assert all(name.startswith("model.layers.3.") for name in layer_3)
-    head = read_header(folder / files[-1]).tensors
-    assert set(head) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert all(name.startswith("model.layers.3.") for name in read_header(folder / files[3]).tensors)
+    last_names = read_header(folder / files[-1]).tensors.keys()
+    assert last_names == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
-def test_the_index_lists_every_tensor_and_the_total_size(tiny: tuple[Path, ModelConfig]) -> None:
-    folder, config = tiny
+def test_the_index_lists_every_tensor_and_the_total_size(folder: Path, config: ModelConfig) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-    stored = {path.name: read_header(path).tensors for path in folder.glob("*.safetensors")}
-    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
-    total = sum(tensor.num_bytes for tensors in stored.values() for tensor in tensors.values())
-    assert index["metadata"]["total_size"] == total
-    unneeded = set(index["weight_map"]) - {spec.name for spec in model_specs(config)}
-    assert unneeded == {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(7)}
+    tensors_by_file = {path.name: read_header(path).tensors for path in folder.glob("*.safetensors")}
+    assert index["weight_map"] == {name: file for file, tensors in tensors_by_file.items() for name in tensors}
+    total_bytes = sum(tensor.num_bytes for tensors in tensors_by_file.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total_bytes
+    unneeded_names = index["weight_map"].keys() - {spec.name for spec in model_specs(config)}
+    assert unneeded_names == {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(7)}
 
 
-def test_the_safetensors_library_reads_the_same_shapes_and_dtypes(tiny: tuple[Path, ModelConfig]) -> None:
-    folder, config = tiny
-    expected = {spec.name: (spec.dtype, list(spec.shape)) for spec in model_specs(config)}
-    found = {}
+def test_the_safetensors_library_reads_the_same_shapes_and_dtypes(folder: Path, config: ModelConfig) -> None:
+    layouts = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 tensor = file.get_slice(name)
-                found[name] = (tensor.get_dtype(), tensor.get_shape())
-    assert {name: found[name] for name in expected} == expected
+                layouts[name] = (tensor.get_dtype(), tensor.get_shape())
+    for spec in model_specs(config):
+        assert layouts[spec.name] == (spec.dtype, list(spec.shape))
 
 
-def test_shapes_are_recorded_and_the_correction_bias_is_float32(tiny: tuple[Path, ModelConfig]) -> None:
-    with safe_open(tiny[0] / "model-00002-of-000008.safetensors", "numpy") as file:
+def test_shapes_are_recorded_and_the_correction_bias_is_float32(folder: Path) -> None:
+    with safe_open(folder / "model-00002-of-000008.safetensors", "numpy") as file:
         bias = file.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
         assert bias.dtype == np.float32
         assert 0.05 < np.abs(bias).max() < 1
@@ -65,8 +68,8 @@ def test_shapes_are_recorded_and_the_correction_bias_is_float32(tiny: tuple[Path
         assert file.get_tensor("model.layers.1.mlp.experts.2.up_proj.weight_shape").tolist() == [64, 128]
 
 
-def test_packed_codes_use_all_sixteen_values_and_have_mean_zero(tiny: tuple[Path, ModelConfig]) -> None:
-    with safe_open(tiny[0] / "model-00002-of-000008.safetensors", "numpy") as file:
+def test_packed_codes_use_all_sixteen_values_and_have_mean_zero(folder: Path) -> None:
+    with safe_open(folder / "model-00002-of-000008.safetensors", "numpy") as file:
         names = [name for name in file.keys() if name.endswith("weight_packed")]  # noqa: SIM118 - not a dictionary
         words = np.concatenate([file.get_tensor(name).ravel() for name in names])
     codes = np.concatenate([(words.view(np.uint32) >> shift & 15).astype(int) - 8 for shift in range(0, 32, 4)])
@@ -84,10 +87,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     assert all(first[name] != third[name] for name in first if name.endswith(".safetensors"))
 
 
-def test_tokenizer_files_are_written_unchanged(tiny: tuple[Path, ModelConfig]) -> None:
-    folder, _ = tiny
+def test_tokenizer_files_are_written_unchanged_and_no_temporary_folder_remains(folder: Path) -> None:
     assert (folder / "tiktoken.model").read_bytes() == b"aGVsbG8= 0\n"
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # no partial folder is left
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_kimi_k25_has_prefixed_names_and_a_vision_tower(tmp_path: Path) -> None:
@@ -100,10 +102,11 @@ def test_kimi_k25_has_prefixed_names_and_a_vision_tower(tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    first_file = tmp_path / "model" / "model-00001-of-000008.safetensors"
     write_tiny(tmp_path / "model", seed=1)
-    before = (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes()
+    data = first_file.read_bytes()
     write_tiny(tmp_path / "model", seed=2)
-    assert (tmp_path / "model/model-00001-of-000008.safetensors").read_bytes() == before
+    assert first_file.read_bytes() == data
 
 
 def test_two_concurrent_writers_produce_one_complete_folder(tmp_path: Path) -> None:

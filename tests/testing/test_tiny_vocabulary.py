@@ -1,3 +1,5 @@
+"""Tests of tiny vocabularies: their tokens have the order of Kimi K2's, and their files can be loaded."""
+
 import base64
 import json
 
@@ -27,18 +29,18 @@ K2_IDS = {
     163607: "</think>",
     163839: "[PAD]",
 }
+K2_NUM_ORDINARY = 163_584
 SIZES = [MIN_VOCAB_SIZE, MIN_VOCAB_SIZE + 1, 640, 4096, 163_840]
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
-def test_control_tokens_follow_the_ordinary_tokens_like_in_kimi_k2(vocab_size: int) -> None:
+def test_control_tokens_follow_the_ordinary_tokens_as_in_kimi_k2(vocab_size: int) -> None:
     files = tiny_vocabulary(vocab_size, 4096).files
-    loaded = load_tokenizer(files, vocab_size)
+    tokenizer = load_tokenizer(files, vocab_size)
     num_ordinary = len(files["tiktoken.model"].splitlines())
     assert num_ordinary + 256 <= vocab_size
-    assert {loaded.token_id(name) - num_ordinary: name for name in K2_IDS.values()} == {
-        number - 163_584: name for number, name in K2_IDS.items()
-    }
+    for k2_id, name in K2_IDS.items():
+        assert tokenizer.token_id(name) - num_ordinary == k2_id - K2_NUM_ORDINARY
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
@@ -50,15 +52,16 @@ def test_words_fill_the_ids_between_bytes_and_control_tokens(vocab_size: int) ->
     assert vocab_size > 640 or len(tokens) == vocab_size - 256
 
 
-def test_the_ids_for_config_json_equal_the_tokenizers() -> None:
-    tiny = tiny_vocabulary(800, 1234)
-    loaded = load_tokenizer(tiny.files, 800)
-    assert tiny.bos_token_id == loaded.token_id("[BOS]")
-    assert tiny.eos_token_id == loaded.token_id("<|im_end|>")
-    assert tiny.pad_token_id == loaded.token_id("[PAD]")
-    assert json.loads(tiny.files["generation_config.json"]) == {"max_length": 1234, "eos_token_id": tiny.eos_token_id}
+def test_the_ids_for_config_json_are_those_of_the_tokenizer() -> None:
+    vocabulary = tiny_vocabulary(800, 1234)
+    tokenizer = load_tokenizer(vocabulary.files, 800)
+    assert vocabulary.bos_token_id == tokenizer.token_id("[BOS]")
+    assert vocabulary.eos_token_id == tokenizer.token_id("<|im_end|>")
+    assert vocabulary.pad_token_id == tokenizer.token_id("[PAD]")
+    generation_config = json.loads(vocabulary.files["generation_config.json"])
+    assert generation_config == {"max_length": 1234, "eos_token_id": vocabulary.eos_token_id}
 
 
-def test_the_tiny_vocabularys_chat_template_file_can_be_loaded() -> None:
+def test_the_chat_template_of_a_tiny_vocabulary_can_be_loaded() -> None:
     files = tiny_vocabulary(800, 4096).files
     assert load_chat_template(files).source.encode() == files["chat_template.jinja"]
