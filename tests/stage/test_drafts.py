@@ -108,7 +108,7 @@ class PipelinedStages:
         """Run a request and its companion; return the tokens of each."""
         tokens: dict[int, list[SampledToken]] = {}  # by id of the sequence
         sequences = []
-        for request in (case.request, case.beside):
+        for request in (case.request, case.companion):
             if request is not None:
                 sequences.append(self.scheduler.submit(request).sequence)
                 tokens[id(sequences[-1])] = []
@@ -191,7 +191,7 @@ def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
         expected = plain.run(case)
         drafting.answers = {
             request: [token.token_id for token in tokens]
-            for request, tokens in zip((case.request, case.beside), expected, strict=False)
+            for request, tokens in zip((case.request, case.companion), expected, strict=False)
             if request is not None
         }
         assert writing.run(case) == expected

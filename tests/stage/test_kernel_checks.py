@@ -50,7 +50,7 @@ class StageWithGpu:
         monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", self.directory)
 
     def start(self, fatal_kernel: str | None = None) -> tuple[str, ...]:
-        """Check the kernels as a new stage does; return the warnings. A child that checks ``fatal_kernel`` is killed."""
+        """Check the kernels as a new stage does; return the warnings. A child that checks ``fatal_kernel`` dies."""
         run_child = kernel_checks.run_child
 
         def run(command: list[str], timeout_s: float) -> bool:
