@@ -1,8 +1,8 @@
 """Tests of the executor with MLX's own Metal kernels, from the installed wheel's headers.
 
 These kernels are known to be correct on Apple's GPUs. Correct results show that the executor's simd operations,
-barriers, matrices and type conversions are those of Metal. The expected results are those of MLX's CPU back end in float32. In
-bfloat16 that back end has errors of 5%, because it accumulates in bfloat16.
+barriers, matrices and type conversions are those of Metal. The expected results are those of MLX's CPU back end in
+float32. In bfloat16 that back end has errors of 5%, because it accumulates in bfloat16.
 """
 
 import itertools

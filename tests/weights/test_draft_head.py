@@ -107,7 +107,7 @@ def rename_tensor(before: bytes, after: bytes) -> Change:
             rename_tensor(b"layers.0.hidden_norm", b"layers.1.hidden_norm"),
             "lacks the tensor layers.0.hidden_norm.weight",
         ),
-        (truncate, "is truncate: 100 of its"),
+        (truncate, "is truncated: 100 of its"),
         (remove_weights, "holds no weights"),
     ],
 )

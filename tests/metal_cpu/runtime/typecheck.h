@@ -1,5 +1,4 @@
-// Declarations of the Metal library for a syntax check with clang: address spaces are real and distinct, so a wrong or
-// missing qualifier is a compile error, and there is no `double`. Nothing here can run.
+// Declarations of the Metal library for a check with clang, where a wrong or missing address space is an error.
 #pragma once
 typedef unsigned char uchar;
 typedef unsigned short ushort;

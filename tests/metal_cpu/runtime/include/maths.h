@@ -3,34 +3,34 @@
 #include "types.h"
 
 namespace metal {
-#define CPU_M1(NAME)                                                       \
+#define CPU_UNARY(NAME)                                                    \
   inline float NAME(float x) { return __builtin_##NAME##f(x); }            \
   inline half NAME(half x) { return half(__builtin_##NAME##f(float(x))); } \
   inline bfloat NAME(bfloat x) { return bfloat(__builtin_##NAME##f(float(x))); }
-CPU_M1(exp)
-CPU_M1(exp2)
-CPU_M1(log)
-CPU_M1(log2)
-CPU_M1(log10)
-CPU_M1(sqrt)
-CPU_M1(sin)
-CPU_M1(cos)
-CPU_M1(tan)
-CPU_M1(tanh)
-CPU_M1(sinh)
-CPU_M1(cosh)
-CPU_M1(asin)
-CPU_M1(acos)
-CPU_M1(atan)
-CPU_M1(asinh)
-CPU_M1(acosh)
-CPU_M1(atanh)
-CPU_M1(floor)
-CPU_M1(ceil)
-CPU_M1(trunc)
-CPU_M1(rint)
-CPU_M1(round)
-CPU_M1(fabs)
+CPU_UNARY(exp)
+CPU_UNARY(exp2)
+CPU_UNARY(log)
+CPU_UNARY(log2)
+CPU_UNARY(log10)
+CPU_UNARY(sqrt)
+CPU_UNARY(sin)
+CPU_UNARY(cos)
+CPU_UNARY(tan)
+CPU_UNARY(tanh)
+CPU_UNARY(sinh)
+CPU_UNARY(cosh)
+CPU_UNARY(asin)
+CPU_UNARY(acos)
+CPU_UNARY(atan)
+CPU_UNARY(asinh)
+CPU_UNARY(acosh)
+CPU_UNARY(atanh)
+CPU_UNARY(floor)
+CPU_UNARY(ceil)
+CPU_UNARY(trunc)
+CPU_UNARY(rint)
+CPU_UNARY(round)
+CPU_UNARY(fabs)
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float atan2(float y, float x) { return __builtin_atan2f(y, x); }
 inline float pow(float a, float b) { return __builtin_powf(a, b); }
