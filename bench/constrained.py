@@ -68,7 +68,10 @@ RECORDS = {"type": "array", "items": RECORD}
 
 
 class ResultRow(NamedTuple):
-    """A row of results/constrained.csv. Times are differences to the median of a free reply; '' is not measured."""
+    """A row of results/constrained.csv. Times are differences to the median of a free reply; '' is not measured.
+
+    ``p50_ms`` and ``p99_ms`` are those of the median times of the tokens, ``single_p99_ms`` of the times in all runs.
+    """
 
     case: str
     tokens: int

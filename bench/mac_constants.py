@@ -65,7 +65,7 @@ class Published(NamedTuple):
     model: str
     expert_bits: float
     dense_bits: float
-    macs: int
+    num_macs: int
     kind: str  # "decode" or "prefill"
     tokens: int
     rate: float

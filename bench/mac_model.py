@@ -78,23 +78,23 @@ def own_buffers(dense_bits: float, limits: BufferLimits) -> int:
     return command_buffers(token_sizes(k2_config(), None if dense_bits == 16 else 8), limits)
 
 
-def best_prompt(program: Program, macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
+def best_prompt(program: Program, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
     """Return the seconds of a prompt with the best of several chunk lengths, without the common factor."""
     if program.name == "before":  # the chunk lengths that the cost model chose then
-        return prompt_s(replace(program, chunk=752 if tokens <= 4096 else 2048), "K2", macs, tokens, mac)
+        return prompt_s(replace(program, chunk=752 if tokens <= 4096 else 2048), "K2", num_macs, tokens, mac)
     lengths = {min(program.chunk, -(-tokens // count)) for count in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)}
     useful = [length for length in lengths if length >= 256]
-    return min(prompt_s(replace(program, chunk=length), "K2", macs, tokens, mac) for length in useful)
+    return min(prompt_s(replace(program, chunk=length), "K2", num_macs, tokens, mac) for length in useful)
 
 
 def computed_rate(row: Published) -> float:
     """Return the tokens per second that the model computes for a published figure, without the common factor."""
     program = replace(other_programs()[row.program], expert_bits=row.expert_bits, dense_bits=row.dense_bits)
     if row.kind == "decode":
-        return 1 / token_s(program, row.model, row.macs, row.tokens)
+        return 1 / token_s(program, row.model, row.num_macs, row.tokens)
     if row.first:
         return (row.tokens - row.first) / chunk_s(program, row.model, row.first, row.tokens)
-    return row.tokens / prompt_s(program, row.model, row.macs, row.tokens)
+    return row.tokens / prompt_s(program, row.model, row.num_macs, row.tokens)
 
 
 @cache
@@ -109,30 +109,32 @@ def errors() -> list[tuple[Published, float, float]]:
     return [(row, rate, rate / row.rate - 1) for row, rate in rates]
 
 
-def decode_rate(program: Program, macs: int, context: int, mac: Mac = M3_ULTRA, acceptance_rate: float = 0.0) -> float:
+def decode_rate(
+    program: Program, num_macs: int, context: int, mac: Mac = M3_ULTRA, acceptance_rate: float = 0.0
+) -> float:
     """Return the predicted tokens per second of one stream, whose idle stages compute n-gram draft tokens.
 
     A draft token is accepted with ``acceptance_rate``, if all before it are accepted.
     """
-    accepted = sum(acceptance_rate**count for count in range(macs))
-    return accepted / token_s(program, "K2", macs, context, mac) / common_factor()
+    accepted = sum(acceptance_rate**count for count in range(num_macs))
+    return accepted / token_s(program, "K2", num_macs, context, mac) / common_factor()
 
 
-def head_rate(program: Program, macs: int, context: int, mac: Mac, acceptance_rate: float) -> float:
+def head_rate(program: Program, num_macs: int, context: int, mac: Mac, acceptance_rate: float) -> float:
     """Return the predicted tokens per second of one stream with a draft head, right with ``acceptance_rate``.
 
-    A token after a right draft takes a cycle: the time of all stages and of ``macs`` - 1 drafts, divided by ``macs``. A
-    token after a wrong draft takes the time of all stages.
+    A token after a right draft takes a cycle: the time of all stages and of ``num_macs`` - 1 drafts, divided by
+    ``num_macs``. A token after a wrong draft takes the time of all stages.
     """
-    all_stages_s = token_s(program, "K2", macs, context, mac)
+    all_stages_s = token_s(program, "K2", num_macs, context, mac)
     read_s = DRAFT_HEAD_BYTES / (constant("dense bandwidth") * mac.bandwidth)
-    cycle_s = (all_stages_s + (macs - 1) * (read_s + DRAFT_HEAD_LAUNCHES * constant("launch"))) / macs
+    cycle_s = (all_stages_s + (num_macs - 1) * (read_s + DRAFT_HEAD_LAUNCHES * constant("launch"))) / num_macs
     return 1 / (acceptance_rate * cycle_s + (1 - acceptance_rate) * all_stages_s) / common_factor()
 
 
-def prefill_rate(program: Program, macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
+def prefill_rate(program: Program, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
     """Return the predicted tokens per second of a prompt."""
-    return tokens / best_prompt(program, macs, tokens, mac) / common_factor()
+    return tokens / best_prompt(program, num_macs, tokens, mac) / common_factor()
 
 
 def comparison() -> Iterator[str]:
@@ -152,16 +154,16 @@ def predictions() -> Iterator[str]:
     yield "| Macs | bits | context | decode | with drafts, half accepted | 80% accepted | prefill |"
     yield "|---|---|---|---|---|---|---|"
     for mac in (M3_ULTRA, M5_ULTRA):
-        for macs in (2, 3, 4):
-            is_large_enough = macs * mac.memory_gb * 0.75 > MODEL_GB
+        for num_macs in (2, 3, 4):
+            is_large_enough = num_macs * mac.memory_gb * 0.75 > MODEL_GB
             memory_limit = "" if is_large_enough else f" (more than {mac.memory_gb} GB each)"
             for bits, name in ((16, "as shipped"), (8.5, "8")):
                 program = after(bits, mac)
                 for context in CONTEXTS:
-                    rates = [decode_rate(program, macs, context, mac, acceptance) for acceptance in (0.0, 0.5, 0.8)]
+                    rates = [decode_rate(program, num_macs, context, mac, acceptance) for acceptance in (0.0, 0.5, 0.8)]
                     cells = " | ".join(f"{rate:.1f}" for rate in rates)
-                    prefill = prefill_rate(program, macs, context, mac)
-                    yield f"| {macs} {mac.name}{memory_limit} | {name} | {context} | {cells} | {prefill:.0f} |"
+                    prefill = prefill_rate(program, num_macs, context, mac)
+                    yield f"| {num_macs} {mac.name}{memory_limit} | {name} | {context} | {cells} | {prefill:.0f} |"
 
 
 def head_predictions() -> Iterator[str]:
@@ -169,12 +171,12 @@ def head_predictions() -> Iterator[str]:
     acceptance_rates = (0.5, 0.64, 0.72, 0.8, 0.853, 0.9, 1.0)
     yield f"| Macs | bits | no drafts | {' | '.join(f'{rate:g} accepted' for rate in acceptance_rates)} |"
     yield f"|---|---|---|{'---|' * len(acceptance_rates)}"
-    for macs in (2, 3, 4):
+    for num_macs in (2, 3, 4):
         for bits, name in ((16, "as shipped"), (8.5, "8")):
             program = after(bits)
-            rates = [head_rate(program, macs, CONTEXTS[0], M3_ULTRA, rate) for rate in acceptance_rates]
+            rates = [head_rate(program, num_macs, CONTEXTS[0], M3_ULTRA, rate) for rate in acceptance_rates]
             cells = " | ".join(f"{rate:.1f}" for rate in rates)
-            yield f"| {macs} | {name} | {decode_rate(program, macs, CONTEXTS[0]):.1f} | {cells} |"
+            yield f"| {num_macs} | {name} | {decode_rate(program, num_macs, CONTEXTS[0]):.1f} | {cells} |"
 
 
 def readme_part() -> str:
@@ -207,7 +209,7 @@ def main() -> None:
     print(f"common factor on every time: {common_factor():.3f}\n")
     for row, rate, error in errors():
         mark = "" if abs(error) <= CLOSE_ERROR else "  <-- more than 20% off"
-        setting = f"{row.program}, {row.model} {row.expert_bits}/{row.dense_bits} bits, {row.macs} Mac, {row.kind}"
+        setting = f"{row.program}, {row.model} {row.expert_bits}/{row.dense_bits} bits, {row.num_macs} Mac, {row.kind}"
         rates = f"published {row.rate:.1f}, computed {rate:.1f} ({error:+.0%})"
         print(f"{setting} at {row.tokens}: {rates}; {row.source}{mark}")
     print(f"{num_close()} of {len(PUBLISHED)} published figures within 20%\n")

@@ -80,16 +80,16 @@ def dense_bytes(model: str, bits: float) -> float:
     return (sizes(model).dense_bytes + sizes(model).head_bytes) * bits / 16
 
 
-def token_s(program: Program, model: str, macs: int, context: int, mac: Mac = M3_ULTRA) -> float:
-    """Return the seconds of one token of one stream on ``macs`` Macs."""
+def token_s(program: Program, model: str, num_macs: int, context: int, mac: Mac = M3_ULTRA) -> float:
+    """Return the seconds of one token of one stream on ``num_macs`` Macs."""
     layers = config(model).num_hidden_layers
     reading_s = weights_s(program, model, mac) + attention_s(program, model, context, mac)
     fixed_s = layers * program.launches_per_layer * constant("launch") + program.buffers * constant("command buffer")
     if not program.all_reduces:
-        return reading_s + fixed_s + (macs - 1) * constant("hop") + constant("host")
+        return reading_s + fixed_s + (num_macs - 1) * constant("hop") + constant("host")
     unsharded_bytes = (sizes(model).head_bytes + UNSHARDED_BYTES) * program.dense_bits / 16
     unsharded_s = unsharded_bytes / constant("dense bandwidth") / mac.bandwidth
-    sharded_s = (reading_s - unsharded_s) / macs
+    sharded_s = (reading_s - unsharded_s) / num_macs
     return unsharded_s + sharded_s + fixed_s + 2 * layers * constant("all-reduce") + constant("host")
 
 
@@ -138,8 +138,8 @@ def _expansion(model: str) -> float:
     return shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) / shape.latent_dim
 
 
-def prompt_s(program: Program, model: str, macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
-    """Return the seconds of a prompt whose layers are divided evenly over ``macs`` Macs."""
+def prompt_s(program: Program, model: str, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
+    """Return the seconds of a prompt whose layers are divided evenly over ``num_macs`` Macs."""
     starts = range(0, tokens, program.chunk)
     chunk_times_s = [chunk_s(program, model, start, min(tokens, start + program.chunk), mac) for start in starts]
-    return pipeline_s([time_s / macs] * macs for time_s in chunk_times_s)
+    return pipeline_s([time_s / num_macs] * num_macs for time_s in chunk_times_s)
