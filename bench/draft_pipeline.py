@@ -42,7 +42,8 @@ class SleepingStream:
         """Run the stream; return its tokens per second after the first NUM_SKIPPED."""
         stages = SleepingStages(2, self.head_s, self.is_right)
         policy = StepPolicy([StageCost(SIZES, SPEED)] * 2)
-        scheduler = Scheduler(SchedulerLimits(1, NUM_TOKENS + 8, 8, 2), policy, draft_mode=self.mode)
+        limits = SchedulerLimits(num_slots=1, context_tokens=NUM_TOKENS + 8, chunk_tokens=8, num_stages=2)
+        scheduler = Scheduler(limits, policy, draft_mode=self.mode)
         scheduler.submit(Request((0,), NUM_TOKENS, Sampling(seed=0), frozenset()))
         arrivals: list[float] = []
         sent: dict[int, Microbatch] = {}

@@ -65,7 +65,7 @@ class TimedStream:
 
     def __init__(self, deployment: Deployment, stack: contextlib.ExitStack, mode: DraftMode) -> None:
         policy = StepPolicy(deployment.costs)
-        limits = SchedulerLimits(1, 512, 64, 2)
+        limits = SchedulerLimits(num_slots=1, context_tokens=512, chunk_tokens=64, num_stages=2)
         scheduler = Scheduler(limits, policy, draft_mode=mode)
         self._pipeline = OraclePipeline(
             deployment.group, scheduler, policy, deployment.model.config.vocab_size, on_report=self._add_report
@@ -89,7 +89,6 @@ class TimedStream:
         runs_before, seconds_before = use.draft_runs, use.draft_s
         request = Request(PROMPT, NUM_TOKENS, Sampling(seed=0, temperature=1.0), frozenset())
         tokens = [event for event in self._engine.submit(request).events() if isinstance(event, Token)]
-        use = self._pipeline.use[1]
         self.times = self._timer.times((use.draft_s - seconds_before) / max(1, use.draft_runs - runs_before))
         self.answer = [token.token_id for token in tokens]
         assert not answer or self.answer == answer, "drafts changed the answer"

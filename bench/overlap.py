@@ -21,12 +21,12 @@ from mlx_k2.benchmark import Benchmark, Workload
 from mlx_k2.scheduling.drafter import DraftMode
 
 NUM_SLOTS = 8
-EIGHT, TWO, ONE = (Workload(32, 40, num_streams) for num_streams in (8, 2, 1))
+EIGHT, TWO, ONE = (Workload(prompt_tokens=32, generate_tokens=40, streams=streams) for streams in (8, 2, 1))
 CHUNK_TOKENS = 16
 """Maximum chunk of a prompt. On a CPU a token costs the same in a short chunk as in a long one."""
-PROMPT_OF_16_CHUNKS = Workload(16 * CHUNK_TOKENS, 2, 1)
-ONE_CHUNK = Workload(CHUNK_TOKENS, 1, 1)
-DECODE_ONLY = Workload(1, 40, 1)
+PROMPT_OF_16_CHUNKS = Workload(16 * CHUNK_TOKENS, generate_tokens=2, streams=1)
+ONE_CHUNK = Workload(CHUNK_TOKENS, generate_tokens=1, streams=1)
+DECODE_ONLY = Workload(prompt_tokens=1, generate_tokens=40, streams=1)
 
 
 def main() -> None:

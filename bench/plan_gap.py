@@ -114,8 +114,9 @@ def engine_on_program(folder: Path, ids_file: Path, gaps_file: Path) -> Iterator
     script.chmod(0o755)
     with StageGroup([StageLocation(python=str(script))], lease_s=20.0, log=lambda _: None) as group:
         policy = StepPolicy([StageCost(SIZES, SPEED)])
-        scheduler = Scheduler(SchedulerLimits(1, 10**6, 512, 1), policy)
-        with Engine(Pipeline(group, scheduler, policy, 10**6), scheduler) as engine:
+        limits = SchedulerLimits(num_slots=1, context_tokens=10**6, chunk_tokens=512, num_stages=1)
+        scheduler = Scheduler(limits, policy)
+        with Engine(Pipeline(group, scheduler, policy, vocab_size=10**6), scheduler) as engine:
             yield engine
 
 

@@ -49,7 +49,8 @@ def step_cost_s(num_sequences: int, context: int) -> float:
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
     stages = (stage_sizes(config, 0, 32, 2), stage_sizes(config, 32, 61, 2))
     policy = StepPolicy([StageCost(sizes, GPU_SPEED) for sizes in stages])
-    scheduler = Scheduler(SchedulerLimits(num_sequences, MAX_CONTEXT, 2048, 2, prompts_first=True), policy)
+    limits = SchedulerLimits(num_sequences, MAX_CONTEXT, chunk_tokens=2048, num_stages=2, prompts_first=True)
+    scheduler = Scheduler(limits, policy)
     for index in range(num_sequences):
         scheduler.submit(Request((index, *range(context)), 2 * NUM_STEPS, Sampling(seed=0), frozenset()))
     times_s: list[float] = []

@@ -40,7 +40,7 @@ def steps_per_s(num_stages: int, num_streams: int) -> float:
     """Return the steps per second while the pipeline is full: the first and last 2 steps per stage are left out."""
     stages = SleepingStages(num_stages)
     policy = StepPolicy([StageCost(SIZES, SPEED)] * num_stages)
-    limits = SchedulerLimits(num_streams, NUM_TOKENS + 8, 8, num_stages)
+    limits = SchedulerLimits(num_streams, context_tokens=NUM_TOKENS + 8, chunk_tokens=8, num_stages=num_stages)
     scheduler = Scheduler(limits, policy)
     for index in range(num_streams):
         scheduler.submit(Request((index,), NUM_TOKENS, Sampling(seed=0), frozenset()))
