@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from bench.kernels import HEADER, HIDDEN, INTERMEDIATE, TOP_K
+from bench.kernels import HEADER, HIDDEN, INTERMEDIATE, TOP_K, KernelRow
 from bench.measure import ROOT, save_rows
 from bench.tested_on import ANSWER, QUESTION
 from mlx_k2.kernels import experts
@@ -51,7 +51,7 @@ def check() -> bool:
     return all(result.usable for result in checks)
 
 
-def speed_rows() -> Iterator[tuple[object, ...]]:
+def speed_rows() -> Iterator[KernelRow]:
     """Yield one row of results/kernels.csv for each number of tokens, and print its fraction of a copy's speed."""
     stack = random_stack(SHAPE, NUM_EXPERTS)
     source = mx.zeros(COPY_BYTES // 4, mx.uint32)
@@ -63,19 +63,17 @@ def speed_rows() -> Iterator[tuple[object, ...]]:
         rate, kernel = timing.gigabytes_per_second, experts.kernel_for(tokens)[0]
         print(f"{kernel} kernels, {tokens} tokens: {rate:.0f} GB/s of weights, {rate / copy_rate:.0%} of a copy's")
         num_chosen = timing.bytes_needed * NUM_EXPERTS // sum(array.nbytes for array in stack)
-        way = f"mlx-k2 {kernel} kernels (CUDA, of a copy {copy_rate:.0f} GB/s)"
-        milliseconds = f"{1e3 * timing.seconds:.3f}"
-        yield (
+        yield KernelRow(
             experts.chip(),
             "bfloat16",
             tokens,
             num_chosen,
-            way,
-            2,
-            timing.bytes_needed,
-            "",
-            milliseconds,
-            f"{rate:.2f}",
+            way=f"mlx-k2 {kernel} kernels (CUDA, of a copy {copy_rate:.0f} GB/s)",
+            launches=2,
+            bytes_needed=timing.bytes_needed,
+            bytes_loaded="",
+            milliseconds=f"{1e3 * timing.seconds:.3f}",
+            gigabytes_per_s=f"{rate:.2f}",
         )
 
 

@@ -47,6 +47,21 @@ HEADER = (
 )
 
 
+class KernelRow(NamedTuple):
+    """A row of results/kernels.csv, as HEADER names the cells. A cell without a value is ''."""
+
+    device: str
+    dtype: str
+    tokens: int
+    experts_chosen: int
+    way: str
+    launches: int
+    bytes_needed: int
+    bytes_loaded: int | str
+    milliseconds: str
+    gigabytes_per_s: str
+
+
 class Implementation(NamedTuple):
     """An implementation of the layer. ``layer`` is None if it cannot run on this device."""
 
@@ -71,20 +86,15 @@ def main() -> None:
     shape = LayerShape(HIDDEN, INTERMEDIATE, TOP_K, dtype)
     stack = random_stack(shape, NUM_EXPERTS)
     mx.eval(stack)
-    device = experts.chip()
-    rows = [
-        (device, str(dtype).removeprefix("mlx.core."), *figures)
-        for num_tokens in arguments.tokens
-        for figures in measure(stack, num_tokens, on_gpu=on_gpu)
-    ]
-    for row in (HEADER, *rows):
-        print(" | ".join(str(cell) for cell in row))
+    rows = [row for num_tokens in arguments.tokens for row in measure(stack, num_tokens, on_gpu=on_gpu)]
+    for cells in (HEADER, *rows):
+        print(" | ".join(str(cell) for cell in cells))
     if arguments.save:
         print(f"saved to {save_rows('kernels', HEADER, rows)}")
 
 
-def measure(stack: ExpertStack, num_tokens: int, *, on_gpu: bool) -> list[tuple[object, ...]]:
-    """Time the implementations in turn; return for each the cells of its row from the column "tokens" on."""
+def measure(stack: ExpertStack, num_tokens: int, *, on_gpu: bool) -> list[KernelRow]:
+    """Time the implementations in turn; return a row for each."""
     ids = random_expert_ids(num_tokens, NUM_EXPERTS, TOP_K)
     num_distinct = int(np.unique(np.array(ids)).size)
     implementations = [
@@ -98,18 +108,16 @@ def measure(stack: ExpertStack, num_tokens: int, *, on_gpu: bool) -> list[tuple[
             if implementation.layer is not None:
                 timing = time_layer(implementation.layer, stack, num_tokens, TOP_K, **({} if on_gpu else CPU_TIMING))
                 times[implementation.name].append(timing.seconds)
-    return [
-        (num_tokens, num_distinct, *cells(implementation, times[implementation.name]))
-        for implementation in implementations
-    ]
-
-
-def cells(implementation: Implementation, seconds: list[float]) -> tuple[object, ...]:
-    """Return the cells of an implementation from the column "way" on. A cell without a value is empty."""
-    milliseconds = summarize([1e3 * value for value in seconds]) if seconds else ""
-    rate = f"{implementation.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
-    loaded = "" if implementation.bytes_loaded is None else implementation.bytes_loaded
-    return implementation.name, implementation.dispatches, implementation.bytes_needed, loaded, milliseconds, rate
+    dtype = str(stack.gate_scale.dtype).removeprefix("mlx.core.")
+    rows = []
+    for name, _, dispatches, needed, loaded in implementations:
+        seconds = times[name]
+        milliseconds = summarize([1e3 * time_s for time_s in seconds]) if seconds else ""
+        rate = f"{needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
+        setting = (experts.chip(), dtype, num_tokens, num_distinct)
+        loaded_cell = "" if loaded is None else loaded
+        rows.append(KernelRow(*setting, name, dispatches, needed, loaded_cell, milliseconds, rate))
+    return rows
 
 
 def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> int:
