@@ -23,9 +23,6 @@ template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   }
   vec<T, 2>& thread_elements() { return elements; }
 };
-typedef simdgroup_matrix<float> simdgroup_float8x8;
-typedef simdgroup_matrix<half> simdgroup_half8x8;
-typedef simdgroup_matrix<bfloat> simdgroup_bfloat8x8;
 template <class T, int R, int C> inline simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) {
   simdgroup_matrix<T, R, C> m;
   m.elements = {v, v};
@@ -73,13 +70,6 @@ inline void simdgroup_multiply_accumulate(simdgroup_matrix<TD>& d, const simdgro
     }
   });
 }
-template <class T>
-inline void simdgroup_multiply(simdgroup_matrix<T>& d, const simdgroup_matrix<T>& a, const simdgroup_matrix<T>& b,
-                               CPU_SITE_ARGUMENTS) {
-  simdgroup_matrix<T> z;
-  z.elements = {T(0), T(0)};
-  simdgroup_multiply_accumulate(d, a, b, z, file_, line_);
-}
 template <class T, class P>
 inline void simdgroup_load(simdgroup_matrix<T>& d, const P* p, ulong row_stride = 8, ulong2 origin = ulong2(0ul, 0ul),
                            bool transpose = false, CPU_SITE_ARGUMENTS) {
@@ -108,6 +98,5 @@ inline void simdgroup_store(const simdgroup_matrix<T>& s, P* p, ulong row_stride
   int q;
   executor::simd_rendezvous(&q, CPU_SITE("simdgroup_store"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
 }
-template <class M> inline void simdgroup_async_copy(M...) = delete;
 
 }  // namespace metal

@@ -1,6 +1,5 @@
 // The part of the Metal standard library that MLX's Metal sources and ours need, implemented with the executor.
 #pragma once
-#include "atomic.h"
 #include "maths.h"
 #include "matrix.h"
 #include "simd.h"

@@ -42,12 +42,8 @@ template <class T> struct cpu_slot {
     return s.out;                                                                                  \
   }
 CPU_REDUCE(simd_sum, T(a + b))
-CPU_REDUCE(simd_product, T(a* b))
 CPU_REDUCE(simd_max, (a > b ? a : b))
 CPU_REDUCE(simd_min, (a < b ? a : b))
-CPU_REDUCE(simd_and, T(a& b))
-CPU_REDUCE(simd_or, T(a | b))
-CPU_REDUCE(simd_xor, T(a ^ b))
 #define CPU_QUAD_REDUCE(NAME, EXPR)                                                                \
   template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                      \
     cpu_slot<T> s{v, v, v, 0};                                                                     \
@@ -64,8 +60,6 @@ CPU_REDUCE(simd_xor, T(a ^ b))
     return s.out;                                                                                  \
   }
 CPU_QUAD_REDUCE(quad_sum, T(a + b))
-CPU_QUAD_REDUCE(quad_max, (a > b ? a : b))
-CPU_QUAD_REDUCE(quad_min, (a < b ? a : b))
 // A shuffle from a lane outside the simdgroup is undefined in Metal; here its result has all bits set, a NaN.
 template <class T> inline T cpu_all_ones() {
   T t;
@@ -85,15 +79,8 @@ template <class T> inline T cpu_all_ones() {
     return s.out;                                                                                  \
   }
 CPU_SHUFFLE(simd_shuffle, a)
-CPU_SHUFFLE(simd_broadcast, a)
-CPU_SHUFFLE(simd_shuffle_xor, (i ^ a))
 CPU_SHUFFLE(simd_shuffle_down, i + a)
 CPU_SHUFFLE(simd_shuffle_up, i - a)
-CPU_SHUFFLE(simd_shuffle_rotate_down, (i + a) % g.size)
-CPU_SHUFFLE(simd_shuffle_rotate_up, (i - a + g.size) % g.size)
-CPU_SHUFFLE(quad_shuffle, (i & ~3) + a)
-CPU_SHUFFLE(quad_broadcast, (i & ~3) + a)
-CPU_SHUFFLE(quad_shuffle_xor, (i & ~3) + ((i ^ a) & 3))
 template <class T> inline T simd_shuffle_and_fill_up(T v, T fill, ushort arg, CPU_SITE_ARGUMENTS) {
   cpu_slot<T> s{v, v, fill, arg};
   executor::simd_rendezvous(&s, CPU_SITE("simd_shuffle_and_fill_up"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
@@ -104,10 +91,6 @@ template <class T> inline T simd_shuffle_and_fill_up(T v, T fill, ushort arg, CP
   });
   return s.out;
 }
-template <class T> inline T simd_broadcast_first(T v, CPU_SITE_ARGUMENTS) { return simd_broadcast(v, 0, file_, line_); }
-inline bool simd_any(bool v, CPU_SITE_ARGUMENTS) { return simd_or<int>(v, file_, line_); }
-inline bool simd_all(bool v, CPU_SITE_ARGUMENTS) { return simd_and<int>(v, file_, line_); }
-inline bool simd_is_first() { return executor::current_fiber().lane == 0; }
 template <class T> inline T simd_prefix_inclusive_sum(T v, CPU_SITE_ARGUMENTS) {
   cpu_slot<T> s{v, v, v, 0};
   executor::simd_rendezvous(&s, CPU_SITE("simd_prefix_inclusive_sum"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
@@ -118,33 +101,6 @@ template <class T> inline T simd_prefix_inclusive_sum(T v, CPU_SITE_ARGUMENTS) {
     }
   });
   return s.out;
-}
-template <class T> inline T simd_prefix_exclusive_sum(T v, CPU_SITE_ARGUMENTS) {
-  cpu_slot<T> s{v, v, v, 0};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_prefix_exclusive_sum"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
-    T a = T(0);
-    for (int i = 0; i < g.size; i++) {
-      T x = CPU_SLOT(i)->in;
-      CPU_SLOT(i)->out = a;
-      a = T(a + x);
-    }
-  });
-  return s.out;
-}
-struct simd_vote {
-  uint64_t v;
-  explicit operator uint64_t() const { return v; }
-  typedef uint64_t vote_t;
-};
-inline simd_vote simd_ballot(bool p, CPU_SITE_ARGUMENTS) {
-  typedef uint T;
-  cpu_slot<uint> s{p, 0, 0, 0};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_ballot"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
-    uint m = 0;
-    for (int i = 0; i < g.size; i++) m |= (CPU_SLOT(i)->in & 1u) << i;
-    for (int i = 0; i < g.size; i++) CPU_SLOT(i)->out = m;
-  });
-  return {s.out};
 }
 
 }  // namespace metal

@@ -203,50 +203,21 @@ using ::uint;
 using ::ulong;
 using ::ushort;
 using std::bool_constant;
-using std::conditional;
 using std::conditional_t;
-using std::conjunction;
-using std::declval;
-using std::disjunction;
-using std::enable_if;
 using std::enable_if_t;
 using std::false_type;
 using std::integral_constant;
-using std::is_arithmetic;
-using std::is_arithmetic_v;
-using std::is_const_v;
-using std::is_convertible;
-using std::is_convertible_v;
-using std::is_empty;
-using std::is_empty_v;
-using std::is_floating_point;
-using std::is_floating_point_v;
 using std::is_integral;
 using std::is_integral_v;
-using std::is_pointer_v;
-using std::is_same;
 using std::is_same_v;
-using std::is_signed;
-using std::is_signed_v;
-using std::is_unsigned;
-using std::is_unsigned_v;
-using std::is_void;
-using std::is_void_v;
-using std::make_unsigned_t;
-using std::remove_const_t;
-using std::remove_cv;
 using std::remove_cv_t;
-using std::remove_reference;
-using std::remove_reference_t;
 using std::true_type;
-using std::void_t;
 
 template <class T> struct numeric_limits;
 #define CPU_INTEGER_LIMITS(T)                                                                                \
   template <> struct numeric_limits<T> {                                                                     \
     static constexpr T max() { return std::is_signed_v<T> ? T((~0ull >> (65 - 8 * sizeof(T)))) : T(~T(0)); } \
     static constexpr T min() { return std::is_signed_v<T> ? T(-max() - 1) : T(0); }                          \
-    static constexpr T lowest() { return min(); }                                                            \
   };
 CPU_INTEGER_LIMITS(uint8_t)
 CPU_INTEGER_LIMITS(uint16_t)
@@ -256,17 +227,15 @@ CPU_INTEGER_LIMITS(int8_t)
 CPU_INTEGER_LIMITS(int16_t)
 CPU_INTEGER_LIMITS(int32_t)
 CPU_INTEGER_LIMITS(int64_t)
-#define CPU_FLOAT_LIMITS(T, MAX, MIN, EPS)                           \
+#define CPU_FLOAT_LIMITS(T, MAX, MIN)                                \
   template <> struct numeric_limits<T> {                             \
     static constexpr T max() { return T(MAX); }                      \
     static constexpr T min() { return T(MIN); }                      \
-    static constexpr T lowest() { return T(-(MAX)); }                \
     static constexpr T infinity() { return T(__builtin_inff()); }    \
     static constexpr T quiet_NaN() { return T(__builtin_nanf("")); } \
-    static constexpr T epsilon() { return T(EPS); }                  \
   };
-CPU_FLOAT_LIMITS(float, 3.402823466e+38f, 1.17549435e-38f, 1.1920929e-7f)
-CPU_FLOAT_LIMITS(half, 65504.0f, 6.1035e-5f, 9.765625e-4f)
-CPU_FLOAT_LIMITS(bfloat, 3.3895314e38f, 1.17549435e-38f, 0.0078125f)
+CPU_FLOAT_LIMITS(float, 3.402823466e+38f, 1.17549435e-38f)
+CPU_FLOAT_LIMITS(half, 65504.0f, 6.1035e-5f)
+CPU_FLOAT_LIMITS(bfloat, 3.3895314e38f, 1.17549435e-38f)
 }  // namespace metal
 inline uint3 cpu_uint3(executor::Uint3 a) { return uint3(a.x, a.y, a.z); }
