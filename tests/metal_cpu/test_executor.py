@@ -66,7 +66,7 @@ MISTAKES = {
         "uint i = thread_position_in_grid.x; float v = a[i];\n"
         "if (i % 2) {\n v = simd_sum(v);\n } else {\n v = simd_max(v);\n }\n out[i] = v;",
         Mode.FAST,
-        "divergent simd-group operation",
+        "divergent simdgroup operation",
     ),
     "a lane returns before a simd operation": Mistake(
         "uint i = thread_position_in_grid.x; if (i == 5) return; out[i] = simd_sum(a[i]);",

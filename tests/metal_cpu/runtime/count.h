@@ -28,7 +28,7 @@ inline void watch(const void* memory, size_t bytes) {
 inline void add(const void* address, size_t bytes, bool is_store) {
   const uintptr_t first = (uintptr_t)address;
   for (int i = 0; i < num_watched; i++) {
-    if (first >= watched[i].begin && first < watched[i].end) {
+    if (watched[i].begin <= first && first < watched[i].end) {
       (is_store ? watched[i].stored : watched[i].loaded).fetch_add(bytes, std::memory_order_relaxed);
       return;
     }

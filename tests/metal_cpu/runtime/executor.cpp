@@ -24,7 +24,7 @@ constexpr size_t THREADGROUP_MEMORY_BYTES = 32768;
 constexpr int MAX_THREADGROUP_ARRAYS = 64;
 
 struct ThreadgroupArray {
-  const void* key;
+  const void* key;  // identifies the array's declaration in the kernel
   char* memory;
 };
 
@@ -33,12 +33,13 @@ struct Worker {  // state of an OS thread, which runs one threadgroup at a time
   Fiber* fibers = nullptr;
   SimdGroup* simdgroups = nullptr;
   int num_threads = 0, num_alive = 0, num_at_barrier = 0;
-  void* stack_pointer = nullptr;  // of the scheduler
+  // The stack of the scheduler, run_threadgroup, as fiber.h and the sanitizers identify it.
+  void* stack_pointer = nullptr;
   void* asan_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
   void* tsan_fiber = nullptr;
-  char* arena = nullptr;
+  char* arena = nullptr;  // threadgroup memory with -DWITH_TSAN
   ThreadgroupArray arrays[MAX_THREADGROUP_ARRAYS];
   int num_arrays = 0;
   size_t array_bytes = 0;
@@ -95,21 +96,21 @@ void switch_to_fiber(Fiber* fiber) {
 // Called when all lanes that have not returned have arrived.
 void release_simdgroup(SimdGroup& group) {
   Fiber* first = nullptr;
-  int waiting = 0;
+  int num_waiting = 0;
   for (int i = 0; i < group.size; i++) {
     Fiber& fiber = group.lanes[i];
     if (fiber.state != State::waits_for_simdgroup) continue;
-    waiting++;
+    num_waiting++;
     if (!first) first = &fiber;
     if (!is_same_site(first->site, fiber.site)) {
-      fail("divergent simd-group operation: lane %d is at %s %s:%d, lane %d at %s %s:%d", first->lane,
+      fail("divergent simdgroup operation: lane %d is at %s %s:%d, lane %d at %s %s:%d", first->lane,
            first->site.operation, first->site.file, first->site.line, fiber.lane, fiber.site.operation, fiber.site.file,
            fiber.site.line);
     }
   }
-  if (waiting != group.size) {
-    fail("simd-group operation %s %s:%d reached by %d of %d lanes (others returned)", first->site.operation,
-         first->site.file, first->site.line, waiting, group.size);
+  if (num_waiting != group.size) {
+    fail("simdgroup operation %s %s:%d reached by %d of %d lanes (others returned)", first->site.operation,
+         first->site.file, first->site.line, num_waiting, group.size);
   }
   group.combine(group);
   for (int i = 0; i < group.size; i++) group.lanes[i].state = State::ready;
@@ -119,20 +120,20 @@ void release_simdgroup(SimdGroup& group) {
 // Called when all threads that have not returned have arrived.
 void release_threadgroup(Worker& worker) {
   Fiber* first = nullptr;
-  int waiting = 0;
+  int num_waiting = 0;
   for (int i = 0; i < worker.num_threads; i++) {
     Fiber& fiber = worker.fibers[i];
     if (fiber.state != State::waits_for_threadgroup) continue;
-    waiting++;
+    num_waiting++;
     if (!first) first = &fiber;
     if (!is_same_site(first->site, fiber.site)) {
       fail("threads wait at different threadgroup barriers: %s:%d and %s:%d", first->site.file, first->site.line,
            fiber.site.file, fiber.site.line);
     }
   }
-  if (waiting != worker.num_threads) {
+  if (num_waiting != worker.num_threads) {
     fail("threadgroup_barrier %s:%d reached by %d of %d threads (others returned)", first->site.file, first->site.line,
-         waiting, worker.num_threads);
+         num_waiting, worker.num_threads);
   }
   for (int i = 0; i < worker.num_threads; i++) worker.fibers[i].state = State::ready;
   worker.num_at_barrier = 0;
@@ -162,9 +163,10 @@ uint64_t next_random(Worker& worker) {  // xorshift
   return worker.random_state;
 }
 
+// `size` is the size of this threadgroup, which the end of the grid may cut, and `full_size` that of an uncut one.
 Attributes attributes_of(uint32_t i, Uint3 position, Uint3 size, Uint3 full_size, Uint3 num_groups, Uint3 grid) {
   Attributes a{};
-  const uint32_t threads = size.x * size.y * size.z, num_full_threads = full_size.x * full_size.y * full_size.z;
+  const uint32_t num_threads = size.x * size.y * size.z, num_full_threads = full_size.x * full_size.y * full_size.z;
   const Uint3 p = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
   a.thread_position_in_threadgroup = p;
   a.threadgroup_position_in_grid = position;
@@ -177,12 +179,12 @@ Attributes attributes_of(uint32_t i, Uint3 position, Uint3 size, Uint3 full_size
   a.thread_index_in_threadgroup = i;
   a.thread_index_in_simdgroup = i % SIMD_WIDTH;
   a.simdgroup_index_in_threadgroup = i / SIMD_WIDTH;
-  a.simdgroups_per_threadgroup = (threads + SIMD_WIDTH - 1) / SIMD_WIDTH;
+  a.simdgroups_per_threadgroup = (num_threads + SIMD_WIDTH - 1) / SIMD_WIDTH;
   a.dispatch_simdgroups_per_threadgroup = (num_full_threads + SIMD_WIDTH - 1) / SIMD_WIDTH;
   a.threads_per_simdgroup = a.thread_execution_width = SIMD_WIDTH;
   a.quadgroup_index_in_threadgroup = i / 4;
   a.thread_index_in_quadgroup = i % 4;
-  a.quadgroups_per_threadgroup = (threads + 3) / 4;
+  a.quadgroups_per_threadgroup = (num_threads + 3) / 4;
   a.dispatch_quadgroups_per_threadgroup = (num_full_threads + 3) / 4;
   return a;
 }
@@ -208,49 +210,51 @@ void start_fiber(Fiber& fiber, int i) {
     if (worker.fibers[i].state == State::waits_for_threadgroup) barrier_site = &worker.fibers[i].site;
   }
   const Site none{"", 0, "nothing"};
-  const Site& a = simd_site ? *simd_site : none;
-  const Site& b = barrier_site ? *barrier_site : none;
-  fail("deadlock: some threads wait at %s %s:%d while others wait at %s %s:%d", a.operation, a.file, a.line,
-       b.operation, b.file, b.line);
+  if (!simd_site) simd_site = &none;
+  if (!barrier_site) barrier_site = &none;
+  fail("deadlock: some threads wait at %s %s:%d while others wait at %s %s:%d", simd_site->operation, simd_site->file,
+       simd_site->line, barrier_site->operation, barrier_site->file, barrier_site->line);
 }
 
 void run_threadgroup(Worker& worker, Uint3 position, Uint3 num_groups, Uint3 grid, Uint3 full_size) {
   const Uint3 size = {std::min(full_size.x, grid.x - position.x * full_size.x),
                       std::min(full_size.y, grid.y - position.y * full_size.y),
                       std::min(full_size.z, grid.z - position.z * full_size.z)};
-  const int n = int(size.x * size.y * size.z);
-  worker.num_threads = worker.num_alive = n;
+  const int num_threads = int(size.x * size.y * size.z);
+  worker.num_threads = worker.num_alive = num_threads;
   worker.num_at_barrier = 0;
 #if WITH_TSAN  // memory is not used again, because threadgroups are not ordered
   worker.arena = map_memory(1 << 17);
 #endif
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < num_threads; i++) {
     start_fiber(worker.fibers[i], i);
     worker.fibers[i].attributes = attributes_of(uint32_t(i), position, size, full_size, num_groups, grid);
   }
-  for (int g = 0; g * SIMD_WIDTH < n; g++) {
-    SimdGroup& group = worker.simdgroups[g];
-    group.lanes = worker.fibers + g * SIMD_WIDTH;
-    group.size = group.num_alive = std::min(SIMD_WIDTH, n - g * SIMD_WIDTH);
+  for (int first = 0; first < num_threads; first += SIMD_WIDTH) {
+    SimdGroup& group = worker.simdgroups[first / SIMD_WIDTH];
+    group.lanes = worker.fibers + first;
+    group.size = group.num_alive = std::min(SIMD_WIDTH, num_threads - first);
     group.num_arrived = 0;
   }
   static thread_local std::vector<int> order;
-  order.resize(size_t(n));
-  for (int i = 0; i < n; i++) order[size_t(i)] = thread_order == Order::backward ? n - 1 - i : i;
+  order.resize(size_t(num_threads));
+  for (int i = 0; i < num_threads; i++) {
+    order[size_t(i)] = thread_order == Order::backward ? num_threads - 1 - i : i;
+  }
   while (worker.num_alive) {
     if (thread_order == Order::shuffled) {
-      for (int i = n - 1; i > 0; i--) std::swap(order[size_t(i)], order[next_random(worker) % uint64_t(i + 1)]);
+      for (size_t i = order.size() - 1; i > 0; i--) std::swap(order[i], order[next_random(worker) % (i + 1)]);
     }
-    bool progress = false;
+    bool any_ready = false;
     for (int i : order) {
       if (worker.fibers[i].state != State::ready) continue;
-      progress = true;
+      any_ready = true;
       switch_to_fiber(worker.fibers + i);
     }
-    if (!progress && worker.num_alive) fail_deadlock(worker);
+    if (!any_ready && worker.num_alive) fail_deadlock(worker);
   }
 #if WITH_TSAN
-  for (int i = 0; i < n; i++) munmap(worker.fibers[i].stack, STACK_BYTES);
+  for (int i = 0; i < num_threads; i++) munmap(worker.fibers[i].stack, STACK_BYTES);
 #else
   for (int i = 0; i < worker.num_arrays; i++) free(worker.arrays[i].memory);
 #endif
@@ -271,9 +275,9 @@ void fail(const char* format, ...) {
   fprintf(stderr, "MISUSE: %s\n", message);
   if (Fiber* fiber = current_worker().current) {
     const Attributes& a = fiber->attributes;
-    const Uint3 g = a.threadgroup_position_in_grid;
-    fprintf(stderr, "  threadgroup (%u,%u,%u) simdgroup %u lane %u\n", g.x, g.y, g.z, a.simdgroup_index_in_threadgroup,
-            a.thread_index_in_simdgroup);
+    const Uint3 position = a.threadgroup_position_in_grid;
+    fprintf(stderr, "  threadgroup (%u,%u,%u) simdgroup %u lane %u\n", position.x, position.y, position.z,
+            a.simdgroup_index_in_threadgroup, a.thread_index_in_simdgroup);
   }
   fflush(nullptr);
   _exit(EXIT_MISUSE);
@@ -354,7 +358,7 @@ char* threadgroup_memory(const void* key, size_t bytes, size_t align) {
 
 void run(void (*entry)(const Attributes&, void**), void** buffers, Uint3 grid, Uint3 threadgroup, int os_threads) {
   const Uint3 full_size = {std::min(threadgroup.x, grid.x), std::min(threadgroup.y, grid.y),
-                      std::min(threadgroup.z, grid.z)};
+                           std::min(threadgroup.z, grid.z)};
   const uint32_t num_threads = full_size.x * full_size.y * full_size.z;
   if (num_threads > MAX_THREADS) fail("threadgroup of %u threads exceeds the limit of %d", num_threads, MAX_THREADS);
   const Uint3 groups = {(grid.x + full_size.x - 1) / full_size.x, (grid.y + full_size.y - 1) / full_size.y,
@@ -371,10 +375,10 @@ void run(void (*entry)(const Attributes&, void**), void** buffers, Uint3 grid, U
     worker.tsan_fiber = __tsan_get_current_fiber();
 #endif
     for (uint64_t i; (i = next_group++) < total_groups;) {
-      const uint64_t g = thread_order == Order::backward ? total_groups - 1 - i : i;
-      worker.random_state = order_seed * 0x9E3779B97F4A7C15ull + g * 0xD1B54A32D192ED03ull + 1;
-      const Uint3 position = {uint32_t(g % groups.x), uint32_t(g / groups.x % groups.y),
-                              uint32_t(g / (uint64_t(groups.x) * groups.y))};
+      const uint64_t index = thread_order == Order::backward ? total_groups - 1 - i : i;
+      worker.random_state = order_seed * 0x9E3779B97F4A7C15ull + index * 0xD1B54A32D192ED03ull + 1;
+      const Uint3 position = {uint32_t(index % groups.x), uint32_t(index / groups.x % groups.y),
+                              uint32_t(index / (uint64_t(groups.x) * groups.y))};
       run_threadgroup(worker, position, groups, grid, full_size);
     }
     simd_operations += worker.simd_operations;

@@ -19,6 +19,8 @@ extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern void (*const kernel_entry)(const executor::Attributes&, void**);
 void set_function_constants();
 
+constexpr int EXIT_BAD_JOB = 2;  // the job file cannot be read, or a file that it names
+
 namespace {
 
 struct Buffer {
@@ -41,7 +43,7 @@ char* read_input(const std::string& path, size_t bytes) {
   FILE* file = fopen(path.c_str(), "rb");
   if (!file || fread(memory, 1, bytes, file) != bytes) {
     fprintf(stderr, "cannot read %s\n", path.c_str());
-    exit(2);
+    exit(EXIT_BAD_JOB);
   }
   fclose(file);
   return memory;
@@ -58,7 +60,7 @@ char* make_output(size_t bytes) {
 int main(int argc, char** argv) {
   using namespace executor;
   FILE* job = argc == 2 ? fopen(argv[1], "r") : nullptr;
-  if (!job) return 2;
+  if (!job) return EXIT_BAD_JOB;
   Uint3 grid{1, 1, 1}, threadgroup{1, 1, 1};
   int os_threads = 1;
   char word[16], path[1000];
@@ -80,7 +82,7 @@ int main(int argc, char** argv) {
       char* memory = key == "in" ? read_input(path, bytes) : make_output(bytes);
       buffers.push_back({path, memory, bytes, key == "out"});
     }
-    if (fields == 0) return 2;
+    if (fields == 0) return EXIT_BAD_JOB;
   }
   fclose(job);
   std::vector<void*> pointers;
@@ -96,7 +98,7 @@ int main(int argc, char** argv) {
   for (const Buffer& buffer : buffers) {
     if (!buffer.is_output) continue;
     FILE* file = fopen(buffer.path.c_str(), "wb");
-    if (!file || fwrite(buffer.memory, 1, buffer.bytes, file) != buffer.bytes) return 2;
+    if (!file || fwrite(buffer.memory, 1, buffer.bytes, file) != buffer.bytes) return EXIT_BAD_JOB;
     fclose(file);
   }
 #if WITH_TSAN

@@ -1,17 +1,11 @@
-// simdgroup_matrix of the Metal library.
+// simdgroup_matrix of the Metal library: matrices of 8 x 8 elements, of which each lane holds two.
 #pragma once
 #include "simd.h"
 
 namespace metal {
 // A lane holds the elements (row, column) and (row, column + 1), as MLX's steel/gemm/mma.h assumes.
-inline int cpu_matrix_row(int l) {
-  int q = l / 4;
-  return (q & 4) + ((l / 2) % 4);
-}
-inline int cpu_matrix_column(int l) {
-  int q = l / 4;
-  return (q & 2) * 2 + (l % 2) * 2;
-}
+inline int cpu_matrix_row(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+inline int cpu_matrix_column(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
 template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   static_assert(R == 8 && C == 8);
   vec<T, 2> elements;
@@ -80,8 +74,7 @@ inline void simdgroup_load(simdgroup_matrix<T>& d, const P* p, ulong row_stride 
   } else {
     d.elements = {T(p[r * row_stride + c]), T(p[r * row_stride + c + 1])};
   }
-  int q;
-  executor::simd_rendezvous(&q, CPU_SITE("simdgroup_load"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
+  executor::simd_rendezvous(nullptr, CPU_SITE("simdgroup_load"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
 }
 template <class T, class P>
 inline void simdgroup_store(const simdgroup_matrix<T>& s, P* p, ulong row_stride = 8, ulong2 origin = ulong2(0ul, 0ul),
@@ -95,8 +88,7 @@ inline void simdgroup_store(const simdgroup_matrix<T>& s, P* p, ulong row_stride
     p[r * row_stride + c] = P(s.elements.x);
     p[r * row_stride + c + 1] = P(s.elements.y);
   }
-  int q;
-  executor::simd_rendezvous(&q, CPU_SITE("simdgroup_store"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
+  executor::simd_rendezvous(nullptr, CPU_SITE("simdgroup_store"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
 }
 
 }  // namespace metal

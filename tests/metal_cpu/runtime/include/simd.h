@@ -1,15 +1,9 @@
-// Barriers and simd-group functions of the Metal library: each is a rendezvous in the executor.
+// Barriers and simdgroup functions of the Metal library: each is a rendezvous in the executor.
 #pragma once
 #include "types.h"
 
 namespace metal {
-enum class mem_flags {
-  mem_none = 0,
-  mem_device = 1,
-  mem_threadgroup = 2,
-  mem_texture = 4,
-  mem_threadgroup_imageblock = 8
-};
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 inline void threadgroup_barrier(mem_flags f, CPU_SITE_ARGUMENTS) {
   executor::threadgroup_rendezvous(int(f), CPU_SITE("threadgroup_barrier"));
@@ -18,10 +12,10 @@ inline void simdgroup_barrier(mem_flags f, CPU_SITE_ARGUMENTS) {
   executor::simdgroup_rendezvous(int(f), CPU_SITE("simdgroup_barrier"));
 }
 
-template <class T> struct cpu_slot {
+template <class T> struct cpu_slot {  // operands and result of a lane
   T in, out;
-  T fill;
-  uint arg;
+  T fill;    // of simd_shuffle_and_fill_up
+  uint arg;  // lane or distance of a shuffle
 };
 #define CPU_SLOT(i) (static_cast<cpu_slot<T>*>(g.slot(i)))
 // Reductions combine pairs of lanes, then pairs of results. Apple does not document an order: tests must not need one.
@@ -29,15 +23,15 @@ template <class T> struct cpu_slot {
   template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                      \
     cpu_slot<T> s{v, v, v, 0};                                                                     \
     executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED { \
-      T t[executor::SIMD_WIDTH];                                                                   \
+      T values[executor::SIMD_WIDTH];                                                              \
       int n = g.size;                                                                              \
-      for (int i = 0; i < n; i++) t[i] = CPU_SLOT(i)->in;                                          \
-      for (int m = 1; m < n; m <<= 1)                                                              \
-        for (int i = 0; i + m < n; i += 2 * m) {                                                   \
-          T a = t[i], b = t[i + m];                                                                \
-          t[i] = EXPR;                                                                             \
+      for (int i = 0; i < n; i++) values[i] = CPU_SLOT(i)->in;                                     \
+      for (int distance = 1; distance < n; distance *= 2)                                          \
+        for (int i = 0; i + distance < n; i += 2 * distance) {                                     \
+          T a = values[i], b = values[i + distance];                                               \
+          values[i] = EXPR;                                                                        \
         }                                                                                          \
-      for (int i = 0; i < n; i++) CPU_SLOT(i)->out = t[0];                                         \
+      for (int i = 0; i < n; i++) CPU_SLOT(i)->out = values[0];                                    \
     });                                                                                            \
     return s.out;                                                                                  \
   }
@@ -66,12 +60,12 @@ template <class T> inline T cpu_all_ones() {
   __builtin_memset((void*)&t, 0xFF, sizeof t);
   return t;
 }
-#define CPU_SHUFFLE(NAME, SRC)                                                                     \
+#define CPU_SHUFFLE(NAME, SOURCE)                                                                  \
   template <class T> inline T NAME(T v, ushort arg, CPU_SITE_ARGUMENTS) {                          \
     cpu_slot<T> s{v, v, v, arg};                                                                   \
     executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED { \
       for (int i = 0; i < g.size; i++) {                                                           \
-        int a = CPU_SLOT(i)->arg, j = SRC;                                                         \
+        int a = CPU_SLOT(i)->arg, j = SOURCE;                                                      \
         CPU_SLOT(i)->out = j >= 0 && j < g.size ? CPU_SLOT(j)->in : cpu_all_ones<T>();             \
         (void)a;                                                                                   \
       }                                                                                            \
