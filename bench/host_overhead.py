@@ -37,7 +37,7 @@ from tests.model.oracle import load_oracle
 PROMPT = prompt_ids(64)
 NUM_WARM_STEPS = 10
 NUM_PLANS = 100
-"""Plans for which the time is measured at once."""
+"""Plans in one measurement, because a single one takes a few microseconds."""
 
 BuildGraph = Callable[[], mx.array]
 

@@ -58,7 +58,7 @@ def measure(
         steps = run_batch(model, prompt_tokens, generate_tokens, streams, prefill_step)
     arrivals = [(time.perf_counter(), num_tokens) for num_tokens in steps]
     if "MLX_RANK" in os.environ:
-        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # no rank starts the next run before both have finished
+        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # no rank starts the next run before all have finished this one
     first_at, last_at = arrivals[0][0], arrivals[-1][0]
     num_decoded = sum(num_tokens for _, num_tokens in arrivals[1:])
     prefill_rate = streams * prompt_tokens / (first_at - started_at)
@@ -73,15 +73,15 @@ def run_one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill
 
 
 def run_batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
-    """Run mlx-lm's batch generation; yield the number of tokens of each step from the first with all streams on."""
+    """Run mlx-lm's batch generation; yield the number of tokens of each step since all streams run."""
     generator = BatchGenerator(model, prefill_step_size=prefill_step, prefill_batch_size=streams)
     # the prompts differ in their first token, as those of mlx-k2's benchmark do
     prompts = [[stream, *prompt_ids(prompt_tokens - 1)] for stream in range(streams)]
     generator.insert(prompts, [generate_tokens] * streams)
-    all_run = False
+    all_streams_run = False
     while responses := generator.next_generated():
-        all_run = all_run or len(responses) == streams
-        if all_run:
+        all_streams_run = all_streams_run or len(responses) == streams
+        if all_streams_run:
             yield len(responses)
     generator.close()
 

@@ -15,6 +15,8 @@ from tests.metal_cpu.nvrtc import compile_cuda, cuda_source
 pytestmark = pytest.mark.timeout(60)
 
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
+MAX_REGISTERS = 128
+"""Registers per thread with which an SM can still run 512 threads."""
 
 
 def k2_dispatches(tokens: int, rows: int) -> dict[str, Dispatch]:
@@ -44,7 +46,7 @@ def k2_dispatches(tokens: int, rows: int) -> dict[str, Dispatch]:
 def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projections: int, rows: int) -> None:
     cost = compile_cuda(cuda_source(k2_dispatches(1, rows)[half]))
     assert cost.spilled_bytes == 0
-    assert cost.registers <= 64 + 4 * rows
+    assert cost.registers <= 64 + 4 * rows < MAX_REGISTERS  # each row has some registers for its scale and sums
     weight_loads = projections * rows
     assert cost.loads_of_16_bytes % weight_loads == 0
     assert cost.loads_of_16_bytes >= weight_loads
@@ -60,7 +62,7 @@ def test_decode_kernels_unroll_and_load_16_bytes_at_a_time(half: str, projection
 def test_batch_kernels_convert_a_weight_once_for_all_tokens(half: str, tokens: int, rows: int) -> None:
     cost = compile_cuda(cuda_source(k2_dispatches(tokens, rows)[half]))
     assert cost.spilled_bytes == 0
-    assert cost.registers <= 128
+    assert cost.registers <= MAX_REGISTERS
     weight_loads = (2 if half == "gate_up" else 1) * rows
     unroll_factor = cost.loads_of_16_bytes // weight_loads
     assert cost.converts == 32 * weight_loads * unroll_factor

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(60)
 
 HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 TOLERANCE = 6e-3
+"""Largest allowed error as a fraction of the largest output: results are rounded to bfloat16."""
+TWO_SIMDGROUPS = (32, 2, 1)
 NO_STRIDE = np.int64(0)
 UNBATCHED = (1, 1, NO_STRIDE, 1, 1, NO_STRIDE, NO_STRIDE, NO_STRIDE)
 """Batch shapes and strides, which a kernel for a single matrix does not read."""
@@ -55,8 +57,8 @@ def run_kernel(
     """Run one of MLX's kernels; return buffer number ``output``. ``constants`` sets function constants."""
     arguments = {"T": "bfloat16_t", "group_size": "32", "bits": "4"} | template
     program = Program("", name, arguments, headers=HEADERS, constants=constants, mode=mode)
-    (out,), _ = program(buffers, frozenset({output}), grid, threadgroup)
-    return to_mlx(out, mx.bfloat16)
+    (result,), _ = program(buffers, frozenset({output}), grid, threadgroup)
+    return to_mlx(result, mx.bfloat16)
 
 
 def quantized_product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> npt.NDArray[np.float64]:
@@ -86,7 +88,7 @@ def test_mlx_qmv_fast_is_correct(mode: Mode) -> None:
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
     buffers = [*map(to_numpy, (*weights, x)), bfloat16_zeros(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
     y = run_kernel(
-        "affine_qmv_fast", {"batched": "false"}, buffers, 4, (tokens * 32, outputs // 8 * 2, 1), (32, 2, 1), mode
+        "affine_qmv_fast", {"batched": "false"}, buffers, 4, (tokens * 32, outputs // 8 * 2, 1), TWO_SIMDGROUPS, mode
     )
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
@@ -101,9 +103,9 @@ def test_mlx_qmv_is_correct_for_sizes_that_tiles_do_not_divide_and_has_a_known_r
     if mode is Mode.RACES:
         # The last tile begins earlier and computes rows of the tile before it again: a harmless race.
         with pytest.raises(KernelFault, match="data race"):
-            run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, (32, 2, 1), mode)
+            run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, TWO_SIMDGROUPS, mode)
         return
-    y = run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, (32, 2, 1), mode)
+    y = run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, TWO_SIMDGROUPS, mode)
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
 
@@ -115,7 +117,7 @@ def test_mlx_qmv_wide_is_correct(mode: Mode) -> None:
     sizes = scalars((inputs, outputs, tokens, *UNBATCHED))
     buffers = [*map(to_numpy, (*weights, x)), bfloat16_zeros(tokens, outputs), *sizes]
     template = {"vecs_per_tg": "4", "k_lanes": "8", "batched": "false"}
-    y = run_kernel("affine_qmv_wide", template, buffers, 4, (32, (outputs + 7) // 8 * 2, 1), (32, 2, 1), mode)
+    y = run_kernel("affine_qmv_wide", template, buffers, 4, (32, (outputs + 7) // 8 * 2, 1), TWO_SIMDGROUPS, mode)
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
 
@@ -126,7 +128,7 @@ def test_mlx_gather_qmv_fast_is_correct(mode: Mode) -> None:
     x = mx.random.normal((2, 1, inputs)).astype(mx.bfloat16)
     rows, ids = np.repeat([0, 1], 4).astype(np.uint32), np.array([5, 0, 3, 2, 1, 1, 4, 5], np.uint32)
     words, groups = inputs // 8, inputs // 32
-    shapes: list[Array] = [
+    shapes: list[Array] = [  # sizes, then shapes and strides of x, of the weights, of scales and biases, and of the ids
         *scalars((inputs, outputs, 1)),
         np.array((2, 1, inputs), np.int32),
         np.array((inputs, inputs, 1), np.int64),
@@ -138,7 +140,7 @@ def test_mlx_gather_qmv_fast_is_correct(mode: Mode) -> None:
         *scalars((1, pairs, np.int64(1), np.int64(1))),
     ]
     buffers = [*map(to_numpy, (packed, scales, biases, x)), rows, ids, bfloat16_zeros(pairs, 1, outputs), *shapes]
-    y = run_kernel("affine_gather_qmv_fast", {}, buffers, 6, (32, outputs // 8 * 2, pairs), (32, 2, 1), mode)
+    y = run_kernel("affine_gather_qmv_fast", {}, buffers, 6, (32, outputs // 8 * 2, pairs), TWO_SIMDGROUPS, mode)
     expected = np.stack(
         [
             quantized_product(x[row], packed[expert], scales[expert], biases[expert])
@@ -171,7 +173,7 @@ def test_mlx_gather_qmm_rhs_is_correct(mode: Mode) -> None:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     packed, scales, biases = quantized(experts, outputs, inputs)
     x = mx.random.normal((rows, 1, inputs)).astype(mx.bfloat16)
-    tiles = int(np.ceil(counts / tile_rows).sum()) + 2
+    num_tiles = int(np.ceil(counts / tile_rows).sum()) + 2  # two threadgroups find no tile
     template = {"BM": str(tile_rows), "BN": "32", "BK": "32", "WM": "1", "WN": "2", "transpose": "true"}
     constants = "align_M = false; align_N = false; align_K = true;"
     buffers = [
@@ -180,8 +182,8 @@ def test_mlx_gather_qmm_rhs_is_correct(mode: Mode) -> None:
         bfloat16_zeros(rows, outputs),
         *scalars((rows, outputs, inputs, experts)),
     ]
-    grid = ((outputs + 31) // 32 * 32, tiles * 2, 1)
-    y = run_kernel("affine_gather_qmm_rhs", template, buffers, 5, grid, (32, 2, 1), mode, constants)
+    grid = ((outputs + 31) // 32 * 32, num_tiles * 2, 1)
+    y = run_kernel("affine_gather_qmm_rhs", template, buffers, 5, grid, TWO_SIMDGROUPS, mode, constants)
     expected = np.concatenate(
         [
             quantized_product(x[first:end, 0], packed[expert], scales[expert], biases[expert])
