@@ -73,7 +73,7 @@ def measure_stages() -> list[StageTimes]:
     hidden_state, logits = mx.random.normal((1, config.hidden_size)), mx.random.normal((1, config.vocab_size))
     model, batch = pipeline.runners[1]._model, Batch([Span(0, 0, PROMPT_TOKENS, is_prompt=True)])
     return [
-        StageTimes(name, median_us(check, NUM_CHECKS), statistics.median(step[rank].busy_s for step in steps) * 1e6)
+        StageTimes(name, median_us(check, NUM_CHECKS), 1e6 * statistics.median(step[rank].busy_s for step in steps))
         for name, check, rank, steps in (
             ("even, stage 0", check_of(hidden_state), 0, decodes),
             ("even, stage 1", check_of(logits), 1, decodes),

@@ -151,12 +151,13 @@ def test_no_kernel_has_a_data_race(variant: Variant) -> None:
 @pytest.mark.parametrize(("variant", "tokens"), [(Variant.DECODE, 1), (Variant.BATCH, 2)])
 def test_kernels_are_correct_at_the_size_of_k2(variant: Variant, tokens: int) -> None:
     case = random_case(experts=9, tokens=tokens, top_k=8, hidden=7168, intermediate=2048)
-    assert_within_tolerance(case, measure(case, variant, tuning=DEFAULT, rows=slice(1900, 1964)))
+    compared_outputs = slice(1900, 1964)  # float64 takes too long for all outputs
+    assert_within_tolerance(case, measure(case, variant, tuning=DEFAULT, rows=compared_outputs))
 
 
 @pytest.mark.slow
 def test_gate_up_is_correct_for_a_stack_above_4_gb(tmp_path: Path) -> None:
-    """Each projection has 2.8 GB, in sparse files with data for 8 experts only."""
+    """Gate and up have 2.8 GB each, in sparse files with data for the 8 chosen experts only."""
     experts, outputs, inputs = 384, 2048, 7168
     chosen = np.array([[383, 0, 382, 200, 7, 291, 293, 100]], np.uint32)
     small = random_case(experts=8, tokens=1, top_k=8, hidden=inputs, intermediate=outputs)
