@@ -19,10 +19,6 @@ _UINT3_ATTRIBUTES = {
     "threadgroup_position_in_grid",
     "threads_per_grid",
     "threads_per_threadgroup",
-    "threadgroups_per_grid",
-    "dispatch_threads_per_threadgroup",
-    "grid_size",
-    "grid_origin",
 }
 
 

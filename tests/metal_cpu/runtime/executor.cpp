@@ -164,28 +164,20 @@ uint64_t next_random(Worker& worker) {  // xorshift
 }
 
 // `size` is the size of this threadgroup, which the end of the grid may cut, and `full_size` that of an uncut one.
-Attributes attributes_of(uint32_t i, Uint3 position, Uint3 size, Uint3 full_size, Uint3 num_groups, Uint3 grid) {
+Attributes attributes_of(uint32_t i, Uint3 position, Uint3 size, Uint3 full_size, Uint3 grid) {
   Attributes a{};
-  const uint32_t num_threads = size.x * size.y * size.z, num_full_threads = full_size.x * full_size.y * full_size.z;
   const Uint3 p = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
   a.thread_position_in_threadgroup = p;
   a.threadgroup_position_in_grid = position;
   a.thread_position_in_grid = {position.x * full_size.x + p.x, position.y * full_size.y + p.y,
                                position.z * full_size.z + p.z};
-  a.threads_per_grid = a.grid_size = grid;
+  a.threads_per_grid = grid;
   a.threads_per_threadgroup = size;
-  a.dispatch_threads_per_threadgroup = full_size;
-  a.threadgroups_per_grid = num_groups;
   a.thread_index_in_threadgroup = i;
   a.thread_index_in_simdgroup = i % SIMD_WIDTH;
   a.simdgroup_index_in_threadgroup = i / SIMD_WIDTH;
-  a.simdgroups_per_threadgroup = (num_threads + SIMD_WIDTH - 1) / SIMD_WIDTH;
-  a.dispatch_simdgroups_per_threadgroup = (num_full_threads + SIMD_WIDTH - 1) / SIMD_WIDTH;
-  a.threads_per_simdgroup = a.thread_execution_width = SIMD_WIDTH;
   a.quadgroup_index_in_threadgroup = i / 4;
   a.thread_index_in_quadgroup = i % 4;
-  a.quadgroups_per_threadgroup = (num_threads + 3) / 4;
-  a.dispatch_quadgroups_per_threadgroup = (num_full_threads + 3) / 4;
   return a;
 }
 
@@ -216,7 +208,7 @@ void start_fiber(Fiber& fiber, int i) {
        simd_site->line, barrier_site->operation, barrier_site->file, barrier_site->line);
 }
 
-void run_threadgroup(Worker& worker, Uint3 position, Uint3 num_groups, Uint3 grid, Uint3 full_size) {
+void run_threadgroup(Worker& worker, Uint3 position, Uint3 grid, Uint3 full_size) {
   const Uint3 size = {std::min(full_size.x, grid.x - position.x * full_size.x),
                       std::min(full_size.y, grid.y - position.y * full_size.y),
                       std::min(full_size.z, grid.z - position.z * full_size.z)};
@@ -228,7 +220,7 @@ void run_threadgroup(Worker& worker, Uint3 position, Uint3 num_groups, Uint3 gri
 #endif
   for (int i = 0; i < num_threads; i++) {
     start_fiber(worker.fibers[i], i);
-    worker.fibers[i].attributes = attributes_of(uint32_t(i), position, size, full_size, num_groups, grid);
+    worker.fibers[i].attributes = attributes_of(uint32_t(i), position, size, full_size, grid);
   }
   for (int first = 0; first < num_threads; first += SIMD_WIDTH) {
     SimdGroup& group = worker.simdgroups[first / SIMD_WIDTH];
@@ -379,7 +371,7 @@ void run(void (*entry)(const Attributes&, void**), void** buffers, Uint3 grid, U
       worker.random_state = order_seed * 0x9E3779B97F4A7C15ull + index * 0xD1B54A32D192ED03ull + 1;
       const Uint3 position = {uint32_t(index % groups.x), uint32_t(index / groups.x % groups.y),
                               uint32_t(index / (uint64_t(groups.x) * groups.y))};
-      run_threadgroup(worker, position, groups, grid, full_size);
+      run_threadgroup(worker, position, grid, full_size);
     }
     simd_operations += worker.simd_operations;
     barriers += worker.barriers;

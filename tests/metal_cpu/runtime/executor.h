@@ -22,13 +22,9 @@ struct Uint3 {
 
 struct Attributes {  // the [[...]] attributes of a kernel's arguments, Metal Shading Language table 5.8
   Uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
-  Uint3 threads_per_grid, threads_per_threadgroup, threadgroups_per_grid, dispatch_threads_per_threadgroup;
-  Uint3 grid_size, grid_origin;
+  Uint3 threads_per_grid, threads_per_threadgroup;
   uint32_t thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup;
-  uint32_t simdgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
-  uint32_t threads_per_simdgroup, thread_execution_width;
   uint32_t quadgroup_index_in_threadgroup, thread_index_in_quadgroup;
-  uint32_t quadgroups_per_threadgroup, dispatch_quadgroups_per_threadgroup;
 };
 
 struct Site {  // the operation of a rendezvous, and its line in the kernel

@@ -173,22 +173,15 @@ template <class T, int N> inline T dot(vec<T, N> a, vec<T, N> b) {
   return r;
 }
 }  // namespace metal
-#define CPU_VECTOR_TYPES(T, NAME)   \
-  typedef metal::vec<T, 2> NAME##2; \
-  typedef metal::vec<T, 3> NAME##3; \
-  typedef metal::vec<T, 4> NAME##4;
-CPU_VECTOR_TYPES(float, float)
-CPU_VECTOR_TYPES(half, half)
-CPU_VECTOR_TYPES(bfloat, bfloat)
-CPU_VECTOR_TYPES(int, int)
-CPU_VECTOR_TYPES(uint, uint)
-CPU_VECTOR_TYPES(short, short)
-CPU_VECTOR_TYPES(ushort, ushort)
-CPU_VECTOR_TYPES(char, char)
-CPU_VECTOR_TYPES(uchar, uchar)
-CPU_VECTOR_TYPES(long, long)
-CPU_VECTOR_TYPES(ulong, ulong)
-CPU_VECTOR_TYPES(bool, bool)
+#define CPU_VECTOR_TYPES(T)      \
+  typedef metal::vec<T, 2> T##2; \
+  typedef metal::vec<T, 3> T##3; \
+  typedef metal::vec<T, 4> T##4;
+CPU_VECTOR_TYPES(float)
+CPU_VECTOR_TYPES(int)
+CPU_VECTOR_TYPES(uint)
+CPU_VECTOR_TYPES(short)
+CPU_VECTOR_TYPES(ulong)
 using metal::vec;
 template <class T, class U> constexpr T as_type(const U& u) {
   static_assert(sizeof(T) == sizeof(U));
