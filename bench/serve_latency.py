@@ -31,6 +31,7 @@ from tests.server.in_process import SteppedServer, stepped_server
 
 NUM_STREAMS = 8
 NUM_TOKENS = 200
+POLL_INTERVAL_S = 0.0005
 MAX_ADDED_P50_MS, MAX_ADDED_P99_MS = 1.0, 5.0
 
 
@@ -68,7 +69,7 @@ def run_sleeping_stages(server: SteppedServer) -> Iterator[None]:
 
     def run_stage(rank: int) -> None:
         while not is_over.is_set():
-            time.sleep(0.0005 if server.tokens.stages.next_step(rank) is None else STEP_S)
+            time.sleep(POLL_INTERVAL_S if server.tokens.stages.next_step(rank) is None else STEP_S)
             server.tokens.stages.execute(rank)
 
     threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(2)]

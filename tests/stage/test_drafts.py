@@ -173,19 +173,19 @@ def make_stages(
 
 
 def head_cache_rows(stages: PipelinedStages, count: int) -> list[mx.array]:
-    """Return the head's cache rows of positions 1 to ``count`` - 1 in each slot. The head does not write position 0."""
+    """Return the head's cache rows of positions 1 to ``count`` - 1 in each used slot. Nothing reads row 0."""
     assert stages.pipeline.head is not None
     return [array[1:count] for array in stages.pipeline.head.cache.arrays]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
+def test_a_head_changes_no_token_and_no_logprob_of_any_request(
     checkpoint: Checkpoint, head: Path, num_stages: int
 ) -> None:
     """The drafts are right, wrong, in flight when a request ends, undone, or part of a prefix that is used again."""
     plain = make_stages(checkpoint, None, num_stages, DraftMode.OFF)
-    writing = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
+    with_head = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
     drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.6)
     for case in request_cases(num_stages, NUM_CASES):
         expected = plain.run(case)
@@ -194,7 +194,7 @@ def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
             for request, tokens in zip((case.request, case.companion), expected, strict=False)
             if request is not None
         }
-        assert writing.run(case) == expected
+        assert with_head.run(case) == expected
         assert drafting.run(case) == expected
     if num_stages > 1:
         assert drafting.num_accepted > NUM_CASES  # drafts were right ...
