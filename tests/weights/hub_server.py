@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", COMMIT)
 LARGE_FILES = (".safetensors", ".model")
 """Ends of the names of files that the Hub keeps in its storage."""
 
@@ -91,32 +92,26 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.hub.requests.append(Request(self.command, path, start))
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == self.hub.repo:
-            if parts[5:6] in ([], ["main"], [COMMIT]):
-                self._send_listing()
-            else:
+        match path.strip("/").split("/"):
+            case ["storage", *_, file]:
+                self._send_file(file, start)
+            case ["api", "models", owner, name, *_] | [owner, name, *_] if f"{owner}/{name}" != self.hub.repo:
+                if "gated" in path:
+                    self._refuse(403, "GatedRepo")
+                else:
+                    self._refuse(401, "RepoNotFound")
+            case ["api", "models", _, _, "revision", revision] | [_, _, "resolve", revision, _] if (
+                revision not in REVISIONS
+            ):
                 self._refuse(404, "RevisionNotFound")
-        elif parts[:2] == ["api", "models"]:
-            self._refuse_repo(path)
-        elif parts[0] == "storage":
-            self._send_file(parts[-1], start)
-        elif "/".join(parts[:2]) != self.hub.repo:
-            self._refuse_repo(path)
-        elif parts[3] not in ("main", COMMIT):
-            self._refuse(404, "RevisionNotFound")
-        elif parts[4] not in self.hub.files:
-            self._refuse(404, "EntryNotFound")
-        elif parts[4].endswith(LARGE_FILES):
-            self._redirect_to_storage(parts[4])
-        else:
-            self._send_file(parts[4], start)
-
-    def _refuse_repo(self, path: str) -> None:
-        if "gated" in path:
-            self._refuse(403, "GatedRepo")
-        else:
-            self._refuse(401, "RepoNotFound")
+            case ["api", *_]:
+                self._send_listing()
+            case [*_, file] if file not in self.hub.files:
+                self._refuse(404, "EntryNotFound")
+            case [*_, file] if file.endswith(LARGE_FILES):
+                self._redirect_to_storage(file)
+            case [*_, file]:
+                self._send_file(file, start)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
