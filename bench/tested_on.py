@@ -51,7 +51,7 @@ class ProgramResult(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Results of the programs on one machine."""
+    """Results of `mlx-k2 kernels --check`, of `mlx-k2 generate` and of the tests of bit-identity on one machine."""
 
     commit: str
     system: str
@@ -129,8 +129,11 @@ def _kernel_report(stdout: str) -> KernelReport | None:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report that `run` wrote."""
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    """Read a report that `run` wrote. Exit with a message if the file is another one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except msgspec.DecodeError as error:
+        sys.exit(f"{path} is not a report that `bench.tested_on run` wrote: {error}")
 
 
 def row(report: Report) -> str:

@@ -81,6 +81,13 @@ def test_a_refused_kernel_is_recorded_and_is_no_problem(tmp_path: Path) -> None:
     assert "| none | decode, router | none |" in ran.stdout
 
 
+def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=r"report\.json is not a report that `bench\.tested_on run` wrote: "):
+        read_report(path)
+
+
 SOUND = report_of([KernelLine(kernel=DECODE, usable=True, ran=True, error=1e-3, reason="")])
 RED: dict[str, tuple[Report, str]] = {
     "a crash": (

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from mlx_k2.config import ModelConfig
 from mlx_k2.errors import MlxK2Error
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
@@ -19,12 +18,9 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_files import read_draft
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
+from tests.weights.tiny_checkpoints import config_of
 
 FIELDS = tiny_config_fields(192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
-
-
-def config_of(fields: dict[str, Any]) -> ModelConfig:
-    return ModelConfig.from_json(json.dumps(fields).encode(), "the target")
 
 
 TARGET = config_of(FIELDS)
