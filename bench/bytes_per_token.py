@@ -3,8 +3,8 @@
 python -m bench.bytes_per_token [--save]
 
 All figures are calculated from tensor shapes; nothing is measured. The tokens per second are an upper bound, not a
-speed. A pipeline of stages has the same bound as one machine. "launches" are the kernel dispatches of the feed-forward
-blocks with experts, counted from MLX's graphs. --save appends the rows to results/bytes_per_token.csv.
+speed. A pipeline of stages has the same bound as one machine. "launches" are the kernel dispatches of all feed-forward
+blocks with routed experts (MoE blocks), counted in MLX's graphs. --save appends to results/bytes_per_token.csv.
 """
 
 import argparse
@@ -46,8 +46,8 @@ HEADER = (
 )
 
 
-class Row(NamedTuple):
-    """One program with one format of its dense weights."""
+class ProgramFigures(NamedTuple):
+    """Figures of one program with one format of its dense weights. ``dense_bits`` is None for bfloat16, as shipped."""
 
     program: str
     dense_bits: int | None
@@ -56,10 +56,10 @@ class Row(NamedTuple):
     dispatches: int
 
     def cells(self) -> tuple[object, ...]:
-        """Return the row's cells as printed."""
-        ceilings = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
+        """Return the cells of the table's row, as HEADER names them."""
+        max_rates = (f"{speed * 1e9 / self.bytes_per_token:.2f}" for speed in BANDWIDTHS_GB_S.values())
         gigabytes = (f"{count / 1e9:.2f}" for count in (self.bytes_held, self.bytes_per_token))
-        return self.program, self.dense_bits or 16, *gigabytes, *ceilings, self.dispatches
+        return self.program, self.dense_bits or 16, *gigabytes, *max_rates, self.dispatches
 
 
 def main() -> None:
@@ -74,23 +74,23 @@ def main() -> None:
         print(f"saved to {save_rows('bytes_per_token', HEADER, rows)}")
 
 
-def table() -> list[Row]:
-    """Return the rows of mlx-k2 and mlx-lm, with the dense weights as shipped and in 8 bits."""
+def table() -> list[ProgramFigures]:
+    """Return the figures of mlx-k2 and mlx-lm, with the dense weights as shipped and in 8 bits."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
     moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     ours, theirs = moe_layers * our_dispatches(config), moe_layers * mlx_lm_dispatches(config)
     return [
-        Row(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), dispatches)
+        ProgramFigures(program, bits, *bytes_held_and_read(config, bits, stored_biases=biases), dispatches)
         for bits in (None, 8)
         for program, biases, dispatches in (("mlx-k2", False, ours), ("mlx-lm", True, theirs))
     ]
 
 
 def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_biases: bool) -> tuple[int, int]:
-    """Return the bytes of the weights in memory, and of those that one token reads.
+    """Return the bytes of the weights in memory, and the bytes of the weights that one token reads.
 
-    A token reads only the routed experts chosen for it and one row of the embedding. `stored_biases` adds to each scale
-    of a routed expert a bias of the same size, which MLX's own layers store.
+    Of the routed experts a token reads only the chosen ones, and of the embedding one row. With `stored_biases` each
+    scale of a routed expert has a bias of the same size, as in MLX's own layers.
     """
     specs = model_specs(config)
     biases = sum(spec.num_bytes for spec in specs if spec.name.endswith("weight_scale")) if stored_biases else 0
@@ -98,34 +98,31 @@ def bytes_held_and_read(config: ModelConfig, dense_bits: int | None, *, stored_b
     layers = sum(
         layer_read_bytes_per_token(config, layer, dense_bits=dense_bits) for layer in range(config.num_hidden_layers)
     )
-    ends = embedding_read_bytes_per_token(config) + held_bytes(head_specs(config), dense_bits=dense_bits)
-    return held, layers + ends + biases * config.num_experts_per_tok // config.n_routed_experts
+    embedding_and_head = embedding_read_bytes_per_token(config) + held_bytes(head_specs(config), dense_bits=dense_bits)
+    return held, layers + embedding_and_head + biases * config.num_experts_per_tok // config.n_routed_experts
 
 
 def our_dispatches(config: ModelConfig) -> int:
-    """Return the dispatches of mlx-k2's router, routed experts, shared expert and their sum, for one token."""
+    """Return the dispatches of one MoE block of mlx-k2 for one token: router, routed experts, shared expert, sum."""
     shape = LayerShape(64, 32, config.num_experts_per_tok, mx.bfloat16)  # the count does not depend on sizes
     stack = random_stack(shape, 16)
     router, bias = mx.zeros((16, 64), mx.bfloat16), mx.zeros(16)
-    shared = DenseWeights(*(mx.full(s, i, mx.bfloat16) for i, s in enumerate(((64, 32), (64, 32), (32, 64)))))
+    gate, up, down = (mx.ones(shape, mx.bfloat16) for shape in ((64, 32), (64, 32), (32, 64)))
+    shared = DenseWeights(gate, up, down)
     x = mx.zeros((1, 64), mx.bfloat16)
-    mx.eval(stack, router, bias, shared.gate, shared.up, shared.down, x)
+    mx.eval(stack, router, bias, gate, up, down, x)
+
+    rule = RouterRule(config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor)
 
     def block(x: mx.array) -> mx.array:
-        ids, weights = variants.route(
-            x,
-            router,
-            bias,
-            RouterRule(config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor),
-            kernel_in_graph,
-        )
+        ids, weights = variants.route(x, router, bias, rule, kernel_in_graph)
         return variants.decode_experts(x, ids, weights, stack, DEFAULT, kernel_in_graph) + swiglu(x, shared)
 
     return sum(count_dispatches(mx.compile(block), x).values())
 
 
 def mlx_lm_dispatches(config: ModelConfig) -> int:
-    """Return the dispatches of the same block in mlx-lm, which compiles parts of it."""
+    """Return the dispatches of one MoE block of mlx-lm for one token. mlx-lm compiles parts of it."""
     arguments = ModelArgs(
         hidden_size=64,
         moe_intermediate_size=32,
@@ -142,8 +139,8 @@ def mlx_lm_dispatches(config: ModelConfig) -> int:
     block.set_dtype(mx.bfloat16)
     x = mx.zeros((1, 1, 64), mx.bfloat16)
     mx.eval(block.parameters(), x)
-    call: Callable[[mx.array], mx.array] = block
-    return sum(count_dispatches(call, x).values())
+    typed_block: Callable[[mx.array], mx.array] = block
+    return sum(count_dispatches(typed_block, x).values())
 
 
 def is_switch_linear(path: str, module: nn.Module) -> bool:

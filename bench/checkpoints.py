@@ -1,4 +1,4 @@
-"""Checkpoints for the benchmarks: random, seeded, written once under the system's temporary folder."""
+"""Checkpoints for the benchmarks: random weights of a fixed seed, written once under the system's temporary folder."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 8192
 
-# An even number of layers, all with experts, so that two stages have equal work. As many experts per token as K2.
+# An even number of layers, all with routed experts, gives two stages equal work. Each token uses 8 experts, as in K2.
 _EVEN = {
     "hidden_size": 1024,
     "num_hidden_layers": 8,
@@ -39,11 +39,11 @@ _EVEN = {
 
 SHAPES: dict[str, dict[str, Any]] = {
     "even": _EVEN,
-    # As "even", with steps of more than 20 ms on each of two stages.
+    # Twice the layers of "even": a step takes more than 20 ms on each of two stages.
     "slow": _EVEN | {"num_hidden_layers": 16},
     # Before a prompt's last token, only the cache of the last layer is needed, so the last of two stages computes one
-    # layer less: only 1 of 20 here. Each chunk rebuilds the keys and values of earlier chunks from the cache. This is
-    # as small a fraction of the work as in K2: 1.6% of a layer's products per earlier token (K2: 1.7%).
+    # layer less: 1 of its 20. Each chunk rebuilds the keys and values of earlier chunks from the cache. Per earlier
+    # token this costs 1.6% of the multiplications of a layer for one token (in K2: 1.7%).
     "tall": {
         "hidden_size": 512,
         "num_hidden_layers": 40,
@@ -60,20 +60,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 0,
     },
-    # As many layers as Kimi K2, each as small as possible. This leaves the fixed cost of running a layer.
+    # As many layers as Kimi K2, each as small as possible: most of the time is the fixed cost of running a layer.
     "deep": {"num_hidden_layers": 61},
 }
-
 
 CYCLE = "cycle"
 """The shape "even" with residual branches that add almost nothing: each token then determines the next one, and greedy
 text soon repeats in a cycle."""
-_BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
+_BRANCH_OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj.weight_scale")
 _BRANCH_SCALE = 2.0**-8
 
 
 def cycle_checkpoint() -> Path:
-    """Return the folder of the checkpoint whose greedy text repeats itself; write it if it does not exist."""
+    """Return the folder of the checkpoint CYCLE; write it if it does not exist."""
     original = bench_checkpoint("even")
     folder = original.with_name(original.name.replace("even", CYCLE))
     if not folder.exists():
@@ -83,7 +82,7 @@ def cycle_checkpoint() -> Path:
             tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
             scaled = {
-                name: tensor * mx.array(_BRANCH_SCALE, tensor.dtype) if name.endswith(_BRANCH_ENDS) else tensor
+                name: tensor * mx.array(_BRANCH_SCALE, tensor.dtype) if name.endswith(_BRANCH_OUTPUTS) else tensor
                 for name, tensor in tensors.items()
             }
             mx.eval(scaled)
@@ -93,11 +92,12 @@ def cycle_checkpoint() -> Path:
 
 
 HEAD_AUX_LAYERS = [1, 7, 12]
+"""Layers of the target whose hidden states the draft head reads."""
 HEAD_SEED = 3
 
 
 def bench_head(shape: str) -> DraftHead:
-    """Return a random draft head for the checkpoint of that shape; write it if it does not exist."""
+    """Return a random draft head for the checkpoint of ``shape``, a key of SHAPES; write it if it does not exist."""
     target = bench_checkpoint(shape)
     folder = target.with_name(f"{target.name}-head")
     if not folder.exists():
@@ -109,7 +109,7 @@ def bench_head(shape: str) -> DraftHead:
 
 
 def bench_checkpoint(shape: str) -> Path:
-    """Return the folder of the checkpoint of that shape; write it if it does not exist."""
+    """Return the folder of the checkpoint of ``shape``, a key of SHAPES; write it if it does not exist."""
     vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
     ids = {"bos_token_id": vocabulary.bos_token_id, "eos_token_id": vocabulary.eos_token_id}
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, **ids, **SHAPES[shape])

@@ -1,4 +1,4 @@
-"""Claims: two sides measured alternately, and the ratio required of them. Their rows make the table of bench/README.md.
+"""Claims: two rates measured alternately, and the minimum of their ratio. The table of bench/README.md shows them.
 
 python -m bench.claims    rewrites the table in bench/README.md from results/claims.csv
 """
@@ -10,23 +10,23 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, save_rows, summarize, with_part
+from bench.measure import NUM_PAIRS, RESULTS, ROOT, alternate, commit, ratios, replace_generated, save_rows, summarize
 
-NAME = "claims"
 README = ROOT / "bench" / "README.md"
 MADE_BY = "python -m bench.claims"
-SCRIPTS = {"guessing": "drafting"}
-"""Current name of a script, by its name in older rows."""
+RENAMED_SCRIPTS = {"guessing": "drafting"}
+"""Present name of a script by its name in older rows."""
 HEADER = ("commit", "script", "claim", "first", "second", "ratio", "asked")
 
 
 class Claim(NamedTuple):
-    """Two sides, each a rate in tokens or steps per second, and the minimum ratio of first over second, if any."""
+    """A comparison of two rates. ``first`` and ``second`` each measure one, in tokens or steps per second."""
 
     name: str
     first: Callable[[], float]
     second: Callable[[], float]
-    asked: float | None = None
+    required_ratio: float | None = None
+    """Minimum of the first rate over the second. None if the ratio is only reported."""
 
 
 class Options(NamedTuple):
@@ -50,61 +50,69 @@ def read_options(description: str | None) -> Options:
     return Options(arguments.pairs, arguments.save, arguments.only)
 
 
-def is_dirty(name: str) -> bool:
-    """Return whether `commit` named a working tree that differed from its commit."""
-    return name.endswith("+")
+def is_dirty(commit_name: str) -> bool:
+    """Return whether a result of `commit` names a working tree that differed from its commit."""
+    return commit_name.endswith("+")
 
 
 def measure(script: str, claim: Claim, options: Options) -> None:
-    """Run both sides to warm up, then alternately. Print the ratio; with ``options.save`` append the pairs' rows."""
+    """Measure a claim: once to warm up, then in pairs. Print the ratio; with ``options.save`` append one row per pair.
+
+    A claim that ``options.only`` excludes is skipped.
+    """
     if options.only not in claim.name:
         return
     claim.first()
     claim.second()
     pairs = alternate(claim.first, claim.second, options.num_pairs)
-    firsts, seconds = zip(*pairs, strict=True)
-    ratios = [first / second for first, second in pairs]
-    asked = "" if claim.asked is None else f", asked {claim.asked}"
-    print(
-        f"{claim.name}: {summarize(firsts)} against {summarize(seconds)} a second, ratio {summarize(ratios)}{asked}",
-        flush=True,
-    )
+    first_rates, second_rates = zip(*pairs, strict=True)
+    required = "" if claim.required_ratio is None else f", required {claim.required_ratio}"
+    rates = f"{summarize(first_rates)} against {summarize(second_rates)} per second"
+    print(f"{claim.name}: {rates}, ratio {summarize(ratios(pairs))}{required}", flush=True)
     if options.save:
         rows = [
-            (commit(), script, claim.name, f"{first:.3f}", f"{second:.3f}", f"{first / second:.4f}", claim.asked)
+            (
+                commit(),
+                script,
+                claim.name,
+                f"{first:.3f}",
+                f"{second:.3f}",
+                f"{first / second:.4f}",
+                claim.required_ratio,
+            )
             for first, second in pairs
         ]
-        save_rows(NAME, HEADER, rows)
+        save_rows("claims", HEADER, rows)
 
 
 def table() -> str:
-    """Return a Markdown table of each claim's newest rows, without rows of a working tree that differed."""
-    with (RESULTS / f"{NAME}.csv").open(newline="") as file:
+    """Return a Markdown table of each claim's newest rows. Rows of a dirty working tree are left out."""
+    with (RESULTS / "claims.csv").open(newline="") as file:
         by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in csv.DictReader(file):
             if not is_dirty(row["commit"]):
-                by_claim[SCRIPTS.get(row["script"], row["script"]), row["claim"]].append(row)
-    lines = ["| measured by | what | ratio: median (quartiles) | asked | pairs, commit |", "|---|---|---|---|---|"]
+                by_claim[RENAMED_SCRIPTS.get(row["script"], row["script"]), row["claim"]].append(row)
+    lines = ["| measured by | claim | ratio: median (quartiles) | required | pairs, commit |", "|---|---|---|---|---|"]
     for (script, claim), rows in sorted(by_claim.items()):
-        newest = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+        last = rows[-1]
+        newest = [row for row in rows if row["date"] == last["date"] and row["commit"] == last["commit"]]
+        ratio = _summarize_ratios([float(row["ratio"]) for row in newest])
         lines.append(
-            f"| `bench.{script}` | {claim} | {_ratio(newest)} | {rows[-1]['asked'] or '-'} "
-            f"| {len(newest)}, {rows[-1]['commit']} |"
+            f"| `bench.{script}` | {claim} | {ratio} | {last['asked'] or '-'} | {len(newest)}, {last['commit']} |"
         )
     return "\n".join(lines)
 
 
-def _ratio(rows: Sequence[dict[str, str]]) -> str:
-    values = [float(row["ratio"]) for row in rows]
+def _summarize_ratios(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"**{median:.2f}** ({low:.2f} to {high:.2f})"
 
 
 def with_table(readme: str) -> str:
-    """Return the page with its table generated again."""
-    return with_part(readme, MADE_BY, table())
+    """Return the text of bench/README.md with its table of claims generated again."""
+    return replace_generated(readme, MADE_BY, table())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Cost of a constraint: the time that it adds to each token, the bytes of its plans, and eight streams of it.
+"""Cost of a constraint: the time that it adds to each token, the bytes of its plans, and the rate of eight streams.
 
 python -m bench.constrained [--save] [--only tokens|streams] [--kimi FOLDER]
 
-With Kimi's vocabulary of 163,840 tokens. Two parts of each sampled token are timed: from its arrival to its next plan
-(the policy records it, forces tokens and makes the mask; the plan is encoded), and in the last stage (the plan is
-decoded, the mask is applied to the logits). The tokens are those of texts that the constraints allow. The same is timed
-for a free reply; the added time is the difference to its median. Each text runs NUM_RUNS times, and a token's time is
-its median, since another process does not interrupt the same token in each run. The cost of the grammar itself is part
-of each run, because every run begins with a new compiler. The 99th percentile over all single times is printed, too.
+The vocabulary is Kimi's, with 163,840 tokens. Two parts of the work for each sampled token are timed together: from its
+arrival to its next plan (the policy accepts it, forces tokens and makes the mask; the plan is encoded), and in the last
+stage (the plan is decoded, a token is sampled under the mask). The tokens are those of texts that the constraints
+allow. A reply without constraint ("free") is timed in the same way; added times are differences to its median. Each
+text runs NUM_RUNS times, and a token's time is the median of its runs, since another process rarely interrupts the same
+token in most runs. Every run begins with a new compiler, so that it includes the grammar's own work. The 99th
+percentile over the times of all runs is reported, too.
 
-The streams run on two local stages with a random checkpoint, constrained to one JSON string, whose masks are the
-largest, and free. Both sample the same number of tokens. --save appends the rows to results/constrained.csv.
+The streams run on two local stages with a random checkpoint: constrained to one JSON string, which has the largest
+masks, and free. Both sample the same number of tokens. --save appends the rows to results/constrained.csv.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -49,7 +51,6 @@ FILES = ("tiktoken.model", "tokenizer_config.json")
 NUM_RUNS = 5
 NUM_STREAMS = 8
 STREAM_TOKENS = 40
-NUM_PAIRS = 7
 WORDS = "the weather in Lisbon is 24 degrees, naïve café 天気 \\n\\t \\u00e9 and so on: (a) b/c {d} [e]; 'f' <g> #1 &c."
 RECORD = {
     "type": "object",
@@ -66,52 +67,58 @@ RECORD = {
 RECORDS = {"type": "array", "items": RECORD}
 
 
+class ResultRow(NamedTuple):
+    """A row of results/constrained.csv. Times are differences to the median of a free reply; '' is not measured.
+
+    ``p50_ms`` and ``p99_ms`` are those of the median times of the tokens, ``single_p99_ms`` of the times in all runs.
+    """
+
+    case: str
+    tokens: int
+    p50_ms: str = ""
+    p99_ms: str = ""
+    single_p99_ms: str = ""
+    plan_bytes_p50: float | str = ""
+    plan_bytes_max: int | str = ""
+    ratio: str = ""
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and print; with --save append the rows to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/constrained.csv")
-    parser.add_argument("--only", choices=["tokens", "streams"], help="one part only")
+    parser.add_argument("--only", choices=["tokens", "streams"], help="measure this part only")
     default = os.environ.get("MLX_K2_KIMI_FILES", "../shared/kimi")
     parser.add_argument("--kimi", type=Path, default=Path(default), help="folder with Kimi's vocabulary")
     options = parser.parse_args()
     files = {name: (options.kimi / name).read_bytes() for name in FILES}
     tokenizer = load_tokenizer(files, VOCAB_SIZE)
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     compiler = GrammarCompiler(tokenizer)
-    constraint = compile_constraint(compiler, answer(RECORDS))
-    print(f"vocabulary and first schema compiled in {time.perf_counter() - began:.2f} s")
-    rows: list[Sequence[object]] = []
+    records_grammar = compile_constraint(compiler, json_answer(RECORDS))
+    print(f"vocabulary and first schema compiled in {time.perf_counter() - started_at:.2f} s")
+    assert records_grammar.warnings == (), "a keyword of the schema is not enforced"
+    rows: list[ResultRow] = []
     if options.only != "streams":
         rows += measure_tokens(tokenizer)
     if options.only != "tokens":
-        text = compile_constraint(compiler, answer({"type": "string", "minLength": 1000}))
-        rows += measure_streams(tokenizer, files, text)
-    assert constraint.warnings == ()
+        string_grammar = compile_constraint(compiler, json_answer({"type": "string", "minLength": 1000}))
+        rows.append(measure_streams(tokenizer, files, string_grammar))
     if options.save:
-        header = (
-            "commit",
-            "case",
-            "tokens",
-            "p50_ms",
-            "p99_ms",
-            "single_p99_ms",
-            "plan_bytes_p50",
-            "plan_bytes_max",
-            "ratio",
-        )
-        print(save_rows("constrained", header, [(commit(), *row) for row in rows]))
+        header = ("commit", *ResultRow._fields)
+        print(f"saved to {save_rows('constrained', header, [(commit(), *row) for row in rows])}")
 
 
-def answer(schema: object) -> Constraint:
-    """Return the constraint of an answer in JSON."""
+def json_answer(schema: object) -> Constraint:
+    """Return the constraint of an answer in JSON that matches ``schema``."""
     return Constraint(AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema))
 
 
 # ---- time of a token
 
 
-def cases() -> dict[str, tuple[Constraint | None, str]]:
-    """Return the constraints, each with a reply that it allows."""
+def constraint_cases() -> dict[str, tuple[Constraint | None, str]]:
+    """Return each constraint with a reply that it allows, by the name of the case. The case "free" comes first."""
     records = [
         {
             "id": n,
@@ -122,87 +129,88 @@ def cases() -> dict[str, tuple[Constraint | None, str]]:
         }
         for n in range(120)
     ]
-    compact = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
+    compact_json = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
     tools = tuple(Tool(f"mcp__server{n % 3}__tool_{n}", RECORD) for n in range(40))
     calls = "".join(
         f"<|tool_call_begin|>functions.{tools[n].name}:{n}<|tool_call_argument_begin|>"
         f"{json.dumps(records[n], ensure_ascii=False)}<|tool_call_end|>"
         for n in range(MAX_CALLS)
     )
-    section = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>"
-    required = Constraint(tools=ToolRules(tools, ToolChoice.REQUIRED))
-    pattern = Constraint(AnswerFormat(AnswerForm.REGEX, "(?:[^#]|#[0-9])*"))
+    tool_section = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>"
+    required_calls = Constraint(tools=ToolRules(tools, ToolChoice.REQUIRED))
+    matching_text = Constraint(AnswerFormat(AnswerForm.REGEX, "(?:[^#]|#[0-9])*"))
     return {
-        "free": (None, compact),
-        "records": (answer(RECORDS), compact),
-        "any object": (answer({"type": "object"}), f'{{"records":{compact}}}'),
-        "regular expression": (pattern, WORDS * 40),
-        "calls of 40 tools": (required, section),
+        "free": (None, compact_json),
+        "records": (json_answer(RECORDS), compact_json),
+        "any object": (json_answer({"type": "object"}), f'{{"records":{compact_json}}}'),
+        "regular expression": (matching_text, WORDS * 40),
+        "calls of 40 tools": (required_calls, tool_section),
     }
 
 
-def measure_tokens(tokenizer: Tokenizer) -> list[Sequence[object]]:
+def measure_tokens(tokenizer: Tokenizer) -> list[ResultRow]:
     """Time each sampled token of each case; return the rows."""
-    rows: list[Sequence[object]] = []
+    rows: list[ResultRow] = []
     logits = mx.array(np.random.default_rng(0).normal(0, 3, (1, VOCAB_SIZE)).astype(np.float32))
     free_ms = 0.0
-    for name, (constraint, text) in cases().items():
+    for name, (constraint, text) in constraint_cases().items():
         runs: list[list[float]] = []
         for _ in range(NUM_RUNS):
             grammar = None if constraint is None else compile_constraint(GrammarCompiler(tokenizer), constraint)
-            run_ms, sizes = time_tokens(tokenizer, grammar, text, logits)
+            run_ms, plan_bytes = time_tokens(tokenizer, grammar, text, logits)
             runs.append(run_ms)
-        times_ms = [statistics.median(same) for same in zip(*runs, strict=True)]
+        times_ms = [statistics.median(times_of_token) for times_of_token in zip(*runs, strict=True)]
         p50, p99 = statistics.median(times_ms), statistics.quantiles(times_ms, n=100)[98]
-        single_p99 = statistics.quantiles([one for run_ms in runs for one in run_ms], n=100)[98]
-        free_ms = free_ms or p50
-        added = (p50 - free_ms, p99 - free_ms)
+        single_p99 = statistics.quantiles([time_ms for run_ms in runs for time_ms in run_ms], n=100)[98]
+        if name == "free":
+            free_ms = p50
+        added_p50, added_p99, added_single = (f"{value - free_ms:.3f}" for value in (p50, p99, single_p99))
         print(
-            f"{name}: {len(times_ms)} tokens, {p50:.3f} ms (p99 {p99:.3f}, single times {single_p99:.3f}), "
-            f"added {added[0]:.3f} (p99 {added[1]:.3f})"
+            f"{name}: {len(times_ms)} tokens, {p50:.3f} ms (p99 {p99:.3f}, of all runs {single_p99:.3f}), "
+            f"added {added_p50} (p99 {added_p99})"
         )
-        print(f"    plan {statistics.median(sizes):.0f} bytes (at most {max(sizes)})")
-        found = (f"{added[0]:.3f}", f"{added[1]:.3f}", f"{single_p99 - free_ms:.3f}")
-        rows.append((name, len(times_ms), *found, statistics.median(sizes), max(sizes), ""))
+        print(f"    plan {statistics.median(plan_bytes):.0f} bytes (at most {max(plan_bytes)})")
+        sizes = (statistics.median(plan_bytes), max(plan_bytes))
+        rows.append(ResultRow(name, len(times_ms), added_p50, added_p99, added_single, *sizes))
     return rows
 
 
 def time_tokens(
     tokenizer: Tokenizer, grammar: ReplyGrammar | None, text: str, logits: mx.array
 ) -> tuple[list[float], list[int]]:
-    """Return the milliseconds of each sampled token and the bytes of its plan."""
+    """Return the time of each sampled token in milliseconds, and the size of each plan in bytes."""
     stop_ids = tokenizer.stop_ids
     prompt_ids = (tokenizer.token_id("<think>"), tokenizer.token_id("</think>"))
     request = Request(prompt_ids, 10_000, Sampling(seed=1), stop_ids)
     policy = ReplyPolicy(tokenizer, request, grammar=grammar)
-    left = text
+    remaining = text
     for token_id in policy.forced():
         policy.accept(token_id)
-        left = after(tokenizer, token_id, left)
+        remaining = text_after(tokenizer, token_id, remaining)
     times_ms: list[float] = []
-    sizes: list[int] = []
-    while left:
-        token_id = next_token(tokenizer, left)
-        began = time.perf_counter()
+    plan_bytes: list[int] = []
+    while remaining:
+        token_id = next_token(tokenizer, remaining)
+        started_at = time.perf_counter()
         policy.accept(token_id)
-        forced = forced_after(policy, stop_ids)
+        forced = accept_forced(policy, stop_ids)
         row = Row(0, 1000, (token_id, *forced), False, request.sampling, token_mask=policy.token_mask(()))
         payload = encode_message(Step(len(times_ms), (row,), 60.0))
         step = decode_to_stage(payload)
         assert isinstance(step, Step)
-        sampled = SamplingRequest(Sampling(seed=1, temperature=0), 1001, (), step.rows[0].token_mask)
-        sample_tokens(logits, [sampled])
-        times_ms.append((time.perf_counter() - began) * 1e3)
-        sizes.append(len(payload))
-        for number in (token_id, *forced):
-            left = after(tokenizer, number, left)
-    return times_ms, sizes
+        sampling_request = SamplingRequest(Sampling(seed=1, temperature=0), 1001, (), step.rows[0].token_mask)
+        sample_tokens(logits, [sampling_request])
+        times_ms.append((time.perf_counter() - started_at) * 1e3)
+        plan_bytes.append(len(payload))
+        for consumed_id in (token_id, *forced):
+            remaining = text_after(tokenizer, consumed_id, remaining)
+    return times_ms, plan_bytes
 
 
-def forced_after(policy: ReplyPolicy, stop_ids: frozenset[int]) -> list[int]:
-    """Accept the tokens that a policy forces now, but none that ends the reply; return them."""
+def accept_forced(policy: ReplyPolicy, stop_ids: frozenset[int]) -> list[int]:
+    """Accept the tokens that the policy forces, except those that end the reply; return the accepted ones."""
     accepted: list[int] = []
-    while forced := [number for number in policy.forced() if number not in stop_ids]:
+    while forced := [token_id for token_id in policy.forced() if token_id not in stop_ids]:
         for token_id in forced:
             policy.accept(token_id)
         accepted += forced
@@ -210,27 +218,24 @@ def forced_after(policy: ReplyPolicy, stop_ids: frozenset[int]) -> list[int]:
 
 
 def next_token(tokenizer: Tokenizer, text: str) -> int:
-    """Return the first token of a text, with the names of control tokens as these."""
-    name = text[: text.find("|>") + 2] if text.startswith("<|") else ""
-    return (
-        tokenizer.special_ids[name]
-        if name in tokenizer.special_ids
-        else tokenizer.encode_text(text[:40].partition("<|")[0])[0]
-    )
+    """Return the first token of a text. The name of a control token, such as <|tool_call_end|>, is that token."""
+    control_name = text[: text.find("|>") + 2] if text.startswith("<|") else ""
+    if control_name in tokenizer.special_ids:
+        return tokenizer.special_ids[control_name]
+    return tokenizer.encode_text(text[:40].partition("<|")[0])[0]
 
 
-def after(tokenizer: Tokenizer, token_id: int, text: str) -> str:
-    """Return a text without the token at its beginning; '' if it does not begin with it."""
+def text_after(tokenizer: Tokenizer, token_id: int, text: str) -> str:
+    """Return a text without the token at its beginning; '' if it begins with another token."""
     data, token = text.encode(), tokenizer.token_bytes(token_id)
-    rest = data[len(token) :] if data.startswith(token) else b""
-    return rest.decode(errors="ignore")
+    return data[len(token) :].decode(errors="ignore") if data.startswith(token) else ""
 
 
 # ---- streams
 
 
-def measure_streams(tokenizer: Tokenizer, files: dict[str, bytes], grammar: ReplyGrammar) -> list[Sequence[object]]:
-    """Return the row of eight constrained streams against eight free ones, on two stages."""
+def measure_streams(tokenizer: Tokenizer, files: dict[str, bytes], grammar: ReplyGrammar) -> ResultRow:
+    """Return the row of NUM_STREAMS constrained streams against as many free ones, on two stages."""
     fields = tiny_config_fields(VOCAB_SIZE, hidden_size=256, num_hidden_layers=8, max_position_embeddings=8192)
     folder = Path(tempfile.gettempdir()) / "mlx-k2-bench" / "kimi-vocabulary"
     if not folder.exists():
@@ -239,31 +244,32 @@ def measure_streams(tokenizer: Tokenizer, files: dict[str, bytes], grammar: Repl
         local_deployment(folder, 2, NUM_STREAMS) as deployment,
         engine_on(deployment, draft_mode=DraftMode.OFF) as engine,
     ):
-        rate(engine, tokenizer, grammar)
-        rate(engine, tokenizer, None)
-        pairs = alternate(lambda: rate(engine, tokenizer, grammar), lambda: rate(engine, tokenizer, None), NUM_PAIRS)
-    constrained, free = zip(*pairs, strict=True)
-    print(f"{NUM_STREAMS} streams on two stages: {summarize(constrained)} constrained, {summarize(free)} free tokens/s")
+        constrained = partial(tokens_per_s, engine, tokenizer, grammar)
+        free = partial(tokens_per_s, engine, tokenizer, None)
+        alternate(constrained, free, 1)  # not counted: the first run of each is slower
+        pairs = alternate(constrained, free)
+    constrained_rates, free_rates = (summarize(rates) for rates in zip(*pairs, strict=True))
+    print(f"{NUM_STREAMS} streams on two stages: {constrained_rates} constrained, {free_rates} free tokens/s")
     print(f"ratio {summarize(ratios(pairs))}")
-    return [("8 streams", NUM_STREAMS * STREAM_TOKENS, "", "", "", "", "", f"{statistics.median(ratios(pairs)):.3f}")]
+    ratio = f"{statistics.median(ratios(pairs)):.3f}"
+    return ResultRow(f"{NUM_STREAMS} streams", NUM_STREAMS * STREAM_TOKENS, ratio=ratio)
 
 
-def rate(engine: Engine, tokenizer: Tokenizer, grammar: ReplyGrammar | None) -> float:
-    """Return the sampled tokens per second of all streams."""
+def tokens_per_s(engine: Engine, tokenizer: Tokenizer, grammar: ReplyGrammar | None) -> float:
+    """Return the sampled tokens per second of NUM_STREAMS streams together."""
     submissions = []
     for seed in range(NUM_STREAMS):
         prompt_ids = (seed, tokenizer.token_id("<think>"), tokenizer.token_id("</think>"))
-        request = Request(
-            prompt_ids, STREAM_TOKENS, Sampling(seed=seed), tokenizer.stop_ids if grammar else frozenset()
-        )
+        stop_ids = tokenizer.stop_ids if grammar else frozenset()
+        request = Request(prompt_ids, STREAM_TOKENS, Sampling(seed=seed), stop_ids)
         submissions.append(Submission(request, ReplyPolicy(tokenizer, request, grammar=grammar)))
-    times = [
+    arrivals = [
         event.arrived_at
         for handle in engine.submit_all(submissions)
         for event in handle.events()
         if isinstance(event, Token) and not event.is_forced
     ]
-    return (len(times) - NUM_STREAMS) / (max(times) - min(times))
+    return (len(arrivals) - NUM_STREAMS) / (max(arrivals) - min(arrivals))
 
 
 if __name__ == "__main__":

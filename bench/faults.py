@@ -1,9 +1,10 @@
-"""Fault matrix: every fault is tried on three stages over ssh on emulated hosts, while two streams run.
+"""Run of the fault matrix: each fault is tried on three stages over ssh on emulated hosts, while two streams run.
 
     python -m bench.faults
     python -m bench.faults --only "cable pulled"
 
-Rows go to results/faults.csv; the table in docs/reliability.md is generated from them. Needs root, on Linux.
+A run of all faults appends its rows to results/faults.csv, and writes the table of docs/reliability.md. It needs Linux
+and root.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import traceback
 from datetime import date
 from pathlib import Path
 
-from bench.measure import ROOT, commit, save_rows, with_part
+from bench.measure import ROOT, commit, replace_generated, save_rows
 from tests.emulated_hosts.fault_matrix import FAULTS
 from tests.emulated_hosts.fault_run import NUM_HOSTS, FaultSetup, undisturbed
 from tests.emulated_hosts.faults import Finding, try_fault
@@ -21,16 +22,16 @@ from tests.emulated_hosts.hosts import EmulatedHosts, what_is_missing
 from tests.local_cluster import write_model
 
 PAGE = ROOT / "docs" / "reliability.md"
-SHORTEST_S = 0.1
+MIN_SHOWN_S = 0.1
 
 
 def main() -> int:
-    """Try the chosen faults and print each result. Return 1 if one failed.
+    """Try the chosen faults and print each result. Return 1 if one of them fails.
 
-    The rows and the table are written only if every fault of the matrix was tried and passed.
+    Rows and table are written only if all faults of the matrix pass.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--only", default="", metavar="WORDS", help="try the faults whose names contain this text")
     options = parser.parse_args()
     if missing := what_is_missing():
         sys.exit(missing)
@@ -39,29 +40,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         model = write_model(folder / "model")
-        with EmulatedHosts(_made(folder / "hosts"), NUM_HOSTS) as hosts:
+        with EmulatedHosts(_make_folder(folder / "hosts"), NUM_HOSTS) as hosts:
             expected = undisturbed(hosts, model, folder / "undisturbed")
         for number, fault in enumerate(chosen):
-            where = _made(folder / f"{number}")
+            fault_folder = _make_folder(folder / f"{number}")
             try:
-                with EmulatedHosts(_made(where / "hosts"), NUM_HOSTS) as hosts:
-                    findings.append(try_fault(fault, FaultSetup(hosts, model, where / "setup"), expected))
+                with EmulatedHosts(_make_folder(fault_folder / "hosts"), NUM_HOSTS) as hosts:
+                    findings.append(try_fault(fault, FaultSetup(hosts, model, fault_folder / "setup"), expected))
                 print(_line(findings[-1]), flush=True)
-            except Exception:  # noqa: BLE001  # a failed fault must not end the loop
+            except Exception:  # noqa: BLE001  # the other faults are tried, too
                 print(f"FAILED: {fault.name}\n{traceback.format_exc()}", flush=True)
     if len(findings) == len(FAULTS):
-        save_rows("faults", ("commit", "fault", "detected_s", "outcome", "reason"), [_row(each) for each in findings])
+        save_rows(
+            "faults", ("commit", "fault", "detected_s", "outcome", "reason"), [_row(finding) for finding in findings]
+        )
         write_table(findings)
-    print(f"{len(findings)} of {len(chosen)} hold")
+    print(f"{len(findings)} of {len(chosen)} faults passed")
     return int(len(findings) < len(chosen))
 
 
 def write_table(findings: list[Finding]) -> None:
-    """Write the table into docs/reliability.md."""
-    rows = [f"| {each.fault.name} | {_seconds(each)} | {each.fault.outcome} |" for each in findings]
-    tried = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
-    table = "\n".join([tried, "", "| fault | noticed after | then |", "|---|---|---|", *rows])
-    PAGE.write_text(with_part(PAGE.read_text(), "python -m bench.faults", table))
+    """Write the table of docs/reliability.md."""
+    rows = [f"| {finding.fault.name} | {_seconds(finding)} | {finding.fault.outcome} |" for finding in findings]
+    heading = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
+    table = "\n".join([heading, "", "| fault | noticed after | then |", "|---|---|---|", *rows])
+    PAGE.write_text(replace_generated(PAGE.read_text(), "python -m bench.faults", table))
 
 
 def _row(finding: Finding) -> tuple[object, ...]:
@@ -78,10 +81,10 @@ def _line(finding: Finding) -> str:
 def _seconds(finding: Finding) -> str:
     if finding.detected_s is None:
         return ""
-    return "under 0.1 s" if finding.detected_s < SHORTEST_S else f"{finding.detected_s:.1f} s"
+    return f"under {MIN_SHOWN_S} s" if finding.detected_s < MIN_SHOWN_S else f"{finding.detected_s:.1f} s"
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 

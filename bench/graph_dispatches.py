@@ -1,4 +1,4 @@
-"""Number of GPU dispatches of a function, counted from its MLX graph on any machine. Measures no time."""
+"""Counter of the GPU dispatches of a function. It reads the function's MLX graph, so it needs no GPU."""
 
 import re
 import tempfile
@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_k2.kernels.dispatch import Dispatch
 
-# Primitives that only reinterpret the bytes of a row-contiguous input. Inputs are row-contiguous wherever these counts
-# are taken. Every other primitive is one dispatch.
+# Primitives that reinterpret the bytes of a row-contiguous input without a dispatch. Every other primitive is one
+# dispatch. The counts are right only for functions whose inputs are row-contiguous.
 VIEWS = frozenset(
     {
         "AsStrided",
@@ -29,11 +29,12 @@ VIEWS = frozenset(
     }
 )
 
-KERNEL = "Depends"  # the primitive that replaces a kernel in the graph, see `kernel_in_graph`
+KERNEL = "Depends"
+"""The primitive by which `kernel_in_graph` replaces a kernel."""
 
 
 def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
-    """Replace a kernel where there is no GPU: return one graph node with the kernel's inputs and outputs."""
+    """Return the outputs of one graph node that has the inputs and output shapes of the kernel. It computes zeros."""
     outputs = [
         mx.zeros(shape, dtype) for shape, dtype in zip(dispatch.output_shapes, dispatch.output_dtypes, strict=True)
     ]
@@ -42,7 +43,7 @@ def kernel_in_graph(dispatch: Dispatch) -> list[mx.array]:
 
 
 def count_dispatches(function: Callable[..., mx.array], *inputs: mx.array) -> Counter[str]:
-    """Count the dispatches of function(*inputs) by primitive. What MLX fuses in a compiled function counts as one."""
+    """Count the dispatches of function(*inputs) by primitive. Operations that MLX fuses are one primitive."""
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "graph.dot"
         mx.export_to_dot(str(graph), function(*inputs))

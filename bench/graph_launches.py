@@ -1,12 +1,12 @@
-"""GPU launches of one expert layer of Kimi K2 for one token, one line each, and the command buffers of a token.
+"""List of the GPU launches of one expert layer of Kimi K2 for one token, and number of command buffers of a token.
 
 python -m bench.graph_launches [--dense-bits 8]
 
-The lines are those of the layer's graph in the order in which MLX runs it, which a test compares with the graph itself.
-A node is one launch, unless the line gives a rule of MLX by which it is split or copied; the source is MLX's own file.
-Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer ends
-after an operation that exceeds one of two limits: the number of operations, or the elements of the arrays that they
-read, in units of 2^20. Nothing is measured.
+The output has one line for each node of the layer's graph, in the order in which MLX runs them; a test compares it with
+the graph itself. A node is one launch, unless its line has a rule of MLX that makes it two; the rule names MLX's source
+file. Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer
+ends after the launch with which it exceeds one of two limits: launches, or elements of the arrays that they read, in
+units of 2^20. Nothing is measured.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from mlx_k2.stage.mlx_settings import LONG_BUFFERS, BufferLimits
 from mlx_k2.weights.known_layout import thinking_config_fields
 
 MLX_LIMITS = BufferLimits(50, 50)
-"""MLX's own limits on a Max or an Ultra (device.cpp)."""
+"""MLX's own limits on a Max or an Ultra chip (device.cpp)."""
 _CONCATENATE = "one copy for each input: mlx/backend/gpu/slicing.cpp, concatenate_gpu"
 
 
 class Launch(NamedTuple):
-    """One node of the graph: its primitive, its GPU launches, and the shapes of the arrays of weights that it reads.
+    """A node of the graph, with the shapes of the weights that it reads.
 
-    ``matrices`` are dense matrices, which dense bits quantize; ``arrays`` are other weights and the cache, which MLX
-    counts once for a command buffer: at its first use.
+    ``matrices`` are dense matrices, which dense bits quantize. ``arrays`` are other weights, and the cache at its first
+    use in the layer: MLX counts an array once for a command buffer.
     """
 
     name: str
@@ -45,9 +45,9 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
     assert query_rank is not None
     latent, nope, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
     experts, inner = config.n_routed_experts, config.moe_intermediate_size
-    into = ((experts, inner, hidden // 8), (experts, inner, hidden // 32))
-    out = ((experts, hidden, inner // 8), (experts, hidden, inner // 32))
-    rows = ((cache_rows, config.latent_dim),)
+    up_arrays = ((experts, inner, hidden // 8), (experts, inner, hidden // 32))  # packed weights, scales
+    down_arrays = ((experts, hidden, inner // 8), (experts, hidden, inner // 32))
+    cache = ((cache_rows, config.latent_dim),)
     return (
         Launch("input norm", "RMSNorm"),
         Launch("q_a", "Matmul", matrices=((hidden, query_rank),)),
@@ -67,7 +67,7 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
         Launch("kv_a norm", "RMSNorm"),
         Launch("rope of the key", "RoPE"),
         Launch("cache row", "Concatenate", launches=2, rule=_CONCATENATE),
-        Launch("write to the cache", "SliceUpdate", arrays=rows, rule="in place, because the cache is donated"),
+        Launch("write to the cache", "SliceUpdate", arrays=cache, rule="in place, because the cache is donated"),
         Launch("scores", "Matmul"),
         Launch("softmax", "Softmax"),
         Launch(
@@ -82,8 +82,8 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
         Launch("post-attention norm", "RMSNorm"),
         Launch("router logits", "Kernel", arrays=((experts, hidden),)),
         Launch("router choice", "Kernel"),
-        Launch("experts gate and up", "Kernel", arrays=into * 2),
-        Launch("experts down", "Kernel", arrays=out),
+        Launch("experts gate and up", "Kernel", arrays=up_arrays * 2),
+        Launch("experts down", "Kernel", arrays=down_arrays),
         Launch("shared gate", "Matmul", matrices=((hidden, inner),)),
         Launch("shared up", "Matmul", matrices=((hidden, inner),)),
         Launch("silu and product", "CompiledSigmoidMultiplyMultiply"),
@@ -93,14 +93,14 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
 
 
 def num_launches(launches: Iterable[Launch]) -> int:
-    """Return the GPU launches of these nodes."""
-    return sum(launch.launches for launch in launches)
+    """Return the number of GPU launches of the nodes."""
+    return sum(node.launches for node in launches)
 
 
 def elements(launch: Launch, dense_bits: int | None) -> int:
-    """Return the elements of the arrays that a node reads, whole arrays as MLX counts them.
+    """Return the elements of the arrays that a node reads. Arrays are counted whole, as MLX does.
 
-    A quantized matrix has words of 32 bits, and a scale and a bias for each group of 64.
+    A quantized matrix has words of 32 bits, and a scale and a bias for each group of 64 weights.
     """
     dense = sum(math.prod(shape) for shape in launch.matrices)
     words = dense if dense_bits is None else dense * dense_bits // 32 + 2 * dense // 64
@@ -108,18 +108,23 @@ def elements(launch: Launch, dense_bits: int | None) -> int:
 
 
 def command_buffers(sizes: Iterable[int], limits: BufferLimits) -> int:
-    """Return how many command buffers MLX's rule ends, for launches that read these numbers of elements."""
+    """Return the number of command buffers that MLX's rule ends. ``sizes`` are the elements that each launch reads."""
     assert limits.operations is not None and limits.megabytes is not None
-    ended = operations = total = 0
+    num_ended = num_launched = num_elements = 0
     for size in sizes:
-        operations, total = operations + 1, total + size
-        if operations > limits.operations or total >> 20 > limits.megabytes:
-            ended, operations, total = ended + 1, 0, 0
-    return ended
+        num_launched += 1
+        num_elements += size
+        if num_launched > limits.operations or num_elements >> 20 > limits.megabytes:
+            num_ended += 1
+            num_launched = num_elements = 0
+    return num_ended
 
 
 def token_sizes(config: ModelConfig, dense_bits: int | None) -> Iterator[int]:
-    """Yield the elements that each launch of a token's expert layers reads. A node's first launch reads its weights."""
+    """Yield the elements that each launch of all expert layers reads for one token.
+
+    The first launch of a node reads all its weights.
+    """
     for _ in range(config.num_hidden_layers - config.first_k_dense_replace):
         for launch in expert_layer(config):
             yield elements(launch, dense_bits)
@@ -127,7 +132,7 @@ def token_sizes(config: ModelConfig, dense_bits: int | None) -> Iterator[int]:
 
 
 def k2_config(**changes: int) -> ModelConfig:
-    """Return Kimi K2 Thinking's configuration with some fields changed."""
+    """Return Kimi K2 Thinking's configuration, with some fields replaced by ``changes``."""
     return ModelConfig.from_json(json.dumps(thinking_config_fields(**changes)).encode(), "Kimi K2 Thinking")
 
 

@@ -1,10 +1,10 @@
-"""Python's time per decoded token without the arithmetic: building the graph, reading the plan, answering.
+"""Python's time per decoded token, in mlx-k2 and in mlx-lm: building MLX's graph; in mlx-k2 also the plan's messages.
 
     python -m bench.host_overhead [--pairs N] [--save LABEL]
 
-The same 61-layer checkpoint runs in mlx-k2 (one stage, compiled, as on a GPU) and in mlx-lm, alternately, in float32.
-Only the CPU time of the thread that builds the graph counts, so other programs do not disturb the result. The graph is
-evaluated after the clock has stopped.
+The same 61-layer checkpoint runs in mlx-k2 (one stage, compiled, as on a GPU) and in mlx-lm, in turn, in float32. The
+figures are CPU time of the thread that builds the graph, so that other programs do not disturb them. The evaluation of
+the graph is not part of them.
 """
 
 import argparse
@@ -35,56 +35,57 @@ from mlx_k2.weights.reader import ShardReader
 from tests.model.oracle import load_oracle
 
 PROMPT = prompt_ids(64)
-WARM_STEPS = 10
-PLANS_AT_ONCE = 100
+NUM_WARM_STEPS = 10
+NUM_PLANS = 100
+"""Plans in one measurement, because a single one takes a few microseconds."""
 
-Build = Callable[[], mx.array]
+BuildGraph = Callable[[], mx.array]
 
 
-class Figures(NamedTuple):
-    """Microseconds per decoded token: ``building`` as (mlx-k2, mlx-lm) per pair, ``planning`` for mlx-k2's plan."""
+class PythonTimes(NamedTuple):
+    """Microseconds per decoded token: pairs (mlx-k2, mlx-lm) for the graph, and mlx-k2's plan and answer."""
 
     num_layers: int
-    building: list[tuple[float, float]]
-    planning: list[float]
+    graph_us: list[tuple[float, float]]
+    plan_us: list[float]
 
 
 def main() -> None:
     """Measure and print a table; with --save append a row to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=100, help="pairs of decode steps  [default: 100]")
     parser.add_argument("--save", metavar="LABEL", help="append to results/host_overhead.csv under this label")
     options = parser.parse_args()
-    figures = measure(options.pairs)
-    print_table(figures)
+    times = measure(options.pairs)
+    print_table(times)
     if options.save:
-        ours, theirs = (statistics.median(side) for side in zip(*figures.building, strict=True))
-        planning = statistics.median(figures.planning)
-        ratio = statistics.median(ratios(figures.building))
+        ours_us, theirs_us = (statistics.median(side) for side in zip(*times.graph_us, strict=True))
+        ratio = statistics.median(ratios(times.graph_us))
         header = ("label", "pairs", "layers", "building_us", "mlx_lm_building_us", "ratio", "plan_us")
-        row = (options.save, options.pairs, figures.num_layers, f"{ours:.0f}", f"{theirs:.0f}", f"{ratio:.3f}")
-        sys.stderr.write(f"{save_rows('host_overhead', header, [(*row, f'{planning:.1f}')])}\n")
+        medians = (f"{ours_us:.0f}", f"{theirs_us:.0f}", f"{ratio:.3f}", f"{statistics.median(times.plan_us):.1f}")
+        row = (options.save, options.pairs, times.num_layers, *medians)
+        sys.stderr.write(f"{save_rows('host_overhead', header, [row])}\n")
 
 
-def measure(num_pairs: int) -> Figures:
-    """Measure both sides alternately, after WARM_STEPS pairs that do not count."""
+def measure(num_pairs: int) -> PythonTimes:
+    """Measure both programs in turn. The first NUM_WARM_STEPS pairs are not counted."""
     num_layers, ours = mlx_k2_steps()
     theirs = mlx_lm_steps()
-    pairs = alternate(lambda: building_us(ours), lambda: building_us(theirs), WARM_STEPS + num_pairs)
-    return Figures(num_layers, pairs[WARM_STEPS:], [plan_us() for _ in range(num_pairs)])
+    pairs = alternate(lambda: graph_us(ours), lambda: graph_us(theirs), NUM_WARM_STEPS + num_pairs)
+    return PythonTimes(num_layers, pairs[NUM_WARM_STEPS:], [plan_us() for _ in range(num_pairs)])
 
 
-def building_us(build: Build) -> float:
-    """Return the microseconds that building the next step's graph takes."""
-    began = time.thread_time()
+def graph_us(build: BuildGraph) -> float:
+    """Return the microseconds in which ``build`` builds the graph of the next step."""
+    started_at = time.thread_time()
     logits = build()
-    elapsed = time.thread_time() - began
+    elapsed_s = time.thread_time() - started_at
     mx.eval(logits)
-    return elapsed * 1e6
+    return elapsed_s * 1e6
 
 
-def mlx_k2_steps() -> tuple[int, Build]:
-    """Return the number of layers, and the function that builds the next decoding step in mlx-k2."""
+def mlx_k2_steps() -> tuple[int, BuildGraph]:
+    """Return the number of layers, and a function that builds the graph of the next decode step in mlx-k2."""
     folder = bench_checkpoint("deep")
     config = ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
@@ -104,8 +105,8 @@ def mlx_k2_steps() -> tuple[int, Build]:
     return len(layers), lambda: run(PROMPT[:1], is_prompt=False)
 
 
-def mlx_lm_steps() -> Build:
-    """Return the function that builds the next decoding step in mlx-lm."""
+def mlx_lm_steps() -> BuildGraph:
+    """Return a function that builds the graph of the next decode step in mlx-lm."""
     model = load_oracle(bench_checkpoint("deep"))
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([PROMPT]), cache=cache))
@@ -118,32 +119,34 @@ def mlx_lm_steps() -> Build:
 
 
 def plan_us() -> float:
-    """Return the microseconds to decode one plan and encode one answer, as a stage does for every step."""
+    """Return the microseconds in which a stage decodes one plan and encodes its answer."""
     sampling = Sampling(seed=1, temperature=0.6, repetition_penalty=1.1)
     row = Row(0, 4000, (17,), False, sampling, tuple(prompt_ids(REPETITION_WINDOW)))
     plan = encode_frame(Kind.MESSAGE, encode_message(Step(1, (row,))))
     answer = StepDone(1, 0.02, 0.001, tokens=(SampledToken(17),))
-    pipe = io.BytesIO(plan * PLANS_AT_ONCE)
-    began = time.thread_time()
-    for _ in range(PLANS_AT_ONCE):
+    pipe = io.BytesIO(plan * NUM_PLANS)
+    started_at = time.thread_time()
+    for _ in range(NUM_PLANS):
         frame = read_frame(pipe)
         assert frame is not None
         decode_to_stage(frame.payload)
         encode_frame(Kind.MESSAGE, encode_message(answer))
-    return (time.thread_time() - began) * 1e6 / PLANS_AT_ONCE
+    return (time.thread_time() - started_at) * 1e6 / NUM_PLANS
 
 
-def print_table(figures: Figures) -> None:
-    """Print the microseconds, each as median and interquartile range."""
-    ours, theirs = zip(*figures.building, strict=True)
-    per_layer = [[value / figures.num_layers for value in side] for side in (ours, theirs)]
-    ratio = summarize(ratios(figures.building))
+def print_table(times: PythonTimes) -> None:
+    """Print median and quartiles of the times, in microseconds."""
+    ours_us, theirs_us = zip(*times.graph_us, strict=True)
+    ours_per_layer, theirs_per_layer = (
+        summarize([step_us / times.num_layers for step_us in side]) for side in (ours_us, theirs_us)
+    )
+    ratio = summarize(ratios(times.graph_us))
     table = Table(title="microseconds of Python for one decoded token: median (quartiles)")
     for heading in ("", "mlx-k2", "mlx-lm", "ratio"):
         table.add_column(heading)
-    table.add_row("building the graph, a layer", summarize(per_layer[0]), summarize(per_layer[1]), ratio)
-    table.add_row("building the graph, a step", summarize(ours), summarize(theirs), ratio)
-    table.add_row("reading the plan, answering", summarize(figures.planning), "-", "")
+    table.add_row("building the graph, a layer", ours_per_layer, theirs_per_layer, ratio)
+    table.add_row("building the graph, a step", summarize(ours_us), summarize(theirs_us), ratio)
+    table.add_row("decoding the plan, encoding the answer", summarize(times.plan_us), "-", "")
     Console().print(table)
 
 

@@ -1,12 +1,12 @@
-"""Routed experts of one Kimi K2 layer: bytes, dispatches and time of mlx-k2's kernels, of plain MLX and of mlx-lm.
+"""Comparison of implementations of K2's routed experts in one layer: mlx-k2's kernels, plain MLX and mlx-lm.
 
 python -m bench.kernels [--save] [--tokens 1 8]
 
-"bytes needed": each distinct chosen expert once, at 4.5 bits per weight (mlx-lm stores biases: 5.0). "bytes loaded":
-the kernel's loads of weights and scales, counted by running it in the executor of tests/metal_cpu. "launches" are
-kernel dispatches. Times are measured on the current device, in bfloat16 on a GPU and in float32 on a CPU; a kernel that
-cannot run on it has no time. Both programs compute the same experts for the same tokens in the same run, alternately.
---save appends the rows to results/kernels.csv.
+Columns: "bytes needed" counts each distinct chosen expert once, at 4.5 bits per weight (5.0 in mlx-lm, which stores
+biases). "bytes loaded" is the size of a kernel's loads of weights and scales, counted by running it in the executor of
+tests/metal_cpu. "launches" are kernel dispatches. Times are measured on the current device, in bfloat16 on a GPU and in
+float32 on a CPU; a kernel that cannot run on the device has no time. All implementations compute the same experts for
+the same tokens, in turn. --save appends the rows to results/kernels.csv.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from mlx_k2.kernels.variants import Perform
 from tests.metal_cpu.execute import Executed, execute
 from tests.metal_cpu.program import Mode
 
-HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8  # Kimi K2's layer, but with fewer than its 384 experts
-NUM_EXPERTS = 24
-ROUNDS = 5
-ON_CPU = {"chain": 1, "repeats": 1}  # a layer takes 0.25 s on a CPU
+HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8  # as in Kimi K2
+NUM_EXPERTS = 24  # Kimi K2 has 384
+NUM_ROUNDS = 5
+CPU_TIMING = {"chain": 1, "repeats": 1}  # one run for a time: a layer takes 0.25 s on a CPU
 HEADER = (
     "device",
     "dtype",
@@ -47,65 +47,77 @@ HEADER = (
 )
 
 
+class KernelRow(NamedTuple):
+    """A row of results/kernels.csv, as HEADER names the cells. A cell without a value is ''."""
+
+    device: str
+    dtype: str
+    tokens: int
+    experts_chosen: int
+    way: str
+    launches: int
+    bytes_needed: int
+    bytes_loaded: int | str
+    milliseconds: str
+    gigabytes_per_s: str
+
+
 class Implementation(NamedTuple):
-    """One implementation of the layer."""
+    """An implementation of the layer. ``layer`` is None if it cannot run on this device."""
 
     name: str
-    layer: Layer | None  # None if it cannot run on this device
+    layer: Layer | None
     dispatches: int
     bytes_needed: int
-    bytes_loaded: int | None  # None if not counted
+    bytes_loaded: int | None = None
+    """None where loads are not counted."""
 
 
 def main() -> None:
     """Measure and print; with --save append the rows to the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/kernels.csv")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8], help="tokens in a call")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 8], help="numbers of tokens per call  [default: 1 8]"
+    )
     arguments = parser.parse_args()
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     dtype = mx.bfloat16 if on_gpu else mx.float32
     shape = LayerShape(HIDDEN, INTERMEDIATE, TOP_K, dtype)
     stack = random_stack(shape, NUM_EXPERTS)
     mx.eval(stack)
-    device = experts.chip()
-    rows = [
-        (device, str(dtype).removeprefix("mlx.core."), *cells)
-        for tokens in arguments.tokens
-        for cells in measured(stack, tokens, on_gpu=on_gpu)
-    ]
+    rows = [row for num_tokens in arguments.tokens for row in measure(stack, num_tokens, on_gpu=on_gpu)]
     for cells in (HEADER, *rows):
         print(" | ".join(str(cell) for cell in cells))
     if arguments.save:
         print(f"saved to {save_rows('kernels', HEADER, rows)}")
 
 
-def measured(stack: ExpertStack, tokens: int, *, on_gpu: bool) -> list[tuple[object, ...]]:
-    """Return one row for each implementation. They are timed alternately."""
-    ids = random_expert_ids(tokens, NUM_EXPERTS, TOP_K)
-    distinct = int(np.unique(np.array(ids)).size)
+def measure(stack: ExpertStack, num_tokens: int, *, on_gpu: bool) -> list[KernelRow]:
+    """Time the implementations in turn; return a row for each."""
+    ids = random_expert_ids(num_tokens, NUM_EXPERTS, TOP_K)
+    num_distinct = int(np.unique(np.array(ids)).size)
     implementations = [
         kernel_implementation(stack, ids, on_gpu=on_gpu),
         plain_implementation(stack, ids),
         *mlx_lm_implementations(stack, ids),
     ]
     times: dict[str, list[float]] = {implementation.name: [] for implementation in implementations}
-    for _ in range(ROUNDS):
+    for _ in range(NUM_ROUNDS):
         for implementation in implementations:
             if implementation.layer is not None:
-                timing = time_layer(implementation.layer, stack, tokens, TOP_K, **({} if on_gpu else ON_CPU))
+                timing = time_layer(implementation.layer, stack, num_tokens, TOP_K, **({} if on_gpu else CPU_TIMING))
                 times[implementation.name].append(timing.seconds)
-    return [
-        (tokens, distinct, *cells(implementation, times[implementation.name])) for implementation in implementations
-    ]
-
-
-def cells(implementation: Implementation, seconds: list[float]) -> tuple[object, ...]:
-    """Return the cells as printed. A cell without a value is empty."""
-    milliseconds = summarize([1e3 * value for value in seconds]) if seconds else ""
-    rate = f"{implementation.bytes_needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
-    loaded = "" if implementation.bytes_loaded is None else implementation.bytes_loaded
-    return implementation.name, implementation.dispatches, implementation.bytes_needed, loaded, milliseconds, rate
+    dtype = str(stack.gate_scale.dtype).removeprefix("mlx.core.")
+    rows = []
+    for name, _, dispatches, needed, loaded in implementations:
+        seconds = times[name]
+        milliseconds = summarize([1e3 * time_s for time_s in seconds]) if seconds else ""
+        rate = f"{needed / float(np.median(seconds)) / 1e9:.2f}" if seconds else ""
+        setting = (experts.chip(), dtype, num_tokens, num_distinct)
+        loaded_cell = "" if loaded is None else loaded
+        rows.append(KernelRow(*setting, name, dispatches, needed, loaded_cell, milliseconds, rate))
+    return rows
 
 
 def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> int:
@@ -115,42 +127,41 @@ def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> 
 
 
 def kernel_implementation(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Implementation:
-    """Return mlx-k2's kernels. Their loads are counted in bfloat16, which a Mac would use."""
-    tokens = ids.shape[0]
-    name, _, compute = experts.kernel_for(tokens)
+    """Return mlx-k2's kernels. Their loads are counted with bfloat16 scales, as on a Mac."""
+    num_tokens = ids.shape[0]
+    name, _, compute = experts.kernel_for(num_tokens)
 
-    def perform(how: Perform) -> Layer:
+    def layer_with(perform: Perform) -> Layer:
         def layer(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> mx.array:
-            return compute(x, ids, weights, stack, DEFAULT, how)
+            return compute(x, ids, weights, stack, DEFAULT, perform)
 
         return layer
 
-    loaded = 0
+    bytes_loaded = 0
 
-    def counting(dispatch: Dispatch) -> list[mx.array]:
-        nonlocal loaded
+    def execute_and_count(dispatch: Dispatch) -> list[mx.array]:
+        nonlocal bytes_loaded
         executed: Executed = execute(dispatch, mode=Mode.BYTES)
-        loaded += executed.bytes_loaded(*(n for n in dispatch.text.inputs if n.endswith(("_packed", "_scale"))))
+        weight_names = [name for name in dispatch.text.inputs if name.endswith(("_packed", "_scale"))]
+        bytes_loaded += executed.bytes_loaded(*weight_names)
         return executed.outputs
 
-    as_on_a_mac = ExpertStack(*(a.astype(mx.bfloat16) if a.dtype == mx.float32 else a for a in stack))
-    x, weights = mx.zeros((tokens, HIDDEN), mx.bfloat16), mx.full((tokens, TOP_K), 1 / TOP_K)
-    mx.eval(as_on_a_mac, x, weights, ids)
-    dispatches = count_dispatches(lambda x: perform(kernel_in_graph)(x, ids, weights, as_on_a_mac), x)
-    perform(counting)(x, ids, weights, as_on_a_mac)
+    arrays = (array.astype(mx.bfloat16) if array.dtype == mx.float32 else array for array in stack)
+    mac_stack = ExpertStack(*arrays)
+    x, weights = mx.zeros((num_tokens, HIDDEN), mx.bfloat16), mx.full((num_tokens, TOP_K), 1 / TOP_K)
+    mx.eval(mac_stack, x, weights, ids)
+    dispatches = count_dispatches(lambda x: layer_with(kernel_in_graph)(x, ids, weights, mac_stack), x)
+    layer_with(execute_and_count)(x, ids, weights, mac_stack)
     needed = needed_bytes(stack, ids, bits_a_weight=4.5)
-    return Implementation(
-        f"mlx-k2 {name} kernels", perform(run) if on_gpu else None, sum(dispatches.values()), needed, loaded
-    )
+    layer = layer_with(run) if on_gpu else None
+    return Implementation(f"mlx-k2 {name} kernels", layer, sum(dispatches.values()), needed, bytes_loaded)
 
 
 def plain_implementation(stack: ExpertStack, ids: mx.array) -> Implementation:
     """Return the plain MLX code that mlx-k2 runs where no kernel is used."""
-    dispatches = counted(reference.routed_experts, stack, ids)
-    bits = BITS + 8 * stack.gate_scale.dtype.size / GROUP_SIZE
-    return Implementation(
-        "mlx-k2 plain MLX", reference.routed_experts, dispatches, needed_bytes(stack, ids, bits_a_weight=bits), None
-    )
+    dispatches = num_dispatches(reference.routed_experts, stack, ids)
+    needed = needed_bytes(stack, ids, bits_a_weight=BITS + 8 * stack.gate_scale.dtype.size / GROUP_SIZE)
+    return Implementation("mlx-k2 plain MLX", reference.routed_experts, dispatches, needed)
 
 
 def mlx_lm_implementations(stack: ExpertStack, ids: mx.array) -> list[Implementation]:
@@ -177,15 +188,15 @@ def mlx_lm_implementations(stack: ExpertStack, ids: mx.array) -> list[Implementa
         up = product(rows, stack.up_packed, stack.up_scale, biases[1])
         return product(gate + up, stack.down_packed, stack.down_scale, biases[2])[:, 0, 0]
 
-    bits = BITS + 2 * 8 * stack.gate_scale.dtype.size / GROUP_SIZE
-    needed = needed_bytes(stack, ids, bits_a_weight=bits)
+    bits_a_weight = BITS + 2 * 8 * stack.gate_scale.dtype.size / GROUP_SIZE  # a scale and a bias
+    needed = needed_bytes(stack, ids, bits_a_weight=bits_a_weight)
     return [
-        Implementation("mlx-lm SwitchGLU", switch_glu, counted(switch_glu, stack, ids), needed, None),
-        Implementation("gather_qmm alone", products, counted(products, stack, ids), needed, None),
+        Implementation("mlx-lm SwitchGLU", switch_glu, num_dispatches(switch_glu, stack, ids), needed),
+        Implementation("gather_qmm alone", products, num_dispatches(products, stack, ids), needed),
     ]
 
 
-def counted(layer: Callable[..., mx.array], stack: ExpertStack, ids: mx.array) -> int:
+def num_dispatches(layer: Callable[..., mx.array], stack: ExpertStack, ids: mx.array) -> int:
     """Return the number of dispatches of a layer in plain MLX."""
     x, weights = mx.zeros((ids.shape[0], HIDDEN), stack.gate_scale.dtype), mx.full(ids.shape, 1 / TOP_K)
     mx.eval(x, weights, ids)

@@ -1,17 +1,17 @@
-"""Recorder of the lines of one package that a process runs, in order with the frames that it reads and writes.
+"""Recorder of the lines of one package that a process runs, and of the frames that the process reads and writes.
 
 `bench.token_path` copies this file to ``sitecustomize.py`` in a folder on PYTHONPATH, so that Python runs it first in
-each process of the measured program. Standard library only. It knows one name of the program: ``read_frame``, the
-function that returns the next frame of a stream.
+each process of the measured program. It imports only the standard library, and knows one name of the program:
+``read_frame``, the function that returns the next frame of a stream.
 
 Each process writes ``PID.json`` when it ends: a list of events ``[kind, thread, detail]`` in the order in which they
 happened. Recording begins with the first frame that holds a step plan or a StepDone. The kinds:
 
-- ``line``: a line of the package ran; the detail is its file. Repeats of the previous event are left out.
+- ``line``: a line of the package ran; the detail is its file. An event equal to the previous one is left out.
 - ``enter``: ``read_frame`` was called.
 - ``read``: a C function that reads returned to a function of the package.
 - ``frame``: ``read_frame`` returned a step plan or a StepDone; the detail is the payload in hexadecimal.
-- ``write``: a C function wrote bytes of StepDone frames; the detail is their number.
+- ``write``: a C function wrote StepDone frames; the detail is their number.
 - ``flush``: a C function that flushes a stream returned to a function of the package.
 - ``stdout``: text was written to sys.stdout and flushed.
 """
@@ -36,32 +36,32 @@ FOLDER_VARIABLE = "TOKEN_PATH_FOLDER"
 """Environment variable: the folder for ``PID.json``."""
 
 _STEP_MESSAGE = re.compile(rb"type[\xa0-\xbf]Step")  # msgpack: the key, the header of a short string, the tag
-_ANSWER_TAG = b"StepDone"
-_READS = ("read", "readinto")
+_STEP_DONE_TAG = b"StepDone"
+_READ_FUNCTIONS = ("read", "readinto")
 
 
 class LineRecorder:
-    """Events of this process. ``install`` starts the recording, ``save`` ends it."""
+    """Recorder of the events of this process. ``save`` ends the recording and writes them to ``path``."""
 
     def __init__(self, package: str, path: Path) -> None:
         self._prefix = package + os.sep
         self._path = path
         self._events: list[tuple[str, int, str]] = []
         self._recording = False
-        self._saved = threading.Lock()
+        self._save_lock = threading.Lock()
         self._threads = threading.local()
         self._real_exit = os._exit
 
     def install(self) -> None:
         """Trace this thread and all later ones, and save the events when the process ends."""
         sys.stdout = RecordedStdout(self)
-        os._exit = self._exit  # guards and stages end with it, and run no atexit function
+        os._exit = self._exit  # guards and stages end with os._exit, which runs no atexit function
         atexit.register(self.save)
         threading.settrace(self._on_call)
         sys.settrace(self._on_call)
 
     def add(self, kind: str, detail: str = "") -> None:
-        """Append an event, unless it repeats the line event before it."""
+        """Append an event while recording, unless it equals the line event before it."""
         event = (kind, threading.get_ident(), detail)
         events = self._events
         if self._recording and not (kind == "line" and events and events[-1] == event):
@@ -71,12 +71,12 @@ class LineRecorder:
         """Write the file once. A second caller waits until it is written."""
         sys.settrace(None)
         sys.setprofile(None)
-        with self._saved:
+        with self._save_lock:
             self._recording = False
             events, self._events = self._events, []
             if events:
-                named = [(kind, thread, detail.removeprefix(self._prefix)) for kind, thread, detail in events]
-                self._path.write_text(json.dumps(named))
+                shortened = [(kind, thread, detail.removeprefix(self._prefix)) for kind, thread, detail in events]
+                self._path.write_text(json.dumps(shortened))
 
     def _exit(self, status: int) -> NoReturn:
         self.save()
@@ -108,9 +108,9 @@ class LineRecorder:
         return self._on_line_of_read_frame
 
     def _profile_thread(self) -> None:
-        """Report C functions in this thread too, and see whether its lines count. Done once in each thread.
+        """In a new thread, record C functions too, and decide whether its lines count.
 
-        It is not done before recording begins, because it would slow down every call while the program starts.
+        A thread is not profiled before recording begins, because that would slow down the start of the program.
         """
         if not hasattr(self._threads, "counts"):
             self._threads.counts = "heartbeat" not in threading.current_thread().name
@@ -120,23 +120,23 @@ class LineRecorder:
         if event != "c_return" or not frame.f_code.co_filename.startswith(self._prefix):
             return
         name = getattr(arg, "__name__", "")
-        if name in _READS:
+        if name in _READ_FUNCTIONS:
             self.add("read")
         elif name == "flush":
             self.add("flush")
         elif name == "write":
-            written = [value.count(_ANSWER_TAG) for value in frame.f_locals.values() if isinstance(value, bytes)]
-            if count := max(written, default=0):
+            counts = [value.count(_STEP_DONE_TAG) for value in frame.f_locals.values() if isinstance(value, bytes)]
+            if count := max(counts, default=0):
                 self.add("write", str(count))
 
 
 class RecordedStdout(io.TextIOWrapper):
-    """sys.stdout with its buffer, which reports each flush that follows a write."""
+    """Replacement of sys.stdout, with its buffer, that records each flush after a write."""
 
     def __init__(self, recorder: LineRecorder) -> None:
-        before = sys.stdout  # stays alive as sys.__stdout__; its end would close the buffer
-        assert isinstance(before, io.TextIOWrapper)
-        super().__init__(before.buffer, before.encoding, before.errors, line_buffering=before.line_buffering)
+        original = sys.stdout  # not garbage-collected, which would close the buffer: sys.__stdout__ refers to it
+        assert isinstance(original, io.TextIOWrapper)
+        super().__init__(original.buffer, original.encoding, original.errors, line_buffering=original.line_buffering)
         self._recorder = recorder
         self._pending = False
 
@@ -146,7 +146,7 @@ class RecordedStdout(io.TextIOWrapper):
         return super().write(text)
 
     def flush(self) -> None:
-        """Flush, and report it where there was something to flush."""
+        """Flush; record it if text was written since the last flush."""
         super().flush()
         if self._pending:
             self._pending = False

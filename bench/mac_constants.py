@@ -1,14 +1,14 @@
-"""The constants of the performance model in mac_model.py, and published figures to compare with. Computes nothing.
+"""Constants of the performance model in mac_model.py, and published figures that it is compared with.
 
-The constants were written before the first comparison and not changed after it. Each has its source: "published" by
-others, "stated" by a maker, or "estimated" here. Issues are named by repository and number.
+The constants were chosen before the first comparison and not changed after it. The kind of a source is "published" (by
+users), "stated" (by a maker) or "estimated" (here). Issues on GitHub are named by repository and number.
 """
 
 from typing import NamedTuple
 
 
 class Constant(NamedTuple):
-    """A value, its unit, the kind of its source, and the source."""
+    """A constant of the model. ``kind`` is the kind of its source: published, stated or estimated."""
 
     value: float
     unit: str
@@ -55,17 +55,17 @@ CONSTANTS = {
 
 
 class Published(NamedTuple):
-    """A published figure in tokens per second, and what was run: program, model, bits per weight, Macs, positions.
+    """A published rate in tokens per second, with the program, the model, the bits per weight and the number of Macs.
 
-    ``tokens`` is the context while decoding, or the length of the prompt. With ``first`` the figure is that of the
-    prompt's chunk from ``first`` to ``tokens``.
+    ``tokens`` is the context while decoding, or the length of the prompt. If ``first`` is not 0, the rate is that of
+    the prompt's chunk from position ``first`` to ``tokens``.
     """
 
     program: str
     model: str
     expert_bits: float
     dense_bits: float
-    macs: int
+    num_macs: int
     kind: str  # "decode" or "prefill"
     tokens: int
     rate: float

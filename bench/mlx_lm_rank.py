@@ -1,10 +1,11 @@
-"""One rank of mlx-lm on a checkpoint. Each line on stdin starts a run; rank 0 prints a line of rates for each run.
+"""Rank of mlx-lm on a checkpoint. Each line on stdin starts a run; rank 0 prints a line of rates for each run.
 
 python -m bench.mlx_lm_rank FOLDER
 
-Alone it runs the whole model. With MLX_RANK and MLX_HOSTFILE set it runs mlx-lm's pipeline over MLX's ring. An input
-line is {"prompt_tokens", "generate_tokens", "streams", "prefill_step"}. An output line holds tokens per second:
-"prefill", measured as mlx-lm itself does, and "decode", the total of all streams while all of them run.
+A single rank runs the whole model. With MLX_RANK and MLX_HOSTFILE set, the rank is part of mlx-lm's pipeline over MLX's
+ring. An input line is a JSON object with "prompt_tokens", "generate_tokens", "streams" and "prefill_step". An output
+line is a JSON object of tokens per second: "prefill", measured as mlx-lm itself does, and "decode", the total of all
+streams while all of them run.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from bench.measure import prompt_ids
 def main() -> None:
     """Load the model, print {} when it is loaded, and run the lines of stdin until it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="the checkpoint")
     options = parser.parse_args()
     model = load(options.folder)
     print("{}", flush=True)
@@ -49,37 +50,38 @@ def load(folder: Path) -> Any:
 def measure(
     model: Any, *, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int
 ) -> dict[str, float]:
-    """Run once with empty caches; return the rates in tokens per second."""
-    began = time.perf_counter()
+    """Run the streams once with empty caches; return the rates "prefill" and "decode" in tokens per second."""
+    started_at = time.perf_counter()
     if streams == 1:
-        stream = one_stream(model, prompt_tokens, generate_tokens, prefill_step)
+        steps = run_one_stream(model, prompt_tokens, generate_tokens, prefill_step)
     else:
-        stream = batch(model, prompt_tokens, generate_tokens, streams, prefill_step)
-    arrivals = [(time.perf_counter(), count) for count in stream]
+        steps = run_batch(model, prompt_tokens, generate_tokens, streams, prefill_step)
+    arrivals = [(time.perf_counter(), num_tokens) for num_tokens in steps]
     if "MLX_RANK" in os.environ:
-        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # no rank starts the next run before both have finished
-    decode_s = arrivals[-1][0] - arrivals[0][0]
-    decoded = sum(count for _, count in arrivals[1:])
-    return {"prefill": streams * prompt_tokens / (arrivals[0][0] - began), "decode": decoded / decode_s}
+        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # no rank starts the next run before all have finished this one
+    first_at, last_at = arrivals[0][0], arrivals[-1][0]
+    num_decoded = sum(num_tokens for _, num_tokens in arrivals[1:])
+    prefill_rate = streams * prompt_tokens / (first_at - started_at)
+    return {"prefill": prefill_rate, "decode": num_decoded / (last_at - first_at)}
 
 
-def one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill_step: int) -> Iterator[int]:
-    """Yield 1 for each token when it is generated."""
+def run_one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill_step: int) -> Iterator[int]:
+    """Yield 1 when a token is generated."""
     prompt = mx.array(prompt_ids(prompt_tokens))
     for _token, _logprobs in generate_step(prompt, model, max_tokens=generate_tokens, prefill_step_size=prefill_step):
         yield 1
 
 
-def batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
-    """Run batch_generate step by step; yield the number of tokens of each step, once all streams run."""
+def run_batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
+    """Run mlx-lm's batch generation; yield the number of tokens of each step since all streams run."""
     generator = BatchGenerator(model, prefill_step_size=prefill_step, prefill_batch_size=streams)
-    # the prompts differ in one token, because those of mlx-k2's benchmark differ too
+    # the prompts differ in their first token, as those of mlx-k2's benchmark do
     prompts = [[stream, *prompt_ids(prompt_tokens - 1)] for stream in range(streams)]
     generator.insert(prompts, [generate_tokens] * streams)
-    started = False
+    all_streams_run = False
     while responses := generator.next_generated():
-        started = started or len(responses) == streams
-        if started:
+        all_streams_run = all_streams_run or len(responses) == streams
+        if all_streams_run:
             yield len(responses)
     generator.close()
 

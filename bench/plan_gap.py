@@ -1,14 +1,14 @@
-"""Plan gap: the time from a sampled token's arrival to the next plan, while this process renders or tokenizes.
+"""Measurement of the plan gap: the time from a sampled token to the next plan, while this process renders or tokenizes.
 
 python -m bench.plan_gap [--save] [--tokens N]
 
-A small program is at the other end of this process's pipes, instead of a guard. It sleeps STEP_S for each step and
-"samples" the next token of a given text: a code block of 300 lines. It measures each gap itself, from before it writes
-a token to when it has read the next plan, so that a gap includes two pipes, three threads of this process and
-Python's lock. Cases:
+In place of a guard and its stage, a small program (`stage_program`) is at the other end of this process's pipes. It
+sleeps STEP_S for each step, and then sends the next token of a fixed text, a code block of 300 lines. The program
+measures each gap, from before it writes a token to after it has read the next plan. A gap thus includes two pipes,
+three threads of this process and Python's lock. Cases:
 
 - quiet: this process only reads the answer's events;
-- rendering: the chat's screen renders the code block on a terminal, as it grows;
+- rendering: the chat's screen renders the growing answer on a terminal;
 - tokenizing: another thread renders and tokenizes a prompt of 100,000 tokens, again and again.
 
 --save appends the rows to results/plan_gap.csv.
@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from bench.measure import save_rows
@@ -51,9 +52,14 @@ from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
 
 STEP_S = 0.01
-LINES = 300
-PROMPT_TOKENS = 100_000
-CODE = "```python\n" + "".join(f"value_{n} = compute(a[{n}], {n}.5)  # {n}\n" for n in range(LINES)) + "```\n"
+NUM_LINES = 300
+NUM_PROMPT_TOKENS = 100_000
+CODE = "```python\n" + "".join(f"value_{n} = compute(a[{n}], {n}.5)  # {n}\n" for n in range(NUM_LINES)) + "```\n"
+
+Reader = Callable[[Handle], None]
+"""Function that reads the events of an answer to its end."""
+BackgroundTask = Callable[[threading.Event], None]
+"""Function that works until the event is set."""
 
 
 def main() -> None:
@@ -65,72 +71,72 @@ def main() -> None:
     files = read_small_files(BUILTIN_FOLDER)
     tokenizer = load_tokenizer(files, describe_model(files, "built-in").config.vocab_size)
     conversation = Conversation(load_chat_template(files), tokenizer)
-    cases: dict[str, tuple[Callable[[Handle], None], Callable[[threading.Event], None]]] = {
-        "quiet": (read, wait),
+    cases: dict[str, tuple[Reader, BackgroundTask]] = {
+        "quiet": (read_events, wait),
         "rendering": (render, wait),
-        "tokenizing": (read, lambda stop: tokenize(conversation, tokenizer, stop)),
+        "tokenizing": (read_events, partial(tokenize, conversation, tokenizer)),
     }
     rows = []
-    for name, (reader, meanwhile) in cases.items():
-        gaps = measure(tokenizer, options.tokens, reader, meanwhile)
-        row = (name, len(gaps), *(f"{1000 * value:.3f}" for value in (statistics.median(gaps), p99(gaps), max(gaps))))
-        print(f"{name}: {len(gaps)} gaps, median {row[2]} ms, p99 {row[3]} ms, longest {row[4]} ms", flush=True)
+    for name, (reader, task) in cases.items():
+        gaps_ms = [1000 * gap_s for gap_s in measure(tokenizer, options.tokens, reader, task)]
+        median, p99 = statistics.median(gaps_ms), statistics.quantiles(gaps_ms, n=100)[98]
+        times = [f"{time_ms:.3f}" for time_ms in (median, p99, max(gaps_ms))]
+        row = (name, len(gaps_ms), *times)
+        print("{}: {} gaps, median {} ms, p99 {} ms, longest {} ms".format(*row), flush=True)
         rows.append(row)
     if options.save:
         print("saved to", save_rows("plan_gap", ("case", "gaps", "median_ms", "p99_ms", "longest_ms"), rows))
 
 
-def measure(
-    tokenizer: Tokenizer,
-    num_tokens: int,
-    reader: Callable[[Handle], None],
-    meanwhile: Callable[[threading.Event], None],
-) -> list[float]:
-    """Return the gaps in seconds of one answer, read by ``reader`` while ``meanwhile`` runs on another thread."""
-    ids = tokenizer.encode_text(CODE)
+def measure(tokenizer: Tokenizer, num_tokens: int, reader: Reader, task: BackgroundTask) -> list[float]:
+    """Return the gaps in seconds of one answer, read by ``reader`` while ``task`` runs on another thread."""
+    code_ids = tokenizer.encode_text(CODE)
     request = Request((1, 2, 3), num_tokens, Sampling(seed=0), frozenset())
     with tempfile.TemporaryDirectory() as folder:
-        text, result = Path(folder) / "ids.json", Path(folder) / "gaps.json"
-        text.write_text(json.dumps((ids * (num_tokens // len(ids) + 1))[:num_tokens]))
-        with engine_on_a_program(Path(folder), text, result) as engine:
+        ids_file, gaps_file = Path(folder) / "ids.json", Path(folder) / "gaps.json"
+        ids_file.write_text(json.dumps((code_ids * (num_tokens // len(code_ids) + 1))[:num_tokens]))
+        with engine_on_program(Path(folder), ids_file, gaps_file) as engine:
             stop = threading.Event()
-            thread = threading.Thread(target=meanwhile, args=[stop])
+            thread = threading.Thread(target=task, args=[stop])
             thread.start()
             reader(engine.submit(request, ReplyPolicy(tokenizer, request)))
             stop.set()
             thread.join()
-        return list(json.loads(result.read_text()))
+        return list(json.loads(gaps_file.read_text()))
 
 
 @contextmanager
-def engine_on_a_program(folder: Path, text: Path, result: Path) -> Iterator[Engine]:
-    """Yield an engine over one stage: this file as a program."""
+def engine_on_program(folder: Path, ids_file: Path, gaps_file: Path) -> Iterator[Engine]:
+    """Yield an engine whose single stage is `stage_program` in a process. ``folder`` gets the script that starts it."""
     script = folder / "python"
-    script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {sys.executable} -m bench.plan_gap program {text} {result}\n")
+    command = f"{sys.executable} -m bench.plan_gap program {ids_file} {gaps_file}"
+    script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {command}\n")
     script.chmod(0o755)
     with StageGroup([StageLocation(python=str(script))], lease_s=20.0, log=lambda _: None) as group:
         policy = StepPolicy([StageCost(SIZES, SPEED)])
-        scheduler = Scheduler(SchedulerLimits(1, 10**6, 512, 1), policy)
-        with Engine(Pipeline(group, scheduler, policy, 10**6), scheduler) as engine:
+        limits = SchedulerLimits(num_slots=1, context_tokens=10**6, chunk_tokens=512, num_stages=1)
+        scheduler = Scheduler(limits, policy)
+        with Engine(Pipeline(group, scheduler, policy, vocab_size=10**6), scheduler) as engine:
             yield engine
 
 
-def read(handle: Handle) -> None:
-    """Read all events."""
+def read_events(handle: Handle) -> None:
+    """Read the answer's events and drop them."""
     for _ in handle.events():
         pass
 
 
 def render(handle: Handle) -> None:
-    """Show the answer on a terminal whose other end another thread reads."""
+    """Show the answer on a terminal. A thread reads the terminal's other end."""
     master, slave = pty.openpty()
     drain = threading.Thread(target=_drain, args=[master], daemon=True)
     drain.start()
     with os.fdopen(slave, "w") as terminal, redirect_stdout(terminal):
         screen = RichScreen(show_thinking=True)
         for event in handle.events():
-            for part in event.parts if isinstance(event, Token) else ():
-                screen.show_event(part)
+            if isinstance(event, Token):
+                for part in event.parts:
+                    screen.show_event(part)
         screen.pause()
     os.close(master)
 
@@ -144,41 +150,36 @@ def _drain(descriptor: int) -> None:
 
 
 def wait(stop: threading.Event) -> None:
-    """Do nothing until the answer has ended."""
+    """Wait for ``stop``."""
     stop.wait()
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, stop: threading.Event) -> None:
-    """Render and tokenize a new prompt of PROMPT_TOKENS again and again."""
-    ids = tokenizer.encode_text(CODE)
+    """Render and tokenize prompts of NUM_PROMPT_TOKENS, each different, until ``stop`` is set."""
+    long_text = CODE * (NUM_PROMPT_TOKENS // len(tokenizer.encode_text(CODE)))
     number = 0
     while not stop.is_set():
         number += 1
         conversation.reset()
-        conversation.add_user(f"{number}\n" + CODE * (PROMPT_TOKENS // len(ids)))
+        conversation.add_user(f"{number}\n{long_text}")
         conversation.prompt_ids()
 
 
-def p99(values: list[float]) -> float:
-    """Return the value that 99% of the values do not exceed."""
-    return statistics.quantiles(values, n=100)[-1]
-
-
-def stage_program(text: Path, result: Path) -> None:
-    """Answer steps with the tokens of ``text``, and write the gaps to ``result`` at the end of the input."""
-    ids = iter(json.loads(text.read_text()))
+def stage_program(ids_file: Path, gaps_file: Path) -> None:
+    """Answer the step plans on stdin with the ids in ``ids_file``; at the end of stdin write ``gaps_file``."""
+    ids = iter(json.loads(ids_file.read_text()))
     gaps: list[float] = []
     sent_at: float | None = None
-    with os.fdopen(os.dup(1), "wb") as outward:
-        outward.write(MARK)
-        outward.flush()
+    with os.fdopen(os.dup(1), "wb") as stdout:
+        stdout.write(MARK)
+        stdout.flush()
         while (frame := read_frame(sys.stdin.buffer)) is not None:
             now = time.perf_counter()
             if frame.kind is Kind.HEARTBEAT:
                 status = StageStatus(PhaseUpdate(Phase.IDLE), 0.0)
-                outward.write(encode_frame(Kind.HEARTBEAT, frame.payload))
-                outward.write(encode_frame(Kind.STAGE_STATUS, status.to_json()))
-                outward.flush()
+                stdout.write(encode_frame(Kind.HEARTBEAT, frame.payload))
+                stdout.write(encode_frame(Kind.STAGE_STATUS, status.to_json()))
+                stdout.flush()
             if frame.kind is not Kind.MESSAGE:
                 continue
             message = decode_to_stage(frame.payload)
@@ -188,16 +189,15 @@ def stage_program(text: Path, result: Path) -> None:
                 gaps.append(now - sent_at)
             time.sleep(STEP_S)
             tokens = tuple(SampledToken(next(ids)) for row in message.rows if row.needs_logits)
-            data = encode_frame(Kind.MESSAGE, encode_message(StepDone(message.number, STEP_S, tokens=tokens)))
+            answer = encode_frame(Kind.MESSAGE, encode_message(StepDone(message.number, STEP_S, tokens=tokens)))
             sent_at = time.perf_counter()
-            outward.write(data)
-            outward.flush()
-    result.write_text(json.dumps(gaps))
+            stdout.write(answer)
+            stdout.flush()
+    gaps_file.write_text(json.dumps(gaps))
 
 
 if __name__ == "__main__":
-    match sys.argv[1:2]:
-        case ["program"]:
-            stage_program(Path(sys.argv[2]), Path(sys.argv[3]))
-        case _:
-            main()
+    if sys.argv[1:2] == ["program"]:
+        stage_program(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()

@@ -1,6 +1,6 @@
-"""Recorded outputs of README.md's commands: an answer, and one during which a stage is killed.
+"""Recorder of README.md's two outputs: an answer, and an answer during which a stage is killed.
 
-python -m bench.recorded_output    runs both and writes them to README.md
+python -m bench.recorded_output    runs both commands and writes their outputs to README.md
 """
 
 import re
@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 import psutil
 
-from bench.measure import ROOT, with_part
+from bench.measure import ROOT, replace_generated
 
 README = ROOT / "README.md"
 MADE_BY = "python -m bench.recorded_output"
 MLX_K2 = str(Path(sys.executable).with_name("mlx-k2"))
-DEMO = ("generate", "What is mlx-k2?")
-KILLED = ("generate", "--hide-thinking", "Count from 1 to 20.")
+DEMO_ARGUMENTS = ("generate", "What is mlx-k2?")
+KILL_ARGUMENTS = ("generate", "--hide-thinking", "Count from 1 to 20.")
 KILL_AFTER = "5,"
-"""Text of the answer after which the last stage is killed."""
+"""The stage that started last is killed when the answer has reached this text."""
 TIMEOUT_S = 100.0
 
-_VARYING = (
+_MASKS = (
     (r"\d+(\.\d+)? (s|tok/s)\b", r"# \2"),
     (r"seed \d+", "seed #"),
     (r"stage \d+ on this machine \(.*?\)", "stage # on this machine (#)"),
@@ -32,27 +32,27 @@ _VARYING = (
 
 
 class Output(NamedTuple):
-    """Text that a command wrote to its two streams."""
+    """Text that a command wrote."""
 
     stdout: str
     stderr: str
 
 
 def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
-    """Run mlx-k2 to its end. Kill a stage once the answer has ``kill_after``.
+    """Run mlx-k2 to its end. Kill a stage when stdout has reached the text ``kill_after``.
 
     Raises:
-        subprocess.TimeoutExpired: it did not end within TIMEOUT_S.
-        subprocess.CalledProcessError: it failed.
+        subprocess.TimeoutExpired: mlx-k2 did not end within TIMEOUT_S; it was killed.
+        subprocess.CalledProcessError: mlx-k2 failed.
     """
     with subprocess.Popen(
         [MLX_K2, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     ) as process:
         assert process.stdout is not None
-        begun = b""
+        answer_start = b""
         if kill_after is not None:
-            while not begun.endswith(kill_after.encode()) and (byte := process.stdout.read(1)):
-                begun += byte
+            while not answer_start.endswith(kill_after.encode()) and (byte := process.stdout.read(1)):
+                answer_start += byte
             stages = [
                 child
                 for child in psutil.Process(process.pid).children(recursive=True)
@@ -66,25 +66,25 @@ def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
             raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, [MLX_K2, *arguments], rest, errors)
-    return Output((begun + rest).decode(), errors.decode())
+    return Output((answer_start + rest).decode(), errors.decode())
 
 
 def masked(text: str) -> str:
-    """Return ``text`` without what differs between two runs: times, rates, the seed, the step of a kill."""
-    for pattern, replacement in _VARYING:
+    """Return ``text`` with # in place of times, rates, the seed, the killed stage and its step, which differ by run."""
+    for pattern, replacement in _MASKS:
         text = re.sub(pattern, replacement, text)
     return text
 
 
-def part() -> str:
-    """Run both commands; return their part of README.md."""
+def readme_part() -> str:
+    """Run both commands; return the generated part of README.md."""
     return "\n\n".join(
         (
             "The output of `make demo`. On stderr: three lines about the built-in model, its reasoning, and a line of "
             "counts. On\nstdout: the answer.",
-            _block(DEMO, run(DEMO)),
+            _block(DEMO_ARGUMENTS, run(DEMO_ARGUMENTS)),
             f'Another prompt. A stage is killed (`kill -9`) as soon as the answer has reached "{KILL_AFTER}".',
-            _block(KILLED, run(KILLED, KILL_AFTER)),
+            _block(KILL_ARGUMENTS, run(KILL_ARGUMENTS, KILL_AFTER)),
         )
     )
 
@@ -96,4 +96,4 @@ def _block(arguments: Sequence[str], output: Output) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_part(README.read_text(), MADE_BY, part()))
+    README.write_text(replace_generated(README.read_text(), MADE_BY, readme_part()))

@@ -1,9 +1,10 @@
-"""Cost of the coordinator's decisions per step, by number of running sequences and by context length.
+"""Cost of scheduling a step in the coordinator, by number of running sequences and by context length.
 
 python -m bench.scheduler_cost [--save]
 
-Stages answer at once and compute nothing; the sizes are Kimi K2's. The cost is in microseconds per step: planning the
-step, encoding its message and processing its tokens. --save appends the rows to results/scheduler_cost.csv.
+No stage runs: each step is answered at once with fixed tokens. The sizes of the layers are Kimi K2's. The cost is the
+time of planning the step, encoding its message and processing its tokens, in microseconds.
+--save appends the rows to results/scheduler_cost.csv.
 """
 
 import argparse
@@ -23,11 +24,10 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.weights.known_layout import thinking_config_fields
 
-STEPS = 300
-CONTEXT_TOKENS = 131072
-CASES = [(sequences, 1024) for sequences in (1, 2, 4, 8, 16, 32, 64)] + [
-    (8, context) for context in (4096, 16384, 65536)
-]
+NUM_STEPS = 300
+MAX_CONTEXT = 131072
+BY_SEQUENCES = [(num_sequences, 1024) for num_sequences in (1, 2, 4, 8, 16, 32, 64)]
+BY_CONTEXT = [(8, context) for context in (4096, 16384, 65536)]
 
 
 def main() -> None:
@@ -36,25 +36,27 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append the rows to results/scheduler_cost.csv")
     save = parser.parse_args().save
     rows = []
-    for sequences, context in CASES:
-        cost_us = 1e6 * step_cost_s(sequences, context)
-        print(f"{sequences} sequences of {context} tokens: {cost_us:.0f} us a step")
-        rows.append((sequences, context, f"{cost_us:.1f}"))
+    for num_sequences, context in BY_SEQUENCES + BY_CONTEXT:
+        cost_us = 1e6 * step_cost_s(num_sequences, context)
+        print(f"{num_sequences} sequences of {context} tokens: {cost_us:.0f} us a step")
+        rows.append((num_sequences, context, f"{cost_us:.1f}"))
     if save:
         print("saved to", save_rows("scheduler_cost", ("sequences", "context", "us_a_step"), rows))
 
 
 def step_cost_s(num_sequences: int, context: int) -> float:
-    """Return the median seconds per step, over STEPS decoding steps."""
+    """Return the median seconds per step, over NUM_STEPS decode steps."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
-    policy = StepPolicy([StageCost(stage_sizes(config, *layers, 2), GPU_SPEED) for layers in ((0, 32), (32, 61))])
-    scheduler = Scheduler(SchedulerLimits(num_sequences, CONTEXT_TOKENS, 2048, 2, prompts_first=True), policy)
+    stages = (stage_sizes(config, 0, 32, 2), stage_sizes(config, 32, 61, 2))
+    policy = StepPolicy([StageCost(sizes, GPU_SPEED) for sizes in stages])
+    limits = SchedulerLimits(num_sequences, MAX_CONTEXT, chunk_tokens=2048, num_stages=2, prompts_first=True)
+    scheduler = Scheduler(limits, policy)
     for index in range(num_sequences):
-        scheduler.submit(Request((index, *range(context)), 2 * STEPS, Sampling(seed=0), frozenset()))
-    times: list[float] = []
+        scheduler.submit(Request((index, *range(context)), 2 * NUM_STEPS, Sampling(seed=0), frozenset()))
+    times_s: list[float] = []
     in_flight: list[Microbatch] = []
-    while len(times) < STEPS:
-        began = time.perf_counter()
+    while len(times_s) < NUM_STEPS:
+        started_at = time.perf_counter()
         while (microbatch := scheduler.next_microbatch()) is not None:
             encode_message(Step(microbatch.number, tuple(planned.row for planned in microbatch.rows)))
             in_flight.append(microbatch)
@@ -63,8 +65,8 @@ def step_cost_s(num_sequences: int, context: int) -> float:
             policy.observe(rank, done.load, 0.05)
         scheduler.complete(done.number, [SampledToken(1) for planned in done.rows if planned.row.needs_logits])
         if done.decodes:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+            times_s.append(time.perf_counter() - started_at)
+    return statistics.median(times_s)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Latency that the server adds to each token over the engine: 8 streams on two stages that sleep.
+"""Latency that the server adds to each token of the engine, for 8 streams on two stages that sleep.
 
     python -m bench.serve_latency [--save]
 
-An engine's token has a time of arrival. A reader of the engine has the token some time later; so has a client of the
-server, which is a separate process. Both are measured with the same stages, and the difference of their medians and
-of their 99th percentiles is what the server adds.
+Each token has the time at which the engine received it. Two latencies are measured from this time with the same stages:
+until a thread that reads the engine has the token, and until a client of the server, in a separate process, has it. The
+added latency is the difference of their medians, and that of their 99th percentiles. Exit code 1: it is too large.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from bench.measure import save_rows
 from mlx_k2.coordinator.handle import Event, Token
@@ -30,34 +31,48 @@ from tests.server.in_process import SteppedServer, stepped_server
 
 NUM_STREAMS = 8
 NUM_TOKENS = 200
-MAX_P50_MS, MAX_P99_MS = 1.0, 5.0
+POLL_INTERVAL_S = 0.0005
+MAX_ADDED_P50_MS, MAX_ADDED_P99_MS = 1.0, 5.0
+
+
+class Percentiles(NamedTuple):
+    """Median and 99th percentile of latencies, in milliseconds."""
+
+    p50: float
+    p99: float
+
+
+def percentiles(latencies_s: list[float]) -> Percentiles:
+    """Return the percentiles of latencies in seconds."""
+    values = (statistics.median(latencies_s), statistics.quantiles(latencies_s, n=100)[98])
+    return Percentiles(*(round(1000 * value, 3) for value in values))
 
 
 class TimedMetrics(Metrics):
-    """Metrics that also keep the arrival of each token, by request."""
+    """Metrics that also record when the engine received each token, by request id."""
 
     def __init__(self, state: ServerState) -> None:
         super().__init__(state.records, state.activity, lambda: ())
         self.arrivals: dict[str, list[float]] = defaultdict(list)
 
     def add(self, record: RequestRecord, event: Event) -> None:
-        """Count an event."""
+        """Count an event; record a token's time."""
         super().add(record, event)
         if isinstance(event, Token):
             self.arrivals[record.id].append(event.arrived_at)
 
 
 @contextmanager
-def sleeping(server: SteppedServer) -> Iterator[None]:
-    """Let each stage sleep STEP_S for each of its plans, on a separate thread."""
+def run_sleeping_stages(server: SteppedServer) -> Iterator[None]:
+    """Run each stage on a thread that sleeps STEP_S for each plan, until exit."""
     is_over = threading.Event()
 
-    def work(rank: int) -> None:
+    def run_stage(rank: int) -> None:
         while not is_over.is_set():
-            time.sleep(0.0005 if server.tokens.stages.next_step(rank) is None else STEP_S)
+            time.sleep(POLL_INTERVAL_S if server.tokens.stages.next_step(rank) is None else STEP_S)
             server.tokens.stages.execute(rank)
 
-    threads = [threading.Thread(target=work, args=[rank]) for rank in range(2)]
+    threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(2)]
     for thread in threads:
         thread.start()
     yield
@@ -67,36 +82,33 @@ def sleeping(server: SteppedServer) -> Iterator[None]:
 
 
 def engine_latencies(server: SteppedServer) -> list[float]:
-    """Return the seconds from each token's arrival until a thread that reads the engine has it."""
-    found: list[float] = []
+    """Return the seconds from each token's arrival in the engine until a thread that reads the engine has it."""
+    latencies_s: list[float] = []
 
     def read(number: int) -> None:
         handle = server.tokens.engine.submit(request(number, max_tokens=NUM_TOKENS, seed=number))
-        found.extend(time.perf_counter() - event.arrived_at for event in handle.events() if isinstance(event, Token))
+        tokens = (event for event in handle.events() if isinstance(event, Token))
+        latencies_s.extend(time.perf_counter() - token.arrived_at for token in tokens)
 
-    threads = [threading.Thread(target=read, args=[number]) for number in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    run_streams(read)
+    return latencies_s
 
 
 def server_latencies(server: SteppedServer, metrics: TimedMetrics) -> list[float]:
-    """Return the seconds from each token's arrival until a client in another process has it."""
+    """Return the seconds from each token's arrival in the engine until a client in another process has it."""
     command = [sys.executable, "-m", "bench.serve_latency", "--client", str(server.port)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found: list[float] = []
-    for request_id, times in json.loads(ran.stdout).items():
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    latencies_s: list[float] = []
+    for request_id, receipts in json.loads(completed.stdout).items():
         arrivals = metrics.arrivals[request_id.removeprefix("cmpl-")]
-        assert len(times) == len(arrivals) > NUM_TOKENS // 2, (len(times), len(arrivals))
-        found += [received - arrived for received, arrived in zip(times, arrivals, strict=True)]
-    return found
+        assert len(receipts) == len(arrivals) > NUM_TOKENS // 2, (len(receipts), len(arrivals))
+        latencies_s += [received_at - arrived_at for received_at, arrived_at in zip(receipts, arrivals, strict=True)]
+    return latencies_s
 
 
-def client(port: int) -> None:
-    """Stream NUM_STREAMS answers at once; print the times at which each chunk with text came, by request."""
-    found: dict[str, list[float]] = {}
+def run_client(port: int) -> None:
+    """Stream NUM_STREAMS answers at once; print as JSON the times at which chunks with text came, by request id."""
+    receipts: dict[str, list[float]] = defaultdict(list)
 
     def stream(number: int) -> None:
         body = {"prompt": [number + 20], "seed": number, "max_tokens": NUM_TOKENS, "stream": True}
@@ -106,51 +118,56 @@ def client(port: int) -> None:
             connection.sendall(head.encode() + data)
             with connection.makefile("rb") as lines:
                 for line in lines:
-                    received = time.perf_counter()
+                    received_at = time.perf_counter()
                     if line.startswith(b"data: [DONE]"):
                         return
                     if line.startswith(b"data: {"):
                         chunk = json.loads(line[6:])
                         if chunk["choices"][0]["text"]:
-                            found.setdefault(chunk["id"], []).append(received)
+                            receipts[chunk["id"]].append(received_at)
 
+    run_streams(stream)
+    print(json.dumps(receipts))
+
+
+def run_streams(stream: Callable[[int], None]) -> None:
+    """Call ``stream`` with the numbers of all streams, each on a thread; wait for the threads."""
     threads = [threading.Thread(target=stream, args=[number]) for number in range(NUM_STREAMS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps(found))
 
 
-def measured() -> tuple[float, float, float, float]:
-    """Return p50 and p99 in ms of the engine, then of the server."""
-    with stepped_server(ServerOptions(), num_slots=NUM_STREAMS, max_queued=NUM_STREAMS) as server, sleeping(server):
+def measure() -> tuple[Percentiles, Percentiles]:
+    """Return the percentiles of the engine's latencies, and those of the server's."""
+    with (
+        stepped_server(ServerOptions(), num_slots=NUM_STREAMS, max_queued=NUM_STREAMS) as server,
+        run_sleeping_stages(server),
+    ):
         metrics = TimedMetrics(server.state)
         server.state.metrics = metrics
-        engine_latencies(server)
-        both = [engine_latencies(server), server_latencies(server, metrics)]
-    return tuple(  # type: ignore[return-value]
-        1000 * value for found in both for value in (statistics.median(found), statistics.quantiles(found, n=100)[98])
-    )
+        engine_latencies(server)  # not counted: the first run is slower
+        return percentiles(engine_latencies(server)), percentiles(server_latencies(server, metrics))
 
 
 def main() -> int:
-    """Measure and print; with --save append the row. Return 1 if the server adds more than allowed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and print; with --save append a row to the CSV file. Return 1 if the added latency is too large."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the row to results/serve_latency.csv")
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client is not None:
-        client(options.client)
+        run_client(options.client)
         return 0
-    row = [round(value, 3) for value in measured()]
-    added = (row[2] - row[0], row[3] - row[1])
-    print(
-        f"engine p50 {row[0]} p99 {row[1]} ms, server p50 {row[2]} p99 {row[3]} ms: adds {added[0]:.3f} {added[1]:.3f}"
-    )
+    engine, server = measure()
+    added = Percentiles(server.p50 - engine.p50, server.p99 - engine.p99)
+    for name, (p50, p99) in (("engine", engine), ("server", server), ("added", added)):
+        print(f"{name}: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
     if options.save:
-        save_rows("serve_latency", ("engine_p50_ms", "engine_p99_ms", "server_p50_ms", "server_p99_ms"), [row])
-    return int(added[0] > MAX_P50_MS or added[1] > MAX_P99_MS)
+        header = ("engine_p50_ms", "engine_p99_ms", "server_p50_ms", "server_p99_ms")
+        save_rows("serve_latency", header, [(*engine, *server)])
+    return int(added.p50 > MAX_ADDED_P50_MS or added.p99 > MAX_ADDED_P99_MS)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Load on `mlx-k2 serve` with clients that hang up and stages that are killed. Reports wrong streams and leaks.
+"""Load test of `mlx-k2 serve`, with clients that hang up and stages that are killed. Reports wrong answers and leaks.
 
     python -m bench.serve_load [--streams 64] [--kills 5] [--every 60] [--save]
 
-A tiny random model runs on two local stages, with 8 slots and a queue of 64. Each client streams answers of fixed
-seeds, and hangs up at random. A stage is killed ``--every`` seconds after the last restart was ready. Every complete
-answer is compared with the one that an undisturbed server gave. At the end no request, descriptor or thread may be
-left over.
+A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers of
+fixed seeds, and hangs up at random. A stage is killed ``--every`` seconds after the last restart. Each complete answer
+is compared with the answer to the same prompt before the load. At the end no request, descriptor, thread or process may
+exist that did not exist before the load. Exit code 1: an answer was wrong, a client failed, or something leaked.
 """
 
 import argparse
@@ -30,55 +30,54 @@ from tests.cli.command import CommandLine
 from tests.local_cluster import write_model
 from tests.server.server_process import Server, serving
 
-NUM_KINDS = 12
+NUM_PROMPTS = 12
 MAX_TOKENS = 24
 HANG_UP_FRACTION = 0.15
-LONGEST_S = 120.0
-_CHAT = "/v1/chat/completions"
+TIMEOUT_S = 120.0
 
 
 @dataclass
 class Totals:
-    """Totals of a run. ``wrong``, ``failed`` and every count in ``left`` must stay 0."""
+    """Counts of answers and kills. ``wrong``, ``failed`` and each count in ``leaked`` must stay 0."""
 
     complete: int = 0
     hung_up: int = 0
     refused: int = 0
-    """Requests that came during a restart and were answered with 503."""
+    """Requests during a restart, which get the status 503."""
     wrong: int = 0
     failed: int = 0
     kills: int = 0
-    left: Counter[str] = field(default_factory=Counter)
+    leaked: Counter[str] = field(default_factory=Counter)
 
 
-class _Refused(Exception):
-    """The error for a request that came during a restart."""
+class _RefusedError(Exception):
+    """Answer 503 to a request, which came during a restart."""
 
 
 def run(folder: Path, num_streams: int, num_kills: int, every_s: float, seed: int = 0) -> Totals:
-    """Return the totals of ``num_streams`` clients during ``num_kills`` kills."""
+    """Run ``num_streams`` clients during ``num_kills`` kills, each ``every_s`` seconds after the last restart."""
     model = write_model(folder / "model")
     totals = Totals()
     options = ("--model", str(model), "--stages", "2", "--context", "400", "--max-queued", "64")
     with serving(CommandLine(folder), *options) as server:
         start_workers(server)
-        expected = [answer(server, kind, None) for kind in range(NUM_KINDS)]
+        expected = [request_answer(server, prompt, None) for prompt in range(NUM_PROMPTS)]
         before = resources(server)
         run_clients(server, totals, expected, num_streams, num_kills, every_s, seed)
         after = resources(server)
-    totals.left = Counter({name: max(0, count - before[name]) for name, count in after.items()})
+    totals.leaked = Counter({name: max(0, count - before[name]) for name, count in after.items()})
     return totals
 
 
 def start_workers(server: Server) -> None:
-    """Send requests until the new server has all of asyncio's worker threads; each starts when the others are busy.
+    """Send requests until the server has all of asyncio's worker threads: one starts when all others are busy.
 
-    One that starts during the kills would count as left over.
+    A worker thread that starts during the load would count as leaked.
     """
     process = psutil.Process(server.process.pid)
-    num_workers = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio starts at most
+    num_workers = min(32, (os.cpu_count() or 1) + 4)  # the maximum of asyncio
     num_threads = process.num_threads() + num_workers
-    ends_at = time.monotonic() + LONGEST_S
+    ends_at = time.monotonic() + TIMEOUT_S
     while process.num_threads() < num_threads:
         assert time.monotonic() < ends_at, "not all worker threads have started"
         clients = [threading.Thread(target=server.request, args=("GET", "/v1/model-files")) for _ in range(num_workers)]
@@ -91,7 +90,7 @@ def start_workers(server: Server) -> None:
 def run_clients(
     server: Server, totals: Totals, expected: list[str], num_streams: int, num_kills: int, every_s: float, seed: int
 ) -> None:
-    """Run clients until the last killed stage has restarted, and each has then had one more answer."""
+    """Run clients until the last killed stage has restarted, and each client has then received one more answer."""
     is_over = threading.Event()
     lock = threading.Lock()
 
@@ -100,11 +99,11 @@ def run_clients(
         is_last = False
         while not is_last:
             is_last = is_over.is_set()
-            kind = rng.randrange(NUM_KINDS)
-            hang_up_after = rng.randrange(1, MAX_TOKENS) if rng.random() < HANG_UP_FRACTION and not is_last else None
+            prompt = rng.randrange(NUM_PROMPTS)
+            hangs_up = rng.random() < HANG_UP_FRACTION and not is_last
             try:
-                text = answer(server, kind, hang_up_after)
-            except _Refused:
+                text = request_answer(server, prompt, rng.randrange(1, MAX_TOKENS) if hangs_up else None)
+            except _RefusedError:
                 with lock:
                     totals.refused += 1
                 is_over.wait(0.2)
@@ -117,9 +116,11 @@ def run_clients(
                 is_over.wait(1)
                 continue
             with lock:
-                totals.hung_up += hang_up_after is not None
-                totals.complete += hang_up_after is None
-                totals.wrong += hang_up_after is None and text != expected[kind]
+                if hangs_up:
+                    totals.hung_up += 1
+                else:
+                    totals.complete += 1
+                    totals.wrong += text != expected[prompt]
 
     threads = [threading.Thread(target=client, args=[number], daemon=True) for number in range(num_streams)]
     for thread in threads:
@@ -128,31 +129,34 @@ def run_clients(
     try:
         for _ in range(num_kills):
             is_over.wait(every_s)
-            restarts = status(server)["restarts"]
+            num_restarts = server_status(server)["restarts"]
             rng.choice(server.stages()).kill()
             totals.kills += 1
-            wait_for_restart(server, restarts + 1)
-            print(f"{totals}", flush=True)
+            wait_for_restart(server, num_restarts + 1)
+            print(totals, flush=True)
     finally:
         is_over.set()
     for thread in threads:
-        thread.join(LONGEST_S)
-        assert not thread.is_alive(), "a client has no answer"
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), f"a client had no answer in {TIMEOUT_S:.0f} s"
 
 
-def answer(server: Server, kind: int, hang_up_after: int | None) -> str:
-    """Return the text of a streamed answer; hang up after ``hang_up_after`` chunks with text."""
-    message = {"role": "user", "content": f"{kind} " * (4 + 5 * kind)}
-    body = json.dumps({"messages": [message], "seed": kind, "max_tokens": MAX_TOKENS, "stream": True}).encode()
-    head = f"POST {_CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+def request_answer(server: Server, prompt: int, hang_up_after: int | None) -> str:
+    """Return the text of the streamed answer to prompt number ``prompt``.
+
+    With ``hang_up_after`` return the text so far when so many chunks with text have come.
+    """
+    message = {"role": "user", "content": f"{prompt} " * (4 + 5 * prompt)}
+    body = json.dumps({"messages": [message], "seed": prompt, "max_tokens": MAX_TOKENS, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     text, num_chunks = "", 0
-    with socket.create_connection(("127.0.0.1", server.port), timeout=LONGEST_S) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as connection:
         connection.sendall(head.encode() + body)
         with closing(connection.makefile("rb")) as lines:
-            first = lines.readline()
-            if b" 503 " in first:
-                raise _Refused
-            assert b" 200 " in first, first
+            status_line = lines.readline()
+            if b" 503 " in status_line:
+                raise _RefusedError
+            assert b" 200 " in status_line, status_line
             for line in lines:
                 assert b'"error"' not in line, line
                 if line == b"data: [DONE]\n":
@@ -167,29 +171,29 @@ def answer(server: Server, kind: int, hang_up_after: int | None) -> str:
     raise AssertionError("the stream ended without its last event")
 
 
-def status(server: Server) -> dict[str, Any]:
-    """Return the server's status."""
-    found: dict[str, Any] = server.request("GET", "/v1/status").json
-    return found
+def server_status(server: Server) -> dict[str, Any]:
+    """Return the server's answer to GET /v1/status."""
+    status: dict[str, Any] = server.request("GET", "/v1/status").json
+    return status
 
 
 def wait_for_restart(server: Server, num_restarts: int) -> None:
     """Wait until the stages are ready after restart number ``num_restarts``."""
-    ends_at = time.monotonic() + LONGEST_S
-    while status(server)["restarts"] != num_restarts:
-        assert time.monotonic() < ends_at, "no restart"
+    ends_at = time.monotonic() + TIMEOUT_S
+    while server_status(server)["restarts"] != num_restarts:
+        assert time.monotonic() < ends_at, f"no restart in {TIMEOUT_S:.0f} s"
         time.sleep(0.1)
 
 
 def resources(server: Server) -> Counter[str]:
-    """Return the counts of what the server process holds, once no request runs."""
-    ends_at = time.monotonic() + LONGEST_S
-    while status(server)["requests"] and time.monotonic() < ends_at:
+    """Wait until no request runs; return the counts of the server process's resources."""
+    ends_at = time.monotonic() + TIMEOUT_S
+    while server_status(server)["requests"] and time.monotonic() < ends_at:
         time.sleep(0.05)
     process = psutil.Process(server.process.pid)
-    time.sleep(0.2)  # the connections of the last clients are closed
+    time.sleep(0.2)  # time for the server to close the connections of the last clients
     return Counter(
-        requests=len(status(server)["requests"]),
+        requests=len(server_status(server)["requests"]),
         descriptors=process.num_fds(),
         threads=process.num_threads(),
         processes=len(process.children(recursive=True)),
@@ -197,10 +201,10 @@ def resources(server: Server) -> Counter[str]:
 
 
 def main() -> int:
-    """Run and print; with --save append the totals. Return 1 if a stream was wrong or failed, or something is left."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--kills", type=int, default=5)
+    """Run and print; with --save append the totals to the CSV file. Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64, help="number of clients  [default: 64]")
+    parser.add_argument("--kills", type=int, default=5, help="number of killed stages  [default: 5]")
     parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="append the totals to results/serve_load.csv")
@@ -210,9 +214,9 @@ def main() -> int:
     print(totals)
     if options.save:
         header = ("streams", "kills", "every_s", "complete", "hung_up", "refused", "wrong", "failed", "left")
-        counts = (totals.complete, totals.hung_up, totals.refused, totals.wrong, totals.failed, totals.left.total())
+        counts = (totals.complete, totals.hung_up, totals.refused, totals.wrong, totals.failed, totals.leaked.total())
         save_rows("serve_load", header, [(options.streams, totals.kills, options.every, *counts)])
-    return int(totals.wrong > 0 or totals.failed > 0 or totals.left.total() > 0)
+    return int(totals.wrong > 0 or totals.failed > 0 or totals.leaked.total() > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Mixed load with random faults at intervals, on tiny local stages. Reports wrong streams and leaked resources.
+"""Soak test: streams of mixed lengths on tiny local stages with a random fault at intervals. Reports errors and leaks.
 
     python -m bench.soak --minutes 60 --fault-every 60
     python -m bench.soak --restarts 200
 
-Every stream's tokens are compared with those of a run without faults. At the end, no descriptor, thread, process or
-temporary file may exist that did not exist before. Needs Linux, for /proc.
+Each stream's tokens are compared with those of a run without faults. At the end no descriptor, thread, process or
+temporary file may exist that did not exist before. Exit code 1: tokens differ, or a resource leaked. Needs Linux.
 """
 
 import argparse
@@ -42,26 +42,27 @@ from tests.local_cluster import (
 
 NUM_STAGES = 3
 STALL_TIMEOUT_S = 2.0
-NO_LIMIT = 10**9
+UNLIMITED_RESTARTS = 10**9
 MUST_NOT_GROW = ("descriptors", "threads", "temporary")
-ROUND = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90))
+REQUESTS = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90))
 
 
 @dataclass
-class UsageTotals:
-    """Totals of a soak run. ``wrong`` and every count in ``left`` must stay 0."""
+class Totals:
+    """Totals of a soak run. ``wrong`` and each count in ``leaked`` must stay 0."""
 
     streams: int = 0
     tokens: int = 0
     wrong: int = 0
+    """Streams whose tokens differ from those of the run without faults."""
     faults: Counter[str] = field(default_factory=Counter)
     restarts: list[Restart] = field(default_factory=list)
     longest_pause_s: float = 0.0
-    left: Counter[str] = field(default_factory=Counter)
+    leaked: Counter[str] = field(default_factory=Counter)
 
 
-def break_something(rng: random.Random) -> str:
-    """Inject one random fault into one random stage; return the fault's name."""
+def inject_fault(rng: random.Random) -> str:
+    """Inject one random fault into one random stage or its guard; return the fault's name."""
     rank = rng.randrange(NUM_STAGES)
     stage = stage_process(rank)
     guard = stage.parent()
@@ -73,13 +74,13 @@ def break_something(rng: random.Random) -> str:
     return name
 
 
-class Breaker:
+class FaultInjector:
     """Thread that injects a random fault every ``every_s`` seconds until it is closed."""
 
-    def __init__(self, every_s: float, seed: int, usage: UsageTotals) -> None:
+    def __init__(self, every_s: float, seed: int, totals: Totals) -> None:
         self._every_s = every_s
         self._rng = random.Random(seed)
-        self._usage = usage
+        self._usage = totals
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -96,64 +97,65 @@ class Breaker:
                 continue
             tokens = self._usage.tokens
             try:
-                self._usage.faults[break_something(self._rng)] += 1
-            except (ValueError, psutil.NoSuchProcess):  # during a restart the stage does not exist
+                self._usage.faults[inject_fault(self._rng)] += 1
+            except (ValueError, psutil.NoSuchProcess):  # the stage does not exist during a restart
                 self._usage.faults["came during a restart"] += 1
 
 
-def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> UsageTotals:
-    """Run rounds of streams until ``minutes`` have passed or ``num_restarts`` restarts have happened."""
+def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> Totals:
+    """Run REQUESTS again and again until ``minutes`` have passed or ``num_restarts`` restarts have happened."""
     model = write_model(folder / "model")
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(NUM_STAGES)]
     deployment_request = local_request(model, hosts).with_options(stall_timeout_s=STALL_TIMEOUT_S)
     description = describe_model(read_model_files(deployment_request.source).files, str(model))
-    usage = UsageTotals()
-    others = psutil.Process().children(recursive=True)  # of tests that ran before in this process
+    totals = Totals()
+    earlier_processes = psutil.Process().children(recursive=True)  # of tests that ran before in this process
 
     def on_restart(restart: Restart, phase: str) -> None:
         if phase == WAITING:
-            usage.restarts.append(restart)
+            totals.restarts.append(restart)
 
     with (
         RestartingDeployment(
-            deployment_request, description, DeploymentListener(), NO_LIMIT, first_wait_s=0.0
+            deployment_request, description, DeploymentListener(), UNLIMITED_RESTARTS, first_wait_s=0.0
         ) as restarting,
         engine_on(
             restarting.deployment, draft_mode=DraftMode.AUTO, restarts=restarting, on_restart=on_restart
         ) as engine,
     ):
-        expected = _tokens(engine, usage)
+        expected = _run_requests(engine, totals)
         before = _resources()
         ends_at = time.monotonic() + 60 * minutes
-        with closing(Breaker(fault_every_s, seed, usage)):
-            while time.monotonic() < ends_at and len(usage.restarts) < num_restarts:
-                for stream, tokens in _tokens(engine, usage).items():
-                    usage.streams += 1
-                    usage.wrong += tokens != expected[stream]
-                _notify(usage, _resources())
-        _tokens(engine, usage)  # recovers from the last fault
+        with closing(FaultInjector(fault_every_s, seed, totals)):
+            while time.monotonic() < ends_at and len(totals.restarts) < num_restarts:
+                for stream, tokens in _run_requests(engine, totals).items():
+                    totals.streams += 1
+                    totals.wrong += tokens != expected[stream]
+                _print_progress(totals, _resources())
+        _run_requests(engine, totals)  # returns after the restart from the last fault
         after = _resources()
     children = psutil.Process().children(recursive=True)
-    processes = [process for process in children if process not in others and is_running(process)]
-    usage.left = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
-    usage.left["processes"] = len(processes)
-    print(f"before {before}\nafter  {after}\nleft   {dict(usage.left)}")
-    return usage
+    leaked_processes = [process for process in children if process not in earlier_processes and is_running(process)]
+    totals.leaked = Counter({name: max(0, after[name] - before[name]) for name in MUST_NOT_GROW})
+    totals.leaked["processes"] = len(leaked_processes)
+    print(f"before {before}\nafter  {after}\nleaked {dict(totals.leaked)}")
+    return totals
 
 
-def _tokens(engine: Engine, usage: UsageTotals) -> dict[Request, list[int]]:
-    tokens: dict[Request, list[int]] = {stream: [] for stream in ROUND}
+def _run_requests(engine: Engine, totals: Totals) -> dict[Request, list[int]]:
+    """Run REQUESTS at the same time; return the token ids of each, and update ``totals``."""
+    tokens: dict[Request, list[int]] = {stream: [] for stream in REQUESTS}
     last = time.monotonic()
-    for stream, token in together(engine, *ROUND):
-        usage.longest_pause_s = max(usage.longest_pause_s, time.monotonic() - last)
+    for stream, token in together(engine, *REQUESTS):
+        totals.longest_pause_s = max(totals.longest_pause_s, time.monotonic() - last)
         last = time.monotonic()
-        usage.tokens += 1
+        totals.tokens += 1
         tokens[stream].append(token.token_id)
     return tokens
 
 
 def _resources() -> dict[str, int]:
-    """Return the counts of this process's descriptors, threads, memory, descendants and temporary files."""
+    """Return this process's numbers of descriptors, threads, KiB of memory, descendants and temporary files."""
     process = psutil.Process()
     return {
         "descriptors": process.num_fds(),
@@ -164,35 +166,35 @@ def _resources() -> dict[str, int]:
     }
 
 
-def _notify(usage: UsageTotals, resources: dict[str, int]) -> None:
+def _print_progress(totals: Totals, resources: dict[str, int]) -> None:
     print(
-        f"streams {usage.streams} wrong {usage.wrong} restarts {len(usage.restarts)} "
-        f"longest pause {usage.longest_pause_s:.1f} s {resources}",
+        f"streams {totals.streams} wrong {totals.wrong} restarts {len(totals.restarts)} "
+        f"longest pause {totals.longest_pause_s:.1f} s {resources}",
         flush=True,
     )
 
 
 def main() -> int:
-    """Run and print; with --save append the result. Return 1 if a stream was wrong or a resource leaked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run and print; with --save append the totals to the CSV file. Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--restarts", type=int, default=NO_LIMIT, help="end after this number of restarts")
+    parser.add_argument("--restarts", type=int, default=UNLIMITED_RESTARTS, help="end after this number of restarts")
     parser.add_argument("--fault-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", action="store_true", help="append the result to results/soak.csv")
+    parser.add_argument("--save", action="store_true", help="append the totals to results/soak.csv")
     options = parser.parse_args()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryDirectory(prefix="soak-") as own:
-        os.environ["TMPDIR"] = tempfile.tempdir = own  # used only by this process and its stages
-        usage = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
-    minutes = (time.monotonic() - began) / 60
-    for name, count in sorted(usage.faults.items()):
+    started_at = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryDirectory(prefix="soak-") as temp:
+        os.environ["TMPDIR"] = tempfile.tempdir = temp  # only this process and its stages use this folder
+        totals = soak(Path(folder), options.minutes, options.restarts, options.fault_every, options.seed)
+    minutes = (time.monotonic() - started_at) / 60
+    for name, count in sorted(totals.faults.items()):
         print(f"{count:5} {name}")
     if options.save:
-        counts = (sum(usage.faults.values()), len(usage.restarts), usage.streams, usage.tokens, usage.wrong)
+        counts = (sum(totals.faults.values()), len(totals.restarts), totals.streams, totals.tokens, totals.wrong)
         header = ("minutes", "faults", "restarts", "streams", "tokens", "wrong", "longest_pause_s")
-        save_rows("soak", header, [(f"{minutes:.1f}", *counts, f"{usage.longest_pause_s:.1f}")])
-    return int(usage.wrong > 0 or usage.left.total() > 0)
+        save_rows("soak", header, [(f"{minutes:.1f}", *counts, f"{totals.longest_pause_s:.1f}")])
+    return int(totals.wrong > 0 or totals.leaked.total() > 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Reports of machines: kernels at K2's shape, an answer from two stages, bit-identity. They make docs/tested-on.md.
+"""Reports of machines, which docs/tested-on.md lists: kernels at K2's shape, an answer from two stages, bit-identity.
 
 python -m bench.tested_on run --out FILE       tests this machine and writes its report; exit code 1 if it has a problem
-python -m bench.tested_on read FILE            prints a report's row and its problems; exit code 1 if it has one
-python -m bench.tested_on page                 writes the table in docs/tested-on.md from bench/results/tested_on/*.json
+python -m bench.tested_on read FILE            prints a report's row and its problems; exit code 1 if it has a problem
+python -m bench.tested_on page                 writes the table of docs/tested-on.md from bench/results/tested_on/*.json
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from bench.measure import RESULTS, ROOT, commit, with_part
+from bench.measure import RESULTS, ROOT, commit, replace_generated
 from mlx_k2.kernels.report import KernelReport
 from mlx_k2.kernels.self_check import TOLERANCE
 
@@ -28,68 +28,68 @@ MADE_BY = "python -m bench.tested_on page"
 QUESTION = "What is mlx-k2?"
 ANSWER = "mlx-k2 runs Kimi K2 models over several Macs: each Mac holds some of the layers."
 TIMEOUT_S = 300.0
-ALLOWED_ERROR = max(TOLERANCE.values())
-"""Largest allowed error of a kernel in bfloat16, the dtype of the checks at K2's shape."""
+MAX_ERROR = max(TOLERANCE.values())
+"""Largest allowed relative error of a kernel. The checks at K2's shape run in bfloat16."""
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """The result of a program. ``exit_code`` is None if it did not end within TIMEOUT_S."""
+class ProgramResult(msgspec.Struct, frozen=True):
+    """Result of a program. ``exit_code`` is None if the program did not end within TIMEOUT_S."""
 
     exit_code: int | None
     stdout: str
     stderr: str
 
     def problem(self, name: str) -> list[str]:
-        """Return one line if the program hung, crashed or failed; nothing otherwise."""
+        """Return one line about the program ``name`` if it hung, crashed or failed; an empty list if it succeeded."""
         if self.exit_code == 0:
             return []
-        how = (
-            f"did not end in {TIMEOUT_S:.0f} s" if self.exit_code is None else f"ended with exit code {self.exit_code}"
-        )
-        last = (self.stderr.strip() or self.stdout.strip()).splitlines()[-1:]
-        return [": ".join([f"{name} {how}", *last])]
+        ending = f"ended with exit code {self.exit_code}"
+        if self.exit_code is None:
+            ending = f"did not end in {TIMEOUT_S:.0f} s"
+        last_lines = (self.stderr.strip() or self.stdout.strip()).splitlines()[-1:]
+        return [": ".join([f"{name} {ending}", *last_lines])]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The programs that ran on one machine, and their results."""
+    """Results of `mlx-k2 kernels --check`, of `mlx-k2 generate` and of the tests of bit-identity on one machine."""
 
     commit: str
     system: str
     python: str
     memory_gb: float
     needs_gpu: bool
-    kernels_run: Ended
+    kernels_run: ProgramResult
     kernels: KernelReport | None
     """None if `mlx-k2 kernels --check` printed no report."""
-    generate: Ended
-    bit_identity: Ended
+    generate: ProgramResult
+    bit_identity: ProgramResult
 
 
-class _Printed(msgspec.Struct, frozen=True):
+class _KernelsOutput(msgspec.Struct, frozen=True):
     report: KernelReport
 
 
 def problems(report: Report) -> list[str]:
     """Return one line for each crash, hang, wrong number and wrong answer. A refused kernel is no problem."""
-    found = [
+    lines = [
         *report.kernels_run.problem("mlx-k2 kernels"),
         *report.generate.problem("mlx-k2 generate"),
         *report.bit_identity.problem("the tests of bit-identity"),
     ]
-    found += [
-        f"the {line.kernel} kernel computes wrong numbers: {line.reason or line.error}"
-        for line in (report.kernels.kernels if report.kernels else ())
-        if line.ran and not (line.error is not None and line.error <= ALLOWED_ERROR)
+    lines += [
+        f"the {kernel.kernel} kernel computes wrong numbers: {kernel.reason or kernel.error}"
+        for kernel in (report.kernels.kernels if report.kernels else ())
+        if kernel.ran and (kernel.error is None or not kernel.error <= MAX_ERROR)  # an error of NaN is too large
     ]
     if report.generate.exit_code == 0 and report.generate.stdout.strip() != ANSWER:
-        found.append(f"two stages answered {report.generate.stdout.strip()!r}")
+        lines.append(f"two stages answered {report.generate.stdout.strip()!r}")
     if report.needs_gpu and not (report.kernels and report.kernels.chip):
-        found.append("MLX found no GPU here: give --without-gpu where there is none")
-    return found
+        lines.append("MLX found no GPU on this machine: add --without-gpu if it has none")
+    return lines
 
 
 def make_report(*, needs_gpu: bool) -> Report:
-    """Run the installed mlx-k2 outside the source tree, then the tests of bit-identity in it."""
+    """Run the installed mlx-k2 outside the source tree, then the tests of bit-identity in the source tree."""
     mlx_k2 = str(Path(sys.executable).with_name("mlx-k2"))
     with tempfile.TemporaryDirectory() as folder:
         kernels_run = _run([mlx_k2, "kernels", "--check"], Path(folder))
@@ -108,8 +108,8 @@ def make_report(*, needs_gpu: bool) -> Report:
     )
 
 
-def _run(command: Sequence[str], folder: Path) -> Ended:
-    """Run a command to its end. After TIMEOUT_S kill it and what it started."""
+def _run(command: Sequence[str], folder: Path) -> ProgramResult:
+    """Run a command to its end. After TIMEOUT_S kill its process group."""
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -117,38 +117,39 @@ def _run(command: Sequence[str], folder: Path) -> Ended:
             stdout, stderr = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return Ended(None, *process.communicate())
-        return Ended(process.returncode, stdout, stderr)
+            return ProgramResult(None, *process.communicate())
+        return ProgramResult(process.returncode, stdout, stderr)
 
 
-def _kernel_report(printed: str) -> KernelReport | None:
+def _kernel_report(stdout: str) -> KernelReport | None:
     try:
-        return msgspec.json.decode(printed, type=_Printed).report
+        return msgspec.json.decode(stdout, type=_KernelsOutput).report
     except msgspec.DecodeError:
         return None
 
 
 def read_report(path: Path) -> Report:
-    """Read a report that `run` wrote."""
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    """Read a report that `run` wrote. Exit with a message if the file is another one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except msgspec.DecodeError as error:
+        sys.exit(f"{path} is not a report that `bench.tested_on run` wrote: {error}")
 
 
 def row(report: Report) -> str:
-    """Return the report's row of the table."""
+    """Return the report's row of the table in docs/tested-on.md."""
     kernels = report.kernels
-    lines = kernels.kernels if kernels else ()
-    used = ", ".join(line.kernel for line in lines if line.usable) or "none"
-    refused = ", ".join(line.kernel for line in lines if not line.ran) or "none"
+    checks = kernels.kernels if kernels else ()
+    used = ", ".join(check.kernel for check in checks if check.usable) or "none"
+    refused = ", ".join(check.kernel for check in checks if not check.ran) or "none"
     chip = (kernels.chip if kernels else None) or "no GPU"
     mlx = kernels.mlx_version if kernels else "-"
-    found = "; ".join(problems(report)) or "none"
-    return (
-        f"| {chip} | {report.system} | {report.memory_gb:.0f} | {mlx}, {report.commit} | {used} | {refused} | {found} |"
-    )
+    cells = (chip, report.system, f"{report.memory_gb:.0f}", f"{mlx}, {report.commit}", used, refused)
+    return f"| {' | '.join(cells)} | {'; '.join(problems(report)) or 'none'} |"
 
 
 def table() -> str:
-    """Return the table of all received reports, or a line that there are none."""
+    """Return the table of all received reports, or a line if there is none."""
     reports = [read_report(path) for path in sorted(REPORTS.glob("*.json"))]
     if not reports:
         return "No report was received yet."
@@ -157,8 +158,8 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """Return docs/tested-on.md with a new table."""
-    return with_part(page, MADE_BY, table())
+    """Return the text of docs/tested-on.md with its table generated again."""
+    return replace_generated(page, MADE_BY, table())
 
 
 def main() -> int:
@@ -166,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--out", type=Path, required=True, metavar="FILE", help="the report to write")
     run.add_argument("--without-gpu", action="store_true", help="this machine has no GPU that MLX can use")
     commands.add_parser("read").add_argument("report", type=Path)
     commands.add_parser("page")
@@ -180,9 +181,10 @@ def main() -> int:
     else:
         report = read_report(options.report)
     print(row(report))
-    found = problems(report)
-    print(*(f"problem: {line}" for line in found), sep="\n", end="\n" if found else "")
-    return 1 if found else 0
+    lines = problems(report)
+    for line in lines:
+        print(f"problem: {line}")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

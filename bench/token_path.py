@@ -1,20 +1,20 @@
-"""Counts the files of mlx_k2 that run for one decoded token: in the coordinator, in a stage, and in a guard.
+"""Counter of the files of mlx_k2 that run for one decoded token in the coordinator, in a stage and in a guard.
 
     python -m bench.token_path [--python PATH] [--terminal | --chat]
 
-It runs `mlx-k2 generate` of another Python's mlx_k2 on two local stages, with the built-in model and drafts on, and
-records which lines run in each process (bench/line_recorder.py). It imports nothing of mlx_k2, so it can measure any
+The script runs `mlx-k2 generate` of the Python at PATH on two local stages, with the built-in model and drafts on, and
+records which lines run in each process (bench/line_recorder.py). It does not import mlx_k2, so it can measure any
 commit. With --terminal stdout is a terminal. With --chat the command is `mlx-k2 chat` on a terminal, which formats the
 answer as Markdown.
 
-A file counts for a process when one of its lines runs in at least a quarter of the process's windows. A window is
+A file counts for a process if lines of it run in at least a quarter of the process's windows. A window is
 
 - in the coordinator: from the arrival of a StepDone with a token to the next flush of stdout that has text to write,
 - in a stage and in its guard: from the arrival of a step plan to the write of its StepDone.
 
-The first window of a process belongs to the prompt and is left out. Left out are also threads named "heartbeat", and in
-a guard the threads that neither read nor write frames: they run on a timer, and whether they count depends on the
-machine's load. The count of the stages, and that of the guards, is the union over both processes.
+The first window of a process belongs to the prompt and is not counted. Neither are threads named "heartbeat", nor the
+threads of a guard that do not read or write frames: they run on timers, so that their files depend on the machine's
+load. The count of the stages, and that of the guards, is the union over both processes.
 
 The measured program must have a function ``read_frame`` that returns a frame with a ``payload``. Its messages must be
 msgpack maps with the class name under "type": "StepDone" for the answer, another name that begins with "Step" for the
@@ -38,6 +38,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from bench.line_recorder import FOLDER_VARIABLE, PACKAGE_VARIABLE
+
 RECORDER = Path(__file__).with_name("line_recorder.py")
 PROMPT = "Count to 20."
 """The built-in model's answer is longer than MAX_TOKENS, and some of its drafts are accepted, others rejected."""
@@ -47,11 +49,11 @@ RUN_TIMEOUT_S = 180.0
 EXIT_TIMEOUT_S = 20.0
 MIN_WINDOWS = 8
 MIN_FRACTION = 0.25
-"""Fraction of a process's windows in which a file must run to count."""
+"""A file counts if it runs in this fraction of a process's windows."""
 
 
 class Mode(enum.Enum):
-    """Command of the measured program, and where its stdout goes."""
+    """Command of the measured program, and the type of its stdout."""
 
     PIPE = "generate, stdout is a pipe"
     TERMINAL = "generate, stdout is a terminal"
@@ -59,7 +61,7 @@ class Mode(enum.Enum):
 
 
 class Role(enum.Enum):
-    """Kind of a process, and its window."""
+    """Kind of a process. The value describes its window."""
 
     COORDINATOR = "StepDone to stdout"
     STAGE = "step plan to StepDone"
@@ -78,7 +80,7 @@ class Event(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Events from ``start`` up to, not including, ``end``."""
+    """Range of events: indices ``start`` to ``end`` - 1."""
 
     start: int
     end: int
@@ -86,38 +88,38 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A step plan or a StepDone that arrived. ``index`` is the event at which its first bytes were read."""
+    """Arrival of a step plan or a StepDone. ``index`` is that of the event at which its first bytes were read."""
 
     index: int
     message: dict[str, Any]
 
     @property
     def is_answer(self) -> bool:
-        """True for a StepDone."""
+        """True for a StepDone, False for a step plan."""
         return bool(self.message["type"] == "StepDone")
 
     @property
     def has_token(self) -> bool:
-        """True for the last stage's StepDone with a sampled token: its list of tokens is not empty."""
+        """True for a StepDone with a sampled token, which only the last stage sends."""
         return self.is_answer and any(isinstance(value, list) and value for value in self.message.values())
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run: its role, and the files that ran in each of its windows."""
+    """One process of the measured program, with the files that ran in each of its windows."""
 
     role: Role
     files: list[set[str]]
 
 
 def main() -> None:
-    """Run the program, and print the counts and the files."""
+    """Run the program; print the counts and the files."""
     options = read_options()
-    python = options.python.absolute()  # not resolved: the Python of a virtual environment is a link
-    began = time.monotonic()
+    python = options.python.absolute()  # not resolve(): the Python of a virtual environment is a symbolic link
+    started_at = time.monotonic()
     package = package_folder(python)
     processes = measure(python, package, options.mode)
-    elapsed_s = time.monotonic() - began
+    elapsed_s = time.monotonic() - started_at
     print(f"{package}: {options.mode.value}, {NUM_STAGES} stages, drafts on, {elapsed_s:.0f} s")
     for role in Role:
         print_files(role, [process for process in processes if process.role is role])
@@ -135,26 +137,26 @@ def read_options() -> argparse.Namespace:
 
 
 def package_folder(python: Path) -> Path:
-    """Return the folder of the mlx_k2 that ``python`` imports, without importing it."""
-    find = "import importlib.util; print(importlib.util.find_spec('mlx_k2').submodule_search_locations[0])"
-    found = subprocess.run([str(python), "-P", "-c", find], capture_output=True, check=False, text=True)
-    if found.returncode != 0:
+    """Return the folder of the mlx_k2 that ``python`` imports, without an import of it."""
+    script = "import importlib.util; print(importlib.util.find_spec('mlx_k2').submodule_search_locations[0])"
+    completed = subprocess.run([str(python), "-P", "-c", script], capture_output=True, check=False, text=True)
+    if completed.returncode != 0:
         sys.exit(f"{python} finds no package mlx_k2: give --python the Python of an environment that has it")
-    return Path(found.stdout.strip())
+    return Path(completed.stdout.strip())
 
 
 # ---- running the program
 
 
 def measure(python: Path, package: Path, mode: Mode) -> list[Process]:
-    """Run the program once, recorded."""
-    with tempfile.TemporaryDirectory(prefix="token-path-") as name:
-        folder = Path(name)
+    """Run the program once; return its processes with the recorded files."""
+    with tempfile.TemporaryDirectory(prefix="token-path-") as folder_name:
+        folder = Path(folder_name)
         (folder / "sitecustomize.py").write_text(RECORDER.read_text())
         (folder / "prompt").write_text(f"{PROMPT}\n")
-        variables = {"PYTHONPATH": name, "TOKEN_PATH_PACKAGE": str(package), "TOKEN_PATH_FOLDER": name}
+        variables = {PACKAGE_VARIABLE: str(package), FOLDER_VARIABLE: folder_name, "PYTHONPATH": folder_name}
         environment = {**os.environ, **variables, "TERM": "xterm-256color"}
-        environment.pop("NO_COLOR", None)  # with it, chat writes plain text
+        environment.pop("NO_COLOR", None)  # chat does not format Markdown if it is set
         output = run_program(command_line(python, mode), folder, environment, terminal=mode is not Mode.PIPE)
         processes = [process for path in folder.glob("*.json") if (process := read_process(path)) is not None]
     check(processes, output)
@@ -162,14 +164,17 @@ def measure(python: Path, package: Path, mode: Mode) -> list[Process]:
 
 
 def command_line(python: Path, mode: Mode) -> list[str]:
-    """Return the command of the measured program. ``chat`` reads the prompt from its standard input."""
+    """Return the command of the measured program. ``chat`` gets the prompt on stdin, ``generate`` as an argument."""
     settings = ["--stages", str(NUM_STAGES), "--max-tokens", str(MAX_TOKENS), "--seed", "1", "--temperature", "0"]
-    words = ["chat", *settings] if mode is Mode.CHAT else ["generate", *settings, PROMPT]
-    return [str(python), str(python.with_name("mlx-k2")), *words]
+    arguments = ["chat", *settings] if mode is Mode.CHAT else ["generate", *settings, PROMPT]
+    return [str(python), str(python.with_name("mlx-k2")), *arguments]
 
 
 def run_program(command: Sequence[str], folder: Path, environment: dict[str, str], *, terminal: bool) -> str:
-    """Run ``command`` to its end, with a terminal or a pipe as its stdout and stderr. Return what it wrote."""
+    """Run ``command`` to its end, with a terminal or a pipe as stdout and stderr; return its output.
+
+    Exit with a message if the command fails.
+    """
     reader, writer = os.openpty() if terminal else os.pipe()
     with (folder / "prompt").open() as prompt:
         process = subprocess.Popen(
@@ -180,28 +185,28 @@ def run_program(command: Sequence[str], folder: Path, environment: dict[str, str
         output = read_to_end(reader, time.monotonic() + RUN_TIMEOUT_S)
     finally:
         os.close(reader)
-        exit_code = end(process)
+        exit_code = wait_or_stop(process)
     if exit_code != 0:
         sys.exit(f"{' '.join(command)} ended with exit code {exit_code}:\n{output}")
     return output
 
 
 def read_to_end(descriptor: int, deadline: float) -> str:
-    """Read until every writer has closed its end, or until ``deadline`` (monotonic)."""
-    parts = []
+    """Read until all writers have closed their end, or until ``deadline``, a value of time.monotonic()."""
+    chunks = []
     while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
         try:
-            part = os.read(descriptor, 65536)
+            chunk = os.read(descriptor, 65536)
         except OSError:  # Linux reports the end of a terminal as an error
             break
-        if not part:
+        if not chunk:
             break
-        parts.append(part)
-    return b"".join(parts).decode(errors="replace")
+        chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace")
 
 
-def end(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the process, and stop it if it does not end. Its stages end when their pipes are closed."""
+def wait_or_stop(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the process, stop it after EXIT_TIMEOUT_S, and return its exit code. Its stages end with it."""
     for stop in (process.terminate, process.kill):
         try:
             return process.wait(EXIT_TIMEOUT_S)
@@ -217,15 +222,15 @@ def check(processes: Sequence[Process], output: str) -> None:
         if len(counts) != expected or min(counts) < MIN_WINDOWS:
             sys.exit(
                 f"expected {expected} x {role.name.lower()} with {MIN_WINDOWS} windows or more, recorded {counts}: "
-                f"see in {RECORDER.name} what the program must have. It wrote:\n{output}"
+                f"--help has the requirements on the measured program. Its output:\n{output}"
             )
 
 
-# ---- from events to files
+# ---- files of the windows
 
 
 def read_process(path: Path) -> Process | None:
-    """Read the events of one process. Return None for a process that reads no step plan and no StepDone."""
+    """Read the recorded events of one process. Return None if it read no step plan and no StepDone."""
     events = [Event(*fields) for fields in json.loads(path.read_bytes())]
     arrivals = list(find_arrivals(events))
     role = role_of(arrivals)
@@ -237,7 +242,7 @@ def read_process(path: Path) -> Process | None:
 
 
 def role_of(arrivals: Sequence[Arrival]) -> Role | None:
-    """Return a process's role by what it reads: a coordinator StepDone, a stage plans, a guard both."""
+    """Return the role of a process: a coordinator reads StepDone, a stage reads plans, a guard reads both."""
     reads_answers = any(arrival.is_answer for arrival in arrivals)
     reads_plans = any(not arrival.is_answer for arrival in arrivals)
     if reads_answers:
@@ -246,49 +251,49 @@ def role_of(arrivals: Sequence[Arrival]) -> Role | None:
 
 
 def find_arrivals(events: Sequence[Event]) -> Iterator[Arrival]:
-    """Yield the messages in the order in which they were complete."""
-    header_read: dict[int, int] = {}
+    """Yield the messages in the order in which they were read to their end."""
+    first_reads: dict[int, int] = {}
     for index, event in enumerate(events):
         match event.kind:
             case "enter":
-                header_read.pop(event.thread, None)
+                first_reads.pop(event.thread, None)
             case "read":
-                header_read.setdefault(event.thread, index)
+                first_reads.setdefault(event.thread, index)
             case "frame":
                 message = msgspec.msgpack.decode(bytes.fromhex(event.detail))
-                yield Arrival(header_read.get(event.thread, index), message)
+                yield Arrival(first_reads.get(event.thread, index), message)
 
 
 def coordinator_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
-    """For each write to stdout, the window from the last token that arrived between the previous write and this one."""
+    """Return for each write to stdout the window from the last token that arrived after the previous write."""
     tokens = [arrival.index for arrival in arrivals if arrival.has_token]
     windows = []
-    before = -1
+    previous = -1
     for index, event in enumerate(events):
         if event.kind == "stdout":
-            started = [token for token in tokens if before < token < index]
-            if started:
-                windows.append(Window(started[-1], index))
-            before = index
+            new_tokens = [token for token in tokens if previous < token < index]
+            if new_tokens:
+                windows.append(Window(new_tokens[-1], index))
+            previous = index
     return windows
 
 
 def plan_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
-    """For each step plan, the window to the write of its StepDone. Answers come in the order of the plans."""
+    """Return for each step plan the window to the write of its StepDone. The n-th answer is that of the n-th plan."""
     plans = [arrival.index for arrival in arrivals if not arrival.is_answer]
-    return [Window(*ends) for ends in zip(plans, answers_written(events), strict=False)]
+    return [Window(plan, answer) for plan, answer in zip(plans, answer_writes(events), strict=False)]
 
 
-def answers_written(events: Sequence[Event]) -> Iterator[int]:
-    """Yield for each StepDone that was written the index of the flush after it, or of the write if none follows."""
+def answer_writes(events: Sequence[Event]) -> Iterator[int]:
+    """Yield for each written StepDone the index of the flush after it, or of the write if no flush follows it."""
     for index, event in enumerate(events):
         if event.kind == "write":
-            later = range(index + 1, len(events))
-            next_one = next(
-                (i for i in later if events[i].thread == event.thread and events[i].kind in ("write", "flush")), index
-            )
-            written = next_one if events[next_one].kind == "flush" else index
-            yield from [written] * int(event.detail)
+            written_at = index
+            for later in range(index + 1, len(events)):
+                if events[later].thread == event.thread and events[later].kind in ("write", "flush"):
+                    written_at = later if events[later].kind == "flush" else index
+                    break
+            yield from [written_at] * int(event.detail)
 
 
 def io_threads(events: Sequence[Event]) -> set[int]:
@@ -305,7 +310,7 @@ def files_in(events: Sequence[Event], threads: set[int]) -> set[str]:
 
 
 def print_files(role: Role, processes: Sequence[Process]) -> None:
-    """Print the number of files that count and their names, then the files that run less often."""
+    """Print the number and the names of the files that count for a role, then the files that run less often."""
     fractions: dict[str, float] = {}
     for process in processes:
         counts = Counter(file for files in process.files for file in files)
@@ -317,7 +322,7 @@ def print_files(role: Role, processes: Sequence[Process]) -> None:
     for file in counted:
         print(f"    {file}  {fractions[file]:.0%}")
     for file in sorted(fractions.keys() - set(counted)):
-        print(f"    ({file}  {fractions[file]:.0%}, sometimes)")
+        print(f"    ({file}  {fractions[file]:.0%}, not counted)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Two stages of mlx-k2 against mlx-lm's pipeline on two ranks: one stream, eight streams, a prompt of 16 chunks.
+"""Comparison of two stages of mlx-k2 with mlx-lm's pipeline on two ranks: one stream, eight streams, a long prompt.
 
 python -m bench.vs_mlx_lm [--save] [--pairs N] [--only WORDS]
 
-Both sides use the same checkpoint and prompts in float32, and stay loaded. The two sides of a pair run right after each
-other. For eight streams mlx-lm runs its batch_generate, or the streams one after the other if that is faster. For the
-prompt it uses the best of several step sizes. One rank is reported without a required ratio.
+Both programs use the same checkpoint and prompts in float32, stay loaded, and run in turn. mlx-lm runs eight streams as
+a batch, or one after the other if that is faster; for the prompt it uses the best of several prefill step sizes. The
+ratio to mlx-lm on one rank is only reported.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from bench.checkpoints import bench_checkpoint
 from bench.claims import Claim, measure, read_options
 from bench.mlx_lm_ranks import MlxLmRanks, mlx_lm_ranks
-from bench.overlap import EIGHT, ONE, PROMPT, benchmark_on, prefill, rate
+from bench.overlap import EIGHT, ONE, PROMPT_OF_16_CHUNKS, benchmark_on, decode_rate, prefill_rate
 from mlx_k2.benchmark import Workload
 
 PREFILL_STEPS = (8, 16, 32, 64)
@@ -26,38 +26,38 @@ def main() -> None:
     even, tall = bench_checkpoint("even"), bench_checkpoint("tall")
     with contextlib.ExitStack() as stack:
         stages, tall_stages = (benchmark_on(stack, folder, 2) for folder in (even, tall))
-        alone, pair = (stack.enter_context(mlx_lm_ranks(even, count)) for count in (1, 2))
-        tall_pair = stack.enter_context(mlx_lm_ranks(tall, 2))
+        one_rank, two_ranks = (stack.enter_context(mlx_lm_ranks(even, count)) for count in (1, 2))
+        tall_ranks = stack.enter_context(mlx_lm_ranks(tall, 2))
         for claim in (
-            Claim("one stream", rate(stages, ONE), decode(pair, ONE), 1.0),
-            Claim("eight streams", rate(stages, EIGHT), eight_streams(pair), 1.8),
-            Claim("prompt of 16 chunks", prefill(tall_stages), longest_prompt(tall_pair), 1.1),
-            Claim("one stream, mlx-lm on one rank", rate(stages, ONE), decode(alone, ONE)),
+            Claim("one stream", decode_rate(stages, ONE), mlx_lm_decode_rate(two_ranks, ONE), 1.0),
+            Claim("eight streams", decode_rate(stages, EIGHT), mlx_lm_best_of_eight(two_ranks), 1.8),
+            Claim("prompt of 16 chunks", prefill_rate(tall_stages), mlx_lm_prefill_rate(tall_ranks), 1.1),
+            Claim("one stream, mlx-lm on one rank", decode_rate(stages, ONE), mlx_lm_decode_rate(one_rank, ONE)),
         ):
             measure("vs_mlx_lm", claim, options)
 
 
-def decode(ranks: MlxLmRanks, workload: Workload) -> Callable[[], float]:
-    """Return a function that measures mlx-lm's decoded tokens per second, over all streams."""
+def mlx_lm_decode_rate(ranks: MlxLmRanks, workload: Workload) -> Callable[[], float]:
+    """Return a function that measures mlx-lm's decoded tokens per second, of all streams together."""
     return lambda: ranks.rates(workload, max(PREFILL_STEPS))["decode"]
 
 
-def eight_streams(ranks: MlxLmRanks) -> Callable[[], float]:
-    """Return a function that measures mlx-lm's eight streams together and one by one, and returns the faster rate."""
-    together, in_turn = decode(ranks, EIGHT), decode(ranks, ONE)
-    return lambda: max(together(), in_turn())
+def mlx_lm_best_of_eight(ranks: MlxLmRanks) -> Callable[[], float]:
+    """Return a function that measures mlx-lm's rate of eight streams, as a batch or in turn: the higher of both."""
+    as_batch, in_turn = mlx_lm_decode_rate(ranks, EIGHT), mlx_lm_decode_rate(ranks, ONE)
+    return lambda: max(as_batch(), in_turn())
 
 
-def longest_prompt(ranks: MlxLmRanks) -> Callable[[], float]:
-    """Return a function that measures prompt tokens per second at mlx-lm's best step size, found in the first run."""
+def mlx_lm_prefill_rate(ranks: MlxLmRanks) -> Callable[[], float]:
+    """Return a function that measures mlx-lm's prompt tokens per second. Its first call finds the best step size."""
 
     @functools.cache
-    def best() -> int:
-        rates = {step: ranks.rates(PROMPT, step)["prefill"] for step in PREFILL_STEPS}
+    def best_step() -> int:
+        rates = {step: ranks.rates(PROMPT_OF_16_CHUNKS, step)["prefill"] for step in PREFILL_STEPS}
         print("mlx-lm's prefill by step size:", ", ".join(f"{step}: {rate:.1f}" for step, rate in rates.items()))
         return max(rates, key=lambda step: rates[step])
 
-    return lambda: ranks.rates(PROMPT, best())["prefill"]
+    return lambda: ranks.rates(PROMPT_OF_16_CHUNKS, best_step())["prefill"]
 
 
 if __name__ == "__main__":

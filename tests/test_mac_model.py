@@ -7,8 +7,6 @@ import pytest
 from bench.mac_constants import CONSTANTS, PUBLISHED
 from bench.mac_model import (
     CONTEXTS,
-    M3_ULTRA,
-    M5_ULTRA,
     MADE_BY,
     after,
     before,
@@ -20,7 +18,8 @@ from bench.mac_model import (
     prefill_rate,
     readme_part,
 )
-from bench.measure import ROOT, with_part
+from bench.mac_times import M3_ULTRA, M5_ULTRA
+from bench.measure import ROOT, replace_generated
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -47,7 +46,7 @@ def test_each_constant_and_each_published_row_names_its_source() -> None:
 
 def test_the_readme_has_the_models_present_table() -> None:
     page = (ROOT / "bench" / "README.md").read_text()
-    assert page == with_part(page, MADE_BY, readme_part())
+    assert page == replace_generated(page, MADE_BY, readme_part())
 
 
 @pytest.mark.parametrize("bits", [16, 8.5])

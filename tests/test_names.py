@@ -46,8 +46,8 @@ RETIRED_CLASSES = ("Piece", "Answer", "Verdict", "Pace")
 
 # Exceptions as "kind name", each with its reason: another package, a protocol or a file format dictates the name.
 ALLOWED: dict[str, str] = {
-    "test test_gather_qmv_fast": "gather_qmv_fast is the name of MLX's kernel",
-    "test test_gather_qmm_rhs_the_grouped_product_of_prefill": "gather_qmm_rhs is the name of MLX's kernel",
+    "test test_mlx_gather_qmv_fast_is_correct": "gather_qmv_fast is the name of MLX's kernel",
+    "test test_mlx_gather_qmm_rhs_is_correct": "gather_qmm_rhs is the name of MLX's kernel",
     "variable ROOMS": "training data: the rooms of a house",
     "key guessing": "the name of a benchmark script in rows that were measured before it was renamed",
     "key mlx_k2_prefix_cache_hits": "a metric's name in vLLM, with our prefix",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.recorded_output import MADE_BY, README, masked, part
+from bench.recorded_output import MADE_BY, README, masked, readme_part
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(240)
 def test_the_readme_shows_what_the_commands_print() -> None:
     page = README.read_text()
     recorded = page.partition(f"<!-- made by {MADE_BY} -->\n")[2].partition("<!-- end -->\n")[0].strip()
-    today = part()
+    today = readme_part()
     assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20" in today
     assert masked(recorded) == masked(today), f"run {MADE_BY}"
 

@@ -23,7 +23,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import ModelSource
 from tests.advice import follows_advice
 from tests.examples import scaled
-from tests.weights.made_up import config_of
+from tests.weights.tiny_checkpoints import config_of
 
 pytestmark = pytest.mark.timeout(60)
 THINKING = "moonshotai/Kimi-K2-Thinking"

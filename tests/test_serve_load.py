@@ -14,4 +14,4 @@ def test_streams_continue_through_hang_ups_and_a_killed_stage_and_nothing_is_lef
     assert (totals.wrong, totals.failed) == (0, 0)
     assert totals.complete >= 24
     assert totals.hung_up > 0
-    assert totals.left.total() == 0, totals.left
+    assert totals.leaked.total() == 0, totals.leaked

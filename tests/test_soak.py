@@ -19,7 +19,7 @@ def test_streams_continue_through_random_faults_and_no_resource_is_leaked(
     own.mkdir()
     monkeypatch.setenv("TMPDIR", str(own))
     monkeypatch.setattr(tempfile, "tempdir", str(own))
-    usage = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
-    assert len(usage.restarts) >= NUM_RESTARTS and usage.streams
-    assert usage.wrong == 0
-    assert usage.left.total() == 0, usage.left
+    totals = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
+    assert len(totals.restarts) >= NUM_RESTARTS and totals.streams
+    assert totals.wrong == 0
+    assert totals.leaked.total() == 0, totals.leaked

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from bench import tested_on
-from bench.tested_on import ANSWER, PAGE, Ended, Report, problems, read_report, row, with_table
+from bench.tested_on import ANSWER, PAGE, ProgramResult, Report, problems, read_report, row, with_table
 from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.report import KernelLine, KernelReport
 from mlx_k2.kernels.self_check import DECODE, ROUTER, LayerShape, check_kernel
@@ -21,7 +21,7 @@ from tests.metal_cpu.test_self_check import perform, perform_uncompilable, perfo
 pytestmark = pytest.mark.timeout(120)
 
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
-FINE = Ended(0, "", "")
+FINE = ProgramResult(0, "", "")
 
 
 def report_of(lines: Sequence[KernelLine]) -> Report:
@@ -37,7 +37,7 @@ def report_of(lines: Sequence[KernelLine]) -> Report:
         needs_gpu=True,
         kernels_run=FINE,
         kernels=kernels,
-        generate=Ended(0, f"{ANSWER}\n", ""),
+        generate=ProgramResult(0, f"{ANSWER}\n", ""),
         bit_identity=FINE,
     )
 
@@ -81,21 +81,34 @@ def test_a_refused_kernel_is_recorded_and_is_no_problem(tmp_path: Path) -> None:
     assert "| none | decode, router | none |" in ran.stdout
 
 
+def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=r"report\.json is not a report that `bench\.tested_on run` wrote: "):
+        read_report(path)
+
+
 SOUND = report_of([KernelLine(kernel=DECODE, usable=True, ran=True, error=1e-3, reason="")])
 RED: dict[str, tuple[Report, str]] = {
     "a crash": (
-        msgspec.structs.replace(SOUND, kernels=None, kernels_run=Ended(-11, "", "it crashed"), needs_gpu=False),
+        msgspec.structs.replace(SOUND, kernels=None, kernels_run=ProgramResult(-11, "", "it crashed"), needs_gpu=False),
         "mlx-k2 kernels ended with exit code -11: it crashed",
     ),
-    "a hang": (msgspec.structs.replace(SOUND, generate=Ended(None, "", "")), "mlx-k2 generate did not end in 300 s"),
-    "another answer": (msgspec.structs.replace(SOUND, generate=Ended(0, "I know", "")), "two stages answered 'I know'"),
+    "a hang": (
+        msgspec.structs.replace(SOUND, generate=ProgramResult(None, "", "")),
+        "mlx-k2 generate did not end in 300 s",
+    ),
+    "another answer": (
+        msgspec.structs.replace(SOUND, generate=ProgramResult(0, "I know", "")),
+        "two stages answered 'I know'",
+    ),
     "a failed test": (
-        msgspec.structs.replace(SOUND, bit_identity=Ended(1, "1 failed", "")),
+        msgspec.structs.replace(SOUND, bit_identity=ProgramResult(1, "1 failed", "")),
         "the tests of bit-identity ended with exit code 1: 1 failed",
     ),
     "no GPU": (
         msgspec.structs.replace(report_of([]), kernels=None),
-        "MLX found no GPU here: give --without-gpu where there is none",
+        "MLX found no GPU on this machine: add --without-gpu if it has none",
     ),
 }
 

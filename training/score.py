@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure import with_part
+from bench.measure import replace_generated
 from training.conversation import DEFAULT_SYSTEM, Conversation, Json, declare
 from training.data import Question, held_out
 from training.reply import Reply
@@ -62,7 +62,7 @@ def _call(call: Json) -> tuple[str, Json]:
 
 def save(scores: str) -> None:
     """Write the table into the model card."""
-    _CARD.write_text(with_part(_CARD.read_text(), "python -m training.score --save", scores))
+    _CARD.write_text(replace_generated(_CARD.read_text(), "python -m training.score --save", scores))
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_corrupted_download_is_refused_by_file_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
     name = "model-00003-of-000008.safetensors"
-    hub.sent_instead[name] = bytes(len(hub.files[name]))
+    hub.wrong_contents[name] = bytes(len(hub.files[name]))
     refused = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("error: stage 0 on this machine: " + name)

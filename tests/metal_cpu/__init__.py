@@ -1,1 +1,1 @@
-"""An executor of Metal kernels on a CPU, from the same source that MLX would compile on a Mac."""
+"""Executor of Metal kernels on a CPU, from the source that MLX would compile on a Mac."""

@@ -1,4 +1,4 @@
-"""The source that MLX would pass to Apple's compiler for a dispatch, obtained on a machine without Metal."""
+"""Generation of the source that MLX would pass to Apple's compiler for a dispatch, on a machine without Metal."""
 
 import os
 import re
@@ -12,10 +12,13 @@ from mlx_k2.kernels.dispatch import Dispatch, metal_kernel
 
 
 def generated_source(dispatch: Dispatch) -> str:
-    """Return MLX's own text. A Metal kernel may be called while a function is exported, and `verbose` prints it."""
+    """Return the source that MLX generates for a dispatch.
+
+    Without Metal, MLX generates it while a function that calls the kernel is exported, and `verbose` prints it.
+    """
     call = metal_kernel(dispatch.text)
 
-    def traced(*inputs: mx.array) -> tuple[mx.array, ...]:
+    def call_kernel(*inputs: mx.array) -> tuple[mx.array, ...]:
         outputs = call(
             inputs=list(inputs),
             template=list(dispatch.template) or None,
@@ -27,15 +30,15 @@ def generated_source(dispatch: Dispatch) -> str:
         )
         return tuple(outputs)
 
-    with tempfile.TemporaryDirectory() as folder, _CapturedStdout() as printed:
-        mx.export_function(str(Path(folder) / "kernel.mlxfn"), traced, *dispatch.inputs)
-    match = re.search(r"```\n(.*)\n```", printed.text(), re.DOTALL)
+    with tempfile.TemporaryDirectory() as folder, _CapturedStdout() as stdout:
+        mx.export_function(str(Path(folder) / "kernel.mlxfn"), call_kernel, *dispatch.inputs)
+    match = re.search(r"```\n(.*)\n```", stdout.text(), re.DOTALL)
     assert match, "MLX printed no source"
     return match[1]
 
 
 class _CapturedStdout:
-    """Context manager that captures what is written to file descriptor 1, also by C++."""
+    """Context manager that captures the writes to file descriptor 1, also those of C++."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
@@ -45,16 +48,16 @@ class _CapturedStdout:
 
     def __enter__(self) -> "_CapturedStdout":
         self._read_end, self._write_end = os.pipe()
-        self._saved = os.dup(1)
+        self._original = os.dup(1)
         self._reader = threading.Thread(target=self._drain)
         self._reader.start()
         os.dup2(self._write_end, 1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.dup2(self._saved, 1)
+        os.dup2(self._original, 1)
         os.close(self._write_end)
-        os.close(self._saved)
+        os.close(self._original)
         self._reader.join()
         os.close(self._read_end)
 

@@ -1,4 +1,4 @@
-"""Runs of a layer's routed experts in the executor, and the errors of both halves against float64."""
+"""Runs of a layer's routed experts in the executor, and their errors compared with float64."""
 
 import enum
 from collections.abc import Callable
@@ -16,13 +16,14 @@ from tests.metal_cpu.execute import Executed, execute
 from tests.metal_cpu.float64 import ALL_ROWS, Case
 from tests.metal_cpu.program import FORWARD, Mode, Schedule
 
-SMALL = DEFAULT._replace(batch_simdgroups=4)  # fewer Metal threads for small cases
-TINY = Tuning(gate_up_rows=8, gate_up_simdgroups=2, down_rows=8, batch_rows=4, batch_simdgroups=2)
-"""Fewest Metal threads: the thread sanitizer spends most of a run on creating them."""
+FEW_THREADS = DEFAULT._replace(batch_simdgroups=4)
+"""Tuning with fewer Metal threads for small cases."""
+FEWEST_THREADS = Tuning(gate_up_rows=8, gate_up_simdgroups=2, down_rows=8, batch_rows=4, batch_simdgroups=2)
+"""Tuning for Mode.RACES: the thread sanitizer needs most of its time to create threads."""
 
 
 class Variant(enum.Enum):
-    """The kernels of routed experts."""
+    """Kernels of routed experts."""
 
     DECODE = "decode"
     BATCH = "batch"
@@ -30,6 +31,7 @@ class Variant(enum.Enum):
 
     @property
     def compute(self) -> Experts:
+        """Function that computes the layer with these kernels."""
         return {
             Variant.DECODE: decode_experts,
             Variant.BATCH: batch_experts,
@@ -38,18 +40,22 @@ class Variant(enum.Enum):
 
 
 def unchanged(dispatch: Dispatch) -> Dispatch:
+    """Return the dispatch itself."""
     return dispatch
 
 
 class Errors(NamedTuple):
-    """Largest error divided by largest output, of gate+up and of down (for the gate+up that the kernel computed)."""
+    """Largest errors of the two halves of a layer, each divided by the half's largest output.
+
+    The error of ``down`` is that for the output of gate and up that the kernel computed.
+    """
 
     gate_up: float
     down: float
 
 
 class Recorder:
-    """Runs of dispatches in the executor, each changed by `change` first. Their results are kept by kernel name."""
+    """Function that runs dispatches, each changed by `change`, and keeps the results by kernel name."""
 
     def __init__(
         self, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD, change: Callable[[Dispatch], Dispatch] = unchanged
@@ -66,7 +72,7 @@ class Recorder:
 
 
 def hidden_by_pair(recorder: Recorder, variant: Variant, case: Case) -> mx.array:
-    """Return the output of gate+up, (tokens, top_k, intermediate), unsorted where the kernel sorts."""
+    """Return the output of gate and up, (tokens, top_k, intermediate). That of the prefill kernel is sorted back."""
     (hidden,) = recorder.executed[f"{variant.value}_gate_up"].outputs
     if variant is not Variant.PREFILL:
         return hidden
@@ -84,8 +90,10 @@ def measure(
     rows: slice = ALL_ROWS,
     change: Callable[[Dispatch], Dispatch] = unchanged,
 ) -> Errors:
+    """Run a layer and return its errors. ``rows`` limits the outputs that are compared."""
     recorder = Recorder(mode, schedule, change)
-    tuning = tuning or (TINY if mode is Mode.RACES else SMALL)
+    if tuning is None:
+        tuning = FEWEST_THREADS if mode is Mode.RACES else FEW_THREADS
     y = variant.compute(case.x, case.expert_ids, case.expert_weights, case.stack, tuning, recorder)
     hidden = hidden_by_pair(recorder, variant, case)
     return Errors(
@@ -94,6 +102,6 @@ def measure(
     )
 
 
-def assert_right(case: Case, errors: Errors) -> None:
+def assert_within_tolerance(case: Case, errors: Errors) -> None:
     tolerance = float64.TOLERANCE[case.x.dtype]
     assert np.max(errors) <= tolerance, errors

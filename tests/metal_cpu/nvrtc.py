@@ -1,4 +1,4 @@
-"""Compilation of a kernel body for CUDA with NVRTC from PyPI: no GPU and no toolkit. Runs nothing."""
+"""Compilation of a kernel body for CUDA with NVRTC from PyPI. It needs no GPU, and the result is not run."""
 
 import ctypes
 import importlib.util
@@ -15,16 +15,16 @@ ARCHITECTURE = "sm_90"
 
 
 class CudaCost(NamedTuple):
-    """Costs of one kernel, from the assembler's report and the generated code."""
+    """Costs of one kernel, from the assembler's report and the generated code. ``converts`` are integer to float."""
 
     registers: int
     spilled_bytes: int
     loads_of_16_bytes: int
-    converts: int  # integer to float
+    converts: int
     fmas: int
 
 
-def _package(name: str, install: str) -> Path:
+def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(f"nvidia.{name}") if importlib.util.find_spec("nvidia") else None
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (Linux)")
@@ -32,14 +32,15 @@ def _package(name: str, install: str) -> Path:
 
 
 def cuda_source(dispatch: Dispatch) -> str:
-    """Return the source as MLX's cuda_kernel writes it: header, arguments, constants, body."""
+    """Return the source that MLX's cuda_kernel generates: header, arguments, constants, body."""
     types = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.int32: "int32_t"}
     arguments = []
     for name, array in zip(dispatch.text.inputs, dispatch.inputs, strict=True):
         arguments.append(f"const {types[array.dtype]}* {name}")
         if f"{name}_shape" in dispatch.text.source:
             arguments.append(f"const __grid_constant__ Shape {name}_shape")
-    arguments += [f"{types[d]}* {n}" for n, d in zip(dispatch.text.outputs, dispatch.output_dtypes, strict=True)]
+    outputs = zip(dispatch.text.outputs, dispatch.output_dtypes, strict=True)
+    arguments += [f"{types[dtype]}* {name}" for name, dtype in outputs]
     constants = [
         f"using {name} = {types[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"
         for name, value in dispatch.template
@@ -62,31 +63,31 @@ def cuda_source(dispatch: Dispatch) -> str:
 
 def compile_cuda(source: str) -> CudaCost:
     """Return the costs of ``source``. Raise AssertionError with the compiler's log if it is not valid CUDA."""
-    library = ctypes.CDLL(str(next((_package("cuda_nvrtc", "NVRTC") / "lib").glob("libnvrtc.so*"))))
-    include = _package("cuda_runtime", "CUDA's headers") / "include"
+    library = ctypes.CDLL(str(next((_package_folder("cuda_nvrtc") / "lib").glob("libnvrtc.so*"))))
+    include = _package_folder("cuda_runtime") / "include"
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     options = [f"--gpu-architecture={ARCHITECTURE}", f"-I{include}", "-std=c++17", "--ptxas-options=-v"]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = library.nvrtcCompileProgram(program, len(options), encoded)
 
-    def text(what: str) -> str:
+    def read_text(name: str) -> str:
         size = ctypes.c_size_t()
-        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        getattr(library, f"nvrtcGet{name}Size")(program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
-        getattr(library, f"nvrtcGet{what}")(program, buffer)
+        getattr(library, f"nvrtcGet{name}")(program, buffer)
         return buffer.value.decode()
 
-    log = text("ProgramLog")
+    log = read_text("ProgramLog")
     assert not failed, log
-    ptx = text("PTX")
+    ptx = read_text("PTX")
     registers = re.search(r"Used (\d+) registers", log)
     spilled = re.search(r"(\d+) bytes spill stores", log)
     assert registers and spilled, log
     return CudaCost(
-        int(registers[1]),
-        int(spilled[1]),
-        len(re.findall(r"ld\.global(?:\.nc)?\.v4\.u32", ptx)),
-        len(re.findall(r"cvt\.rn\.f32\.[us]\d+", ptx)),
-        len(re.findall(r"fma\.rn\.f32", ptx)),
+        registers=int(registers[1]),
+        spilled_bytes=int(spilled[1]),
+        loads_of_16_bytes=len(re.findall(r"ld\.global(?:\.nc)?\.v4\.u32", ptx)),
+        converts=len(re.findall(r"cvt\.rn\.f32\.[us]\d+", ptx)),
+        fmas=len(re.findall(r"fma\.rn\.f32", ptx)),
     )

@@ -1,4 +1,4 @@
-"""A translated kernel, compiled with a host compiler and run over numpy buffers."""
+"""Compilation of a translated kernel with a host compiler, and its runs over numpy buffers."""
 
 import enum
 import functools
@@ -29,20 +29,28 @@ RUN_TIMEOUT_S = 120
 class Mode(enum.Enum):
     """Instrumentation of a run."""
 
-    FAST = "fast"
-    ADDRESSES = "addresses"  # address and undefined-behaviour sanitizers: bounds, alignment
-    RACES = "races"  # thread sanitizer; every Metal thread is its own fiber
-    BYTES = "bytes"  # counts the bytes that each buffer's loads and stores move
+    FAST = "none"
+    ADDRESSES = "address and undefined-behaviour sanitizers: bounds and alignment of accesses"
+    RACES = "thread sanitizer: data races between the threads of the grid"
+    BYTES = "count of the bytes that the kernel loads from and stores to each buffer"
+
+
+class Order(enum.Enum):
+    """Order in which threadgroups and the threads of a threadgroup run, as executor.h numbers it."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    SHUFFLED = 2
 
 
 class Schedule(NamedTuple):
-    """Order in which threadgroups and the threads of a threadgroup run."""
+    """Order of the threads, and the seed of Order.SHUFFLED."""
 
-    kind: int = 0  # 0 forward, 1 backward, 2 shuffled by the seed
+    order: Order
     seed: int = 1
 
 
-FORWARD, BACKWARD, SHUFFLED = Schedule(0), Schedule(1), Schedule(2, 7)
+FORWARD, BACKWARD, SHUFFLED = Schedule(Order.FORWARD), Schedule(Order.BACKWARD), Schedule(Order.SHUFFLED, 7)
 
 _COMMON = ("-std=c++20", "-w", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-ffp-contract=off")
 _FLAGS = {
@@ -75,11 +83,11 @@ _LINK_FLAGS = {
 
 
 class KernelFault(Exception):
-    """Fault of a kernel that the executor or a sanitizer stopped. The message is its report."""
+    """Fault of a kernel that the executor or a sanitizer found. The message is their report."""
 
 
 class CompileFault(Exception):
-    """Refusal of a kernel by the host compiler. A planted fault must never cause it."""
+    """Refusal of a kernel by the host compiler. It is no KernelFault: a kernel with a planted fault must compile."""
 
 
 class Traffic(NamedTuple):
@@ -95,7 +103,8 @@ class RunReport(NamedTuple):
     seconds: float
     simd_operations: int
     barriers: int
-    traffic: tuple[Traffic, ...]  # one for each buffer, in Mode.BYTES
+    traffic: tuple[Traffic, ...]
+    """Traffic of each buffer in Mode.BYTES; empty in other modes."""
 
 
 @functools.cache
@@ -157,7 +166,7 @@ def _executable(cpp: str, mode: Mode) -> Path:
 
 
 class Program:
-    """One instantiation of one Metal kernel, ready to run."""
+    """Compiled instantiation of a Metal kernel."""
 
     def __init__(
         self,
@@ -180,9 +189,9 @@ class Program:
         threadgroup: Grid,
         schedule: Schedule = FORWARD,
     ) -> tuple[list[Array], RunReport]:
-        """Run the grid. `buffers` are in the order of the kernel's arguments; a Path is an input already in a file.
+        """Run the grid. `buffers` are in the order of the kernel's arguments; a Path is a file with an input.
 
-        The buffers with a number in `outputs` are filled with 0xFF before the run, and returned after it.
+        The buffers whose indices are in `outputs` are filled with 0xFF before the run, and returned after it.
 
         Raises:
             KernelFault: the executor or a sanitizer reports a fault.
@@ -192,7 +201,7 @@ class Program:
             "grid {} {} {}".format(*grid),
             "threadgroup {} {} {}".format(*threadgroup),
             f"os_threads {os_threads}",
-            f"schedule {schedule.kind} {schedule.seed}",
+            f"schedule {schedule.order.value} {schedule.seed}",
         ]
         scratch = "/dev/shm" if Path("/dev/shm").is_dir() else None
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -228,7 +237,6 @@ class Program:
             raise KernelFault(f"exit status {result.returncode}\n{result.stdout}{result.stderr[:4000]}")
         match = re.search(r"seconds ([\d.]+) simd_operations (\d+) barriers (\d+)", result.stdout)
         assert match, result.stdout
-        traffic = re.findall(r"buffer \d+ loaded (\d+) stored (\d+)", result.stdout)
-        return RunReport(
-            float(match[1]), int(match[2]), int(match[3]), tuple(Traffic(int(a), int(b)) for a, b in traffic)
-        )
+        counts = re.findall(r"buffer \d+ loaded (\d+) stored (\d+)", result.stdout)
+        traffic = tuple(Traffic(int(loaded), int(stored)) for loaded, stored in counts)
+        return RunReport(float(match[1]), int(match[2]), int(match[3]), traffic)

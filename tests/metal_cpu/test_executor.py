@@ -1,4 +1,4 @@
-"""Tests of the executor: it reports every class of mistake that other tests rely on, and passes the right kernel."""
+"""Tests of the executor: it runs a correct kernel, and reports each kind of mistake that other tests rely on."""
 
 import re
 from typing import NamedTuple
@@ -25,7 +25,7 @@ REVERSE = f"""
 
 
 def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) -> npt.NDArray[np.float32]:
-    """Run 64 threads over a = 0, 1, ..., 255 and return 64 outputs."""
+    """Run a kernel body with 64 threads over the input a = 0, 1, ..., 255; return its 64 outputs."""
     dispatch = Dispatch(
         KernelText("planted", ("a",), ("out",), body, ""),
         (mx.arange(256).astype(mx.float32),),
@@ -45,6 +45,8 @@ def test_a_correct_kernel_passes(mode: Mode, schedule: Schedule) -> None:
 
 
 class Mistake(NamedTuple):
+    """A wrong kernel body, the mode that finds its mistake, and a pattern of the report."""
+
     body: str
     mode: Mode
     report: str
@@ -64,14 +66,14 @@ MISTAKES = {
         "uint i = thread_position_in_grid.x; float v = a[i];\n"
         "if (i % 2) {\n v = simd_sum(v);\n } else {\n v = simd_max(v);\n }\n out[i] = v;",
         Mode.FAST,
-        "divergent simd-group operation",
+        "divergent simdgroup operation",
     ),
     "a lane returns before a simd operation": Mistake(
         "uint i = thread_position_in_grid.x; if (i == 5) return; out[i] = simd_sum(a[i]);",
         Mode.FAST,
         "reached by 31 of 32",
     ),
-    "some wait in a barrier and some in a simd operation": Mistake(
+    "some threads wait at a barrier and some in a simd operation": Mistake(
         f"uint i = thread_position_in_grid.x; float v = a[i]; if (i == 0) {{ {BARRIER} }} else {{ v = simd_sum(v); }}"
         " out[i] = v;",
         Mode.FAST,
@@ -130,26 +132,26 @@ def test_the_executor_reports_each_kind_of_mistake(name: str) -> None:
 
 
 def test_threadgroup_memory_that_was_never_written_reads_as_nan() -> None:
-    out = run_body(REVERSE.replace("shared[i] = a[i];", "if (i) shared[i] = a[i];"))
-    assert np.isnan(out[63])
-    assert not np.isnan(out[:63]).any()
+    outputs = run_body(REVERSE.replace("shared[i] = a[i];", "if (i) shared[i] = a[i];"))
+    assert np.isnan(outputs[63])
+    assert not np.isnan(outputs[:63]).any()
 
 
 def test_an_output_that_is_never_written_is_nan() -> None:
-    out = run_body("uint i = thread_position_in_grid.x; if (i != 9) out[i] = a[i];")
-    assert np.isnan(out[9])
+    outputs = run_body("uint i = thread_position_in_grid.x; if (i != 9) out[i] = a[i];")
+    assert np.isnan(outputs[9])
 
 
 def test_a_missing_barrier_gives_different_results_in_different_schedules() -> None:
     body = REVERSE.replace(BARRIER, "")
-    assert not np.array_equal(run_body(body, schedule=FORWARD), run_body(body, schedule=BACKWARD), equal_nan=True)
+    forward, backward = (run_body(body, schedule=schedule) for schedule in (FORWARD, BACKWARD))
+    assert not np.array_equal(forward, backward, equal_nan=True)
 
 
 def test_bytes_are_counted_by_buffer() -> None:
+    body = "uint i = thread_position_in_grid.x; out[i] = a[2 * i] + b[0];"
     dispatch = Dispatch(
-        KernelText(
-            "counted", ("a", "b"), ("out",), "uint i = thread_position_in_grid.x; out[i] = a[2 * i] + b[0];", ""
-        ),
+        KernelText("counted", ("a", "b"), ("out",), body, ""),
         (mx.arange(256).astype(mx.float32), mx.array([1.0, 2.0])),
         (),
         grid=(64, 1, 1),

@@ -1,4 +1,4 @@
-"""Tests of the router on Metal: float32 logits, and the same choice of experts as the reference."""
+"""Tests of the router's kernels: logits in float32, and the same chosen experts and weights as the reference."""
 
 from collections.abc import Callable
 
@@ -27,30 +27,29 @@ def route_errors(
     dtype: mx.Dtype = mx.bfloat16,
     change: Callable[[Dispatch], Dispatch] = unchanged,
 ) -> float:
-    """Return the largest error of logits or weights, or infinity if the chosen experts are not the reference's."""
+    """Return the largest relative error of logits or weights; infinity if the reference chooses other experts."""
     rng = np.random.default_rng(experts)
     hidden = mx.array(rng.standard_normal((tokens, 352), dtype=np.float32)).astype(dtype)
     weight = mx.array(rng.standard_normal((experts, 352), dtype=np.float32) * 0.1).astype(dtype)
-    weight[5] = weight[3]  # two experts that always tie
+    weight[5] = weight[3]  # experts 3 and 5 have equal scores
     bias = mx.array(rng.random(experts, dtype=np.float32))
     bias[5] = bias[3] = 2.0
-    computed: list[mx.array] = []
+    outputs_of_kernels: list[mx.array] = []
 
     def perform(dispatch: Dispatch) -> list[mx.array]:
         outputs = execute(change(dispatch), mode=mode, schedule=schedule).outputs
-        computed.extend(outputs)
+        outputs_of_kernels.extend(outputs)
         return outputs
 
     rule = RouterRule(top_k, normalize=True, scaling_factor=2.827)
     variants.route(hidden, weight, bias, rule, perform)
-    logits, ids, weights = computed
-    exact = float64.float64(hidden) @ float64.float64(weight).T
+    logits, ids, weights = outputs_of_kernels
+    exact = float64.to_float64(hidden) @ float64.to_float64(weight).T
     expected_ids, expected_weights = reference.select_experts(logits, bias, rule)
     if not mx.array_equal(ids, expected_ids).item():
         return float("inf")
-    return max(
-        float64.relative_error(logits, exact), float64.relative_error(weights, float64.float64(expected_weights))
-    )
+    weights_error = float64.relative_error(weights, float64.to_float64(expected_weights))
+    return max(float64.relative_error(logits, exact), weights_error)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(384, 8), (48, 6), (33, 32), (7, 3), (8, 8)])
@@ -77,24 +76,25 @@ def test_the_router_kernel_is_correct_in_float32() -> None:
 
 
 def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.array, mx.array]:
+    """Run the second kernel without biases; return the chosen ids and their weights."""
     dispatch = router.select(logits, mx.zeros(logits.shape[1]), RouterRule(top_k, normalize, 1.0))
     ids, weights = execute(dispatch).outputs
     return ids, weights
 
 
-def test_equal_scores_across_lanes_select_the_lower_id() -> None:
+def test_of_equal_scores_the_lower_id_is_selected_also_across_lanes() -> None:
     logits = np.full((1, 96), -3.0, np.float32)
-    logits[0, [70, 5, 38, 6]] = 1.0  # 70, 38 and 6 are all on lane 6, 5 is on its own lane
+    logits[0, [70, 5, 38, 6]] = 1.0  # lane 6 has experts 70, 38 and 6; lane 5 has expert 5
     ids, _ = select(mx.array(logits), top_k=5)
     assert ids.tolist() == [[5, 6, 38, 70, 0]]
 
 
-def test_saturated_scores_tie_like_the_reference() -> None:
+def test_saturated_scores_are_ordered_as_by_the_reference() -> None:
     logits = mx.array([[40.0, 90.0, 30.0, -90.0, -200.0, 60.0]])
     ids, weights = select(logits, top_k=5)
-    expected_ids, expected = reference.select_experts(logits, mx.zeros(6), RouterRule(5, True, 1.0))
+    expected_ids, expected_weights = reference.select_experts(logits, mx.zeros(6), RouterRule(5, True, 1.0))
     assert ids.tolist() == expected_ids.tolist()
-    np.testing.assert_allclose(np.array(weights), np.array(expected), rtol=1e-6)
+    np.testing.assert_allclose(np.array(weights), np.array(expected_weights), rtol=1e-6)
 
 
 def test_weights_are_plain_sigmoids_when_not_normalized() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the kernel check that runs on a Mac: it passes our kernels and stops a wrong or uncompilable one."""
+"""Tests of the kernel check that runs on a Mac: it accepts our kernels, and refuses wrong and uncompilable ones."""
 
 import mlx.core as mx
 import pytest
@@ -14,16 +14,19 @@ SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloa
 
 
 def perform(dispatch: Dispatch) -> list[mx.array]:
+    """Run a kernel in the executor."""
     return execute(dispatch).outputs
 
 
 def perform_wrong(dispatch: Dispatch) -> list[mx.array]:
+    """Run a kernel with a fault planted in its source."""
     source = dispatch.text.source.replace("N + row", "N").replace("== winner ? -INFINITY", "== winner ? 2.0f")
     source = source.replace("column0 + w_row", "w_row / 2")
     return execute(with_text(dispatch, source)).outputs
 
 
 def perform_uncompilable(dispatch: Dispatch) -> list[mx.array]:
+    """Raise the error of MLX for a kernel that does not compile."""
     raise RuntimeError(
         f"[metal::Device] Unable to build metal library from source\n{dispatch.text.name}.metal:3: error"
     )
@@ -31,13 +34,10 @@ def perform_uncompilable(dispatch: Dispatch) -> list[mx.array]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
-def test_our_kernels_pass_the_self_check(dtype: mx.Dtype) -> None:
-    checks = [
-        check_kernel(name, SHAPE._replace(dtype=dtype), DEFAULT, perform) for name in (DECODE, BATCH, PREFILL, ROUTER)
-    ]
-    assert [(v.kernel, v.usable, v.reason) for v in checks] == [
-        (name, True, "") for name in (DECODE, BATCH, PREFILL, ROUTER)
-    ]
+def test_our_kernels_are_usable(dtype: mx.Dtype) -> None:
+    for kernel in (DECODE, BATCH, PREFILL, ROUTER):
+        check = check_kernel(kernel, SHAPE._replace(dtype=dtype), DEFAULT, perform)
+        assert (check.kernel, check.usable, check.reason) == (kernel, True, "")
 
 
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])

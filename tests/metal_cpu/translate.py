@@ -1,4 +1,4 @@
-"""Translation of Metal source to C++ for a host compiler, by a few textual rewrites. Knows no kernel."""
+"""Translation of any Metal kernel to C++ for a host compiler, by a few textual replacements."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 RUNTIME = Path(__file__).parent / "runtime"
-STAND_INS = RUNTIME / "include"  # replace the few MLX headers that use Apple's own intrinsics
-MLX_HEADERS = Path(mx.__file__).parent / "include"  # the wheel ships MLX's Metal headers, on Linux too
+STAND_INS = RUNTIME / "include"
+"""Folder of replacements for the MLX headers that use Apple's own intrinsics."""
+MLX_HEADERS = Path(mx.__file__).parent / "include"
+"""Folder of MLX's Metal headers, which the wheel has on Linux, too."""
 
 _UINT3_ATTRIBUTES = {
     "thread_position_in_grid",
@@ -17,53 +19,55 @@ _UINT3_ATTRIBUTES = {
     "threadgroup_position_in_grid",
     "threads_per_grid",
     "threads_per_threadgroup",
-    "threadgroups_per_grid",
-    "dispatch_threads_per_threadgroup",
-    "grid_size",
-    "grid_origin",
 }
 
 
 class Argument(NamedTuple):
-    """One argument of a kernel: `type name [[attribute(index)]]`. The type is without its address space."""
+    """Argument of a kernel, `type name [[attribute(number)]]`. The type has no address space."""
 
     type: str
     name: str
     attribute: str
-    number: int | None  # the index of a buffer
+    number: int | None
+    """Index of a buffer; None for other attributes."""
 
 
 def expand_includes(text: str) -> str:
-    """Replace each `#include "..."` by our stand-in or MLX's header, once each, and drop system headers."""
+    """Replace each `#include "..."` by the text of our stand-in or of MLX's header, each header once.
+
+    Includes of system headers are removed.
+    """
     return _expand(text, set())
 
 
-def _expand(text: str, seen: set[Path]) -> str:
-    def replacement(match: re.Match[str]) -> str:
+def _expand(text: str, included: set[Path]) -> str:
+    def header_text(match: re.Match[str]) -> str:
         for root in (STAND_INS, MLX_HEADERS):
             path = root / match[1]
             if path.exists():
-                if path in seen:
+                if path in included:
                     return ""
-                seen.add(path)
-                return f'\n#line 1 "{match[1]}"\n' + _expand(path.read_text().replace("#pragma once", ""), seen) + "\n"
+                included.add(path)
+                text = _expand(path.read_text().replace("#pragma once", ""), included)
+                return f'\n#line 1 "{match[1]}"\n{text}\n'
         raise FileNotFoundError(match[1])
 
     text = re.sub(r"^[ \t]*#include\s+<[^>]+>[^\n]*", "", text, flags=re.MULTILINE)
-    return re.sub(r'^[ \t]*#include\s+"([^"]+)"[^\n]*', replacement, text, flags=re.MULTILINE)
+    return re.sub(r'^[ \t]*#include\s+"([^"]+)"[^\n]*', header_text, text, flags=re.MULTILINE)
 
 
 def to_cpp(source: str) -> str:
-    """Return Metal source, with includes expanded, as C++20 against runtime/include/metal_cpu.h."""
+    """Translate Metal source with expanded includes to C++20 that uses runtime/include/metal_cpu.h."""
     source = re.sub(r"\[\[threadgroup\(\d+\)\]\]", "", source)
+    # instantiations: `entry_point` calls the one that is needed
     source = re.sub(r"^template \[\[host_name\(.*?;\n", "", source, flags=re.MULTILINE | re.DOTALL)
-    source = re.sub(  # threadgroup T name[N]; -> an array that the executor owns, one for each threadgroup
+    source = re.sub(  # `threadgroup T name[N];` becomes a reference to memory of the executor
         r"^([ \t]*)threadgroup\s+((?:[\w:]+)(?:<[^;()=]*?>)?)\s+(\w+)\s*((?:\[[^;]*?\])*)\s*;",
         r"\1typedef \2 \3_array\4; CPU_THREADGROUP(\3, \3_array);",
         source,
         flags=re.MULTILINE,
     )
-    source = re.sub(r"(\d\.?\d*)h\b", r"half(\1)", source)
+    source = re.sub(r"(\d\.?\d*)h\b", r"half(\1)", source)  # literals such as 1.0h
     return source.replace("[[kernel]]", "")
 
 
@@ -77,18 +81,19 @@ def kernel_arguments(source: str, kernel: str) -> list[Argument]:
         end += 1
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", source[match.end() : end - 1], flags=re.DOTALL)
     arguments: list[Argument] = []
-    for part in _split_at_commas(text):
-        pieces = re.match(r"\s*(.*?)\s*(\w+)\s*(?:\[\[(\w+)(?:\((\d+)\))?\]\])?\s*$", part, re.DOTALL)
-        assert pieces, part
-        kind, name, attribute, index = pieces.groups()
-        kind = " ".join(re.sub(r"\b(device|constant|threadgroup|thread)\b", " ", kind).split())
-        if attribute is None:  # Metal numbers unmarked buffers in their order
-            attribute, index = "buffer", str(sum(a.attribute == "buffer" for a in arguments))
-        arguments.append(Argument(kind, name, attribute, None if index is None else int(index)))
+    for declaration in _split_at_commas(text):
+        fields = re.match(r"\s*(.*?)\s*(\w+)\s*(?:\[\[(\w+)(?:\((\d+)\))?\]\])?\s*$", declaration, re.DOTALL)
+        assert fields, declaration
+        type_name, name, attribute, number = fields.groups()
+        type_name = " ".join(re.sub(r"\b(device|constant|threadgroup|thread)\b", " ", type_name).split())
+        if attribute is None:  # Metal numbers buffers without attribute in their order
+            attribute, number = "buffer", str(sum(argument.attribute == "buffer" for argument in arguments))
+        arguments.append(Argument(type_name, name, attribute, None if number is None else int(number)))
     return arguments
 
 
 def _split_at_commas(text: str) -> list[str]:
+    """Split at the commas outside of brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += {"(": 1, "<": 1, "[": 1, ")": -1, ">": -1, "]": -1}.get(char, 0)
@@ -100,19 +105,19 @@ def _split_at_commas(text: str) -> list[str]:
 
 
 def entry_point(source: str, kernel: str, template: dict[str, str]) -> str:
-    """Return C++ that calls one instantiation of the kernel with the executor's buffers and attributes."""
+    """Return C++ that calls an instantiation of the kernel with the executor's buffers and attributes."""
     values: list[str] = []
     for argument in kernel_arguments(source, kernel):
-        kind = argument.type
+        type_name = argument.type
         for name, value in template.items():
-            kind = re.sub(rf"\b{name}\b", value, kind)
-        base = kind.rstrip("&* ").strip()
+            type_name = re.sub(rf"\b{name}\b", value, type_name)
+        base_type = type_name.rstrip("&* ").strip()
         if argument.attribute == "buffer":
-            pointer = f"({base}*)buffers[{argument.number}]"
-            values.append(f"*{pointer}" if kind.endswith("&") else pointer)
+            pointer = f"({base_type}*)buffers[{argument.number}]"
+            values.append(f"*{pointer}" if type_name.endswith("&") else pointer)
         elif argument.attribute in _UINT3_ATTRIBUTES:
-            part = {"uint3": "", "uint": ".x"}[base]
-            values.append(f"cpu_uint3(attributes.{argument.attribute}){part}")
+            member = {"uint3": "", "uint": ".x"}[base_type]
+            values.append(f"cpu_uint3(attributes.{argument.attribute}){member}")
         else:
             values.append(f"attributes.{argument.attribute}")
     instance = kernel + (f"<{', '.join(template.values())}>" if template else "")
@@ -126,10 +131,10 @@ def entry_point(source: str, kernel: str, template: dict[str, str]) -> str:
 
 
 def whole_program(source: str, kernel: str, template: dict[str, str], headers: Sequence[str], constants: str) -> str:
-    """Return the C++ of one kernel: library, MLX's headers, the kernel and its entry point.
+    """Return the C++ of one kernel: our Metal library, MLX's headers, the kernel and its entry point.
 
-    `headers` name the MLX headers that precede `source`, unless `source` is already complete. `constants` are
-    assignments to function constants.
+    `headers` are the MLX headers that `source` needs in addition to utils.h. `constants` are assignments to function
+    constants.
     """
     includes = "".join(f'#include "mlx/backend/metal/kernels/{name}"\n' for name in ("utils.h", *headers))
     body = expand_includes(includes + '#line 1 "kernel"\n' + source)

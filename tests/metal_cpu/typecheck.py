@@ -1,4 +1,4 @@
-"""A check of generated Metal source with clang's C++14 front end (pip's libclang) and a few lints. Runs nothing."""
+"""Check of generated Metal source with clang's C++14 front end (package libclang) and a few lints. Nothing is run."""
 
 import importlib
 import re
@@ -27,12 +27,12 @@ FLAGS = (
 _TYPES = "uint4|uint2|uint|float4|float|half|bfloat|T|int|ushort|uint32_t|int32_t|bfloat16_t"
 
 
-def complaints(source: str) -> list[str]:
-    """Return the errors of clang and the lints in a kernel's generated source. Empty means very likely valid Metal."""
-    return [*_clang(source), *_lints(source)]
+def type_errors(source: str) -> list[str]:
+    """Return the errors that clang and the lints find in a kernel's generated source."""
+    return [*_clang_errors(source), *_lint_errors(source)]
 
 
-def _clang(source: str) -> list[str]:
+def _clang_errors(source: str) -> list[str]:
     try:
         cindex = importlib.import_module("clang.cindex")
     except ImportError:
@@ -44,20 +44,21 @@ def _clang(source: str) -> list[str]:
     )
     text = '#include "typecheck.h"\n#line 1 "kernel"\n' + text
     unit = cindex.Index.create().parse("kernel.cpp", args=list(FLAGS), unsaved_files=[("kernel.cpp", text)])
-    return [f"line {d.location.line}: {d.spelling}" for d in unit.diagnostics if d.severity >= cindex.Diagnostic.Error]
+    errors = [diagnostic for diagnostic in unit.diagnostics if diagnostic.severity >= cindex.Diagnostic.Error]
+    return [f"line {error.location.line}: {error.spelling}" for error in errors]
 
 
-def _lints(source: str) -> list[str]:
+def _lint_errors(source: str) -> list[str]:
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
-    found = []
+    lines = []
     for number, line in enumerate(code.split("\n"), 1):
         if re.search(r"\bdouble\b", line):
-            found.append(f"line {number}: Metal has no double")
+            lines.append(f"line {number}: Metal has no double")
         if re.search(r"(?<![\w.])\d+\.\d*(?:[eE][-+]?\d+)?(?![\w.])", line):
-            found.append(f"line {number}: a double literal (no f)")
-        befores = (line[: match.start()].rstrip() for match in re.finditer(rf"\b(?:{_TYPES})\s*\*\s*\w", line))
-        if any(re.search(r"(?:^|[=(,;{])\s*(?:const)?$", before) for before in befores):
-            found.append(f"line {number}: a pointer without address space")
+            lines.append(f"line {number}: a double literal (no f)")
+        prefixes = (line[: match.start()].rstrip() for match in re.finditer(rf"\b(?:{_TYPES})\s*\*\s*\w", line))
+        if any(re.search(r"(?:^|[=(,;{])\s*(?:const)?$", prefix) for prefix in prefixes):
+            lines.append(f"line {number}: a pointer without address space")
         if re.search(r"\b(?:new|delete|virtual|try|catch|goto|dynamic_cast|std::)\b", line):
-            found.append(f"line {number}: not in Metal")
-    return found
+            lines.append(f"line {number}: not in Metal")
+    return lines

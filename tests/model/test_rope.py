@@ -14,7 +14,7 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.errors import ConfigError
 from mlx_k2.model.rope import make_rope
 from mlx_k2.weights.known_layout import thinking_config_fields
-from tests.weights.made_up import config_of
+from tests.weights.tiny_checkpoints import config_of
 
 THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
 ALLOWED = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

@@ -1,1 +1,1 @@
-"""Independent computations in other libraries, whose results are committed as small files."""
+"""Computations in other libraries whose results are committed, so that tests can compare with them."""

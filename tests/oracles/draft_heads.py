@@ -1,4 +1,4 @@
-"""The random draft heads of the oracle: written to a folder for it, and again by the tests. Computes nothing.
+"""Writer of the random draft heads that tests/oracles/eagle3.py computes, and that the tests write again to compare.
 
 python -m tests.oracles.draft_heads FOLDER
 python tests/oracles/eagle3.py FOLDER tests/oracles/eagle3     # with tests/oracles/requirements.txt installed
@@ -29,11 +29,11 @@ HEADS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "wide": ({**_WIDE, "architectures": ["Eagle3DeepseekV3ForCausalLM"]}, {}),
     "direct-query": ({"q_lora_rank": None, "rms_norm_eps": 1e-2}, {}),
 }
-"""By name: changes of the config, and arguments of write_random_draft_head."""
+"""Changes of the head's config.json and arguments of write_random_draft_head, by the name of the head."""
 
 
 def write_heads(folder: Path) -> None:
-    """Write the target to ``folder``/target, and each head to the folder of its name."""
+    """Write the target model to ``folder``/target, and each head to ``folder``/NAME."""
     write_random_checkpoint(folder / "target", TARGET, 3, {})
     target = ModelConfig.from_json((folder / "target" / "config.json").read_bytes(), "the target")
     for seed, (name, (changes, arguments)) in enumerate(HEADS.items()):

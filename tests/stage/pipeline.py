@@ -1,4 +1,4 @@
-"""All stages of a model in this process: one StepRunner each, with queues for hops, run one after the other."""
+"""Pipeline of a model's stages in this process: a StepRunner for each, queues for the hops between them."""
 
 import queue
 from collections.abc import Sequence
@@ -21,21 +21,24 @@ from tests.model.draft_heads import LoadedDraft, head_at
 
 
 class Pipeline:
-    """The stages of one checkpoint in float32 on this thread, with the draft head in ``head``, if given."""
+    """Stages of one checkpoint in float32, which run one after the other on this thread.
+
+    With the folder ``head`` the last stage has its draft head.
+    """
 
     def __init__(self, folder: Path, num_stages: int, num_slots: int = 4, head: Path | None = None) -> None:
         config = read_config(folder)
-        loaded = None if head is None else LoadedDraft(head_at(head), folder)
+        loaded_head = None if head is None else LoadedDraft(head_at(head), folder)
         self.head: DraftModel | None = None
         self.hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
         self.runners = []
         for rank, layers in enumerate(split_layers(config.num_hidden_layers, num_stages)):
             cache = LatentCache(len(layers), num_slots, 1024, config.latent_dim, mx.float32)
             model, plans, drafting = load_stage(folder, config, layers, cache), DraftPlans(), None
-            if loaded is not None:
-                model.feature_slices = loaded.slices(layers)
+            if loaded_head is not None:
+                model.feature_slices = loaded_head.slices(layers)
                 if rank == num_stages - 1:
-                    self.head = loaded.model(model, num_slots)
+                    self.head = loaded_head.model(model, num_slots)
                     drafting = Drafting(self.head, config.hidden_size, 1024, plans)
             self.runners.append(
                 StepRunner(
@@ -43,7 +46,7 @@ class Pipeline:
                     QueueTransport(self.hops[rank], self.hops[rank + 1]),
                     PlanLimits(num_slots, 1024, config.vocab_size),
                     first_layer=layers.start,
-                    has_features=loaded is not None,
+                    has_features=loaded_head is not None,
                     drafting=drafting,
                     plans=plans,
                 )
@@ -51,17 +54,17 @@ class Pipeline:
         self._num_steps = 0
 
     def step(self, *rows: Row) -> list[StepDone]:
-        """Run one plan and return the answer of each stage."""
+        """Run one plan; return the answer of each stage."""
         self._num_steps += 1
         return [runner.run(Step(self._num_steps, rows)) for runner in self.runners]
 
     def expect(self, step: Step) -> None:
-        """Let a plan arrive at every stage."""
+        """Deliver a plan to all stages without running it."""
         for runner in self.runners:
             runner.expect(step)
 
     def tokens(self, *rows: Row) -> tuple[SampledToken, ...]:
-        """Run one plan and return the tokens of the last stage. The others sample nothing."""
+        """Run one plan; return the tokens that the last stage sampled. Check that the others sampled none."""
         *others, last = self.step(*rows)
         assert all(done.tokens == () for done in others)
         return last.tokens
@@ -69,20 +72,21 @@ class Pipeline:
     def generate(
         self, prompt: Sequence[int], sampling: Sampling, num_tokens: int, slot: int = 0, chunk_tokens: int = 64
     ) -> list[SampledToken]:
-        """Return the tokens after ``prompt``, which is run in chunks."""
+        """Run ``prompt`` in chunks; return the ``num_tokens`` tokens sampled after it."""
         token_ids = list(prompt)
         sampled: list[SampledToken] = []
         for start in range(0, len(prompt), chunk_tokens):
             chunk = tuple(prompt[start : start + chunk_tokens])
-            wanted = sampling if start + len(chunk) == len(prompt) else None
-            sampled += self.tokens(Row(slot, start, chunk, True, wanted, recent(token_ids)))
+            is_last = start + len(chunk) == len(prompt)
+            row = Row(slot, start, chunk, True, sampling if is_last else None, recent_ids(token_ids))
+            sampled += self.tokens(row)
         while len(sampled) < num_tokens:
             token_ids.append(sampled[-1].token_id)
-            row = Row(slot, len(token_ids) - 1, tuple(token_ids[-1:]), False, sampling, recent(token_ids))
+            row = Row(slot, len(token_ids) - 1, tuple(token_ids[-1:]), False, sampling, recent_ids(token_ids))
             sampled += self.tokens(row)
         return sampled
 
 
-def recent(token_ids: Sequence[int]) -> tuple[int, ...]:
-    """Return the tokens that a repetition penalty applies to."""
+def recent_ids(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return the last token ids, to which a repetition penalty applies."""
     return tuple(token_ids[-REPETITION_WINDOW:])

@@ -1,4 +1,4 @@
-"""Tests of NaN and infinity: in the tensors that are checked while loading, and in those that a step uses."""
+"""Tests of NaN and infinity in tensors: found while loading, and in a step that uses the tensor."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.stage.pipeline import Pipeline
 pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 NAN, INFINITY = 0x7FC0, 0x7F80
-"""As bfloat16, and as the upper half of a float32."""
+"""Bits of a bfloat16, which are the upper half of a float32."""
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 16, 4
 ROW = Row(0, 0, (5, 6, 7), True, Sampling(seed=1, temperature=0))
 ALWAYS_CHECKED = (
@@ -45,7 +45,7 @@ ALWAYS_CHECKED = (
     "model.layers.3.mlp.experts.7.up_proj.weight_scale",
     "model.layers.5.mlp.experts.0.down_proj.weight_scale",
 )
-USED_BY_A_STEP = {
+CHECKED_BY_STEPS = {
     "model.layers.0.self_attn.q_a_proj.weight": "layer 0",
     "model.layers.1.self_attn.q_b_proj.weight": "layer 1",
     "model.layers.2.self_attn.kv_a_proj_with_mqa.weight": "layer 2",
@@ -62,6 +62,7 @@ USED_BY_A_STEP = {
 
 
 def load_all(folder: Path, *, check_all: bool) -> None:
+    """Read all tensors of a checkpoint. ``check_all`` is the option --check-weights."""
     config = read_config(folder)
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     files = {name: folder / file for name, file in index.weight_map.items()}
@@ -87,7 +88,7 @@ def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("name", USED_BY_A_STEP)
+@pytest.mark.parametrize("name", CHECKED_BY_STEPS)
 def test_check_weights_refuses_every_other_tensor(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
@@ -106,7 +107,7 @@ def test_check_weights_refuses_every_other_tensor(
         pytest.param(False, INFINITY, id="infinity as the last element"),
     ],
 )
-@pytest.mark.parametrize(("name", "origin"), USED_BY_A_STEP.items())
+@pytest.mark.parametrize(("name", "origin"), CHECKED_BY_STEPS.items())
 def test_a_step_that_uses_the_tensor_names_the_first_layer_and_gives_no_token(
     checkpoint: Checkpoint, tmp_path: Path, name: str, origin: str, first: bool, value: int
 ) -> None:
@@ -133,16 +134,16 @@ def test_nan_in_the_logits_is_named_with_any_sampling_and_token_mask(
         pipeline.step(row)
 
 
-def test_the_tests_above_plant_in_each_kind_of_tensor_with_floats(checkpoint: Checkpoint) -> None:
-    """A kind is a name without the numbers of layers and experts. The other kinds hold integers."""
+def test_the_tests_above_plant_in_each_kind_of_float_tensor(checkpoint: Checkpoint) -> None:
+    """A kind is a name without the numbers of layers and experts."""
     specs = model_specs(read_config(checkpoint("thinking")))
     kinds = {re.sub(r"\d+", "N", spec.name) for spec in specs if spec.dtype in ("BF16", "F32")}
-    planted_in = {re.sub(r"\d+", "N", name) for name in (*ALWAYS_CHECKED, *USED_BY_A_STEP)}
-    assert kinds == planted_in
+    planted_kinds = {re.sub(r"\d+", "N", name) for name in (*ALWAYS_CHECKED, *CHECKED_BY_STEPS)}
+    assert kinds == planted_kinds
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("name", USED_BY_A_STEP)
+@pytest.mark.parametrize("name", CHECKED_BY_STEPS)
 def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
@@ -163,35 +164,35 @@ ONE_TOKEN = Row(0, 0, (5,), True, Sampling(seed=1, temperature=0, num_logprobs=5
 def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_no_other_step(
     checkpoint: Checkpoint, scale: str, value: float
 ) -> None:
-    """A step uses an expert if the log-probabilities change when the expert's scales are zero."""
-    undamaged = Pipeline(checkpoint("thinking"), 2).tokens(ONE_TOKEN)
+    """A step uses an expert if its log-probabilities change when the expert's gate scales and biases are zero."""
+    undamaged_tokens = Pipeline(checkpoint("thinking"), 2).tokens(ONE_TOKEN)
     used = set()
     for expert in range(NUM_EXPERTS):
         pipeline = Pipeline(checkpoint("thinking"), 2)
         experts = experts_of_layer_5(pipeline)
-        kept = mx.array(experts.experts.gate_scale), mx.array(experts.gate_bias)
+        gate_scale, gate_bias = mx.array(experts.experts.gate_scale), mx.array(experts.gate_bias)
         experts.experts.gate_scale[expert] = experts.gate_bias[expert] = 0.0
-        is_used = pipeline.tokens(ONE_TOKEN) != undamaged
-        experts.experts.gate_scale[:], experts.gate_bias[:] = kept
+        is_used = pipeline.tokens(ONE_TOKEN) != undamaged_tokens
+        experts.experts.gate_scale[:], experts.gate_bias[:] = gate_scale, gate_bias
         getattr(experts.experts, scale)[expert, 0, 0] = value
         if is_used:
             used.add(expert)
             with pytest.raises(NotFinite, match="NaN or infinity in step 2, first in layer 5"):
                 pipeline.tokens(ONE_TOKEN)
         else:
-            assert pipeline.tokens(ONE_TOKEN) == undamaged
+            assert pipeline.tokens(ONE_TOKEN) == undamaged_tokens
     assert len(used) == EXPERTS_PER_TOKEN
 
 
 @pytest.mark.slow
-def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the_prompt(
+def test_the_last_stage_checks_a_chunk_that_samples_nothing_also_beside_a_row_with_finite_logits(
     checkpoint: Checkpoint,
 ) -> None:
-    """Some experts are used by the part of the prompt and not by the other request, whose logits are then finite."""
-    other, part = Row(1, 0, (9,), True, Sampling(seed=1)), Row(0, 0, ROW.token_ids, True, None)
-    used: dict[tuple[Row, ...], set[int]] = {}
-    for rows in ((other,), (part,), (other, part)):
-        used[rows] = set()
+    """Of the experts some are used by the chunk only, so that NaN in them leaves the other row's logits finite."""
+    other, chunk = Row(1, 0, (9,), True, Sampling(seed=1)), Row(0, 0, ROW.token_ids, True, None)
+    experts_found: dict[tuple[Row, ...], set[int]] = {}
+    for rows in ((other,), (chunk,), (other, chunk)):
+        experts_found[rows] = set()
         for expert in range(NUM_EXPERTS):
             pipeline = Pipeline(checkpoint("thinking"), 2)
             experts_of_layer_5(pipeline).experts.gate_scale[expert] = np.nan
@@ -199,22 +200,22 @@ def test_the_last_stage_names_a_layer_also_in_a_step_that_samples_nothing_of_the
                 pipeline.step(*rows)
             except NotFinite as error:
                 assert "first in layer 5" in str(error)
-                used[rows].add(expert)
-    assert len(used[(other,)]) == EXPERTS_PER_TOKEN
-    assert used[(part,)] - used[(other,)]
-    assert used[(other, part)] == used[(other,)] | used[(part,)]
+                experts_found[rows].add(expert)
+    assert len(experts_found[(other,)]) == EXPERTS_PER_TOKEN
+    assert experts_found[(chunk,)] - experts_found[(other,)]
+    assert experts_found[(other, chunk)] == experts_found[(other,)] | experts_found[(chunk,)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
-def test_a_row_of_the_embedding_broken_in_memory_is_named_by_a_step_with_its_token_only(
+def test_a_broken_row_of_the_embedding_is_found_by_a_step_with_its_token_and_by_no_other(
     checkpoint: Checkpoint, value: float
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    undamaged = pipeline.tokens(ONE_TOKEN)
+    undamaged_tokens = pipeline.tokens(ONE_TOKEN)
     embedding = pipeline.runners[0]._model.embedding
     assert embedding is not None
     embedding[6, 0] = value
-    assert pipeline.tokens(ONE_TOKEN) == undamaged
+    assert pipeline.tokens(ONE_TOKEN) == undamaged_tokens
     with pytest.raises(NotFinite, match="NaN or infinity in step 3, first in the embedding"):
         pipeline.tokens(ROW)
 
@@ -226,6 +227,6 @@ def experts_of_layer_5(pipeline: Pipeline) -> AffineStack:
     return feed_forward.experts
 
 
-def test_the_sum_of_large_finite_values_is_finite() -> None:
+def test_the_sum_by_which_values_are_checked_does_not_overflow() -> None:
     values = mx.array(np.full((2048, 7168), 1e20, np.float32)).astype(mx.bfloat16)
     assert np.isfinite(mx.sum(values).item())

@@ -1,4 +1,4 @@
-"""Tests of a draft head on real layers, in float32 on a CPU: plans in flight, text, cache rows, skipped plans."""
+"""Tests of a draft head on real layers, in float32 on a CPU: tokens, cache rows, drafts in flight, skipped plans."""
 
 import random
 from collections import deque
@@ -26,12 +26,18 @@ pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 CONTEXT_TOKENS = 160
 CHUNK_TOKENS = 24
-NUM_REQUESTS = 150 if hypothesis.settings.get_current_profile_name() == "long" else 12
-"""For each number of stages."""
+NUM_CASES = 150 if hypothesis.settings.get_current_profile_name() == "long" else 12
+"""Cases of requests for each number of stages."""
+
+
+def prompt_of(length: int) -> tuple[int, ...]:
+    """Return a fixed prompt of ``length`` tokens."""
+    return tuple((31 * index) % 500 for index in range(length))
 
 
 @pytest.fixture(scope="module")
 def head(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random draft head for the checkpoint."""
     folder = tmp_path_factory.mktemp("heads") / "head"
     fields = draft_config_fields(VARIANTS["thinking"], draft_vocab_size=300)
     write_random_draft_head(folder, fields, read_config(checkpoint("thinking")), 5, own=(LM_HEAD,))
@@ -39,20 +45,20 @@ def head(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @dataclass
-class Asked:
-    """A request, the number of tokens after which it is cancelled, and the other that runs beside it, if any."""
+class RequestCase:
+    """A request, the number of tokens after which it is cancelled, and a companion that runs at the same time."""
 
     request: Request
-    cancel_after: int | None
-    beside: Request | None
+    cancel_after: int | None = None
+    companion: Request | None = None
 
 
-def requests(seed: int, count: int) -> list[Asked]:
-    """Return requests of all kinds: many begin alike, so that prefixes are taken over or copied."""
+def request_cases(seed: int, count: int) -> list[RequestCase]:
+    """Return random cases. Many prompts begin alike, so that a slot's prefix is used again or copied."""
     chance = random.Random(seed)
     beginning = tuple(chance.randrange(500) for _ in range(60))
 
-    def one(index: int) -> Request:
+    def make_request(index: int) -> Request:
         words = tuple(chance.randrange(500) for _ in range(chance.randint(1, 30)))
         prompt_ids = beginning[: chance.choice([0, 17, 40, 60])] + words
         sampling = Sampling(
@@ -69,26 +75,26 @@ def requests(seed: int, count: int) -> list[Asked]:
         )
         return Request(prompt_ids, chance.randint(2, 16), sampling, frozenset({7}))
 
-    return [
-        Asked(
-            one(2 * index),
-            chance.choice([None, None, None, chance.randint(1, 5)]),
-            one(2 * index + 1) if chance.random() < 0.2 else None,
-        )
-        for index in range(count)
-    ]
+    cases = []
+    for index in range(count):
+        request = make_request(2 * index)
+        cancel_after = chance.choice([None, None, None, chance.randint(1, 5)])
+        companion = make_request(2 * index + 1) if chance.random() < 0.2 else None
+        cases.append(RequestCase(request, cancel_after, companion))
+    return cases
 
 
 @dataclass
-class InFlight:
-    """Stages that each hold plans, as processes do: a draft is on its way before its token is known.
+class PipelinedStages:
+    """Stages that run different plans at the same time, so that drafts are in flight before their token is sampled.
 
-    ``right`` has the answers; the drafts of the head are replaced by the right ones with probability ``acceptance``.
+    ``answers`` holds the token ids of known answers. With probability ``acceptance`` the head's drafts are replaced by
+    tokens of the answer.
     """
 
     pipeline: Pipeline
     scheduler: Scheduler
-    right: dict[Request, list[int]] = field(default_factory=dict)
+    answers: dict[Request, list[int]] = field(default_factory=dict)
     acceptance: float = 0.0
     num_skipped: int = 0
     num_accepted: int = 0
@@ -98,23 +104,23 @@ class InFlight:
         self._waiting: list[deque[Step]] = [deque() for _ in self.pipeline.runners]
         self._microbatches: dict[int, Microbatch] = {}
 
-    def run(self, asked: Asked) -> list[list[SampledToken]]:
-        """Run a request, and the one beside it; return the tokens of each."""
-        found: dict[int, list[SampledToken]] = {}
+    def run(self, case: RequestCase) -> list[list[SampledToken]]:
+        """Run a request and its companion; return the tokens of each."""
+        tokens: dict[int, list[SampledToken]] = {}  # by id of the sequence
         sequences = []
-        for request in (asked.request, asked.beside):
+        for request in (case.request, case.companion):
             if request is not None:
                 sequences.append(self.scheduler.submit(request).sequence)
-                found[id(sequences[-1])] = []
+                tokens[id(sequences[-1])] = []
         while self.scheduler.has_work:
             self._send()
-            for done in self._tick():
-                for added in self._complete(done):
-                    found[id(added[0])] += added[1]
-            if asked.cancel_after is not None and len(found[id(sequences[0])]) >= asked.cancel_after:
+            for done in self._run_stages():
+                for sequence, appended in self._complete(done):
+                    tokens[id(sequence)] += appended
+            if case.cancel_after is not None and len(tokens[id(sequences[0])]) >= case.cancel_after:
                 self.scheduler.stop(sequences[0], FinishReason.CANCELLED)
-        self.num_accepted += sum(count.num_accepted for each in sequences for count in each.drafts.counts)
-        return list(found.values())
+        self.num_accepted += sum(count.num_accepted for sequence in sequences for count in sequence.drafts.counts)
+        return list(tokens.values())
 
     def _send(self) -> None:
         while (microbatch := self.scheduler.next_microbatch()) is not None:
@@ -123,8 +129,8 @@ class InFlight:
             self.pipeline.expect(step)
             self._waiting[0].append(step)
 
-    def _tick(self) -> Iterator[StepDone]:
-        """Let every stage run one step, the last stage first; yield its answer."""
+    def _run_stages(self) -> Iterator[StepDone]:
+        """Run one waiting step on each stage, the last stage first; yield the last stage's answer."""
         for rank in reversed(range(len(self._waiting))):
             if not self._waiting[rank]:
                 continue
@@ -136,6 +142,7 @@ class InFlight:
                 yield done
 
     def _complete(self, done: StepDone) -> Iterator[tuple[object, list[SampledToken]]]:
+        """Pass an answer and the drafts after it to the scheduler; yield each sequence with its new tokens."""
         microbatch = self._microbatches.pop(done.number)
         self.num_skipped += done.is_skipped
         completed = self.scheduler.complete(done.number, done.tokens, is_skipped=done.is_skipped)
@@ -143,54 +150,55 @@ class InFlight:
         request = microbatch.rows[0].row.draft
         assert (drafted is not None) == (request is not None and not done.is_skipped and self.pipeline.head is not None)
         if drafted is not None:
-            self.scheduler.propose(microbatch, self._replaced(microbatch, drafted.token_ids))
-        for added in completed:
-            yield added.sequence, [one.token for one in added.appended]
+            self.scheduler.propose(microbatch, self._replace_drafts(microbatch, drafted.token_ids))
+        for result in completed:
+            yield result.sequence, [appended.token for appended in result.appended]
 
-    def _replaced(self, microbatch: Microbatch, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _replace_drafts(self, microbatch: Microbatch, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         (planned,) = microbatch.rows
         start = planned.row.end + 1 - planned.sequence.num_prompt
-        right = self.right.get(planned.sequence.request, [])[start : start + len(token_ids)]
-        if len(right) < len(token_ids) or self.chance.random() >= self.acceptance:
+        right_ids = self.answers.get(planned.sequence.request, [])[start : start + len(token_ids)]
+        if len(right_ids) < len(token_ids) or self.chance.random() >= self.acceptance:
             return token_ids
-        return tuple(right)
+        return tuple(right_ids)
 
 
-def in_flight(
+def make_stages(
     checkpoint: Checkpoint, head: Path | None, num_stages: int, mode: DraftMode, acceptance: float = 0.0
-) -> InFlight:
+) -> PipelinedStages:
+    """Return stages with a scheduler of 3 slots."""
     limits = SchedulerLimits(3, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages)
     scheduler = Scheduler(limits, FixedStepPolicy(2, CHUNK_TOKENS, CHUNK_TOKENS // 4), draft_mode=mode)
-    return InFlight(Pipeline(checkpoint("thinking"), num_stages, 3, head), scheduler, acceptance=acceptance)
+    return PipelinedStages(Pipeline(checkpoint("thinking"), num_stages, 3, head), scheduler, acceptance=acceptance)
 
 
-def rows_of(stages: InFlight, count: int) -> list[mx.array]:
-    """Return the head's cache rows of each slot, as far as ``count`` positions."""
+def head_cache_rows(stages: PipelinedStages, count: int) -> list[mx.array]:
+    """Return the head's cache rows of positions 1 to ``count`` - 1 in each used slot. Nothing reads row 0."""
     assert stages.pipeline.head is not None
     return [array[1:count] for array in stages.pipeline.head.cache.arrays]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
+def test_a_head_changes_no_token_and_no_logprob_of_any_request(
     checkpoint: Checkpoint, head: Path, num_stages: int
 ) -> None:
-    """Whatever the drafts are: right, wrong, in flight when a request ends, undone, in a prefix that another takes."""
-    plain = in_flight(checkpoint, None, num_stages, DraftMode.OFF)
-    writing = in_flight(checkpoint, head, num_stages, DraftMode.OFF)
-    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.6)
-    for asked in requests(num_stages, NUM_REQUESTS):
-        expected = plain.run(asked)
-        drafting.right = {
+    """The drafts are right, wrong, in flight when a request ends, undone, or part of a prefix that is used again."""
+    plain = make_stages(checkpoint, None, num_stages, DraftMode.OFF)
+    with_head = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
+    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.6)
+    for case in request_cases(num_stages, NUM_CASES):
+        expected = plain.run(case)
+        drafting.answers = {
             request: [token.token_id for token in tokens]
-            for request, tokens in zip((asked.request, asked.beside), expected, strict=False)
+            for request, tokens in zip((case.request, case.companion), expected, strict=False)
             if request is not None
         }
-        assert writing.run(asked) == expected
-        assert drafting.run(asked) == expected
+        assert with_head.run(case) == expected
+        assert drafting.run(case) == expected
     if num_stages > 1:
-        assert drafting.num_accepted > NUM_REQUESTS
-        assert drafting.num_skipped > NUM_REQUESTS // 4
+        assert drafting.num_accepted > NUM_CASES  # drafts were right ...
+        assert drafting.num_skipped > NUM_CASES // 4  # ... and wrong
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
@@ -198,68 +206,68 @@ def test_a_head_changes_no_token_and_no_cache_row_for_any_request(
 def test_cache_rows_after_wrong_and_right_drafts_are_those_of_a_fresh_run(
     checkpoint: Checkpoint, head: Path, num_stages: int, temperature: float
 ) -> None:
-    prompt = tuple((31 * at) % 500 for at in range(50))
-    asked = Asked(Request(prompt, 14, Sampling(seed=3, temperature=temperature), frozenset()), None, None)
-    fresh = in_flight(checkpoint, head, num_stages, DraftMode.OFF)
-    (expected,) = fresh.run(asked)
-    drafting = in_flight(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.5)
-    drafting.right = {asked.request: [token.token_id for token in expected]}
-    assert drafting.run(asked) == [expected]
-    assert drafting.num_skipped > 2
-    assert drafting.num_accepted > 2
-    computed = len(prompt) + 13  # the last token's position is never computed without drafts
-    (ours,), (theirs,) = rows_of(drafting, computed), rows_of(fresh, computed)
-    assert mx.array_equal(ours, theirs)
+    prompt = prompt_of(50)
+    case = RequestCase(Request(prompt, 14, Sampling(seed=3, temperature=temperature), frozenset()))
+    fresh = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
+    (expected,) = fresh.run(case)
+    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.5)
+    drafting.answers = {case.request: [token.token_id for token in expected]}
+    assert drafting.run(case) == [expected]
+    assert drafting.num_skipped > 2  # several drafts were wrong ...
+    assert drafting.num_accepted > 2  # ... and several were right
+    num_computed = len(prompt) + 13  # without drafts the position of the last of 14 tokens is not computed
+    (rows,), (fresh_rows,) = head_cache_rows(drafting, num_computed), head_cache_rows(fresh, num_computed)
+    assert mx.array_equal(rows, fresh_rows)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
-def test_drafts_are_the_same_for_any_stages_and_follow_those_in_flight(
+def test_right_drafts_in_flight_do_not_change_the_drafts_after_a_step(
     checkpoint: Checkpoint, head: Path, num_stages: int
 ) -> None:
-    prompt = tuple((31 * at) % 500 for at in range(30))
+    prompt = prompt_of(30)
     sampling = Sampling(seed=3, temperature=0)
-    found: list[tuple[int, tuple[int, ...]]] = []
-    for in_plans in (False, True):
+    results: list[tuple[int, tuple[int, ...]]] = []  # the sampled token and its drafts
+    for has_plans_in_flight in (False, True):
         pipeline = Pipeline(checkpoint("thinking"), num_stages, 2, head)
         first = Row(0, 0, prompt, True, sampling, prompt, draft=DraftRequest(3))
         steps = [Step(0, (first,))]
-        if in_plans:  # the token that will be sampled, and the first draft after it
-            token_id, draft = found[0]
-            steps += [Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),))]
-            steps += [Step(2, (Row(0, 31, (draft[0],), False, sampling, is_draft=True),))]
+        if has_plans_in_flight:  # with the token that will be sampled, and the first draft after it
+            token_id, draft_ids = results[0]
+            steps.append(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
+            steps.append(Step(2, (Row(0, 31, (draft_ids[0],), False, sampling, is_draft=True),)))
         for step in steps:
             pipeline.expect(step)
-        done = [runner.run(steps[0]) for runner in pipeline.runners]
+        answers = [runner.run(steps[0]) for runner in pipeline.runners]
         drafted = pipeline.runners[-1].draft()
         assert drafted is not None
         assert len(drafted.token_ids) == 3
-        found.append((done[-1].tokens[0].token_id, drafted.token_ids))
-    assert found[0] == found[1]
+        results.append((answers[-1].tokens[0].token_id, drafted.token_ids))
+    assert results[0] == results[1]
 
 
-def test_a_draft_keeps_the_token_that_is_in_flight_and_follows_it(checkpoint: Checkpoint, head: Path) -> None:
-    prompt = tuple((31 * at) % 500 for at in range(30))
+def test_the_first_draft_is_the_draft_token_that_is_in_flight(checkpoint: Checkpoint, head: Path) -> None:
+    prompt = prompt_of(30)
     sampling = Sampling(seed=3, temperature=0)
     first = Row(0, 0, prompt, True, sampling, prompt, draft=DraftRequest(2))
-    alone = Pipeline(checkpoint("thinking"), 1, 2, head)
-    (done,) = alone.step(first)
-    plain = alone.runners[0].draft()
+    pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
+    (done,) = pipeline.step(first)
+    drafted = pipeline.runners[0].draft()
     token_id = done.tokens[0].token_id
-    assert plain is not None
-    other = (plain.token_ids[0] + 1) % 500
+    assert drafted is not None
+    other_id = (drafted.token_ids[0] + 1) % 500
     pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
     pipeline.expect(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
-    pipeline.expect(Step(2, (Row(0, 31, (other,), False, sampling, is_draft=True),)))
+    pipeline.expect(Step(2, (Row(0, 31, (other_id,), False, sampling, is_draft=True),)))
     pipeline.step(first)
     drafted = pipeline.runners[0].draft()
     assert drafted is not None
-    assert drafted.token_ids[0] == other
+    assert drafted.token_ids[0] == other_id
 
 
-def test_a_wrong_draft_is_not_computed_by_the_last_stage_and_an_undone_one_by_none(
+def test_a_wrong_draft_is_skipped_by_the_last_stage_and_one_that_a_later_plan_replaces_by_all_stages(
     checkpoint: Checkpoint, head: Path
 ) -> None:
-    prompt = tuple((31 * at) % 500 for at in range(30))
+    prompt = prompt_of(30)
     sampling = Sampling(seed=3, temperature=0)
     pipeline = Pipeline(checkpoint("thinking"), 3, 2, head)
     (token,) = pipeline.tokens(Row(0, 0, prompt, True, sampling, prompt))
@@ -270,16 +278,13 @@ def test_a_wrong_draft_is_not_computed_by_the_last_stage_and_an_undone_one_by_no
     pipeline.expect(Step(3, (wrong,)))
     pipeline.expect(Step(4, (Row(0, 30, (token.token_id,), False, sampling),)))
     assert [done.is_skipped for done in pipeline.step(wrong)] == [True, True, True]
-    (after,) = pipeline.tokens(Row(0, 30, (token.token_id,), False, sampling))
-    straight = Pipeline(checkpoint("thinking"), 1)
-    expected = straight.generate(prompt, sampling, 2)
-    assert [token.token_id, after.token_id] == [one.token_id for one in expected]
+    (next_token,) = pipeline.tokens(Row(0, 30, (token.token_id,), False, sampling))
+    expected = Pipeline(checkpoint("thinking"), 1).generate(prompt, sampling, 2)
+    assert [token.token_id, next_token.token_id] == [sampled.token_id for sampled in expected]
 
 
-def test_the_hop_has_one_more_vector_per_token_only_with_a_head(checkpoint: Checkpoint, head: Path) -> None:
-    prompt = tuple(range(5))
-    for folder, expected in ((None, (5, 128)), (head, (10, 128))):
-        pipeline = Pipeline(checkpoint("thinking"), 2, 2, folder)
-        pipeline.runners[0].run(Step(1, (Row(0, 0, prompt, True, None),)))
-        hop = pipeline.hops[1].get_nowait()
-        assert hop.shape == expected
+def test_a_hop_has_a_second_vector_for_each_token_only_with_a_head(checkpoint: Checkpoint, head: Path) -> None:
+    for head_folder, shape in ((None, (5, 128)), (head, (10, 128))):
+        pipeline = Pipeline(checkpoint("thinking"), 2, 2, head_folder)
+        pipeline.runners[0].run(Step(1, (Row(0, 0, prompt_of(5), True, None),)))
+        assert pipeline.hops[1].get_nowait().shape == shape

@@ -1,4 +1,4 @@
-"""Tests of the faults that a stage sends to the coordinator for its errors."""
+"""Tests of the faults that a stage sends to the coordinator: one kind and message for each error."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.advice import follows_advice
     "a: turn the display off, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the hostfile's envs (a)",
 )
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("error", "kind", "message_start"),
     [
         (CheckpointError("x.safetensors is truncated"), "CheckpointError", "x.safetensors is truncated"),
         (RuntimeError("[ring] connection to a peer was lost"), "NeighbourLost", "RuntimeError: [ring] connection"),
@@ -33,7 +33,7 @@ from tests.advice import follows_advice
         ),
     ],
 )
-def test_fault_of_gives_each_error_its_kind_and_message(error: Exception, kind: str, words: str) -> None:
+def test_each_error_has_a_kind_and_a_message(error: Exception, kind: str, message_start: str) -> None:
     fault = fault_of(error)
     assert fault.kind == kind
-    assert fault.message.startswith(words)
+    assert fault.message.startswith(message_start)

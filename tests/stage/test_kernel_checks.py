@@ -1,4 +1,4 @@
-"""Tests of a stage's kernel checks: a child process makes them before loading, and its end costs only its kernel."""
+"""Tests of a stage's kernel checks in child processes: a kernel that ends its process is not used, the others are."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ import mlx_k2.stage.kernel_checks as program
 from mlx_k2.kernels import experts
 from mlx_k2.kernels.self_check import KernelCheck
 def check(name, *_):
-    if name == {dying!r}:
+    if name == {fatal_kernel!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     return KernelCheck(name, True, 0.0, "")
 experts._backend_kernels = lambda: experts.METAL_KERNELS
@@ -33,30 +33,30 @@ program.make_checks(sys.argv[1:])
 
 
 @pytest.fixture
-def run_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Stage":
-    return Stage(monkeypatch, tmp_path)
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "StageWithGpu":
+    return StageWithGpu(monkeypatch, tmp_path)
 
 
-class Stage:
-    """A stage on a machine with a GPU, whose child processes run CHILD, with one kernel that ends its process."""
+class StageWithGpu:
+    """A stage that finds a GPU, and whose child processes run CHILD. ``num_children`` counts them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         self._monkeypatch = monkeypatch
         self.directory = home / ".cache" / "mlx-k2" / "kernels"
-        self.children = 0
+        self.num_children = 0
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setattr(kernel_checks, "on_gpu", lambda: True)
         monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
         monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", self.directory)
 
-    def start(self, dying: str | None) -> tuple[str, ...]:
-        """Return the warnings of a stage's start."""
+    def start(self, fatal_kernel: str | None = None) -> tuple[str, ...]:
+        """Check the kernels as a new stage does; return the warnings. A child that checks ``fatal_kernel`` dies."""
         run_child = kernel_checks.run_child
 
         def run(command: list[str], timeout_s: float) -> bool:
-            self.children += 1
-            words = command[command.index("-m") + 2 :]
-            return run_child([sys.executable, "-c", CHILD.format(dying=dying), *words], timeout_s)
+            self.num_children += 1
+            arguments = command[command.index("-m") + 2 :]
+            return run_child([sys.executable, "-c", CHILD.format(fatal_kernel=fatal_kernel), *arguments], timeout_s)
 
         with self._monkeypatch.context() as patch:
             patch.setattr(kernel_checks, "run_child", run)
@@ -66,34 +66,32 @@ class Stage:
 
 
 @pytest.mark.slow
-def test_kernels_are_checked_in_a_child_process_and_only_once(run_stage: Stage) -> None:
-    assert run_stage.start(None) == ()
-    assert run_stage.start(None) == ()
-    assert run_stage.children == 2
-    names = {
-        check[0] for path in run_stage.directory.glob("*.json") for check in json.loads(path.read_text())["checks"]
-    }
+def test_kernels_are_checked_in_a_child_process_and_only_once(stage: StageWithGpu) -> None:
+    assert stage.start() == ()
+    assert stage.start(fatal_kernel=BATCH) == ()  # the second child reads the results of the first
+    assert stage.num_children == 2
+    names = {check[0] for path in stage.directory.glob("*.json") for check in json.loads(path.read_text())["checks"]}
     assert names == {DECODE, BATCH, PREFILL, ROUTER}
 
 
 @pytest.mark.slow
-def test_a_kernel_that_ends_its_process_twice_is_left_out_and_the_others_are_used(run_stage: Stage) -> None:
-    (warning,) = run_stage.start(BATCH)
+def test_a_kernel_that_ends_its_process_twice_is_not_used_and_the_others_are(stage: StageWithGpu) -> None:
+    (warning,) = stage.start(fatal_kernel=BATCH)
     assert warning.startswith("the batch kernel is not used here (2 checks did not finish)")
-    assert run_stage.children == 3
-    (warning,) = run_stage.start(None)
-    assert run_stage.children == 4
+    assert stage.num_children == 3  # two that were killed, and one that finished
+    (warning,) = stage.start()
+    assert stage.num_children == 4
 
 
-def test_without_a_gpu_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_no_kernel_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_checks, "run_child", lambda *_: pytest.fail("a child was started"))
     monkeypatch.setattr(kernel_checks, "on_gpu", lambda: False)
     assert kernel_checks.check_kernels(CONFIG, mx.float32) == ()
 
 
-def test_a_child_that_is_killed_or_too_slow_has_not_finished() -> None:
-    killed = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+def test_run_child_is_false_for_a_child_that_is_killed_or_too_slow() -> None:
+    kill_itself = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
     assert kernel_checks.run_child([sys.executable, "-c", "pass"], 60)
-    assert not kernel_checks.run_child([sys.executable, "-c", killed], 60)
+    assert not kernel_checks.run_child([sys.executable, "-c", kill_itself], 60)
     assert not kernel_checks.run_child([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
     assert not kernel_checks.run_child([sys.executable, "-c", "pass"], -1)

@@ -1,49 +1,37 @@
 """Tests of memory while loading: at most the stage's own tensors, its largest layer, and 200 MB."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TypedDict
 
+import msgspec
 import pytest
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.inventory import held_bytes, layer_specs
 from tests.model.checkpoints import read_config
+from tests.stage.measure_loading import LoadingMemory
 
 ALLOWANCE_BYTES = 200 * 10**6
 ROOT = Path(__file__).parents[2]
 
 
-class Measured(TypedDict):
-    """Output of measure_loading, in bytes."""
-
-    pieces: list[int]
-    held: int
-    peak: int
-    rss: int
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("large") / "model"
+    """Return the folder of a checkpoint whose 12 layers are much larger than a process without a model."""
+    folder = tmp_path_factory.mktemp("large") / "model"
     shape = {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 64, "num_hidden_layers": 12}
-    write_random_checkpoint(made, tiny_config_fields(512, **shape), 0, {})
-    return made
+    write_random_checkpoint(folder, tiny_config_fields(512, **shape), 0, {})
+    return folder
 
 
-def measure(folder: Path, *arguments: int) -> Measured:
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.stage.measure_loading", str(folder), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert ran.returncode == 0, ran.stderr
-    measured: Measured = json.loads(ran.stdout)
-    return measured
+def measure(folder: Path, *arguments: int) -> LoadingMemory:
+    """Run measure_loading with arguments FIRST_LAYER END_LAYER [DENSE_BITS]."""
+    command = [sys.executable, "-m", "tests.stage.measure_loading", str(folder), *map(str, arguments)]
+    completed = subprocess.run(command, capture_output=True, cwd=ROOT)
+    assert completed.returncode == 0, completed.stderr
+    return msgspec.json.decode(completed.stdout, type=LoadingMemory)
 
 
 @pytest.mark.slow
@@ -51,20 +39,21 @@ def measure(folder: Path, *arguments: int) -> Measured:
 def test_peak_memory_while_loading_is_at_most_shard_plus_largest_layer_plus_200_mb(
     folder: Path, first_layer: int, end_layer: int
 ) -> None:
-    measured = measure(folder, first_layer, end_layer)
-    held = sum(measured["pieces"])
-    assert measured["held"] == pytest.approx(held, rel=0.01)
-    bound = held + max(measured["pieces"]) + ALLOWANCE_BYTES
-    assert 2 * held > bound  # a second copy of everything would fail
-    assert measured["peak"] <= bound
-    assert measured["rss"] <= bound
+    memory = measure(folder, first_layer, end_layer)
+    held = sum(memory.pieces)
+    assert memory.held == pytest.approx(held, rel=0.01)
+    bound = held + max(memory.pieces) + ALLOWANCE_BYTES
+    assert 2 * held > bound  # a second copy of the stage would be above the bound
+    assert memory.peak <= bound
+    assert memory.peak_resident <= bound
 
 
 @pytest.mark.slow
 def test_quantizing_while_loading_needs_at_most_one_unquantized_layer_of_extra_memory(folder: Path) -> None:
     config = read_config(folder)
-    measured = measure(folder, 0, 12, 8)
-    assert measured["held"] == pytest.approx(sum(measured["pieces"]), rel=0.01)
-    largest_as_read = max(held_bytes(layer_specs(config, layer), 4) for layer in range(12))
-    assert measured["peak"] <= sum(measured["pieces"]) + largest_as_read
-    assert measured["rss"] <= sum(measured["pieces"]) + largest_as_read + ALLOWANCE_BYTES
+    memory = measure(folder, 0, 12, 8)
+    held = sum(memory.pieces)
+    assert memory.held == pytest.approx(held, rel=0.01)
+    largest_unquantized = max(held_bytes(layer_specs(config, layer), 4) for layer in range(12))  # 4 bytes: float32
+    assert memory.peak <= held + largest_unquantized
+    assert memory.peak_resident <= held + largest_unquantized + ALLOWANCE_BYTES

@@ -1,4 +1,4 @@
-"""Tests of the measurements of `mlx-k2 kernels` on small shapes: with a GPU whose kernels fail, and without one."""
+"""Tests of the measurements of `mlx-k2 kernels` on small shapes: without a GPU, and with a GPU whose kernels fail."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,14 @@ from tests.model.chain import like_a_stage_on_a_cpu
 
 pytestmark = pytest.mark.timeout(60)
 
-SHAPES_OF_K2 = measure_kernels._k2
+K2_CONFIG = measure_kernels._k2
+"""The function that `small_shapes` replaces."""
 SMALL = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def small_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measure small shapes on a machine without a GPU, with an empty cache of checks."""
     config = ModelConfig.from_json(json.dumps(tiny_config_fields(256)).encode(), "tiny")
     monkeypatch.setattr(measure_kernels, "_k2", lambda: config)
     monkeypatch.setattr(measure_kernels, "SMALL_LAYER", SMALL)
@@ -39,7 +41,7 @@ def test_without_a_gpu_only_the_reference_is_timed() -> None:
 
 
 @pytest.mark.slow
-def test_failed_kernels_are_listed_without_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_fail_are_reported_without_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: True)
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
     with like_a_stage_on_a_cpu():
@@ -53,7 +55,7 @@ def test_failed_kernels_are_listed_without_a_speed(monkeypatch: pytest.MonkeyPat
     assert report.sizes == {}
 
 
-def test_the_check_measures_no_speed_and_reads_no_cached_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_report_measures_no_speed_and_reads_no_cached_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: True)
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
     monkeypatch.setattr(check_cache, "load", lambda _: pytest.fail("the cache was read"))
@@ -64,18 +66,18 @@ def test_the_check_measures_no_speed_and_reads_no_cached_result(monkeypatch: pyt
     ]
 
 
-def test_a_tokens_feed_forward_blocks_are_timed() -> None:
+def test_measure_decode_times_the_feed_forward_blocks_of_a_token() -> None:
     with like_a_stage_on_a_cpu():
         assert measure_kernels.measure_decode().seconds > 0
 
 
 def test_k2_is_measured_with_all_its_experts_unless_the_machine_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for memory, experts_measured in ((None, 384), (400 * 10**9, 384), (6 * 10**9, 64)):
-        monkeypatch.setattr(measure_kernels, "working_set_bytes", lambda memory=memory: memory)
-        assert SHAPES_OF_K2().n_routed_experts == experts_measured
+    for memory_bytes, num_experts in ((None, 384), (400 * 10**9, 384), (6 * 10**9, 64)):
+        monkeypatch.setattr(measure_kernels, "working_set_bytes", lambda memory_bytes=memory_bytes: memory_bytes)
+        assert K2_CONFIG().n_routed_experts == num_experts
 
 
-def test_idle_memory_is_read_again_after_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_idle_times_the_read_of_memory_before_and_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_kernels, "IDLE_S", 0.05)
     with like_a_stage_on_a_cpu():
         measured = measure_kernels.measure_idle()
@@ -83,7 +85,7 @@ def test_idle_memory_is_read_again_after_the_pause(monkeypatch: pytest.MonkeyPat
     assert min(measured.warm_seconds, measured.idle_seconds) > 0
 
 
-def test_the_attention_of_a_chunk_is_timed_in_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_attention_times_fused_and_unfused_attention_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_kernels, "CHUNK", 16)
     with like_a_stage_on_a_cpu():
         measured = measure_kernels.measure_attention()

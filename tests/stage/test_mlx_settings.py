@@ -1,4 +1,4 @@
-"""Tests of MLX's settings on a machine: saved limits, defaults by chip, the user's variables, and when they are set."""
+"""Tests of MLX's settings in a stage: saved limits, defaults by chip, the user's variables, order of the imports."""
 
 import json
 import subprocess
@@ -20,15 +20,15 @@ from mlx_k2.stage.mlx_settings import (
 pytestmark = pytest.mark.timeout(60)
 
 LIMITS = BufferLimits(operations=200, megabytes=1000)
-NAMES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
-ON_A_MAC = {"MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS": "500", "MLX_ENABLE_TF32": "0"}
+LIMIT_VARIABLES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+MAC_VARIABLES = {"MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS": "500", "MLX_ENABLE_TF32": "0"}
 
 
 def test_saved_buffer_limits_are_set_in_the_environment(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     save_limits(LIMITS, tmp_path / "cache" / "limits.json")
     assert apply_settings(environment, None, tmp_path / "cache" / "limits.json") == ()
-    assert environment == dict(zip(NAMES, ("200", "1000"), strict=True))
+    assert environment == dict(zip(LIMIT_VARIABLES, ("200", "1000"), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -44,37 +44,38 @@ def test_saved_buffer_limits_are_set_in_the_environment(tmp_path: Path) -> None:
         (None, OWN_LIMITS),
     ],
 )
-def test_without_measured_limits_the_chip_decides(tmp_path: Path, chip: str | None, limits: BufferLimits) -> None:
+def test_without_saved_limits_the_chip_decides(tmp_path: Path, chip: str | None, limits: BufferLimits) -> None:
     environment: dict[str, str] = {}
     apply_settings(environment, chip, tmp_path / "none")
     assert default_limits(chip) == limits
-    assert environment == limits.environment() | ({} if chip is None else ON_A_MAC)
+    assert environment == limits.environment() | ({} if chip is None else MAC_VARIABLES)
 
 
-def test_measured_limits_replace_the_chips_also_if_they_are_mlxs_own(tmp_path: Path) -> None:
+def test_saved_limits_replace_those_of_the_chip_also_if_they_are_mlxs_own(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     save_limits(OWN_LIMITS, tmp_path / "limits.json")
     apply_settings(environment, "Apple M3 Ultra", tmp_path / "limits.json")
-    assert environment == ON_A_MAC
+    assert environment == MAC_VARIABLES
 
 
 def test_a_variable_that_the_user_has_set_is_kept_and_named(tmp_path: Path) -> None:
-    environment = {NAMES[0]: "7", NAMES[1]: "1000000"}
+    user_variables = {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+    environment = dict(user_variables)
     (line,) = apply_settings(environment, "Apple M3 Ultra", tmp_path / "none")
-    assert environment == {NAMES[0]: "7", NAMES[1]: "1000000"} | ON_A_MAC
-    assert line == f"{NAMES[0]}=7 from the environment is kept; mlx-k2 would set 100"
+    assert environment == user_variables | MAC_VARIABLES
+    assert line == "MLX_MAX_OPS_PER_BUFFER=7 from the environment is kept; mlx-k2 would set 100"
 
 
 @pytest.mark.parametrize("change", [{"host": "another"}, {"mlx": "0.1"}, {"operations": None}])
-def test_limits_of_another_machine_or_mlx_version_or_a_broken_file_are_ignored(
+def test_limits_of_another_machine_or_mlx_version_and_a_broken_file_are_ignored(
     tmp_path: Path, change: dict[str, str | None]
 ) -> None:
-    file = tmp_path / "limits.json"
-    save_limits(LIMITS, file)
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert load_limits(file) is None
-    file.write_text("[")
-    assert load_limits(file) is None
+    path = tmp_path / "limits.json"
+    save_limits(LIMITS, path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_limits(path) is None
+    path.write_text("[")
+    assert load_limits(path) is None
 
 
 @pytest.mark.parametrize("limits", [LIMITS, OWN_LIMITS])
@@ -83,22 +84,24 @@ def test_saved_limits_are_loaded_again(tmp_path: Path, limits: BufferLimits) -> 
     assert load_limits(tmp_path / "limits.json") == limits
 
 
-def test_a_stage_sets_its_settings_before_it_imports_mlx(tmp_path: Path) -> None:
+def test_a_stage_applies_its_settings_before_it_imports_mlx(tmp_path: Path) -> None:
+    """The program prints the variables at the first import of MLX, and ends."""
     save_limits(LIMITS, tmp_path / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json")
-    probe = (
+    variables = (*LIMIT_VARIABLES, *MAC_VARIABLES)
+    program = (
         "import builtins, os\n"
         "import mlx_k2.stage.mlx_settings as settings\n"
         "settings.chip_name = lambda: 'Apple M3 Ultra'\n"
-        "real = builtins.__import__\n"
-        "def spy(name, *rest, **more):\n"
+        "real_import = builtins.__import__\n"
+        "def print_at_mlx(name, *rest, **more):\n"
         "    if name.split('.')[0] == 'mlx':\n"
-        f"        os.write(2, ' '.join(os.environ.get(n, '-') for n in {(*NAMES, *ON_A_MAC)!r}).encode())\n"
+        f"        os.write(2, ' '.join(os.environ.get(n, '-') for n in {variables!r}).encode())\n"
         "        os._exit(0)\n"
-        "    return real(name, *rest, **more)\n"
-        "builtins.__import__ = spy\n"
+        "    return real_import(name, *rest, **more)\n"
+        "builtins.__import__ = print_at_mlx\n"
         "import mlx_k2.stage.program\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    completed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin"}
     )
-    assert ran.stderr == "200 1000 500 0"
+    assert completed.stderr == "200 1000 500 0"

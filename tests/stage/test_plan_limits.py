@@ -1,4 +1,4 @@
-"""Tests that a plan that does not fit a stage is refused, with the value that does not fit."""
+"""Tests of the limits of step plans: a plan that exceeds a limit of the stage is refused, and the value is named."""
 
 import msgspec
 import pytest
@@ -26,7 +26,7 @@ def with_bias(bias: LogitBias) -> Row:
 
 
 @pytest.mark.parametrize(
-    ("plan", "words"),
+    ("plan", "message"),
     [
         (Step(8, (row(slot=2),)), "step 8 does not fit this stage: slot 2 of 2"),
         (Step(8, (row(slot=-1),)), "slot -1 of 2"),
@@ -46,8 +46,8 @@ def with_bias(bias: LogitBias) -> Row:
         (Step(7, (row(),)), "step 7 was sent after step 7: plan numbers must increase"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(plan: Step, words: str) -> None:
-    with pytest.raises(ProtocolError, match=words):
+def test_a_plan_that_does_not_fit_is_refused(plan: Step, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
         LIMITS.check(plan, last_number=7)
 
 

@@ -1,4 +1,4 @@
-"""Tests of held ports: free ones are picked, ports in use are refused, and all are released."""
+"""Tests of HeldPorts: it reserves free ports, refuses ports in use, and releases all ports."""
 
 import socket
 
@@ -11,10 +11,11 @@ from mlx_k2.stage.ports import HeldPorts
 
 
 def can_bind(address: str) -> bool:
+    """Return whether a new socket can bind ``address``, as IP:PORT."""
     ip, _, port = address.partition(":")
-    with socket.socket() as other:
+    with socket.socket() as new_socket:
         try:
-            other.bind((ip, int(port)))
+            new_socket.bind((ip, int(port)))
         except OSError:
             return False
     return True
@@ -22,7 +23,7 @@ def can_bind(address: str) -> bool:
 
 @given(st.integers(0, 5))
 @settings(max_examples=6)
-def test_held_ports_reserves_free_ports_and_releases_them(count: int) -> None:
+def test_free_ports_are_reserved_and_released(count: int) -> None:
     held = HeldPorts(["127.0.0.1"] * count)
     assert len(set(held.addresses)) == count
     assert not any(can_bind(address) for address in held.addresses)
@@ -31,21 +32,21 @@ def test_held_ports_reserves_free_ports_and_releases_them(count: int) -> None:
 
 
 def test_an_explicit_port_is_held() -> None:
-    free = HeldPorts(["127.0.0.1"])
-    free.release()
-    held = HeldPorts(free.addresses)
-    assert held.addresses == free.addresses
+    released = HeldPorts(["127.0.0.1"])
+    released.release()
+    held = HeldPorts(released.addresses)
+    assert held.addresses == released.addresses
     held.release()
 
 
 def test_a_port_in_use_is_named_and_all_other_ports_are_released() -> None:
-    first = HeldPorts(["127.0.0.1"])
-    second = HeldPorts(["127.0.0.1"])
-    second.release()
-    with pytest.raises(StageStartError, match=rf"cannot listen on {first.addresses[0]}: .* port \d+ free"):
-        HeldPorts([*second.addresses, *first.addresses])
-    assert can_bind(second.addresses[0])
-    first.release()
+    in_use = HeldPorts(["127.0.0.1"])
+    released = HeldPorts(["127.0.0.1"])
+    released.release()
+    with pytest.raises(StageStartError, match=rf"cannot listen on {in_use.addresses[0]}: .* port \d+ free"):
+        HeldPorts([*released.addresses, *in_use.addresses])
+    assert can_bind(released.addresses[0])
+    in_use.release()
 
 
 def test_an_address_of_another_host_is_refused() -> None:

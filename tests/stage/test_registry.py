@@ -1,4 +1,4 @@
-"""Tests of the registry of running stages with real processes that hold its locks."""
+"""Tests of the registry of running stages: a process's file counts while the process holds the file's lock."""
 
 import fcntl
 import stat
@@ -25,6 +25,7 @@ sys.stdin.read()
 
 @contextmanager
 def registered_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a process that registers STAGE in ``folder``; kill it on exit."""
     command = [sys.executable, "-c", PROGRAM, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -43,16 +44,16 @@ def test_a_stage_is_reported_until_its_process_is_killed_and_its_file_is_then_re
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_is_private_and_one_without_a_stage_is_not_reported(tmp_path: Path) -> None:
-    registered = register(STAGE, tmp_path)
-    assert registered is not None
-    with registered:
+def test_a_stages_file_is_private_and_a_locked_file_with_other_data_is_not_reported(tmp_path: Path) -> None:
+    stage_file = register(STAGE, tmp_path)
+    assert stage_file is not None
+    with stage_file:
         (path,) = tmp_path.iterdir()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         for data in (b"[" * 100_000, b'{"held_bytes": 1}', b'"\xff"'):
             damaged = path.with_name(f"1{path.name}")
-            with damaged.open("wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with damaged.open("wb") as locked_file:
+                fcntl.flock(locked_file, fcntl.LOCK_EX)
                 damaged.write_bytes(data)
                 assert running_stages(tmp_path) == (STAGE,)
 
@@ -64,7 +65,7 @@ def test_another_hosts_file_in_a_shared_home_folder_is_neither_reported_nor_remo
     assert other.exists()
 
 
-def test_a_folder_that_cannot_be_used_is_not_an_error(tmp_path: Path) -> None:
+def test_in_a_folder_that_cannot_be_created_no_stage_is_registered_and_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert register(STAGE, tmp_path / "file" / "stages") is None
     assert running_stages(tmp_path / "file" / "stages") == ()

@@ -1,6 +1,6 @@
-"""Tests of the scheduler's plans on real layers, in float32 on a CPU: a sequence gets the same bits for any plans.
+"""Tests of the scheduler's plans on real layers, in float32 on a CPU: the plans do not change a sequence's logits.
 
-Log-probabilities are compared exactly: they contain every bit of a row's logits that affects sampling.
+Log-probabilities are compared exactly, because a change of the logits would change them.
 """
 
 import random
@@ -24,38 +24,38 @@ Tokens = list[SampledToken]
 
 
 def requests() -> list[Request]:
-    """Return sampled and greedy, long and short requests. Some begin alike or repeat themselves."""
-    sample = random.Random(4)
-    beginning = tuple(sample.randrange(500) for _ in range(40))
-    asked = []
+    """Return random requests, sampled and greedy. Some prompts begin alike, and some repeat themselves."""
+    chance = random.Random(4)
+    beginning = tuple(chance.randrange(500) for _ in range(40))
+    random_requests = []
     for index in range(NUM_SEQUENCES):
-        words = tuple(sample.randrange(500) for _ in range(sample.randint(1, 12)))
-        prompt_ids = (beginning[: sample.choice([0, 0, 17, 40])] + words * sample.choice([1, 1, 4]))[:80]
+        words = tuple(chance.randrange(500) for _ in range(chance.randint(1, 12)))
+        prompt_ids = (beginning[: chance.choice([0, 0, 17, 40])] + words * chance.choice([1, 1, 4]))[:80]
         sampling = Sampling(
             seed=index,
-            temperature=sample.choice([0.0, 1.0]),
-            repetition_penalty=sample.choice([1.0, 1.3]),
+            temperature=chance.choice([0.0, 1.0]),
+            repetition_penalty=chance.choice([1.0, 1.3]),
             num_logprobs=3,
         )
-        asked.append(Request(prompt_ids, sample.randint(1, 14), sampling, frozenset({7})))
-    return asked
+        random_requests.append(Request(prompt_ids, chance.randint(1, 14), sampling, frozenset({7})))
+    return random_requests
 
 
-def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> list[Tokens]:
-    """Submit all requests at once and return the tokens of each."""
-    for request in asked:
+def run(pipeline: Pipeline, scheduler: Scheduler, submitted: Sequence[Request]) -> list[Tokens]:
+    """Submit all requests at once; return the tokens of each."""
+    for request in submitted:
         scheduler.submit(request)
-    tokens: dict[int, Tokens] = {id(request): [] for request in asked}
-    waiting: deque[tuple[int, tuple[SampledToken, ...], bool]] = deque()
+    tokens: dict[int, Tokens] = {id(request): [] for request in submitted}
+    in_flight: deque[tuple[int, tuple[SampledToken, ...], bool]] = deque()
     while scheduler.has_work:
         while (microbatch := scheduler.next_microbatch()) is not None:
             sampled = pipeline.tokens(*(planned.row for planned in microbatch.rows))
             is_skipped = not sampled and all(planned.row.is_draft for planned in microbatch.rows)
-            waiting.append((microbatch.number, sampled, is_skipped))
-        number, sampled, is_skipped = waiting.popleft()
-        for added in scheduler.complete(number, sampled, is_skipped=is_skipped):
-            tokens[id(added.sequence.request)] += [one.token for one in added.appended]
-    return [tokens[id(request)] for request in asked]
+            in_flight.append((microbatch.number, sampled, is_skipped))
+        number, sampled, is_skipped = in_flight.popleft()
+        for result in scheduler.complete(number, sampled, is_skipped=is_skipped):
+            tokens[id(result.sequence.request)] += [appended.token for appended in result.appended]
+    return [tokens[id(request)] for request in submitted]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,8 +66,8 @@ def without_compiling() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Checkpoint) -> list[Tokens]:
-    """Return the tokens of one stage: one sequence after the other, whole prompts, nothing shared, no drafts."""
+def tokens_alone(checkpoint: Checkpoint) -> list[Tokens]:
+    """Return the tokens of each request when it runs alone on one stage, without chunks, reused prefixes and drafts."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
     limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
     policy = FixedStepPolicy(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
@@ -80,7 +80,7 @@ def alone(checkpoint: Checkpoint) -> list[Tokens]:
     [(1, 1, 4, False), (2, 7, 3, False), (2, 64, 1, True), (3, 64, 4, True), (3, 128, 2, False)],
 )
 def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
-    checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
+    checkpoint: Checkpoint, tokens_alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
     limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
@@ -89,4 +89,4 @@ def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
         FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)),
         draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
     )
-    assert run(pipeline, scheduler, requests()) == alone
+    assert run(pipeline, scheduler, requests()) == tokens_alone

@@ -1,5 +1,6 @@
-"""Tests of one stage's answers to the coordinator's messages, in this process, with a file instead of the pipe."""
+"""Tests of a stage's answers to the coordinator's messages. The stage runs in this process and writes to a file."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,9 +46,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converse(tmp_path: Path) -> Converse:
-    """Return a function that sends messages to a new stage and returns its exit code and answers to the coordinator."""
+    """Return a function that sends messages to a new stage and returns its exit code and its answers."""
 
-    def converse(*messages: ToStage) -> tuple[int, list[FromStage]]:
+    def send_all(*messages: ToStage) -> tuple[int, list[FromStage]]:
         output = tmp_path / "frames"
         writer = FrameWriter(output.open("wb"), "the guard")
         service = StageService(writer)
@@ -59,7 +60,7 @@ def converse(tmp_path: Path) -> Converse:
             frames = list(iter(lambda: read_frame(stream), None))
         return exit_code, [decode_from_stage(frame.payload) for frame in frames if frame.kind is Kind.MESSAGE]
 
-    return converse
+    return send_all
 
 
 def prepare(folder: Path) -> Prepare:
@@ -78,21 +79,21 @@ def test_a_stage_sends_hello_first_and_exits_on_stop(converse: Converse) -> None
     assert hello.memory_bytes > (hello.working_set_bytes or 0) >= 0
 
 
-def test_every_message_is_answered_in_order(converse: Converse, model: Path) -> None:
+def test_each_message_is_answered_in_order(converse: Converse, model: Path) -> None:
     messages = (prepare(model), Connect(None, None, None), LOAD, step(0), step(1), Stop())
-    exit_code, reported = converse(*messages)
+    exit_code, answers = converse(*messages)
     assert exit_code == 0
-    kinds = [type(message) for message in reported]
-    assert kinds == [Hello, Prepared, Connected, *[LayerLoaded] * (NUM_LAYERS + 2), Loaded, StepDone, StepDone]
-    assert [message.number for message in reported if isinstance(message, StepDone)] == [0, 1]
-    assert all(len(message.tokens) == 1 for message in reported if isinstance(message, StepDone))
+    loading = [*[LayerLoaded] * (NUM_LAYERS + 2), Loaded]  # the layers, embedding and head
+    assert [type(answer) for answer in answers] == [Hello, Prepared, Connected, *loading, StepDone, StepDone]
+    steps = [answer for answer in answers if isinstance(answer, StepDone)]
+    assert [(done.number, len(done.tokens)) for done in steps] == [(0, 1), (1, 1)]
 
 
 def test_a_loaded_stage_reports_its_held_and_peak_bytes(converse: Converse, model: Path) -> None:
-    _, reported = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
-    pieces = [message.held_bytes for message in reported if isinstance(message, LayerLoaded)]
-    (loaded,) = [message for message in reported if isinstance(message, Loaded)]
-    assert loaded.held_bytes == sum(pieces) <= loaded.peak_bytes
+    _, answers = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
+    piece_bytes = [answer.held_bytes for answer in answers if isinstance(answer, LayerLoaded)]
+    (loaded,) = [answer for answer in answers if isinstance(answer, Loaded)]
+    assert loaded.held_bytes == sum(piece_bytes) <= loaded.peak_bytes
 
 
 def test_the_small_files_are_sent_unchanged(converse: Converse, model: Path) -> None:
@@ -105,44 +106,42 @@ def test_the_small_files_are_sent_unchanged(converse: Converse, model: Path) -> 
 def test_equal_copies_have_equal_digests_and_a_changed_config_has_another(
     converse: Converse, model: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in model.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    digests = []
-    for folder in (model, other):
-        _, reported = converse(prepare(folder), Stop())
-        digests += [message.model_digest for message in reported if isinstance(message, Prepared)]
-    (other / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
-    _, reported = converse(prepare(other), Stop())
-    digests += [message.model_digest for message in reported if isinstance(message, Prepared)]
-    assert digests[0] == digests[1] != digests[2]
+    def digest(folder: Path) -> str:
+        _, (_hello, prepared) = converse(prepare(folder), Stop())
+        assert isinstance(prepared, Prepared)
+        return prepared.model_digest
+
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert digest(copy) == digest(model)
+    (copy / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    assert digest(copy) != digest(model)
 
 
 def test_a_user_error_is_sent_as_a_fault_with_a_readable_message(converse: Converse, tmp_path: Path) -> None:
     exit_code, (_, fault) = converse(prepare(tmp_path / "nowhere"), step(0), Stop())
     assert exit_code == 1
     assert isinstance(fault, Fault)
-    assert (fault.kind, fault.message.startswith(f"{tmp_path}/nowhere is not a folder")) == ("CheckpointError", True)
+    assert fault.kind == "CheckpointError"
+    assert fault.message.startswith(f"{tmp_path}/nowhere is not a folder")
 
 
 def test_a_truncated_shard_file_is_named_before_any_tensor_is_loaded(converse: Converse, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "damaged")
     shard = folder / "model-00003-of-000008.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    exit_code, reported = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
-    fault = reported[-1]
+    exit_code, answers = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
+    assert exit_code == 1
+    assert [type(answer) for answer in answers] == [Hello, Prepared, Connected, Fault]
+    fault = answers[-1]
     assert isinstance(fault, Fault)
-    assert (exit_code, len(reported)) == (1, 4)
     assert "model-00003-of-000008.safetensors is truncated: 100 of its" in fault.message
 
 
 def test_a_step_that_does_not_fit_the_stage_is_refused_by_number(converse: Converse, model: Path) -> None:
     plan = Step(1, (Row(1, 0, (5,), True, None),))
-    exit_code, reported = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
-    fault = reported[-1]
+    exit_code, answers = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
     assert exit_code == 1
-    assert fault == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
+    assert answers[-1] == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
 
 
 def test_an_assertion_error_is_sent_as_a_fault_and_its_traceback_is_logged(
@@ -151,11 +150,11 @@ def test_an_assertion_error_is_sent_as_a_fault_and_its_traceback_is_logged(
     exit_code, (_, fault) = converse(step(0), Stop())
     assert exit_code == 1
     assert isinstance(fault, Fault)
-    assert (fault.kind, fault.message) == ("AssertionError", "AssertionError: a step before Load")
+    assert fault == Fault("AssertionError", "AssertionError: a step before Load")
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_frame_of_another_kind_than_message_is_refused(tmp_path: Path) -> None:
+def test_a_frame_that_is_not_a_message_is_refused(tmp_path: Path) -> None:
     writer = FrameWriter((tmp_path / "frames").open("wb"), "the guard")
     with pytest.raises(ProtocolError, match="HEARTBEAT"):
         StageService(writer).on_frame(Frame(Kind.HEARTBEAT, b""))

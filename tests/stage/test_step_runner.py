@@ -1,4 +1,4 @@
-"""Tests of steps through a model's stages: the tokens are the same for any number of stages and any batches."""
+"""Tests of steps on a pipeline of real layers: the tokens do not depend on the stages, the chunks or the batch."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,11 +9,11 @@ from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
 from tests.model.checkpoints import Checkpoint
 from tests.model.oracle import load_oracle
-from tests.stage.pipeline import Pipeline, recent
+from tests.stage.pipeline import Pipeline, recent_ids
 
 pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
-PROMPT = [(41 * i + 9) % 509 for i in range(70)]
+PROMPT = [(41 * index + 9) % 509 for index in range(70)]
 NUM_TOKENS = 24
 GREEDY = Sampling(seed=0, temperature=0)
 SAMPLINGS = (
@@ -61,38 +61,39 @@ def test_sequences_in_one_microbatch_get_the_same_tokens_as_alone(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    prompts = [Row(slot, 0, tuple(PROMPT), True, sampling, recent(PROMPT)) for slot, sampling in enumerate(SAMPLINGS)]
-    together = [[token] for token in pipeline.tokens(*prompts)]
+    recent = recent_ids(PROMPT)
+    prompts = [Row(slot, 0, tuple(PROMPT), True, sampling, recent) for slot, sampling in enumerate(SAMPLINGS)]
+    sequences = [[token] for token in pipeline.tokens(*prompts)]
     for _ in range(NUM_TOKENS - 1):
         rows = []
         for slot, sampling in enumerate(SAMPLINGS):
-            token_ids = [*PROMPT, *(token.token_id for token in together[slot])]
-            rows.append(Row(slot, len(token_ids) - 1, (token_ids[-1],), False, sampling, recent(token_ids)))
-        for sequence, token in zip(together, pipeline.tokens(*rows), strict=True):
+            token_ids = [*PROMPT, *(token.token_id for token in sequences[slot])]
+            rows.append(Row(slot, len(token_ids) - 1, (token_ids[-1],), False, sampling, recent_ids(token_ids)))
+        for sequence, token in zip(sequences, pipeline.tokens(*rows), strict=True):
             sequence.append(token)
-    assert together == expected
+    assert sequences == expected
 
 
-def test_new_stages_given_the_known_tokens_sample_the_same_next_token(
+def test_new_stages_that_compute_the_known_tokens_again_sample_the_same_next_token(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
-    sampling, tokens = SAMPLINGS[0], [token.token_id for token in expected[0]]
-    known = tokens[:15]
+    sampling, known_ids = SAMPLINGS[0], [token.token_id for token in expected[0][:15]]
     pipeline = Pipeline(checkpoint("thinking"), 3)
     assert pipeline.tokens(Row(0, 0, tuple(PROMPT), True, None)) == ()
-    token_ids = [*PROMPT, *known]
-    again = pipeline.tokens(Row(0, len(PROMPT), tuple(known), False, sampling, recent(token_ids)))
-    assert list(again) == expected[0][15:16]
+    recent = recent_ids([*PROMPT, *known_ids])
+    next_tokens = pipeline.tokens(Row(0, len(PROMPT), tuple(known_ids), False, sampling, recent))
+    assert list(next_tokens) == expected[0][15:16]
 
 
 def test_a_row_without_sampling_returns_no_token_and_fills_the_cache(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    silent = Row(0, 0, tuple(PROMPT[:-1]), True, None)
-    other = Row(1, 0, tuple(PROMPT), True, GREEDY)
-    assert pipeline.tokens(silent, other) == (expected[3][0],)
-    assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (expected[3][0],)
+    chunk = Row(0, 0, tuple(PROMPT[:-1]), True, None)
+    prompt = Row(1, 0, tuple(PROMPT), True, GREEDY)
+    first_token = expected[SAMPLINGS.index(GREEDY)][0]
+    assert pipeline.tokens(chunk, prompt) == (first_token,)
+    assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (first_token,)
 
 
 def test_a_prefix_copied_from_another_slot_gives_the_same_token_as_a_computed_one(
@@ -100,7 +101,7 @@ def test_a_prefix_copied_from_another_slot_gives_the_same_token_as_a_computed_on
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
     pipeline.tokens(Row(2, 0, (*PROMPT[:40], 1, 2, 3), True, None))
-    row = Row(1, 40, tuple(PROMPT[40:]), True, SAMPLINGS[0], recent(PROMPT), copy_from=2)
+    row = Row(1, 40, tuple(PROMPT[40:]), True, SAMPLINGS[0], recent_ids(PROMPT), copy_from=2)
     assert pipeline.tokens(row) == (expected[0][0],)
 
 

@@ -14,7 +14,7 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.safetensors_file import read_header
-from tests.weights.made_up import VOCAB_SIZE, write_tiny
+from tests.weights.tiny_checkpoints import VOCAB_SIZE, write_tiny
 
 
 @pytest.fixture(scope="module")

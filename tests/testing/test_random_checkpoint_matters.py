@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
-from tests.weights.made_up import VOCAB_SIZE
+from tests.weights.tiny_checkpoints import VOCAB_SIZE
 
 MIN_CHANGE = 0.02
 """Smallest change of a logit: 100 times the tolerance of the comparisons between this program and mlx-lm."""

@@ -1,4 +1,4 @@
-"""A loopback server with the Hub's protocol that can break off downloads and send wrong contents."""
+"""Server of one repository with the Hub's protocol, which can break off downloads and send wrong contents."""
 
 import hashlib
 import json
@@ -12,11 +12,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", COMMIT)
+LARGE_FILES = (".safetensors", ".model")
+"""Ends of the names of files that the Hub keeps in its storage."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request. ``start`` is the first byte of its range."""
+    """One HTTP request. ``start`` is the first byte of the requested range."""
 
     method: str
     path: str
@@ -25,15 +28,15 @@ class Request:
 
 @dataclass
 class Hub:
-    """One repository, the requests received so far, and the faults to produce."""
+    """State of the server: the repository's files, the requests received so far, and the faults to produce."""
 
     repo: str
     files: dict[str, bytes]
     requests: list[Request] = field(default_factory=list)
-    breaks_at: dict[str, list[int]] = field(default_factory=dict)
-    """File -> numbers of bytes after which its next responses break off, one entry per response."""
-    sent_instead: dict[str, bytes] = field(default_factory=dict)
-    """File -> wrong contents that are sent with the checksum of the right contents."""
+    break_offsets: dict[str, list[int]] = field(default_factory=dict)
+    """Numbers of bytes after which the next responses with a file break off, one per response, by file name."""
+    wrong_contents: dict[str, bytes] = field(default_factory=dict)
+    """Contents that are sent with the checksum of the right contents, by file name."""
     port: int = 0
 
     @property
@@ -42,17 +45,18 @@ class Hub:
 
     @property
     def storage(self) -> str:
-        """The URL that large files are redirected to. Its host name differs, as that of the Hub's storage does."""
+        """URL to which requests for large files are redirected. Its host name is another one, as on the Hub."""
         return f"http://localhost:{self.port}"
 
     @property
     def fetched(self) -> set[str]:
-        """The files whose contents were requested."""
+        """Names of the files whose contents were requested."""
         return {request.path.split("/")[-1] for request in self.requests if request.method == "GET"} & set(self.files)
 
     def ranges(self, name: str) -> list[int]:
-        """Return the first byte of each request for the file's contents."""
-        return [r.start for r in self.requests if r.method == "GET" and r.path.endswith(f"/{name}")]
+        """Return the first byte of the range of each request for the file's contents."""
+        requests = (request for request in self.requests if request.method == "GET")
+        return [request.start for request in requests if request.path.endswith(f"/{name}")]
 
 
 @contextmanager
@@ -84,38 +88,39 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
+        """Answer /api/models/OWNER/NAME[/revision/REVISION], /OWNER/NAME/resolve/REVISION/FILE and /storage/FILE."""
         path = unquote(urlsplit(self.path).path)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.hub.requests.append(Request(self.command, path, start))
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == self.hub.repo:
-            if parts[5:6] in ([], ["main"], [COMMIT]):
-                self._list()
-            else:
+        match path.strip("/").split("/"):
+            case ["storage", *_, file]:
+                self._send_file(file, start)
+            case ["api", "models", owner, name, *_] | [owner, name, *_] if f"{owner}/{name}" != self.hub.repo:
+                if "gated" in path:
+                    self._refuse(403, "GatedRepo")
+                else:
+                    self._refuse(401, "RepoNotFound")
+            case ["api", "models", _, _, "revision", revision] | [_, _, "resolve", revision, _] if (
+                revision not in REVISIONS
+            ):
                 self._refuse(404, "RevisionNotFound")
-        elif parts[:2] == ["api", "models"]:
-            self._refuse(403 if "gated" in path else 401, "GatedRepo" if "gated" in path else "RepoNotFound")
-        elif parts[0] == "storage":
-            self._send_file(parts[-1], start)
-        elif "/".join(parts[:2]) != self.hub.repo:
-            self._refuse(401 if "gated" not in path else 403, "GatedRepo" if "gated" in path else "RepoNotFound")
-        elif parts[3] not in ("main", COMMIT):
-            self._refuse(404, "RevisionNotFound")
-        elif parts[4] not in self.hub.files:
-            self._refuse(404, "EntryNotFound")
-        elif parts[4].endswith((".safetensors", ".model")):
-            self._redirect_to_storage(parts[4])
-        else:
-            self._send_file(parts[4], start)
+            case ["api", *_]:
+                self._send_listing()
+            case [*_, file] if file not in self.hub.files:
+                self._refuse(404, "EntryNotFound")
+            case [*_, file] if file.endswith(LARGE_FILES):
+                self._redirect_to_storage(file)
+            case [*_, file]:
+                self._send_file(file, start)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
 
-    def _list(self) -> None:
+    def _send_listing(self) -> None:
         siblings = []
         for name, data in self.hub.files.items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": "0" * 40}
-            if name.endswith((".safetensors", ".model")):
+            if name.endswith(LARGE_FILES):
                 sha256 = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
             siblings.append(entry)
@@ -134,20 +139,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, b"", headers)
 
     def _send_file(self, name: str, start: int) -> None:
-        data = self.hub.sent_instead.get(name, self.hub.files[name])
+        data = self.hub.wrong_contents.get(name, self.hub.files[name])
         headers = {"ETag": f'"{hashlib.sha1(self.hub.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
         status = 200
         if start:
             status = 206
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        breaks = self.hub.breaks_at.get(name, [])
-        self._send(status, data[start:], headers, breaks.pop(0) if breaks and self.command == "GET" else None)
+        break_offsets = self.hub.break_offsets.get(name, [])
+        body = data[start:]
+        break_offset = break_offsets.pop(0) if break_offsets and self.command == "GET" else len(body)
+        self._send(status, body, headers, break_offset)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], breaks_at: int | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], break_offset: int | None = None) -> None:
+        """Send an answer with the length of ``body``, but only the bytes before ``break_offset``."""
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body if breaks_at is None else body[:breaks_at])
+            self.wfile.write(body[:break_offset])

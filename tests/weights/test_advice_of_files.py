@@ -1,4 +1,4 @@
-"""Tests that follow the advice of messages about checkpoint files and the Hub."""
+"""Tests that follow the advice in messages about checkpoint files and the Hub."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ from mlx_k2.weights.manifest import MANIFEST_NAME, HubFile, identify, write_mani
 from mlx_k2.weights.model_frontend import ModelFrontend
 from tests.advice import follows_advice
 from tests.test_advice_of_commands import NOBODY, REPO
-from tests.weights.test_index import LFS
+from tests.weights.test_index import LFS_POINTER
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,27 +33,13 @@ pytestmark = pytest.mark.timeout(60)
 @follows_advice(
     "a: if a proxy here replaces certificates, set SSL_CERT_FILE to the file of its certificates",
 )
-def test_a_hub_behind_a_proxys_certificate_is_asked_once_ssl_cert_file_names_it(
+def test_a_server_with_a_certificate_of_its_own_is_reached_if_ssl_cert_file_names_the_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
-    made = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        *names,
-        "-keyout",
-        key,
-        "-out",
-        cert,
-    ]
-    subprocess.run([*made, "-keyout", key, "-out", cert], check=True, capture_output=True, timeout=60)
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
@@ -61,34 +47,36 @@ def test_a_hub_behind_a_proxys_certificate_is_asked_once_ssl_cert_file_names_it(
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     repo = HubRepo(REPO, None, tmp_path / "cache", f"https://localhost:{server.server_port}")
-    reasons = []
-    for environment in ({}, {"SSL_CERT_FILE": cert}):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        close_session()
+
+    def fetch_error() -> str:
+        close_session()  # a new session reads SSL_CERT_FILE
         with pytest.raises(DownloadError) as refused:
             fetch_small_files(repo)
-        reasons.append(str(refused.value))
+        return str(refused.value)
+
+    error_before = fetch_error()
+    monkeypatch.setenv("SSL_CERT_FILE", cert)
+    error_after = fetch_error()  # the server is reached, and is not a Hub
     close_session()
     server.shutdown()
     server.server_close()
     thread.join()
-    assert "set SSL_CERT_FILE to the file of its certificates" in reasons[0]
-    assert "CERTIFICATE" not in reasons[1]
+    assert "set SSL_CERT_FILE to the file of its certificates" in error_before
+    assert "CERTIFICATE" not in error_after
 
 
 @follows_advice(
     "a: connect this host, or copy the checkpoint here and give --model its folder",
     "it is a folder of the Hub's cache: give --model owner/name, or a folder in its snapshots",
 )
-def test_a_checkpoint_that_was_copied_here_and_a_folder_of_the_cache_are_read(tmp_path: Path) -> None:
-    copied = tmp_path / "models--owner--name" / "snapshots" / "0123"
+def test_a_copied_checkpoint_and_a_snapshot_in_the_hubs_cache_are_read(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
     with pytest.raises(DownloadError, match="or copy the checkpoint here and give --model its folder"):
         fetch_small_files(HubRepo("owner/name", None, tmp_path / "cache", NOBODY))
-    shutil.copytree(BUILTIN_FOLDER, copied)
+    shutil.copytree(BUILTIN_FOLDER, snapshot)
     with pytest.raises(MlxK2Error, match="give --model owner/name, or a folder in its snapshots"):
-        read_small_files(copied.parents[1])
-    assert "config.json" in read_small_files(copied)
+        read_small_files(snapshot.parents[1])
+    assert "config.json" in read_small_files(snapshot)
 
 
 @follows_advice(
@@ -118,41 +106,40 @@ def test_a_checkpoint_that_was_copied_here_and_a_folder_of_the_cache_are_read(tm
         ("model-00002-of-000008.safetensors", None),
         ("config.json", lambda data: data.replace(b"pack-quantized", b"fp8")),
         ("config.json", lambda _: b"<!DOCTYPE html>"),
-        ("tiktoken.model", lambda _: LFS),
+        ("tiktoken.model", lambda _: LFS_POINTER),
         ("tiktoken.model", None),
         (MANIFEST_NAME, lambda _: b"{"),
         (MANIFEST_NAME, lambda data: data.replace(b'"size": 1', b'"size": 2')),
     ],
 )
-def test_a_damaged_file_is_refused_and_the_original_accepted(
+def test_a_damaged_file_is_refused_and_accepted_after_the_advice_is_followed(
     tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None
 ) -> None:
     folder = tmp_path / "a model"
     shutil.copytree(BUILTIN_FOLDER, folder)
     shards = sorted(folder.glob("*.safetensors"))
-    write_manifest(
-        folder, {p.name: HubFile(p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in shards}
-    )
+    checksums = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards}
+    write_manifest(folder, {shard.name: HubFile(shard.stat().st_size, checksums[shard.name]) for shard in shards})
 
-    def read() -> None:
+    def read_checkpoint() -> None:
         model = describe_model(read_small_files(folder), str(folder))
         ModelFrontend(model, 100).tokenizer.encode_text("a")
         locate_tensors(folder, model.index, model_specs(model.config))
         identify(shards)
 
-    read()
+    read_checkpoint()
     original = (folder / name).read_bytes()
     (folder / name).unlink()
     if damage is not None:
         (folder / name).write_bytes(damage(original))
     with pytest.raises(MlxK2Error, match=r"fetch|pull|remove it") as refused:
-        read()
-    if name == MANIFEST_NAME and "is not a manifest" in str(refused.value):
+        read_checkpoint()
+    if "is not a manifest" in str(refused.value):
         (folder / name).unlink()
-        doctor = shlex.split(str(refused.value).split("`")[1])
+        command = shlex.split(str(refused.value).split("`")[1])
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert run(doctor[1:]) == 0
+            assert run(command[1:]) == 0
         assert (folder / name).exists()
     else:
         (folder / name).write_bytes(original)
-    read()
+    read_checkpoint()

@@ -1,4 +1,4 @@
-"""Tests of the checkpoint index, and of the checks that refuse a checkpoint before any of it is loaded."""
+"""Tests of the checkpoint index, and of the checks of files and headers before a tensor is loaded."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from mlx_k2.weights.inventory import TensorSpec, layer_specs, model_specs, shard
 from mlx_k2.weights.manifest import identify
 from mlx_k2.weights.model_source import ModelSource, is_repo
 from mlx_k2.weights.safetensors_file import write_file
-from tests.weights.made_up import VOCAB_SIZE, config_of, write_tiny
+from tests.weights.tiny_checkpoints import VOCAB_SIZE, config_of, write_tiny
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -39,6 +39,7 @@ NORM = TensorSpec("model.norm.weight", "BF16", (8,))
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    """Return the folder and the config of a tiny checkpoint."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     return folder, write_tiny(folder)
 
@@ -47,16 +48,19 @@ def index_of(folder: Path) -> CheckpointIndex:
     return CheckpointIndex.from_json(read_index_json(folder), "the index")
 
 
-def renamed(index: CheckpointIndex, changes: dict[str, str | None]) -> CheckpointIndex:
-    names = {name: changes.get(name, name) for name in index.weight_map}
-    return CheckpointIndex({new: index.weight_map[old] for old, new in names.items() if new}, index.source)
+def rename_tensors(index: CheckpointIndex, changes: dict[str, str | None]) -> CheckpointIndex:
+    """Return the index with new names of some tensors. None removes a tensor."""
+    new_names = {name: changes.get(name, name) for name in index.weight_map}
+    return CheckpointIndex({new: index.weight_map[old] for old, new in new_names.items() if new}, index.source)
 
 
-def write_one(path: Path, spec: TensorSpec) -> None:
-    write_file(path, [spec], lambda asked: [bytes(asked.num_bytes)])
+def write_tensor(path: Path, spec: TensorSpec) -> None:
+    """Write a file with one tensor of zeros."""
+    write_file(path, [spec], lambda spec: [bytes(spec.num_bytes)])
 
 
 def rewrite_header(path: Path, change: dict[str, Any]) -> None:
+    """Replace fields of the entry of NORM in a file's header."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -87,14 +91,14 @@ def test_a_pipe_or_a_device_in_a_checkpoint_is_refused(
         identify([tmp_path / SHARD])
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 904496\n"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 904496\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "reason"),
     [
         (
-            LFS,
+            LFS_POINTER,
             "it is a Git LFS pointer, because its repository was cloned without git-lfs: install it and run `git -C ",
         ),
         (b"GGUF\x03\0\0\0", "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint"),
@@ -111,7 +115,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 @pytest.mark.parametrize(
     "name", ["config.json", "tiktoken.model", "tokenizer_config.json", "model.safetensors.index.json", SHARD]
 )
-def test_a_file_of_another_format_is_named_as_what_it_is(tmp_path: Path, name: str, content: bytes, named: str) -> None:
+def test_the_error_for_a_file_of_another_format_names_the_format(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     folder = tmp_path / "a model's folder"
     config = write_tiny(folder)
     index = index_of(folder)
@@ -119,22 +125,22 @@ def test_a_file_of_another_format_is_named_as_what_it_is(tmp_path: Path, name: s
     with pytest.raises(CheckpointError) as refused:
         read_small_files(folder)
         locate_tensors(folder, index, model_specs(config))
-    assert f"cannot read {folder / name}: {named}" in str(refused.value)
+    assert f"cannot read {folder / name}: {reason}" in str(refused.value)
 
 
-def test_the_command_for_a_git_lfs_pointer_is_one_for_git(tmp_path: Path) -> None:
+def test_the_git_command_for_a_git_lfs_pointer_is_quoted_for_a_shell(tmp_path: Path) -> None:
     folder = tmp_path / "a model's folder"
     write_tiny(folder)
-    (folder / SHARD).write_bytes(LFS)
+    (folder / SHARD).write_bytes(LFS_POINTER)
     with pytest.raises(CheckpointError) as refused:
         check_file(folder / SHARD, [])
     command = shlex.split(str(refused.value).split("`")[1])
     assert command == ["git", "-C", str(folder), "lfs", "pull"]
 
 
-def test_a_tensor_of_a_dtype_that_mlx_lacks_is_refused_though_no_stage_needs_it(tmp_path: Path) -> None:
+def test_a_dtype_that_mlx_lacks_is_refused_also_in_a_tensor_that_is_not_needed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_one(path, NORM)
+    write_tensor(path, NORM)
     rewrite_header(path, {"dtype": "F64", "shape": [2]})
     with pytest.raises(RuntimeError, match="unsupported dtype F64"):
         mx.load(str(path))
@@ -148,18 +154,18 @@ def test_a_tensor_of_a_dtype_that_mlx_lacks_is_refused_though_no_stage_needs_it(
 )
 def test_an_existing_path_is_never_a_repository(tmp_path_factory: pytest.TempPathFactory, name: str, kind: str) -> None:
     folder = tmp_path_factory.mktemp("models")
-    given_path = f"owner/{name}"
+    relative_path = f"owner/{name}"
     with contextlib.chdir(folder):
-        assert is_repo(ModelSource(path_or_repo=given_path))
+        assert is_repo(ModelSource(path_or_repo=relative_path))
         Path("owner").mkdir()
         match kind:
             case "file":
-                Path(given_path).touch()
+                Path(relative_path).touch()
             case "folder":
-                Path(given_path).mkdir()
+                Path(relative_path).mkdir()
             case _:
-                Path(given_path).symlink_to("nothing")
-        assert not is_repo(ModelSource(path_or_repo=given_path))
+                Path(relative_path).symlink_to("nothing")
+        assert not is_repo(ModelSource(path_or_repo=relative_path))
 
 
 def test_a_folder_of_the_hubs_cache_is_refused_with_the_repositorys_name(tmp_path: Path) -> None:
@@ -170,13 +176,14 @@ def test_a_folder_of_the_hubs_cache_is_refused_with_the_repositorys_name(tmp_pat
 
 
 def test_a_shard_needs_the_files_of_its_layers_and_no_others(tiny: tuple[Path, ModelConfig]) -> None:
+    """File 8 has the embedding, which the first shard needs, and the head, which the last one needs."""
     folder, config = tiny
     index = index_of(folder)
-    assert [file[6:11] for file in index.files(shard_specs(config, 0, 3))] == ["00001", "00002", "00003", "00008"]
-    assert [file[6:11] for file in index.files(shard_specs(config, 3, 5))] == ["00004", "00005"]
-    assert [file[6:11] for file in index.files(shard_specs(config, 5, 7))] == ["00006", "00007", "00008"]
-    last = index.files(shard_specs(config, 5, 7))["model-00008-of-000008.safetensors"]
-    assert [spec.name for spec in last] == ["model.norm.weight", "lm_head.weight"]
+    for layers, numbers in (((0, 3), (1, 2, 3, 8)), ((3, 5), (4, 5)), ((5, 7), (6, 7, 8))):
+        names = [f"model-0000{number}-of-000008.safetensors" for number in numbers]
+        assert list(index.files(shard_specs(config, *layers))) == names
+    last_file = index.files(shard_specs(config, 5, 7))["model-00008-of-000008.safetensors"]
+    assert [spec.name for spec in last_file] == ["model.norm.weight", "lm_head.weight"]
 
 
 def test_every_file_of_an_intact_checkpoint_passes(tiny: tuple[Path, ModelConfig]) -> None:
@@ -198,7 +205,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         read_index_json(tmp_path)
 
 
-def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_ignored(
+def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_are_ignored(
     tiny: tuple[Path, ModelConfig], tmp_path: Path
 ) -> None:
     folder, config = tiny
@@ -209,20 +216,20 @@ def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_i
     assert check_names(config_of(fields), index_of(tmp_path / "k25")) == unread_tensors
 
 
-def test_a_missing_tensor_is_named_with_the_number_of_missing_ones(tiny: tuple[Path, ModelConfig]) -> None:
+def test_a_missing_tensor_is_named_with_the_number_of_others_that_are_missing(tiny: tuple[Path, ModelConfig]) -> None:
     folder, config = tiny
-    gone = renamed(index_of(folder), {"lm_head.weight": None, "model.norm.weight": None})
+    without_two = rename_tensors(index_of(folder), {"lm_head.weight": None, "model.norm.weight": None})
     with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight and 1 more tensors"):
-        check_names(config, gone)
+        check_names(config, without_two)
     with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight that"):
-        check_names(config, renamed(index_of(folder), {"lm_head.weight": None}))
+        check_names(config, rename_tensors(index_of(folder), {"lm_head.weight": None}))
 
 
 def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
     folder, config = tiny
-    extra = CheckpointIndex({**index_of(folder).weight_map, "model.layers.7.eh_proj.weight": "x"}, "the index")
+    with_extra = CheckpointIndex({**index_of(folder).weight_map, "model.layers.7.eh_proj.weight": "x"}, "the index")
     with pytest.raises(CheckpointError, match=r"model\.layers\.7\.eh_proj\.weight that config\.json does not require"):
-        check_names(config, extra)
+        check_names(config, with_extra)
 
 
 @pytest.mark.parametrize(
@@ -232,12 +239,12 @@ def test_an_unknown_tensor_is_refused(tiny: tuple[Path, ModelConfig]) -> None:
         ("model.layers.1.mlp.experts.0.up_proj.weight_scale_inv", "FP8.*moonshotai/Kimi-K2-Thinking"),
     ],
 )
-def test_unsupported_layouts_are_refused_with_the_repository_to_fetch(
+def test_an_unsupported_layout_is_refused_with_the_repository_to_fetch_instead(
     tiny: tuple[Path, ModelConfig], name: str, reason: str
 ) -> None:
     folder, config = tiny
     with pytest.raises(CheckpointError, match=reason):
-        check_names(config, renamed(index_of(folder), {"lm_head.weight": name}))
+        check_names(config, rename_tensors(index_of(folder), {"lm_head.weight": name}))
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x.safetensors", "a\\x.safetensors", "pickle.bin", ".."])
@@ -257,18 +264,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         check_file(tmp_path / "model-00003.safetensors", [])
 
 
-@given(kept=st.integers(0, 5_000))
-def test_any_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, kept: int) -> None:
+@given(num_bytes=st.integers(0, 5_000))
+def test_a_file_cut_at_any_byte_is_refused(tmp_path_factory: pytest.TempPathFactory, num_bytes: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "cut.safetensors"
     spec = TensorSpec("model.norm.weight", "BF16", (2_500,))
-    write_one(path, spec)
-    path.write_bytes(path.read_bytes()[:kept])
+    write_tensor(path, spec)
+    path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(CheckpointError, match=r"truncated: .*; fetch|is empty .*: fetch"):
         check_file(path, [spec])
 
 
 def test_the_error_for_a_truncated_file_gives_the_number_of_missing_bytes(tmp_path: Path) -> None:
-    write_one(tmp_path / "a.safetensors", NORM)
+    write_tensor(tmp_path / "a.safetensors", NORM)
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:-5])
     with pytest.raises(CheckpointError, match=rf"truncated: 5 of its {len(data)} bytes are missing"):
@@ -291,7 +298,7 @@ def test_the_error_for_a_truncated_file_gives_the_number_of_missing_bytes(tmp_pa
 )
 def test_a_tensor_with_a_wrong_header_entry_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = tmp_path / "a.safetensors"
-    write_one(path, NORM)
+    write_tensor(path, NORM)
     rewrite_header(path, change)
     with pytest.raises(CheckpointError, match=reason):
         check_file(path, [NORM])
@@ -316,14 +323,14 @@ def test_a_file_of_any_bytes_is_refused(tmp_path_factory: pytest.TempPathFactory
 
 def test_a_tensor_whose_bytes_disagree_with_its_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_one(path, TensorSpec(NORM.name, "BF16", (9,)))
+    write_tensor(path, TensorSpec(NORM.name, "BF16", (9,)))
     rewrite_header(path, {"shape": [8]})
     with pytest.raises(CheckpointError, match="spans 18 bytes where its shape has 16"):
         check_file(path, [NORM])
 
 
 def test_a_tensor_that_is_in_another_file_is_refused(tmp_path: Path) -> None:
-    write_one(tmp_path / "a.safetensors", NORM)
+    write_tensor(tmp_path / "a.safetensors", NORM)
     with pytest.raises(CheckpointError, match=r"a\.safetensors does not hold lm_head\.weight"):
         check_file(tmp_path / "a.safetensors", [TensorSpec("lm_head.weight", "BF16", (8, 8))])
 
@@ -332,7 +339,7 @@ def test_a_tensor_that_is_in_another_file_is_refused(tmp_path: Path) -> None:
 def test_weight_shape_is_accepted_as_int32_and_int64(tmp_path: Path, dtype: str) -> None:
     config = config_of(tiny_config_fields(VOCAB_SIZE))
     (spec, *_) = [spec for spec in layer_specs(config, 1) if spec.name.endswith("weight_shape")]
-    write_one(tmp_path / "a.safetensors", TensorSpec(spec.name, dtype, spec.shape))
+    write_tensor(tmp_path / "a.safetensors", TensorSpec(spec.name, dtype, spec.shape))
     check_file(tmp_path / "a.safetensors", [spec])
 
 
@@ -343,7 +350,7 @@ def test_different_configs_and_indexes_have_different_digests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "shown"),
+    ("names", "ranges"),
     [
         ([], ""),
         (["model.safetensors"], "model.safetensors"),
@@ -352,12 +359,12 @@ def test_different_configs_and_indexes_have_different_digests() -> None:
         (["m-9-of-10.x", "m-10-of-10.x", "n-11-of-12.x"], "m-10-of-10.x, m-9-of-10.x, n-11-of-12.x"),
     ],
 )
-def test_numbered_files_are_shown_in_ranges_that_a_shell_expands(names: list[str], shown: str) -> None:
-    assert file_ranges(names) == shown
+def test_consecutive_numbered_files_are_written_as_a_range(names: list[str], ranges: str) -> None:
+    assert file_ranges(names) == ranges
 
 
-def test_the_ranges_expand_to_the_names() -> None:
+def test_bash_expands_the_ranges_to_the_names() -> None:
     names = [f"model-{number:05}-of-000062.safetensors" for number in (1, 2, 3, 7, 9, 10, 62)]
-    line = " ".join(f"'{part}'" if "{" not in part else part for part in file_ranges(names).split(", "))
-    expanded = subprocess.run(["bash", "-c", f"echo {line}"], capture_output=True, text=True, timeout=10, check=True)
-    assert sorted(expanded.stdout.split()) == names
+    command = f"echo {file_ranges(names).replace(', ', ' ')}"
+    completed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=10, check=True)
+    assert sorted(completed.stdout.split()) == names

@@ -1,4 +1,4 @@
-"""Tests of the inventory against the published sizes of Kimi K2 Thinking's checkpoint."""
+"""Tests of the inventory of tensors: the published sizes of Kimi K2 Thinking, and the division into shards."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from mlx_k2.weights.inventory import (
     shard_specs,
 )
 from mlx_k2.weights.known_layout import thinking_config_fields
-from tests.weights.made_up import config_of
+from tests.weights.tiny_checkpoints import config_of
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +34,38 @@ def thinking_specs(thinking: ModelConfig) -> tuple[TensorSpec, ...]:
 
 def test_kimi_k2_thinking_has_its_published_size(thinking_specs: tuple[TensorSpec, ...]) -> None:
     assert held_bytes(thinking_specs) == 594_205_351_936
-    unheld = [spec for spec in thinking_specs if not spec.held_bytes(2)]
-    assert len(unheld) == 69_120
-    assert sum(spec.num_bytes for spec in unheld) == 552_960
+    not_held = [spec for spec in thinking_specs if spec.held_bytes(2) == 0]
+    assert len(not_held) == 60 * 384 * 3  # the weight_shape of each matrix of each routed expert
+    assert sum(spec.num_bytes for spec in not_held) == 8 * len(not_held)
 
 
 def test_kimi_k2_thinking_has_its_published_number_of_parameters(thinking_specs: tuple[TensorSpec, ...]) -> None:
-    per_value = {spec.name: 8 if spec.name.endswith("weight_packed") else 1 for spec in thinking_specs}
-    counted = [spec for spec in thinking_specs if not spec.name.endswith(("weight_scale", "weight_shape"))]
-    assert sum(math.prod(spec.shape) * per_value[spec.name] for spec in counted) == 1_026_408_232_448
+    num_parameters = 0
+    for spec in thinking_specs:
+        if not spec.name.endswith(("weight_scale", "weight_shape")):
+            per_value = 8 if spec.name.endswith("weight_packed") else 1
+            num_parameters += math.prod(spec.shape) * per_value
+    assert num_parameters == 1_026_408_232_448
 
 
-def test_kimi_k25_has_its_published_number_of_tensors() -> None:
+def test_kimi_k25_has_its_published_number_of_tensors_without_those_for_images() -> None:
     specs = model_specs(config_of(as_kimi_k25(thinking_config_fields())))
-    num_vision_tensors = 208_550 - len(specs)
-    assert num_vision_tensors == 335
+    num_published, num_vision_tensors = 208_550, 335
+    assert len(specs) == num_published - num_vision_tensors
     assert all(spec.name.startswith("language_model.") for spec in specs)
 
 
-def test_layers_and_ends_of_kimi_k2_thinking_have_their_published_sizes(thinking: ModelConfig) -> None:
+def test_layers_embedding_and_head_of_kimi_k2_thinking_have_their_published_sizes(thinking: ModelConfig) -> None:
     assert held_bytes(layer_specs(thinking, 0)) == 995_000_320
     assert {held_bytes(layer_specs(thinking, layer)) for layer in range(1, 61)} == {9_808_545_280}
     assert held_bytes(embedding_specs(thinking)) + held_bytes(head_specs(thinking)) == 4_697_634_816
 
 
-def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
-    layers = sum(layer_read_bytes_per_token(thinking, layer) for layer in range(61))
-    total = embedding_read_bytes_per_token(thinking) + layers + held_bytes(head_specs(thinking))
-    assert total == 32_986_519_552
-    assert embedding_read_bytes_per_token(thinking) == 7168 * 2
+def test_a_token_of_kimi_k2_thinking_reads_33_gigabytes(thinking: ModelConfig) -> None:
+    embedding_bytes = embedding_read_bytes_per_token(thinking)
+    layer_bytes = sum(layer_read_bytes_per_token(thinking, layer) for layer in range(61))
+    assert embedding_bytes == 7168 * 2
+    assert embedding_bytes + layer_bytes + held_bytes(head_specs(thinking)) == 32_986_519_552
 
 
 @pytest.mark.slow
@@ -72,36 +75,27 @@ def test_a_token_reads_33_gigabytes(thinking: ModelConfig) -> None:
 def test_dense_bits_do_not_change_routed_experts_router_norms_or_embedding(
     thinking: ModelConfig, dense_bits: int | None, gigabytes_read: float, gigabytes_held: float
 ) -> None:
-    layers = sum(layer_read_bytes_per_token(thinking, layer, dense_bits=dense_bits) for layer in range(61))
-    ends = embedding_read_bytes_per_token(thinking) + held_bytes(head_specs(thinking), dense_bits=dense_bits)
-    assert round((layers + ends) / 1e9, 2) == gigabytes_read
+    layer_bytes = sum(layer_read_bytes_per_token(thinking, layer, dense_bits=dense_bits) for layer in range(61))
+    head_bytes = held_bytes(head_specs(thinking), dense_bits=dense_bits)
+    read_bytes = embedding_read_bytes_per_token(thinking) + layer_bytes + head_bytes
+    assert round(read_bytes / 1e9, 2) == gigabytes_read
     specs = model_specs(thinking)
     assert round(held_bytes(specs, dense_bits=dense_bits) / 1e9, 2) == gigabytes_held
-    changed = [spec for spec in specs if spec.held_bytes(2, dense_bits) != spec.held_bytes(2)]
-    quantized = {spec.name.split(".")[-2] for spec in changed}
-    linear = {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "o_proj",
-        "lm_head",
-    }
-    assert quantized == (linear if dense_bits else set())
-    assert not any(spec.is_routed_expert for spec in changed)
+    quantized = [spec for spec in specs if spec.held_bytes(2, dense_bits) != spec.held_bytes(2)]
+    attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    dense = {"gate_proj", "up_proj", "down_proj", "lm_head"} | attention
+    assert {spec.name.split(".")[-2] for spec in quantized} == (dense if dense_bits else set())
+    assert not any(spec.is_routed_expert for spec in quantized)
 
 
 def test_in_float32_dense_weights_double_and_routed_experts_use_6_bits_per_weight(thinking: ModelConfig) -> None:
     specs = layer_specs(thinking, 1)
     routed = [spec for spec in specs if spec.is_routed_expert]
     others = [spec for spec in specs if not spec.is_routed_expert]
-    assert held_bytes(routed) == 384 * 24_772_608
+    assert held_bytes(routed) == 384 * 3 * 7168 * 2048 * 4.5 / 8
     assert held_bytes(routed, 4) * 4.5 == held_bytes(routed) * 6
-    correction_bias = 384 * 4
-    assert held_bytes(others, 4) - correction_bias == 2 * (held_bytes(others) - correction_bias)
+    bias_bytes = 384 * 4  # e_score_correction_bias is always in float32
+    assert held_bytes(others, 4) - bias_bytes == 2 * (held_bytes(others) - bias_bytes)
 
 
 def test_tensor_names_and_shapes_equal_the_original_files(thinking_specs: tuple[TensorSpec, ...]) -> None:
@@ -122,16 +116,16 @@ def test_tensor_names_and_shapes_equal_the_original_files(thinking_specs: tuple[
         assert (by_name[name].dtype, by_name[name].shape) == (dtype, shape)
 
 
-def test_weight_shape_may_be_int64() -> None:
+def test_only_weight_shape_may_also_be_int64() -> None:
     spec = TensorSpec("model.layers.1.mlp.experts.0.up_proj.weight_shape", "I32", (2,))
     assert spec.accepted_dtypes == ("I32", "I64")
     assert TensorSpec("model.norm.weight", "BF16", (8,)).accepted_dtypes == ("BF16",)
 
 
 @pytest.mark.parametrize("num_shards", range(1, 8))
-def test_shards_hold_each_tensor_exactly_once(num_shards: int) -> None:
+def test_each_tensor_is_in_exactly_one_shard(num_shards: int) -> None:
     config = config_of(tiny_config_fields(vocab_size=256))
-    cuts = [7 * shard // num_shards for shard in range(num_shards + 1)]
+    cuts = [config.num_hidden_layers * shard // num_shards for shard in range(num_shards + 1)]
     shards = [shard_specs(config, first, end) for first, end in itertools.pairwise(cuts)]
     names = [spec.name for shard in shards for spec in shard]
     assert sorted(names) == sorted(spec.name for spec in model_specs(config))

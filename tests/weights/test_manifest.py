@@ -1,4 +1,4 @@
-"""Tests of the manifest of a model's folder: damaged copies and other revisions are found while loading."""
+"""Tests of the manifest of a model's folder: files that differ from it are refused while loading."""
 
 import hashlib
 import os
@@ -23,6 +23,7 @@ from mlx_k2.weights.manifest import (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Return a folder of two files with random contents of 500,000 bytes."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("a", "b"):
@@ -31,17 +32,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, HubFile]:
+    """Return size and checksum of each file, as the Hub lists them."""
     return {
         path.name: HubFile(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in folder.glob("*.safetensors")
     }
 
 
-def test_files_of_a_folder_without_a_manifest_are_compared_with_nothing(folder: Path) -> None:
+def test_files_of_a_folder_without_a_manifest_have_no_checksum(folder: Path) -> None:
     assert identify(folder.glob("*.safetensors")) == {"a.safetensors": None, "b.safetensors": None}
 
 
-def test_files_are_identified_by_the_manifest_that_a_copy_of_the_folder_has_too(folder: Path, tmp_path: Path) -> None:
+def test_files_in_a_copy_of_the_folder_have_the_checksums_of_its_manifest(folder: Path, tmp_path: Path) -> None:
     files = files_of(folder)
     write_manifest(folder, files)
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -49,7 +51,7 @@ def test_files_are_identified_by_the_manifest_that_a_copy_of_the_folder_has_too(
 
 
 @pytest.mark.parametrize("offset", [0, 499_999, 500_000 - BLOCK_BYTES])
-def test_a_changed_byte_in_a_sampled_block_is_found(folder: Path, offset: int) -> None:
+def test_a_changed_byte_in_a_sampled_block_is_refused(folder: Path, offset: int) -> None:
     write_manifest(folder, files_of(folder))
     data = bytearray((folder / "a.safetensors").read_bytes())
     data[offset] ^= 1
@@ -59,7 +61,7 @@ def test_a_changed_byte_in_a_sampled_block_is_found(folder: Path, offset: int) -
     assert identify([folder / "b.safetensors"])
 
 
-def test_other_contents_of_the_same_size_and_another_size_are_found(folder: Path) -> None:
+def test_a_file_with_other_contents_and_one_of_another_size_are_refused(folder: Path) -> None:
     write_manifest(folder, files_of(folder))
     (folder / "a.safetensors").write_bytes(os.urandom(500_000))
     (folder / "b.safetensors").write_bytes(b"short")
@@ -69,18 +71,18 @@ def test_other_contents_of_the_same_size_and_another_size_are_found(folder: Path
         identify([folder / "b.safetensors"])
 
 
-def test_files_that_only_the_manifest_names_are_reported_and_completed_later(folder: Path) -> None:
+def test_a_file_that_is_not_there_yet_is_listed_and_its_blocks_are_added_later(folder: Path) -> None:
     files = files_of(folder)
-    (folder / "b.safetensors").rename(folder / "elsewhere")
+    (folder / "b.safetensors").rename(folder / "other-name")
     write_manifest(folder, files)
     assert identify([folder / "a.safetensors"]) == {name: file.sha256 for name, file in files.items()}
     assert read_manifest(folder).files["b.safetensors"].blocks is None
-    (folder / "elsewhere").rename(folder / "b.safetensors")
+    (folder / "other-name").rename(folder / "b.safetensors")
     write_manifest(folder, files)
     assert read_manifest(folder).files["b.safetensors"].blocks == sampled_digest(folder / "b.safetensors")
 
 
-def test_a_manifest_that_cannot_be_written_or_read_is_no_silent_success(folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_cannot_be_read_or_written_is_an_error(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(
         CheckpointError, match=r"is not a manifest: .*remove it; `mlx-k2 doctor --deep --model .*` writes"
@@ -92,11 +94,12 @@ def test_a_manifest_that_cannot_be_written_or_read_is_no_silent_success(folder: 
         write_manifest(folder, files_of(folder))
 
 
-def test_sampling_reads_little_of_a_large_file(tmp_path: Path) -> None:
+def test_the_sampled_digests_of_kimi_k2_read_less_than_10_mb_and_need_less_than_1_s(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(10_000_000_000)
-    began = time.process_time()
-    for _ in range(62):  # the files of Kimi K2
+    num_files = 62
+    started_at = time.process_time()
+    for _ in range(num_files):
         sampled_digest(tmp_path / "large")
-    assert time.process_time() - began < 1.0
-    assert NUM_BLOCKS * BLOCK_BYTES * 62 < 10_000_000
+    assert time.process_time() - started_at < 1.0
+    assert NUM_BLOCKS * BLOCK_BYTES * num_files < 10_000_000

@@ -1,4 +1,4 @@
-"""Tests of the reader: each stage gets exactly its tensors, unchanged, and a shape unlike the config's is refused."""
+"""Tests of the reader of tensors: each stage gets exactly its tensors, unchanged; wrong files are refused."""
 
 import errno
 import itertools
@@ -21,9 +21,10 @@ from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
 from mlx_k2.weights.safetensors_file import read_header
-from tests.weights.made_up import VOCAB_SIZE, write_tiny
+from tests.weights.tiny_checkpoints import VOCAB_SIZE, write_tiny
 
-LAYERS = 7
+NUM_LAYERS = 7
+LAYER_2_FILE = "model-00003-of-000008.safetensors"
 
 
 def open_reader(folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16) -> ShardReader:
@@ -31,7 +32,7 @@ def open_reader(folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16
     return ShardReader(config, {name: folder / file for name, file in index.weight_map.items()}, dtype)
 
 
-def rewrite(folder: Path, name: str, value: mx.array) -> None:
+def replace_tensor(folder: Path, name: str, value: mx.array) -> None:
     """Replace the tensor ``name`` by ``value``."""
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     path = folder / index.weight_map[name]
@@ -41,11 +42,16 @@ def rewrite(folder: Path, name: str, value: mx.array) -> None:
     mx.save_safetensors(str(path), {**tensors, name: value})
 
 
+def assert_equal(loaded: LoadedTensors, expected: LoadedTensors) -> None:
+    assert loaded.tensors.keys() == expected.tensors.keys()
+    assert all(mx.array_equal(loaded.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("reader") / "model"
-    write_tiny(made)
-    return made
+    folder = tmp_path_factory.mktemp("reader") / "model"
+    write_tiny(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +59,11 @@ def config(folder: Path) -> ModelConfig:
     return ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
 
 
-def shard(opened: ShardReader, config: ModelConfig, layers: range) -> list[LoadedTensors]:
-    pieces = [opened.embedding()] if layers.start == 0 else []
-    pieces += [opened.layer(layer) for layer in layers]
-    return [*pieces, opened.head()] if layers.stop == config.num_hidden_layers else pieces
+def read_shard(shard_reader: ShardReader, config: ModelConfig, layers: range) -> list[LoadedTensors]:
+    """Read the tensors of a stage that has ``layers``, and embedding or head if it is the first or last stage."""
+    pieces = [shard_reader.embedding()] if layers.start == 0 else []
+    pieces += [shard_reader.layer(layer) for layer in layers]
+    return [*pieces, shard_reader.head()] if layers.stop == config.num_hidden_layers else pieces
 
 
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 4, 7), (0, 2, 5, 7)])
@@ -68,18 +75,18 @@ def test_the_stages_together_read_each_tensor_of_the_model_once(
     fields = as_kimi_k25(fields) if family == "kimi_k25" else fields
     write_random_checkpoint(tmp_path / "model", fields, 0, {})
     config = ModelConfig.from_json((tmp_path / "model" / "config.json").read_bytes(), "config.json")
-    opened = open_reader(tmp_path / "model", config)
+    shard_reader = open_reader(tmp_path / "model", config)
     names = [
         name
         for first, end in itertools.pairwise(bounds)
-        for piece in shard(opened, config, range(first, end))
+        for piece in read_shard(shard_reader, config, range(first, end))
         for name in piece.tensor_names
     ]
     assert sorted(names) == sorted(spec.name for spec in model_specs(config))
 
 
 def test_tensors_equal_the_files_and_experts_are_stacked_in_order(folder: Path, config: ModelConfig) -> None:
-    stored = mx.load(str(folder / "model-00003-of-000008.safetensors"))
+    stored = mx.load(str(folder / LAYER_2_FILE))
     assert isinstance(stored, dict)
     tensors = open_reader(folder, config).layer(2).tensors
     prefix = "model.layers.2."
@@ -88,13 +95,13 @@ def test_tensors_equal_the_files_and_experts_are_stacked_in_order(folder: Path, 
         assert mx.array_equal(tensors[name], stored[prefix + name])
     for projection in ("gate_proj", "up_proj", "down_proj"):
         for expert in range(16):
-            one = f"{prefix}mlp.experts.{expert}.{projection}"
+            name = f"{prefix}mlp.experts.{expert}.{projection}"
             packed = tensors[f"mlp.experts.{projection}.weight_packed"]
             scale = tensors[f"mlp.experts.{projection}.weight_scale"]
             assert packed.dtype == mx.uint32
             assert scale.dtype == mx.bfloat16
-            assert np.array_equal(packed[expert], stored[f"{one}.weight_packed"].view(mx.uint32))
-            assert mx.array_equal(scale[expert], stored[f"{one}.weight_scale"])
+            assert np.array_equal(packed[expert], stored[f"{name}.weight_packed"].view(mx.uint32))
+            assert mx.array_equal(scale[expert], stored[f"{name}.weight_scale"])
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
@@ -103,46 +110,43 @@ def test_routed_experts_use_4_5_bits_per_weight_in_any_compute_dtype(
 ) -> None:
     tensors = open_reader(folder, config, dtype).layer(1).tensors
     num_weights = 16 * 3 * config.hidden_size * config.moe_intermediate_size
-    routed = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
-    assert routed * 8 == num_weights * 4.5
+    num_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+    assert num_bytes * 8 == num_weights * 4.5
     assert tensors["self_attn.o_proj.weight"].dtype == dtype
     assert tensors["mlp.gate.e_score_correction_bias"].dtype == mx.float32
 
 
 def test_the_held_bytes_of_a_layer_in_bfloat16_equal_the_inventory(folder: Path, config: ModelConfig) -> None:
-    opened = open_reader(folder, config)
-    for layer in range(LAYERS):
-        num_bytes = sum(tensor.nbytes for tensor in opened.layer(layer).tensors.values())
+    shard_reader = open_reader(folder, config)
+    for layer in range(NUM_LAYERS):
+        num_bytes = sum(tensor.nbytes for tensor in shard_reader.layer(layer).tensors.values())
         assert num_bytes == held_bytes(layer_specs(config, layer))
 
 
-def test_a_single_file_checkpoint_gives_the_same_tensors(tmp_path: Path, folder: Path, config: ModelConfig) -> None:
+def test_a_checkpoint_of_one_file_gives_the_same_tensors(tmp_path: Path, folder: Path, config: ModelConfig) -> None:
     joined: dict[str, mx.array] = {}
     for path in folder.glob("*.safetensors"):
         stored = mx.load(str(path))
         assert isinstance(stored, dict)
         joined |= stored
     mx.save_safetensors(str(tmp_path / "model.safetensors"), joined)
-    expected, found = (open_reader(position, config).layer(3).tensors for position in (folder, tmp_path))
-    assert expected.keys() == found.keys()
-    assert all(mx.array_equal(expected[name], found[name]) for name in expected)
+    assert_equal(open_reader(tmp_path, config).layer(3), open_reader(folder, config).layer(3))
 
 
-SHAPE_NAME = "model.layers.4.mlp.experts.9.down_proj.weight_shape"
+WEIGHT_SHAPE = "model.layers.4.mlp.experts.9.down_proj.weight_shape"
 
 
 def test_a_weight_shape_that_contradicts_the_config_is_refused_by_name(tmp_path: Path) -> None:
     config = write_tiny(tmp_path / "model")
-    rewrite(tmp_path / "model", SHAPE_NAME, mx.array([64, 128], mx.int32))
-    with pytest.raises(CheckpointError, match=rf"{SHAPE_NAME} says \[64, 128\], the config says \[128, 64\]"):
+    replace_tensor(tmp_path / "model", WEIGHT_SHAPE, mx.array([64, 128], mx.int32))
+    with pytest.raises(CheckpointError, match=rf"{WEIGHT_SHAPE} says \[64, 128\], the config says \[128, 64\]"):
         open_reader(tmp_path / "model", config).layer(4)
 
 
 def test_weight_shapes_may_be_int64(tmp_path: Path, folder: Path) -> None:
     config = write_tiny(tmp_path / "model")
-    rewrite(tmp_path / "model", SHAPE_NAME, mx.array([128, 64], mx.int64))
-    found, expected = (open_reader(position, config).layer(4).tensors for position in (tmp_path / "model", folder))
-    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    replace_tensor(tmp_path / "model", WEIGHT_SHAPE, mx.array([128, 64], mx.int64))
+    assert_equal(open_reader(tmp_path / "model", config).layer(4), open_reader(folder, config).layer(4))
 
 
 def test_each_byte_of_a_layers_tensors_is_read_once(
@@ -151,93 +155,90 @@ def test_each_byte_of_a_layers_tensors_is_read_once(
     ranges: list[tuple[int, int]] = []
     system_read = os.preadv
 
-    def recorded(number: int, buffers: list[memoryview], offset: int) -> int:
-        count = system_read(number, buffers, offset)
+    def read_and_record(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        count = system_read(descriptor, buffers, offset)
         ranges.append((offset, offset + count))
         return count
 
-    monkeypatch.setattr(os, "preadv", recorded)
+    monkeypatch.setattr(os, "preadv", read_and_record)
     open_reader(folder, config).layer(2)
-    header = read_header(folder / "model-00003-of-000008.safetensors")
+    header = read_header(folder / LAYER_2_FILE)
     needed = [header.tensors[spec.name].data_offsets for spec in layer_specs(config, 2)]
     assert sorted(ranges) == sorted((header.data_start + first, header.data_start + end) for first, end in needed)
 
 
-def test_tensors_larger_than_a_piece_and_reads_that_return_fewer_bytes_give_the_same_tensors(
+def test_small_pieces_and_reads_that_return_fewer_bytes_give_the_same_tensors(
     folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = open_reader(folder, config).layer(2).tensors
+    expected = open_reader(folder, config).layer(2)
     system_read = os.preadv
     monkeypatch.setattr(reader, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(os, "preadv", lambda number, buffers, offset: system_read(number, [buffers[0][:77]], offset))
-    found = open_reader(folder, config).layer(2).tensors
-    assert expected.keys() == found.keys()
-    assert all(mx.array_equal(expected[name], found[name]) for name in expected)
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: system_read(file, [buffers[0][:77]], offset))
+    assert_equal(open_reader(folder, config).layer(2), expected)
 
 
 def test_a_file_that_changes_after_it_was_checked_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_tiny(tmp_path / "model")
-    path = tmp_path / "model" / "model-00003-of-000008.safetensors"
-    checked = open_reader(tmp_path / "model", config)
-    checked.layer(2)
+    path = tmp_path / "model" / LAYER_2_FILE
+    shard_reader = open_reader(tmp_path / "model", config)
+    shard_reader.layer(2)
     with monkeypatch.context() as patch:  # the file becomes shorter while it is read
-        patch.setattr(checked, "_check_files", lambda _: os.truncate(path, path.stat().st_size // 2))
+        patch.setattr(shard_reader, "_check_files", lambda _: os.truncate(path, path.stat().st_size // 2))
         with pytest.raises(CheckpointError, match=rf"{path} is truncated: it ends at byte \d+ within model\.layers\.2"):
-            checked.layer(2)
+            shard_reader.layer(2)
     with pytest.raises(CheckpointError, match=rf"{path} is truncated: \d+ of its \d+ bytes are missing"):
-        checked.layer(2)
+        shard_reader.layer(2)
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{path} is missing"):
-        checked.layer(2)
+        shard_reader.layer(2)
 
 
 def test_nothing_is_computed_while_a_slow_disk_is_read(
     folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = 0
+    num_reads = 0
     lock = threading.Lock()
-    computed_while_reading: list[int] = []
+    reads_while_computing: list[int] = []
     system_read, evaluate = os.preadv, mx.eval
 
-    def throttled(number: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal reading
+    def read_slowly(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal num_reads
         with lock:
-            reading += 1
+            num_reads += 1
         time.sleep(0.0005)
-        count = system_read(number, buffers, offset)
+        count = system_read(descriptor, buffers, offset)
         with lock:
-            reading -= 1
+            num_reads -= 1
         return count
 
-    def observed(*arrays: Any) -> None:
-        computed_while_reading.append(reading)
+    def evaluate_and_record(*arrays: Any) -> None:
+        reads_while_computing.append(num_reads)
         evaluate(*arrays)
 
-    monkeypatch.setattr(os, "preadv", throttled)
-    monkeypatch.setattr(mx, "eval", observed)
+    monkeypatch.setattr(os, "preadv", read_slowly)
+    monkeypatch.setattr(mx, "eval", evaluate_and_record)
     monkeypatch.setattr(mx, "load", lambda *_: pytest.fail("mx.load reads while a graph is evaluated"))
     monkeypatch.setattr(mx, "async_eval", lambda *_: pytest.fail("nothing may run while the next bytes are read"))
-    loaded = open_reader(folder, config).layer(2)
-    assert len(computed_while_reading) > 3
-    assert set(computed_while_reading) == {0}
-    assert len(loaded.tensors) > 6
+    open_reader(folder, config).layer(2)
+    assert len(reads_while_computing) > 3
+    assert set(reads_while_computing) == {0}
 
 
 @pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "mlp.experts.3.up_proj.weight_packed"])
-def test_an_error_of_the_disk_names_the_tensor(
+def test_the_error_of_a_failed_read_names_the_tensor(
     folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    header = read_header(folder / "model-00003-of-000008.safetensors")
-    broken = header.data_start + header.tensors[f"model.layers.2.{name}"].data_offsets[0]
+    header = read_header(folder / LAYER_2_FILE)
+    broken_offset = header.data_start + header.tensors[f"model.layers.2.{name}"].data_offsets[0]
     system_read = os.preadv
 
-    def failing(number: int, buffers: list[memoryview], offset: int) -> int:
-        if offset == broken:
+    def read_or_fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == broken_offset:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return system_read(number, buffers, offset)
+        return system_read(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(os, "preadv", read_or_fail)
     with pytest.raises(CheckpointError, match=rf"model\.layers\.2\.{name}: Input/output error"):
         open_reader(folder, config).layer(2)

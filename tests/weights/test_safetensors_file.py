@@ -1,4 +1,4 @@
-"""Tests of the safetensors header: this reader accepts and refuses the files that the package accepts and refuses."""
+"""Tests of the reader of safetensors headers: it accepts exactly the files that the package safetensors accepts."""
 
 import json
 from typing import Any
@@ -15,20 +15,20 @@ from tests.examples import at_least
 
 pytestmark = pytest.mark.timeout(120)
 
-DTYPES = {"F32": 4, "BF16": 2, "I32": 4, "U8": 1, "BOOL": 1, "I64": 8, "F8_E4M3": 1}
-GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "I32": 4, "U8": 1, "BOOL": 1, "I64": 8, "F8_E4M3": 1}
+VALID_ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @st.composite
-def well_formed(choose: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """Return a header as a dictionary, and the number of its data's bytes."""
+def valid_headers(choose: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """Generate a valid header as a dictionary, and the number of bytes of its data."""
     header: dict[str, Any] = {}
     end = 0
     names = choose(st.lists(st.text(max_size=4), unique=True, max_size=4))
     for name in names:
-        dtype = choose(st.sampled_from(sorted(DTYPES)))
+        dtype = choose(st.sampled_from(sorted(DTYPE_BYTES)))
         shape = choose(st.lists(st.integers(0, 3), max_size=3))
-        first, end = end, end + DTYPES[dtype] * int(np.prod(shape))
+        first, end = end, end + DTYPE_BYTES[dtype] * int(np.prod(shape))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
     items = choose(st.permutations(list(header.items())))
     metadata = choose(st.none() | st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
@@ -36,55 +36,59 @@ def well_formed(choose: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**65) | st.floats() | st.text(max_size=3) | st.sampled_from([*DTYPES]),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2**65)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([*DTYPE_BYTES]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
 
 
 @st.composite
-def altered(choose: st.DrawFn) -> bytes:
-    """Return a file that is well-formed but for at most one change, in the header, its text, or the length."""
-    header, num_bytes = choose(well_formed())
-    kind = choose(st.sampled_from(["none", "field", "entry", "metadata", "text", "length", "data"]))
+def changed_files(choose: st.DrawFn) -> bytes:
+    """Generate a valid file, or one with a single change: in the header, its text, its length or the data."""
+    header, num_bytes = choose(valid_headers())
+    changed = choose(st.sampled_from(["nothing", "field", "entry", "metadata", "text", "length", "data"]))
     entries = [name for name in header if name != "__metadata__"]
-    if kind == "field" and entries:
-        name, field = (
-            choose(st.sampled_from(entries)),
-            choose(st.sampled_from(["dtype", "shape", "data_offsets", "more"])),
-        )
+    if changed == "field" and entries:
+        name = choose(st.sampled_from(entries))
+        field = choose(st.sampled_from(["dtype", "shape", "data_offsets", "other"]))
         header[name] = header[name] | {field: choose(JSON_VALUES)}
-    elif kind == "entry":
+    elif changed == "entry":
         header[choose(st.text(max_size=3))] = choose(JSON_VALUES)
-    elif kind == "metadata":
+    elif changed == "metadata":
         header["__metadata__"] = choose(JSON_VALUES)
     raw = json.dumps(header, ensure_ascii=choose(st.booleans())).encode("utf-8", "surrogatepass")
-    if kind == "text" and raw:
+    if changed == "text" and raw:
         index = choose(st.integers(0, len(raw)))
         raw = raw[:index] + choose(st.binary(max_size=2)) + raw[index + choose(st.integers(0, 2)) :]
-    length = len(raw) + (choose(st.integers(-2, 2)) if kind == "length" else 0)
-    data = max(0, num_bytes + (choose(st.integers(-2, 2)) if kind == "data" else 0))
-    return max(0, length).to_bytes(8, "little") + raw + bytes(data)
+    header_length = len(raw) + (choose(st.integers(-2, 2)) if changed == "length" else 0)
+    data_length = num_bytes + (choose(st.integers(-2, 2)) if changed == "data" else 0)
+    return max(0, header_length).to_bytes(8, "little") + raw + bytes(max(0, data_length))
 
 
-def in_file(raw: bytes, data: int = 8) -> bytes:
-    return len(raw).to_bytes(8, "little") + raw + bytes(data)
+def file_of(header: bytes, data_length: int = 8) -> bytes:
+    """Return the contents of a file with a header and data of zeros."""
+    return len(header).to_bytes(8, "little") + header + bytes(data_length)
 
 
 @settings(max_examples=at_least(300))
-@given(altered())
+@given(changed_files())
 @example(
-    in_file(
+    file_of(
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     )
 )
-@example(in_file(b'{"a":["F32",[2],[0,8]]}'))
-@example(in_file(b'\xef\xbb\xbf{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'))
-@example(in_file(json.dumps({"a": GOOD | {"dtype": "XX"}}).encode()))
-@example(in_file(json.dumps({"a": GOOD | {"shape": [3]}}).encode()))
-@example(in_file(json.dumps({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}).encode(), 12))
-@example(in_file(json.dumps({"__metadata__": {"a": 1}, "a": GOOD}).encode()))
-@example(in_file(b"", 0))
+@example(file_of(b'{"a":["F32",[2],[0,8]]}'))
+@example(file_of(b'\xef\xbb\xbf{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'))
+@example(file_of(json.dumps({"a": VALID_ENTRY | {"dtype": "XX"}}).encode()))
+@example(file_of(json.dumps({"a": VALID_ENTRY | {"shape": [3]}}).encode()))
+@example(file_of(json.dumps({"a": VALID_ENTRY, "b": VALID_ENTRY | {"data_offsets": [4, 12]}}).encode(), 12))
+@example(file_of(json.dumps({"__metadata__": {"a": 1}, "a": VALID_ENTRY}).encode()))
+@example(file_of(b"", 0))
 def test_the_reader_accepts_the_files_that_the_package_accepts_with_the_same_tensors(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
@@ -106,10 +110,12 @@ def test_the_reader_accepts_the_files_that_the_package_accepts_with_the_same_ten
 
 
 @settings(max_examples=at_least(100))
-@given(well_formed())
-def test_the_offsets_are_those_of_the_header(tmp_path_factory: pytest.TempPathFactory, case: tuple[Any, int]) -> None:
-    header, num_bytes = case
+@given(valid_headers())
+def test_the_offsets_are_those_of_the_header(
+    tmp_path_factory: pytest.TempPathFactory, header_and_length: tuple[Any, int]
+) -> None:
+    header, num_bytes = header_and_length
     path = tmp_path_factory.getbasetemp() / "offsets.safetensors"
-    path.write_bytes(in_file(json.dumps(header).encode(), num_bytes))
-    found = {name: list(tensor.data_offsets) for name, tensor in read_header(path).tensors.items()}
-    assert found == {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    path.write_bytes(file_of(json.dumps(header).encode(), num_bytes))
+    offsets = {name: list(tensor.data_offsets) for name, tensor in read_header(path).tensors.items()}
+    assert offsets == {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from bench.measure import with_part
+from bench.measure import replace_generated
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.scheduling.drafter import NgramDrafter
 from training.data import held_out
@@ -113,7 +113,7 @@ def main() -> None:
     found = table(list(positions(held_out_rows(options.answers), read_weights(options.run))))
     print(found)
     if options.save:
-        _CARD.write_text(with_part(_CARD.read_text(), "python -m training.draft.measure --save", found))
+        _CARD.write_text(replace_generated(_CARD.read_text(), "python -m training.draft.measure --save", found))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-// The functions that an instrumented kernel calls before each access, when bytes are counted.
+// Definitions of the functions that an instrumented kernel calls before each memory access.
 #define COUNT_DEFINITIONS 1
 #include "count.h"

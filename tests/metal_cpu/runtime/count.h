@@ -1,7 +1,7 @@
-// Counts the bytes that a kernel's loads and stores move, buffer by buffer.
+// Counters of the bytes that a kernel loads from and stores to each buffer.
 //
-// The kernel is compiled with -fsanitize=thread, which calls a function before each memory access; in this mode those
-// functions are ours, and the sanitizer's own runtime is not linked. Without -DWITH_COUNT nothing is counted.
+// The kernel is compiled with -fsanitize=thread, which inserts a call of a __tsan function before each memory access.
+// With -DWITH_COUNT these functions are defined here, and the sanitizer's runtime is not linked.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -11,24 +11,24 @@
 namespace counting {
 
 #if WITH_COUNT
-struct Watched {
+struct WatchedBuffer {
   uintptr_t begin, end;
   std::atomic<uint64_t> loaded, stored;
 };
 constexpr int MAX_WATCHED = 32;
-inline Watched watched[MAX_WATCHED];
+inline WatchedBuffer watched[MAX_WATCHED];
 inline int num_watched = 0;
 
 inline void watch(const void* memory, size_t bytes) {
-  Watched& w = watched[num_watched++];
-  w.begin = (uintptr_t)memory;
-  w.end = w.begin + bytes;
+  WatchedBuffer& buffer = watched[num_watched++];
+  buffer.begin = (uintptr_t)memory;
+  buffer.end = buffer.begin + bytes;
 }
 
 inline void add(const void* address, size_t bytes, bool is_store) {
-  const uintptr_t a = (uintptr_t)address;
+  const uintptr_t first = (uintptr_t)address;
   for (int i = 0; i < num_watched; i++) {
-    if (a >= watched[i].begin && a < watched[i].end) {
+    if (watched[i].begin <= first && first < watched[i].end) {
       (is_store ? watched[i].stored : watched[i].loaded).fetch_add(bytes, std::memory_order_relaxed);
       return;
     }

@@ -1,8 +1,8 @@
-// Interface of the executor for the Metal library in include/: the running fiber, rendezvous, threadgroup memory,
-// failure.
+// Interface of the executor: what the Metal library in include/ and main.cpp call.
 //
-// A Metal thread is a fiber. A simd operation or barrier is a rendezvous of exactly its lanes or threads;
-// misuse ends the program with the kernel's file and line. Threadgroups are divided among OS threads.
+// A Metal thread is a fiber. A simd operation or a barrier is a rendezvous: a fiber continues when all lanes of its
+// simdgroup, or all threads of its threadgroup, have reached the same operation. Misuse ends the program with the
+// kernel's file and line. The threadgroups of a grid are divided among OS threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,16 +22,12 @@ struct Uint3 {
 
 struct Attributes {  // the [[...]] attributes of a kernel's arguments, Metal Shading Language table 5.8
   Uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
-  Uint3 threads_per_grid, threads_per_threadgroup, threadgroups_per_grid, dispatch_threads_per_threadgroup;
-  Uint3 grid_size, grid_origin;
+  Uint3 threads_per_grid, threads_per_threadgroup;
   uint32_t thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup;
-  uint32_t simdgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
-  uint32_t threads_per_simdgroup, thread_execution_width;
   uint32_t quadgroup_index_in_threadgroup, thread_index_in_quadgroup;
-  uint32_t quadgroups_per_threadgroup, dispatch_quadgroups_per_threadgroup;
 };
 
-struct Site {  // where in the kernel, and in which operation
+struct Site {  // the operation of a rendezvous, and its line in the kernel
   const char* file;
   int line;
   const char* operation;
@@ -44,7 +40,7 @@ struct Fiber {
   char* stack = nullptr;
   State state = State::done;
   uint16_t lane = 0, simdgroup = 0;
-  void* slot = nullptr;  // the operand of this lane in the operation where it waits
+  void* slot = nullptr;  // operand and result of this lane in the simd operation at which it waits
   Site site{};
   Attributes attributes{};
   void* asan_stack = nullptr;
@@ -52,7 +48,7 @@ struct Fiber {
 };
 
 struct SimdGroup {
-  int size = 0, alive = 0, arrived = 0;
+  int size = 0, num_alive = 0, num_arrived = 0;
   void (*combine)(SimdGroup&) = nullptr;
   Fiber* lanes = nullptr;
   __attribute__((no_sanitize("thread"))) void* slot(int lane) const {
@@ -68,8 +64,9 @@ void simdgroup_rendezvous(int memory_flags, Site site);
 char* threadgroup_memory(const void* key, size_t bytes, size_t align);
 void run(void (*entry)(const Attributes&, void**), void** buffers, Uint3 grid, Uint3 threadgroup, int os_threads);
 
-extern int schedule;  // 0 threads run in order, 1 in reverse, 2 shuffled
-extern uint64_t schedule_seed;
+enum class Order { forward, backward, shuffled };  // numbered as in program.py
+extern Order thread_order;
+extern uint64_t order_seed;
 extern uint64_t num_simd_operations, num_barriers;
 
 }  // namespace executor

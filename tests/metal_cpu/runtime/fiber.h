@@ -1,5 +1,4 @@
-// A Metal thread as a fiber: its own stack, switched by hand. Knows nothing of Metal; reports the running fiber to the
-// sanitizers.
+// Fibers: functions with their own stacks, between which a program switches. The sanitizers' interface for fibers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +13,7 @@
 #define WITH_ASAN 1
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if WITH_TSAN  // this runtime is not instrumented itself: it only reports fibers and barriers to ThreadSanitizer
+#if WITH_TSAN  // the runtime is compiled without instrumentation, and reports fibers and barriers by these functions
 extern "C" {
 void* __tsan_create_fiber(unsigned);
 void __tsan_destroy_fiber(void*);
@@ -93,7 +92,7 @@ constexpr size_t STACK_BYTES = 512 << 10;
 constexpr size_t STACK_BYTES = 128 << 10;
 #endif
 
-// A fresh stack that starts in `entry` when it is first switched to.
+// Returns the stack pointer of a new fiber, which begins in `entry` at the first switch to it.
 inline void* prepare_stack(char* stack, void (*entry)()) {
   uintptr_t top = (uintptr_t)(stack + STACK_BYTES) & ~(uintptr_t)63;
 #if defined(__x86_64__)

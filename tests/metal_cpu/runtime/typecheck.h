@@ -1,21 +1,12 @@
-// Declarations of the Metal library for a syntax check with clang: address spaces are real and distinct, so a wrong or
-// missing qualifier is a compile error, and there is no `double`. Nothing here can run.
+// Declarations of the Metal library for a check with clang, where a wrong or missing address space is an error.
 #pragma once
-typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef unsigned long size_t;
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
-typedef unsigned long uint64_t;
-typedef signed char int8_t;
-typedef short int16_t;
 typedef int int32_t;
-typedef long int64_t;
 typedef _Float16 half;
-typedef _Float16 float16_t;
 typedef __bf16 bfloat;
 typedef __bf16 bfloat16_t;
 #define VECTORS(T)                                    \
@@ -23,13 +14,7 @@ typedef __bf16 bfloat16_t;
   typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 VECTORS(uint)
-VECTORS(int)
 VECTORS(float)
-VECTORS(half)
-VECTORS(ushort)
-VECTORS(short)
-VECTORS(uchar)
-VECTORS(char)
 VECTORS(ulong)
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))

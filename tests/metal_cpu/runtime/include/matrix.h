@@ -1,36 +1,28 @@
-// simdgroup_matrix of the Metal library.
+// simdgroup_matrix of the Metal library: matrices of 8 x 8 elements, of which each lane holds two.
 #pragma once
 #include "simd.h"
 
 namespace metal {
-// Element layout as MLX's steel/gemm/mma.h assumes it: lane -> (row, col), (row, col+1).
-inline int cpu_mrow(int l) {
-  int q = l / 4;
-  return (q & 4) + ((l / 2) % 4);
-}
-inline int cpu_mcol(int l) {
-  int q = l / 4;
-  return (q & 2) * 2 + (l % 2) * 2;
-}
+// A lane holds the elements (row, column) and (row, column + 1), as MLX's steel/gemm/mma.h assumes.
+inline int cpu_matrix_row(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+inline int cpu_matrix_column(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
 template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   static_assert(R == 8 && C == 8);
-  vec<T, 2> e;
+  vec<T, 2> elements;
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T diag) {
     int l = executor::current_fiber().lane;
-    e = {cpu_mrow(l) == cpu_mcol(l) ? diag : T(0), cpu_mrow(l) == cpu_mcol(l) + 1 ? diag : T(0)};
+    int row = cpu_matrix_row(l), column = cpu_matrix_column(l);
+    elements = {row == column ? diag : T(0), row == column + 1 ? diag : T(0)};
   }
-  vec<T, 2>& thread_elements() { return e; }
+  vec<T, 2>& thread_elements() { return elements; }
 };
-typedef simdgroup_matrix<float> simdgroup_float8x8;
-typedef simdgroup_matrix<half> simdgroup_half8x8;
-typedef simdgroup_matrix<bfloat> simdgroup_bfloat8x8;
 template <class T, int R, int C> inline simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) {
   simdgroup_matrix<T, R, C> m;
-  m.e = {v, v};
+  m.elements = {v, v};
   return m;
 }
-template <class TD, class TA, class TB, class TC> struct cpu_mma {
+template <class TD, class TA, class TB, class TC> struct cpu_multiply_accumulate {
   simdgroup_matrix<TD>* d;
   const simdgroup_matrix<TA>* a;
   const simdgroup_matrix<TB>* b;
@@ -40,19 +32,20 @@ template <class TD, class TA, class TB, class TC>
 inline void simdgroup_multiply_accumulate(simdgroup_matrix<TD>& d, const simdgroup_matrix<TA>& a,
                                           const simdgroup_matrix<TB>& b, const simdgroup_matrix<TC>& c,
                                           CPU_SITE_ARGUMENTS) {
-  typedef cpu_mma<TD, TA, TB, TC> S;
+  typedef cpu_multiply_accumulate<TD, TA, TB, TC> S;
   S s{&d, &a, &b, &c};
-  executor::simd_rendezvous(&s, CPU_SITE("simdgroup_multiply_accumulate"), [](executor::SimdGroup& g) CPU_UNWATCHED {
+  const executor::Site site = CPU_SITE("simdgroup_multiply_accumulate");
+  executor::simd_rendezvous(&s, site, [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
     float A[8][8], B[8][8], D[8][8];
     for (int l = 0; l < 32; l++) {
       S& s = *static_cast<S*>(g.slot(l));
-      int r = cpu_mrow(l), k = cpu_mcol(l);
+      int r = cpu_matrix_row(l), k = cpu_matrix_column(l);
       vec<TA, 2> a;
       vec<TB, 2> b;
       vec<TC, 2> c;
-      __builtin_memcpy((void*)&a, &s.a->e, sizeof a);
-      __builtin_memcpy((void*)&b, &s.b->e, sizeof b);
-      __builtin_memcpy((void*)&c, &s.c->e, sizeof c);  // raw copies: not accesses of the kernel
+      __builtin_memcpy((void*)&a, &s.a->elements, sizeof a);
+      __builtin_memcpy((void*)&b, &s.b->elements, sizeof b);
+      __builtin_memcpy((void*)&c, &s.c->elements, sizeof c);  // copies of bytes, which are no accesses of the kernel
       A[r][k] = a.x;
       A[r][k + 1] = a.y;
       B[r][k] = b.x;
@@ -65,43 +58,37 @@ inline void simdgroup_multiply_accumulate(simdgroup_matrix<TD>& d, const simdgro
         for (int j = 0; j < 8; j++) D[i][j] += A[i][k] * B[k][j];
     for (int l = 0; l < 32; l++) {
       S& s = *static_cast<S*>(g.slot(l));
-      int r = cpu_mrow(l), k = cpu_mcol(l);
+      int r = cpu_matrix_row(l), k = cpu_matrix_column(l);
       vec<TD, 2> d{TD(D[r][k]), TD(D[r][k + 1])};
-      __builtin_memcpy((void*)&s.d->e, &d, sizeof d);
+      __builtin_memcpy((void*)&s.d->elements, &d, sizeof d);
     }
   });
 }
-template <class T>
-inline void simdgroup_multiply(simdgroup_matrix<T>& d, const simdgroup_matrix<T>& a, const simdgroup_matrix<T>& b,
-                               CPU_SITE_ARGUMENTS) {
-  simdgroup_matrix<T> z;
-  z.e = {T(0), T(0)};
-  simdgroup_multiply_accumulate(d, a, b, z, file_, line_);
-}
 template <class T, class P>
-inline void simdgroup_load(simdgroup_matrix<T>& d, const P* p, ulong ld = 8, ulong2 org = ulong2(0ul, 0ul),
-                           bool tr = false, CPU_SITE_ARGUMENTS) {
-  int l = executor::current_fiber().lane, r = cpu_mrow(l), c = cpu_mcol(l);
-  p += org.y * ld + org.x;
-  d.e = tr ? vec<T, 2>{T(p[c * ld + r]), T(p[(c + 1) * ld + r])} : vec<T, 2>{T(p[r * ld + c]), T(p[r * ld + c + 1])};
-  int q;
-  executor::simd_rendezvous(&q, CPU_SITE("simdgroup_load"), [](executor::SimdGroup&) CPU_UNWATCHED {});
-}
-template <class T, class P>
-inline void simdgroup_store(const simdgroup_matrix<T>& s, P* p, ulong ld = 8, ulong2 org = ulong2(0ul, 0ul),
-                            bool tr = false, CPU_SITE_ARGUMENTS) {
-  int l = executor::current_fiber().lane, r = cpu_mrow(l), c = cpu_mcol(l);
-  p += org.y * ld + org.x;
-  if (tr) {
-    p[c * ld + r] = P(s.e.x);
-    p[(c + 1) * ld + r] = P(s.e.y);
+inline void simdgroup_load(simdgroup_matrix<T>& d, const P* p, ulong row_stride = 8, ulong2 origin = ulong2(0ul, 0ul),
+                           bool transpose = false, CPU_SITE_ARGUMENTS) {
+  int l = executor::current_fiber().lane, r = cpu_matrix_row(l), c = cpu_matrix_column(l);
+  p += origin.y * row_stride + origin.x;
+  if (transpose) {
+    d.elements = {T(p[c * row_stride + r]), T(p[(c + 1) * row_stride + r])};
   } else {
-    p[r * ld + c] = P(s.e.x);
-    p[r * ld + c + 1] = P(s.e.y);
+    d.elements = {T(p[r * row_stride + c]), T(p[r * row_stride + c + 1])};
   }
-  int q;
-  executor::simd_rendezvous(&q, CPU_SITE("simdgroup_store"), [](executor::SimdGroup&) CPU_UNWATCHED {});
+  executor::simd_rendezvous(nullptr, CPU_SITE("simdgroup_load"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
 }
-template <class M> inline void simdgroup_async_copy(M...) = delete;
+template <class T, class P>
+inline void simdgroup_store(const simdgroup_matrix<T>& s, P* p, ulong row_stride = 8, ulong2 origin = ulong2(0ul, 0ul),
+                            bool transpose = false, CPU_SITE_ARGUMENTS) {
+  int l = executor::current_fiber().lane, r = cpu_matrix_row(l), c = cpu_matrix_column(l);
+  p += origin.y * row_stride + origin.x;
+  if (transpose) {
+    p[c * row_stride + r] = P(s.elements.x);
+    p[(c + 1) * row_stride + r] = P(s.elements.y);
+  } else {
+    p[r * row_stride + c] = P(s.elements.x);
+    p[r * row_stride + c + 1] = P(s.elements.y);
+  }
+  executor::simd_rendezvous(nullptr, CPU_SITE("simdgroup_store"), [](executor::SimdGroup&) CPU_UNINSTRUMENTED {});
+}
 
 }  // namespace metal

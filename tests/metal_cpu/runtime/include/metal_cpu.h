@@ -1,6 +1,5 @@
-// Enough of the Metal standard library to compile MLX's Metal sources and ours, and to run them in the executor.
+// The part of the Metal standard library that MLX's Metal sources and ours need, implemented with the executor.
 #pragma once
-#include "atomic.h"
 #include "maths.h"
 #include "matrix.h"
 #include "simd.h"

@@ -1,15 +1,9 @@
-// Barriers and simd-group functions of the Metal library: each is a rendezvous in the executor.
+// Barriers and simdgroup functions of the Metal library: each is a rendezvous in the executor.
 #pragma once
 #include "types.h"
 
 namespace metal {
-enum class mem_flags {
-  mem_none = 0,
-  mem_device = 1,
-  mem_threadgroup = 2,
-  mem_texture = 4,
-  mem_threadgroup_imageblock = 8
-};
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 inline void threadgroup_barrier(mem_flags f, CPU_SITE_ARGUMENTS) {
   executor::threadgroup_rendezvous(int(f), CPU_SITE("threadgroup_barrier"));
@@ -18,133 +12,89 @@ inline void simdgroup_barrier(mem_flags f, CPU_SITE_ARGUMENTS) {
   executor::simdgroup_rendezvous(int(f), CPU_SITE("simdgroup_barrier"));
 }
 
-template <class T> struct cpu_slot {
+template <class T> struct cpu_slot {  // operands and result of a lane
   T in, out;
-  T fill;
-  uint arg;
+  T fill;    // of simd_shuffle_and_fill_up
+  uint arg;  // lane or distance of a shuffle
 };
-#define CPU_GET(i) (static_cast<cpu_slot<T>*>(g.slot(i)))
-// Reductions use a butterfly tree (Apple does not document the order; tests must not depend on it).
-#define CPU_REDUCE(NAME, EXPR)                                                                \
-  template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                 \
-    cpu_slot<T> s{v, v, v, 0};                                                                \
-    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNWATCHED { \
-      T t[executor::SIMD_WIDTH];                                                              \
-      int n = g.size;                                                                         \
-      for (int i = 0; i < n; i++) t[i] = CPU_GET(i)->in;                                      \
-      for (int m = 1; m < n; m <<= 1)                                                         \
-        for (int i = 0; i + m < n; i += 2 * m) {                                              \
-          T a = t[i], b = t[i + m];                                                           \
-          t[i] = EXPR;                                                                        \
-        }                                                                                     \
-      for (int i = 0; i < n; i++) CPU_GET(i)->out = t[0];                                     \
-    });                                                                                       \
-    return s.out;                                                                             \
+#define CPU_SLOT(i) (static_cast<cpu_slot<T>*>(g.slot(i)))
+// Reductions combine pairs of lanes, then pairs of results. Apple does not document an order: tests must not need one.
+#define CPU_REDUCE(NAME, EXPR)                                                                     \
+  template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                      \
+    cpu_slot<T> s{v, v, v, 0};                                                                     \
+    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED { \
+      T values[executor::SIMD_WIDTH];                                                              \
+      int n = g.size;                                                                              \
+      for (int i = 0; i < n; i++) values[i] = CPU_SLOT(i)->in;                                     \
+      for (int distance = 1; distance < n; distance *= 2)                                          \
+        for (int i = 0; i + distance < n; i += 2 * distance) {                                     \
+          T a = values[i], b = values[i + distance];                                               \
+          values[i] = EXPR;                                                                        \
+        }                                                                                          \
+      for (int i = 0; i < n; i++) CPU_SLOT(i)->out = values[0];                                    \
+    });                                                                                            \
+    return s.out;                                                                                  \
   }
 CPU_REDUCE(simd_sum, T(a + b))
-CPU_REDUCE(simd_product, T(a* b))
 CPU_REDUCE(simd_max, (a > b ? a : b))
 CPU_REDUCE(simd_min, (a < b ? a : b))
-CPU_REDUCE(simd_and, T(a& b))
-CPU_REDUCE(simd_or, T(a | b))
-CPU_REDUCE(simd_xor, T(a ^ b))
-#define CPU_QREDUCE(NAME, EXPR)                                                               \
-  template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                 \
-    cpu_slot<T> s{v, v, v, 0};                                                                \
-    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNWATCHED { \
-      for (int q = 0; q < g.size; q += 4) {                                                   \
-        T r = CPU_GET(q)->in;                                                                 \
-        for (int j = 1; j < 4 && q + j < g.size; j++) {                                       \
-          T a = r, b = CPU_GET(q + j)->in;                                                    \
-          r = EXPR;                                                                           \
-        }                                                                                     \
-        for (int j = 0; j < 4 && q + j < g.size; j++) CPU_GET(q + j)->out = r;                \
-      }                                                                                       \
-    });                                                                                       \
-    return s.out;                                                                             \
+#define CPU_QUAD_REDUCE(NAME, EXPR)                                                                \
+  template <class T> inline T NAME(T v, CPU_SITE_ARGUMENTS) {                                      \
+    cpu_slot<T> s{v, v, v, 0};                                                                     \
+    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED { \
+      for (int q = 0; q < g.size; q += 4) {                                                        \
+        T r = CPU_SLOT(q)->in;                                                                     \
+        for (int j = 1; j < 4 && q + j < g.size; j++) {                                            \
+          T a = r, b = CPU_SLOT(q + j)->in;                                                        \
+          r = EXPR;                                                                                \
+        }                                                                                          \
+        for (int j = 0; j < 4 && q + j < g.size; j++) CPU_SLOT(q + j)->out = r;                    \
+      }                                                                                            \
+    });                                                                                            \
+    return s.out;                                                                                  \
   }
-CPU_QREDUCE(quad_sum, T(a + b))
-CPU_QREDUCE(quad_max, (a > b ? a : b))
-CPU_QREDUCE(quad_min, (a < b ? a : b))
-// Shuffles: a source lane outside the simd-group is undefined in Metal; here it gives a NaN pattern.
-template <class T> inline T cpu_poison() {
+CPU_QUAD_REDUCE(quad_sum, T(a + b))
+// A shuffle from a lane outside the simdgroup is undefined in Metal; here its result has all bits set, a NaN.
+template <class T> inline T cpu_all_ones() {
   T t;
   __builtin_memset((void*)&t, 0xFF, sizeof t);
   return t;
 }
-#define CPU_SHUF(NAME, SRC)                                                                   \
-  template <class T> inline T NAME(T v, ushort arg, CPU_SITE_ARGUMENTS) {                     \
-    cpu_slot<T> s{v, v, v, arg};                                                              \
-    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNWATCHED { \
-      for (int i = 0; i < g.size; i++) {                                                      \
-        int a = CPU_GET(i)->arg, j = SRC;                                                     \
-        CPU_GET(i)->out = j >= 0 && j < g.size ? CPU_GET(j)->in : cpu_poison<T>();            \
-        (void)a;                                                                              \
-      }                                                                                       \
-    });                                                                                       \
-    return s.out;                                                                             \
+#define CPU_SHUFFLE(NAME, SOURCE)                                                                  \
+  template <class T> inline T NAME(T v, ushort arg, CPU_SITE_ARGUMENTS) {                          \
+    cpu_slot<T> s{v, v, v, arg};                                                                   \
+    executor::simd_rendezvous(&s, CPU_SITE(#NAME), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED { \
+      for (int i = 0; i < g.size; i++) {                                                           \
+        int a = CPU_SLOT(i)->arg, j = SOURCE;                                                      \
+        CPU_SLOT(i)->out = j >= 0 && j < g.size ? CPU_SLOT(j)->in : cpu_all_ones<T>();             \
+        (void)a;                                                                                   \
+      }                                                                                            \
+    });                                                                                            \
+    return s.out;                                                                                  \
   }
-CPU_SHUF(simd_shuffle, a)
-CPU_SHUF(simd_broadcast, a)
-CPU_SHUF(simd_shuffle_xor, (i ^ a))
-CPU_SHUF(simd_shuffle_down, i + a)
-CPU_SHUF(simd_shuffle_up, i - a)
-CPU_SHUF(simd_shuffle_rotate_down, (i + a) % g.size)
-CPU_SHUF(simd_shuffle_rotate_up, (i - a + g.size) % g.size)
-CPU_SHUF(quad_shuffle, (i & ~3) + a)
-CPU_SHUF(quad_broadcast, (i & ~3) + a)
-CPU_SHUF(quad_shuffle_xor, (i & ~3) + ((i ^ a) & 3))
+CPU_SHUFFLE(simd_shuffle, a)
+CPU_SHUFFLE(simd_shuffle_down, i + a)
+CPU_SHUFFLE(simd_shuffle_up, i - a)
 template <class T> inline T simd_shuffle_and_fill_up(T v, T fill, ushort arg, CPU_SITE_ARGUMENTS) {
   cpu_slot<T> s{v, v, fill, arg};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_shuffle_and_fill_up"), [](executor::SimdGroup& g) CPU_UNWATCHED {
+  executor::simd_rendezvous(&s, CPU_SITE("simd_shuffle_and_fill_up"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
     for (int i = 0; i < g.size; i++) {
-      int a = CPU_GET(i)->arg;
-      CPU_GET(i)->out = i - a >= 0 ? CPU_GET(i - a)->in : CPU_GET(g.size + i - a)->fill;
+      int a = CPU_SLOT(i)->arg;
+      CPU_SLOT(i)->out = i - a >= 0 ? CPU_SLOT(i - a)->in : CPU_SLOT(g.size + i - a)->fill;
     }
   });
   return s.out;
 }
-template <class T> inline T simd_broadcast_first(T v, CPU_SITE_ARGUMENTS) { return simd_broadcast(v, 0, file_, line_); }
-inline bool simd_any(bool v, CPU_SITE_ARGUMENTS) { return simd_or<int>(v, file_, line_); }
-inline bool simd_all(bool v, CPU_SITE_ARGUMENTS) { return simd_and<int>(v, file_, line_); }
-inline bool simd_is_first() { return executor::current_fiber().lane == 0; }
 template <class T> inline T simd_prefix_inclusive_sum(T v, CPU_SITE_ARGUMENTS) {
   cpu_slot<T> s{v, v, v, 0};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_prefix_inclusive_sum"), [](executor::SimdGroup& g) CPU_UNWATCHED {
+  executor::simd_rendezvous(&s, CPU_SITE("simd_prefix_inclusive_sum"), [](executor::SimdGroup& g) CPU_UNINSTRUMENTED {
     T a = T(0);
     for (int i = 0; i < g.size; i++) {
-      a = T(a + CPU_GET(i)->in);
-      CPU_GET(i)->out = a;
+      a = T(a + CPU_SLOT(i)->in);
+      CPU_SLOT(i)->out = a;
     }
   });
   return s.out;
-}
-template <class T> inline T simd_prefix_exclusive_sum(T v, CPU_SITE_ARGUMENTS) {
-  cpu_slot<T> s{v, v, v, 0};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_prefix_exclusive_sum"), [](executor::SimdGroup& g) CPU_UNWATCHED {
-    T a = T(0);
-    for (int i = 0; i < g.size; i++) {
-      T x = CPU_GET(i)->in;
-      CPU_GET(i)->out = a;
-      a = T(a + x);
-    }
-  });
-  return s.out;
-}
-struct simd_vote {
-  uint64_t v;
-  explicit operator uint64_t() const { return v; }
-  typedef uint64_t vote_t;
-};
-inline simd_vote simd_ballot(bool p, CPU_SITE_ARGUMENTS) {
-  typedef uint T;
-  cpu_slot<uint> s{p, 0, 0, 0};
-  executor::simd_rendezvous(&s, CPU_SITE("simd_ballot"), [](executor::SimdGroup& g) CPU_UNWATCHED {
-    uint m = 0;
-    for (int i = 0; i < g.size; i++) m |= (CPU_GET(i)->in & 1u) << i;
-    for (int i = 0; i < g.size; i++) CPU_GET(i)->out = m;
-  });
-  return {s.out};
 }
 
 }  // namespace metal

@@ -23,11 +23,11 @@
         return &k;                                                                                           \
       }(),                                                                                                   \
       sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
-#define CPU_UNWATCHED \
-  __attribute__((no_sanitize("thread")))  // the exchange itself is not a memory access of the kernel
+#define CPU_UNINSTRUMENTED \
+  __attribute__((no_sanitize("thread")))  // for the exchange between lanes, which is no memory access of the kernel
 #define CPU_SITE_ARGUMENTS const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
-#define CPU_SITE(W) \
-  executor::Site { file_, line_, W }
+#define CPU_SITE(OPERATION) \
+  executor::Site { file_, line_, OPERATION }
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -35,32 +35,30 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 
 struct cpu_half_tag {};
-struct cpu_bf_tag {};
+struct cpu_bfloat_tag {};
 template <class Tag> struct alignas(2) small_float;
-template <class T> struct cpu_is_small : std::false_type {};
-template <class Tag> struct cpu_is_small<small_float<Tag>> : std::true_type {};
 template <class T>
-concept cpu_arith = std::is_arithmetic_v<T>;
+concept cpu_arithmetic = std::is_arithmetic_v<T>;
 template <class Tag> struct alignas(2) small_float {
-  uint16_t b;
+  uint16_t bits;
   small_float() = default;
-  static constexpr uint16_t enc(float f) {
-    if constexpr (std::is_same_v<Tag, cpu_bf_tag>) {
+  static constexpr uint16_t encode(float f) {
+    if constexpr (std::is_same_v<Tag, cpu_bfloat_tag>) {
       uint32_t u = std::bit_cast<uint32_t>(f);
       if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
       return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
     } else
       return std::bit_cast<uint16_t>((_Float16)f);
   }
-  template <cpu_arith A> constexpr small_float(A f) : b(enc(static_cast<float>(f))) {}
+  template <cpu_arithmetic A> constexpr small_float(A f) : bits(encode(static_cast<float>(f))) {}
   template <class U>
     requires(!std::is_same_v<U, Tag>)
-  constexpr explicit small_float(small_float<U> o) : b(enc(float(o))) {}
+  constexpr explicit small_float(small_float<U> o) : bits(encode(float(o))) {}
   constexpr operator float() const {
-    if constexpr (std::is_same_v<Tag, cpu_bf_tag>)
-      return std::bit_cast<float>(uint32_t(b) << 16);
+    if constexpr (std::is_same_v<Tag, cpu_bfloat_tag>)
+      return std::bit_cast<float>(uint32_t(bits) << 16);
     else
-      return float(std::bit_cast<_Float16>(b));
+      return float(std::bit_cast<_Float16>(bits));
   }
   template <class R> small_float& operator+=(R r) { return *this = small_float(float(*this) + float(r)); }
   template <class R> small_float& operator-=(R r) { return *this = small_float(float(*this) - float(r)); }
@@ -69,47 +67,49 @@ template <class Tag> struct alignas(2) small_float {
   constexpr small_float operator-() const {
     small_float r;
     r = *this;
-    r.b ^= 0x8000;
+    r.bits ^= 0x8000;
     return r;
   }
 };
 typedef small_float<cpu_half_tag> half;
-typedef small_float<cpu_bf_tag> bfloat;
-// usual conversions: small op small (same kind) -> small; small op float -> float; small op integer -> small
-#define CPU_BIN(OP)                                                                                     \
+typedef small_float<cpu_bfloat_tag> bfloat;
+// The type of a result: small with small or integer gives small, small with float gives float.
+#define CPU_BINARY(OP)                                                                                  \
   template <class Tag> constexpr small_float<Tag> operator OP(small_float<Tag> a, small_float<Tag> b) { \
     return small_float<Tag>(float(a) OP float(b));                                                      \
   }                                                                                                     \
-  template <class Tag, cpu_arith A> constexpr auto operator OP(small_float<Tag> a, A b) {               \
+  template <class Tag, cpu_arithmetic A> constexpr auto operator OP(small_float<Tag> a, A b) {          \
     if constexpr (std::is_floating_point_v<A>)                                                          \
       return float(a) OP float(b);                                                                      \
     else                                                                                                \
       return small_float<Tag>(float(a) OP float(b));                                                    \
   }                                                                                                     \
-  template <class Tag, cpu_arith A> constexpr auto operator OP(A a, small_float<Tag> b) {               \
+  template <class Tag, cpu_arithmetic A> constexpr auto operator OP(A a, small_float<Tag> b) {          \
     if constexpr (std::is_floating_point_v<A>)                                                          \
       return float(a) OP float(b);                                                                      \
     else                                                                                                \
       return small_float<Tag>(float(a) OP float(b));                                                    \
   }
-CPU_BIN(+)
-CPU_BIN(-)
-CPU_BIN(*)
-CPU_BIN(/)
-#define CPU_CMP(OP)                                                                         \
-  template <class Tag> constexpr bool operator OP(small_float<Tag> a, small_float<Tag> b) { \
-    return float(a) OP float(b);                                                            \
-  }                                                                                         \
-  template <class Tag, cpu_arith A> constexpr bool operator OP(small_float<Tag> a, A b) {   \
-    return float(a) OP float(b);                                                            \
-  }                                                                                         \
-  template <class Tag, cpu_arith A> constexpr bool operator OP(A a, small_float<Tag> b) { return float(a) OP float(b); }
-CPU_CMP(<)
-CPU_CMP(>)
-CPU_CMP(<=)
-CPU_CMP(>=)
-CPU_CMP(==)
-CPU_CMP(!=)
+CPU_BINARY(+)
+CPU_BINARY(-)
+CPU_BINARY(*)
+CPU_BINARY(/)
+#define CPU_COMPARISON(OP)                                                                     \
+  template <class Tag> constexpr bool operator OP(small_float<Tag> a, small_float<Tag> b) {    \
+    return float(a) OP float(b);                                                               \
+  }                                                                                            \
+  template <class Tag, cpu_arithmetic A> constexpr bool operator OP(small_float<Tag> a, A b) { \
+    return float(a) OP float(b);                                                               \
+  }                                                                                            \
+  template <class Tag, cpu_arithmetic A> constexpr bool operator OP(A a, small_float<Tag> b) { \
+    return float(a) OP float(b);                                                               \
+  }
+CPU_COMPARISON(<)
+CPU_COMPARISON(>)
+CPU_COMPARISON(<=)
+CPU_COMPARISON(>=)
+CPU_COMPARISON(==)
+CPU_COMPARISON(!=)
 
 namespace metal {
 template <class T, int N> struct vec;
@@ -141,7 +141,7 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
   constexpr T& operator[](int i) { return (&x)[i]; }
   constexpr const T& operator[](int i) const { return (&x)[i]; }
 };
-#define CPU_VBIN(OP)                                                                               \
+#define CPU_VECTOR_BINARY(OP)                                                                      \
   template <class T, int N> inline vec<T, N> operator OP(vec<T, N> a, vec<T, N> b) {               \
     vec<T, N> r;                                                                                   \
     for (int i = 0; i < N; i++) r[i] = T(a[i] OP b[i]);                                            \
@@ -158,37 +158,30 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
     return r;                                                                                      \
   }                                                                                                \
   template <class T, int N, class R> inline vec<T, N>& operator OP## = (vec<T, N> & a, R b) { return a = a OP b; }
-CPU_VBIN(+)
-CPU_VBIN(-)
-CPU_VBIN(*)
-CPU_VBIN(/)
-CPU_VBIN(&)
-CPU_VBIN(|)
-CPU_VBIN(^)
-CPU_VBIN(>>)
-CPU_VBIN(<<)
+CPU_VECTOR_BINARY(+)
+CPU_VECTOR_BINARY(-)
+CPU_VECTOR_BINARY(*)
+CPU_VECTOR_BINARY(/)
+CPU_VECTOR_BINARY(&)
+CPU_VECTOR_BINARY(|)
+CPU_VECTOR_BINARY(^)
+CPU_VECTOR_BINARY(>>)
+CPU_VECTOR_BINARY(<<)
 template <class T, int N> inline T dot(vec<T, N> a, vec<T, N> b) {
   T r = a[0] * b[0];
   for (int i = 1; i < N; i++) r = r + a[i] * b[i];
   return r;
 }
 }  // namespace metal
-#define CPU_VT(T, NAME)             \
-  typedef metal::vec<T, 2> NAME##2; \
-  typedef metal::vec<T, 3> NAME##3; \
-  typedef metal::vec<T, 4> NAME##4;
-CPU_VT(float, float)
-CPU_VT(half, half)
-CPU_VT(bfloat, bfloat)
-CPU_VT(int, int)
-CPU_VT(uint, uint)
-CPU_VT(short, short)
-CPU_VT(ushort, ushort)
-CPU_VT(char, char)
-CPU_VT(uchar, uchar)
-CPU_VT(long, long)
-CPU_VT(ulong, ulong)
-CPU_VT(bool, bool)
+#define CPU_VECTOR_TYPES(T)      \
+  typedef metal::vec<T, 2> T##2; \
+  typedef metal::vec<T, 3> T##3; \
+  typedef metal::vec<T, 4> T##4;
+CPU_VECTOR_TYPES(float)
+CPU_VECTOR_TYPES(int)
+CPU_VECTOR_TYPES(uint)
+CPU_VECTOR_TYPES(short)
+CPU_VECTOR_TYPES(ulong)
 using metal::vec;
 template <class T, class U> constexpr T as_type(const U& u) {
   static_assert(sizeof(T) == sizeof(U));
@@ -203,70 +196,39 @@ using ::uint;
 using ::ulong;
 using ::ushort;
 using std::bool_constant;
-using std::conditional;
 using std::conditional_t;
-using std::conjunction;
-using std::declval;
-using std::disjunction;
-using std::enable_if;
 using std::enable_if_t;
 using std::false_type;
 using std::integral_constant;
-using std::is_arithmetic;
-using std::is_arithmetic_v;
-using std::is_const_v;
-using std::is_convertible;
-using std::is_convertible_v;
-using std::is_empty;
-using std::is_empty_v;
-using std::is_floating_point;
-using std::is_floating_point_v;
 using std::is_integral;
 using std::is_integral_v;
-using std::is_pointer_v;
-using std::is_same;
 using std::is_same_v;
-using std::is_signed;
-using std::is_signed_v;
-using std::is_unsigned;
-using std::is_unsigned_v;
-using std::is_void;
-using std::is_void_v;
-using std::make_unsigned_t;
-using std::remove_const_t;
-using std::remove_cv;
 using std::remove_cv_t;
-using std::remove_reference;
-using std::remove_reference_t;
 using std::true_type;
-using std::void_t;
 
 template <class T> struct numeric_limits;
-#define CPU_INT_LIM(T)                                                                                       \
+#define CPU_INTEGER_LIMITS(T)                                                                                \
   template <> struct numeric_limits<T> {                                                                     \
     static constexpr T max() { return std::is_signed_v<T> ? T((~0ull >> (65 - 8 * sizeof(T)))) : T(~T(0)); } \
     static constexpr T min() { return std::is_signed_v<T> ? T(-max() - 1) : T(0); }                          \
-    static constexpr T lowest() { return min(); }                                                            \
   };
-CPU_INT_LIM(uint8_t)
-CPU_INT_LIM(uint16_t)
-CPU_INT_LIM(uint32_t)
-CPU_INT_LIM(uint64_t)
-CPU_INT_LIM(int8_t)
-CPU_INT_LIM(int16_t)
-CPU_INT_LIM(int32_t)
-CPU_INT_LIM(int64_t)
-#define CPU_FLT_LIM(T, MAX, MIN, EPS)                                \
+CPU_INTEGER_LIMITS(uint8_t)
+CPU_INTEGER_LIMITS(uint16_t)
+CPU_INTEGER_LIMITS(uint32_t)
+CPU_INTEGER_LIMITS(uint64_t)
+CPU_INTEGER_LIMITS(int8_t)
+CPU_INTEGER_LIMITS(int16_t)
+CPU_INTEGER_LIMITS(int32_t)
+CPU_INTEGER_LIMITS(int64_t)
+#define CPU_FLOAT_LIMITS(T, MAX, MIN)                                \
   template <> struct numeric_limits<T> {                             \
     static constexpr T max() { return T(MAX); }                      \
     static constexpr T min() { return T(MIN); }                      \
-    static constexpr T lowest() { return T(-(MAX)); }                \
     static constexpr T infinity() { return T(__builtin_inff()); }    \
     static constexpr T quiet_NaN() { return T(__builtin_nanf("")); } \
-    static constexpr T epsilon() { return T(EPS); }                  \
   };
-CPU_FLT_LIM(float, 3.402823466e+38f, 1.17549435e-38f, 1.1920929e-7f)
-CPU_FLT_LIM(half, 65504.0f, 6.1035e-5f, 9.765625e-4f)
-CPU_FLT_LIM(bfloat, 3.3895314e38f, 1.17549435e-38f, 0.0078125f)
+CPU_FLOAT_LIMITS(float, 3.402823466e+38f, 1.17549435e-38f)
+CPU_FLOAT_LIMITS(half, 65504.0f, 6.1035e-5f)
+CPU_FLOAT_LIMITS(bfloat, 3.3895314e38f, 1.17549435e-38f)
 }  // namespace metal
 inline uint3 cpu_uint3(executor::Uint3 a) { return uint3(a.x, a.y, a.z); }
