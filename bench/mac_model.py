@@ -141,7 +141,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
 def _expansion(model: str) -> float:
     """Return the bytes of the keys and values of all heads, divided by those of the latents."""
     one = config(model)
-    return one.num_attention_heads * (one.qk_head_dim + one.v_head_dim) / one.latent_dim
+    return one.num_attention_heads * (one.qk_head_dim + one.v_head_dim) / one.cache_row_dim
 
 
 def prompt_s(program: Program, model: str, macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:

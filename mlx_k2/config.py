@@ -91,7 +91,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def latent_dim(self) -> int:
+    def cache_row_dim(self) -> int:
         """Values cached for each token and layer: the compressed keys and values, and the rotated key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 

@@ -36,8 +36,8 @@ def memory_bound_bytes(
 
 
 def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, compute_bytes: int) -> int:
-    """Return the bytes of one layer's latent cache with every slot full: a row of ``latent_dim`` values per token."""
-    return num_slots * context_tokens * config.latent_dim * compute_bytes
+    """Return the bytes of one layer's latent cache with every slot full: ``cache_row_dim`` values per token."""
+    return num_slots * context_tokens * config.cache_row_dim * compute_bytes
 
 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:

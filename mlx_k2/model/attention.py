@@ -53,7 +53,7 @@ Project = Callable[[mx.array, mx.array, int, AttentionWeights], Projections]
 
 def make_projections(config: ModelConfig, rotate: Rotate, bottleneck_eps: float = BOTTLENECK_NORM_EPS) -> Project:
     """Return the function (hidden (tokens, inputs), positions (tokens,), num_generated, weights) -> Projections."""
-    heads, nope, latent_dim = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
+    heads, nope, kv_lora_rank = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
     query_dim, scale = config.qk_head_dim, config.softmax_scale
 
     def project(hidden: mx.array, positions: mx.array, num_generated: int, weights: AttentionWeights) -> Projections:
@@ -61,8 +61,8 @@ def make_projections(config: ModelConfig, rotate: Rotate, bottleneck_eps: float 
         without_position = queries[..., :nope].swapaxes(0, 1)  # (heads, tokens, qk_nope)
         rotated = rotate(queries[..., nope:], positions).swapaxes(0, 1)
         compressed = multiply(hidden, weights.latent_down)
-        latent = mx.fast.rms_norm(compressed[:, :latent_dim], weights.latent_norm, bottleneck_eps)
-        rotated_key = rotate(compressed[:, None, latent_dim:], positions).squeeze(1)
+        latent = mx.fast.rms_norm(compressed[:, :kv_lora_rank], weights.latent_norm, bottleneck_eps)
+        rotated_key = rotate(compressed[:, None, kv_lora_rank:], positions).squeeze(1)
         absorbed = naive = None
         if num_generated > 0:
             in_latent_space = multiply(without_position[:, :num_generated], weights.key_up)
@@ -83,17 +83,17 @@ def _query(hidden: mx.array, weights: AttentionWeights, eps: float) -> mx.array:
 
 
 def attend_absorbed(
-    queries: mx.array, keys: mx.array, position: int, latent_dim: int, limits: AttentionLimits = ON_CPU
+    queries: mx.array, keys: mx.array, position: int, kv_lora_rank: int, limits: AttentionLimits = ON_CPU
 ) -> mx.array:
     """Return the attention of ``queries`` (heads, count, row), the first at ``position``, to ``keys`` (keys, row).
 
-    The result (heads, count, latent_dim) is in the latent space; ``value_up`` projects it to each head's values.
+    The result (heads, count, kv_lora_rank) is in the latent space; ``value_up`` projects it to each head's values.
     """
     heads, count, _ = queries.shape
 
     def attend(block: slice) -> mx.array:
         scores = _hide_later_keys(queries[:, block] @ keys.T, position + block.start)
-        return mx.softmax(scores, axis=-1, precise=True) @ keys[:, :latent_dim]
+        return mx.softmax(scores, axis=-1, precise=True) @ keys[:, :kv_lora_rank]
 
     query_block = limits.block_bytes // (heads * _scores_bytes(keys.shape[0], queries.itemsize))
     return _in_blocks(attend, count, query_block, axis=1)
@@ -158,9 +158,9 @@ def attend_naive(
     return _in_blocks(attend, heads, blocks.heads, axis=0)
 
 
-def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, latent_dim: int) -> tuple[mx.array, mx.array]:
+def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, kv_lora_rank: int) -> tuple[mx.array, mx.array]:
     """Return keys (heads, keys, qk_head) and values (heads, keys, v_head) of cached rows (keys, row)."""
-    latents, rotated = cache_rows[:, :latent_dim], cache_rows[:, latent_dim:]
+    latents, rotated = cache_rows[:, :kv_lora_rank], cache_rows[:, kv_lora_rank:]
     without_position = multiply_transposed(latents, key_up)
     shared = mx.broadcast_to(rotated, (without_position.shape[0], *rotated.shape))
     return mx.concatenate([without_position, shared], axis=-1), multiply(latents, value_up)

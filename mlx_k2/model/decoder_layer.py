@@ -37,7 +37,7 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, attention_limits: AttentionLimits = ON_CPU) -> None:
         self._eps = config.rms_norm_eps
-        self._latent_dim = config.kv_lora_rank
+        self._kv_lora_rank = config.kv_lora_rank
         self._attention_limits = attention_limits
         self._project = make_projections(config, make_rope(config))
         self._feed_forward = make_feed_forward(config)
@@ -80,7 +80,9 @@ class DecoderLayer:
             else:
                 assert projections.absorbed_queries is not None
                 queries = projections.absorbed_queries[:, start:end]
-                absorbed.append(attend_absorbed(queries, keys, span.position, self._latent_dim, self._attention_limits))
+                absorbed.append(
+                    attend_absorbed(queries, keys, span.position, self._kv_lora_rank, self._attention_limits)
+                )
             start = end
         return _join_spans(absorbed), _join_spans(naive)
 

@@ -57,7 +57,7 @@ class DraftModel:
     ) -> None:
         self._vocab_size = config.vocab_size
         self._eps = config.rms_norm_eps
-        self._latent_dim = config.kv_lora_rank
+        self._kv_lora_rank = config.kv_lora_rank
         self._weights = weights
         self._norms_output = norms_output
         self._attention_limits = attention_limits
@@ -80,7 +80,7 @@ class DraftModel:
         assert projections.absorbed_queries is not None, "one token, computed absorbed"
         keys = self.cache.write(0, Span(slot, position, 1, is_prompt=False), projections.cache_rows)[1:]
         latents = attend_absorbed(
-            projections.absorbed_queries, keys, position - 1, self._latent_dim, self._attention_limits
+            projections.absorbed_queries, keys, position - 1, self._kv_lora_rank, self._attention_limits
         )
         return Output(*self._compiled_after(features, latents, self._weights))
 

@@ -71,7 +71,7 @@ class DraftLoader:
     ) -> DraftModel:
         """Return the head over a new cache. ``head`` and ``embedding`` are the target's."""
         layer, norms_output = self._draft.layer, self._draft.norms_output
-        cache = LatentCache(1, num_slots, context_tokens, layer.latent_dim, self._dtype)
+        cache = LatentCache(1, num_slots, context_tokens, layer.cache_row_dim, self._dtype)
         weights = self._weights(embedding, head)
         return DraftModel(layer, weights, cache, norms_output=norms_output, attention_limits=limits)
 

@@ -120,7 +120,7 @@ def load_stage(
     files = locate_shard(prepared.model, description.index, specs, on_download)
     checksums = identify(set(files.values()))
     warnings = check_kernels(config, dtype)
-    cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
+    cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.cache_row_dim, dtype)
     check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
     reader = ShardReader(config, files, dtype, check_all=check_all)
     limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU

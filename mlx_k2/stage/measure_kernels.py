@@ -173,7 +173,7 @@ def measure_attention() -> AttentionTime:
         value_up=random(heads, latent, config.v_head_dim),
         output=unused,
     )
-    queries, rows = random(heads, CHUNK, config.qk_head_dim), random(4 * CHUNK, config.latent_dim)
+    queries, rows = random(heads, CHUNK, config.qk_head_dim), random(4 * CHUNK, config.cache_row_dim)
     mx.eval(queries, rows, weights.key_up, weights.value_up)
 
     def seconds(limits: AttentionLimits) -> float:

@@ -191,7 +191,7 @@ def attention_specs(config: ModelConfig, prefix: str, inputs: int) -> tuple[Tens
         )
     return (
         *query,
-        linear_spec(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, inputs),
+        linear_spec(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_row_dim, inputs),
         bf16_spec(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
         _keys_and_values(config, f"{prefix}.kv_b_proj.weight"),
         linear_spec(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),

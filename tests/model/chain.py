@@ -28,7 +28,7 @@ class Chain:
         self.caches: list[LatentCache] = []
         self.stages: list[StageModel] = []
         for layers in split_layers(self.config.num_hidden_layers, num_stages):
-            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.latent_dim, mx.float32))
+            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.cache_row_dim, mx.float32))
             self.stages.append(load_stage(folder, self.config, layers, self.caches[-1], dense_bits))
 
     def run(self, *parts: Part) -> mx.array:
@@ -92,7 +92,7 @@ def load_stage(
 def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
     """Return the held bytes of each LoadedPiece of the whole model in float32, in the order of loading."""
     config = read_config(folder)
-    cache = LatentCache(config.num_hidden_layers, 1, 256, config.latent_dim, mx.float32)
+    cache = LatentCache(config.num_hidden_layers, 1, 256, config.cache_row_dim, mx.float32)
     pieces: list[int] = []
     load_stage_model(
         config,

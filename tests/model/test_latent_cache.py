@@ -84,7 +84,7 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
 def spoil(chain: Chain, slot: int, value: float) -> None:
     """Fill the slot with rows of ``value``, which no computation would write."""
     (cache,) = chain.caches
-    cache_rows = mx.full((256, chain.config.latent_dim), value)
+    cache_rows = mx.full((256, chain.config.cache_row_dim), value)
     for layer in range(chain.config.num_hidden_layers):
         mx.eval(cache.write(layer, Span(slot, 0, 256, is_prompt=True), cache_rows))
 
