@@ -191,7 +191,7 @@ class StageService:
             locate_tensors(folder, description.index, specs)
             return ShardDownloaded(str(folder), ())
         fetched = fetch_shard(message.model, description.index, specs, self._report_progress)
-        return ShardDownloaded(str(fetched.folder), fetched.fetched)
+        return ShardDownloaded(str(fetched.folder), fetched.fetched_names)
 
     def _report_progress(self, done_bytes: int, total_bytes: int, phase: Phase = Phase.DOWNLOADING) -> None:
         self._report_phase(phase, limit_s=PART_TIMEOUT_S)

@@ -183,7 +183,7 @@ def test_a_file_that_changes_after_it_was_checked_is_refused_by_name(
     checked = open_reader(tmp_path / "model", config)
     checked.layer(2)
     with monkeypatch.context() as patch:  # the file becomes shorter while it is read
-        patch.setattr(checked, "_check_files", lambda _: os.truncate(path, path.stat().st_size // 2))
+        patch.setattr(checked, "_check_headers", lambda _: os.truncate(path, path.stat().st_size // 2))
         with pytest.raises(CheckpointError, match=rf"{path} is truncated: it ends at byte \d+ within model\.layers\.2"):
             checked.layer(2)
     with pytest.raises(CheckpointError, match=rf"{path} is truncated: \d+ of its \d+ bytes are missing"):
