@@ -89,7 +89,7 @@ def test_rows_that_are_only_written_equal_those_of_the_whole_head(golden: tuple[
         span = Span(0, start + 1, len(chunk), is_prompt=True)
         rows.write_rows(mx.array(chunk), features[start : start + len(chunk)], Batch([span]))
     every = Span(0, 1, len(tokens), is_prompt=True)
-    assert mx.array_equal(rows.cache.written(0, every), whole.cache.written(0, every))
+    assert mx.array_equal(rows.cache.rows(0, every), whole.cache.rows(0, every))
 
 
 def test_rows_of_the_most_frequent_tokens_keep_their_logits(heads: Path) -> None:
