@@ -18,11 +18,11 @@ from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
-from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits, chip_name, default_limits, save_limits
+from mlx_k2.stage.mlx_settings import MLX_DEFAULTS, BufferLimits, chip_name, default_limits, save_limits
 
 MEASURING_S = 900.0
 CANDIDATES = (
-    OWN_LIMITS,
+    MLX_DEFAULTS,
     *(BufferLimits(*pair) for pair in ((50, 1_000_000), (100, 1_000_000), (200, 1_000_000), (1000, 4000))),
 )
 """The limits to time. Few operations and no rule by megabytes: long buffers keep a prompt's temporaries in memory."""
@@ -163,7 +163,7 @@ def _time_limits() -> dict[BufferLimits, float]:
 
 
 def _named(limits: BufferLimits) -> str:
-    if limits == OWN_LIMITS:
+    if limits == MLX_DEFAULTS:
         return "MLX's own limits"
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 

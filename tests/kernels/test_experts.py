@@ -167,7 +167,7 @@ def test_a_check_that_was_ended_once_and_then_finished_counts_as_never_ended(mac
 
 def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(machine: Machine, tmp_path: Path) -> None:
     fault = KernelCheck(
-        DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", passing=True
+        DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", is_temporary=True
     )
     machine.outcomes = {DECODE: fault}
     assert results(tmp_path)[DECODE] == fault

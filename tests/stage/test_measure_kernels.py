@@ -15,14 +15,14 @@ from tests.model.chain import like_a_stage_on_a_cpu
 
 pytestmark = pytest.mark.timeout(60)
 
-SHAPES_OF_K2 = measure_kernels._k2
+SHAPES_OF_K2 = measure_kernels._k2_config
 SMALL = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = ModelConfig.from_json(json.dumps(tiny_config_fields(256)).encode(), "tiny")
-    monkeypatch.setattr(measure_kernels, "_k2", lambda: config)
+    monkeypatch.setattr(measure_kernels, "_k2_config", lambda: config)
     monkeypatch.setattr(measure_kernels, "SMALL_LAYER", SMALL)
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: False)
     monkeypatch.setattr(experts, "TIMED_TOKENS", {DECODE: 1, BATCH: 2, experts.SHORT: 20, experts.LONG: 30})
@@ -84,7 +84,7 @@ def test_idle_memory_is_read_again_after_the_pause(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_attention_of_a_chunk_is_timed_in_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_kernels, "CHUNK", 16)
+    monkeypatch.setattr(measure_kernels, "CHUNK_TOKENS", 16)
     with like_a_stage_on_a_cpu():
         measured = measure_kernels.measure_attention()
     assert min(measured.fused_seconds, measured.unfused_seconds) > 0
