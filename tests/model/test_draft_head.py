@@ -113,7 +113,9 @@ def test_features_and_outputs_are_the_same_bits_for_any_stages(
 ) -> None:
     target = checkpoint("thinking")
     fields = draft_config_fields(VARIANTS["thinking"])
-    write_random_draft_head(tmp_path / "head", fields, read_config(target), 1, own=(LM_HEAD,), fc_norms=fc_norms)
+    write_random_draft_head(
+        tmp_path / "head", fields, read_config(target), 1, own_tensors=(LM_HEAD,), fc_norms=fc_norms
+    )
     tokens = [(37 * at) % 500 for at in range(40)]
     batch = Batch([Span(0, 0, len(tokens), is_prompt=True)])
     found = []
