@@ -34,7 +34,7 @@ class TokenStages(StageGroup):
         super().__init__([StageLocation()] * num_stages, lease_s=20.0, log=lambda _: None)
         self._on_plan = on_plan
         self._changed = threading.Condition()
-        self._events: deque[StageEvent] = deque()
+        self._pending_events: deque[StageEvent] = deque()
         self._is_receiving = False
         self._plans: list[deque[Step]] = [deque() for _ in range(num_stages)]
         self._num_executed = [0] * num_stages
@@ -101,14 +101,14 @@ class TokenStages(StageGroup):
     def wait_until_waiting(self, timeout_s: float) -> bool:
         """Wait until the engine waits in ``receive`` and there is no event. Return False after ``timeout_s``."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_receiving and not self._events, timeout_s)
+            return self._changed.wait_for(lambda: self._is_receiving and not self._pending_events, timeout_s)
 
     # ---- as a StageGroup
 
     @property
     def has_event(self) -> bool:
         """True if ``receive`` would return an event at once."""
-        return bool(self._events)
+        return bool(self._pending_events)
 
     def wake(self) -> None:
         """End the present or next ``receive`` with Woken."""
@@ -119,9 +119,9 @@ class TokenStages(StageGroup):
         with self._changed:
             self._is_receiving = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._events, timeout_s)
+            self._changed.wait_for(lambda: self._pending_events, timeout_s)
             self._is_receiving = False
-            return self._events.popleft() if self._events else None
+            return self._pending_events.popleft() if self._pending_events else None
 
     def send(self, rank: int, message: ToStage) -> None:
         """Queue a plan for one stage."""
@@ -157,7 +157,7 @@ class TokenStages(StageGroup):
 
     def _post(self, event: StageEvent) -> None:
         with self._changed:
-            self._events.append(event)
+            self._pending_events.append(event)
             self._changed.notify_all()
 
     def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:

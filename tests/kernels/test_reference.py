@@ -1,4 +1,4 @@
-"""Tests of the plain-MLX experts: they equal float64 and mlx-lm, and a token's output is the same in any batch."""
+"""Tests of the plain-MLX experts: they equal float64, routing equals mlx-lm's, and the batch changes no output."""
 
 import mlx.core as mx
 import numpy as np
@@ -33,26 +33,28 @@ def random_stack(rng: np.random.Generator, experts: int, hidden: int, intermedia
 
 
 def random_choice(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> tuple[mx.array, mx.array]:
+    """Return expert ids (tokens, top_k), distinct for each token, and weights (tokens, top_k)."""
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.uint32)
     return mx.array(ids), mx.array(rng.random((tokens, top_k), dtype=np.float32))
 
 
-def dense(packed: mx.array, scale: mx.array) -> Float64Array:
+def dequantized(packed: mx.array, scale: mx.array) -> Float64Array:
     codes = (np.array(packed)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(*packed.shape[:-1], -1).astype(np.float64) - 8
     return values * np.repeat(np.array(scale).astype(np.float64), 32, axis=-1)
 
 
 def experts_in_float64(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> Float64Array:
-    gate, up, down = (dense(stack[i], stack[i + 1]) for i in (0, 2, 4))
-    rows = np.array(x).astype(np.float64)
-    router = np.array(weights).astype(np.float64)
-    out = np.zeros_like(rows)
-    for token, chosen in enumerate(np.array(ids)):
-        for slot, expert in enumerate(chosen):
-            g, u = gate[expert] @ rows[token], up[expert] @ rows[token]
-            out[token] += router[token, slot] * (down[expert] @ (g / (1 + np.exp(-g)) * u))
-    return out
+    gate = dequantized(stack.gate_packed, stack.gate_scale)
+    up = dequantized(stack.up_packed, stack.up_scale)
+    down = dequantized(stack.down_packed, stack.down_scale)
+    inputs, expert_weights = np.array(x).astype(np.float64), np.array(weights).astype(np.float64)
+    outputs = np.zeros_like(inputs)
+    for token, token_ids in enumerate(np.array(ids)):
+        for slot, expert in enumerate(token_ids):
+            g, u = gate[expert] @ inputs[token], up[expert] @ inputs[token]
+            outputs[token] += expert_weights[token, slot] * (down[expert] @ (g / (1 + np.exp(-g)) * u))
+    return outputs
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (16, 4), (96, 4), (96, 8)])
@@ -63,8 +65,8 @@ def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> 
     x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
     ids, weights = random_choice(rng, tokens, experts, top_k)
     expected = experts_in_float64(x, ids, weights, stack)
-    got = np.array(routed_experts(x, ids, weights, stack))
-    assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+    actual = np.array(routed_experts(x, ids, weights, stack))
+    assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -72,11 +74,11 @@ def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> 
 def test_stored_biases_give_bit_identical_results_to_computed_ones(experts: int, tokens: int) -> None:
     rng = np.random.default_rng(experts + tokens)
     stack = random_stack(rng, experts, hidden=96, intermediate=64)
-    shipped = stack._replace(**{name: getattr(stack, name).astype(mx.bfloat16) for name in SCALES})
+    shipped_stack = stack._replace(**{name: getattr(stack, name).astype(mx.bfloat16) for name in SCALES})
     x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
     ids, weights = random_choice(rng, tokens, experts, top_k=4)
-    held = routed_experts(x, ids, weights, make_affine(shipped, mx.float32))
-    assert mx.array_equal(held, routed_experts(x, ids, weights, shipped)).item()
+    with_stored_biases = routed_experts(x, ids, weights, make_affine(shipped_stack, mx.float32))
+    assert mx.array_equal(with_stored_biases, routed_experts(x, ids, weights, shipped_stack)).item()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -84,16 +86,16 @@ def test_stored_biases_give_bit_identical_results_to_computed_ones(experts: int,
 def test_a_tokens_expert_output_is_bit_identical_in_any_batch(experts: int, top_k: int, compiled: bool) -> None:
     rng = np.random.default_rng(experts)
     stack = random_stack(rng, experts, hidden=160, intermediate=96)
-    tokens = 80  # covers all three methods: gathered experts, the whole stack, sorted by expert
+    tokens = 80  # the slices of 1 to 80 tokens cover all three methods: copied experts, the whole stack, sorted pairs
     x = mx.array(rng.standard_normal((tokens, 160), dtype=np.float32))
     ids, weights = random_choice(rng, tokens, experts, top_k)
     compute = mx.compile(routed_experts) if compiled else routed_experts
     together = compute(x, ids, weights, stack)
     for count in (1, 2, 3, 4, 7, 8, 9, 16, 21, 22, 33, 64, 79):
         for start in {0, 1, tokens - count}:
-            part = slice(start, start + count)
-            alone = compute(x[part], ids[part], weights[part], stack)
-            assert mx.array_equal(alone, together[part]).item(), (count, start)
+            some = slice(start, start + count)
+            outputs = compute(x[some], ids[some], weights[some], stack)
+            assert mx.array_equal(outputs, together[some]).item(), (count, start)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -111,10 +113,10 @@ def test_a_tokens_route_is_bit_identical_in_any_batch(experts: int, compiled: bo
     ids, weights = compute(hidden)
     for count in (1, 2, 5, 16, 33, 64):
         for start in {0, 3, 70 - count}:
-            part = slice(start, start + count)
-            alone_ids, alone_weights = compute(hidden[part])
-            assert mx.array_equal(alone_ids, ids[part]).item()
-            assert mx.array_equal(alone_weights, weights[part]).item()
+            some = slice(start, start + count)
+            ids_of_some, weights_of_some = compute(hidden[some])
+            assert mx.array_equal(ids_of_some, ids[some]).item()
+            assert mx.array_equal(weights_of_some, weights[some]).item()
 
 
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (8, 3), (4, 4)])
@@ -124,23 +126,13 @@ def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) 
     hidden = mx.array(rng.standard_normal((33, 64), dtype=np.float32))
     weight = mx.array(rng.standard_normal((32, 64), dtype=np.float32) * 0.1)
     bias = mx.array(rng.random(32, dtype=np.float32))
-    ids, weights = route(
-        hidden,
-        weight,
-        bias,
-        RouterRule(6, normalize, 2.5, num_groups, top_groups),
-    )
-    their_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
-    their_ids, their_weights = group_expert_select(hidden @ weight.T, bias, 6, *their_groups, 2.5, normalize)
-    ours, theirs = np.argsort(np.array(ids), axis=1), np.argsort(np.array(their_ids), axis=1)
-    np.testing.assert_array_equal(
-        np.take_along_axis(np.array(ids), ours, 1), np.take_along_axis(np.array(their_ids), theirs, 1)
-    )
-    np.testing.assert_allclose(
-        np.take_along_axis(np.array(weights), ours, 1),
-        np.take_along_axis(np.array(their_weights), theirs, 1),
-        rtol=1e-6,
-    )
+    ids, weights = route(hidden, weight, bias, RouterRule(6, normalize, 2.5, num_groups, top_groups))
+    mlx_lm_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
+    expected_ids, expected_weights = group_expert_select(hidden @ weight.T, bias, 6, *mlx_lm_groups, 2.5, normalize)
+    order, expected_order = mx.argsort(ids, axis=1), mx.argsort(expected_ids, axis=1)  # mlx-lm's ids are not sorted
+    in_order = mx.take_along_axis
+    assert mx.array_equal(in_order(ids, order, 1), in_order(expected_ids, expected_order, 1))
+    assert mx.allclose(in_order(weights, order, 1), in_order(expected_weights, expected_order, 1), rtol=1e-6, atol=0)
     assert ids.dtype == mx.uint32
     assert weights.dtype == mx.float32
 
