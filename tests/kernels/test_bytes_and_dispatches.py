@@ -42,7 +42,7 @@ def test_routed_experts_launch_two_kernels(compute: Experts, tokens: int) -> Non
     assert count_dispatches(layer, x) == {KERNEL: 2}
 
 
-def test_a_decoded_token_takes_at_most_10_dispatches_in_our_moe_block_and_at_least_18_in_mlx_lms() -> None:
+def test_a_decoded_token_needs_at_most_10_dispatches_in_our_moe_block_and_at_least_18_in_mlx_lms() -> None:
     assert our_dispatches(k2_config()) <= 10
     assert mlx_lm_dispatches(k2_config()) >= 18
 
