@@ -11,10 +11,8 @@ class HeldPorts:
     """A bound socket for each listen address, ``ip`` (any free port) or ``ip:port``; ``addresses`` are all ``ip:port``.
 
     The sockets are bound without SO_REUSEPORT, so that a port in use is an error here; MLX's ring would silently share
-    it. A port is not in use if only connections in TIME_WAIT have it, as for a minute after the end of a stage.
-
-    Raises:
-        StageStartError: an address cannot be bound.
+    it. A port is not in use if only connections in TIME_WAIT have it, as for a minute after the end of a stage. If an
+    address cannot be bound, StageStartError is raised.
     """
 
     def __init__(self, listen: Sequence[str]) -> None:
@@ -42,8 +40,7 @@ class HeldPorts:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                # Ignores connections in TIME_WAIT. Still fails if another socket is bound that has not this option.
-                new_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                new_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections in TIME_WAIT
                 new_socket.bind((ip, int(port or 0)))
         except OSError as error:
             port_advice = f", and port {port} free" if port else ""

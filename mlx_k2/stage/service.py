@@ -91,7 +91,7 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
 
 
 class _Prepared(NamedTuple):
-    """The model and the ring ports that a Prepare message asked for."""
+    """A Prepare message, and the model and ring ports that it requests."""
 
     message: Prepare
     description: ModelDescription
@@ -217,11 +217,10 @@ class StageService:
         self._prepared.ports.release()
         self._writer.flush(FLUSH_TIMEOUT_S)  # so that the guard gets the phase: MLX holds the GIL while it connects
         rank, links, old_connections = self._prepared.message.rank, message.links, tcp_connections()
-        is_ring = isinstance(links, RingLinks)
         # MLX's ring accepts any TCP peer: the watch ends this process if an unknown one connects
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
-            new_connections = tcp_connections() - old_connections if is_ring else set()
+            new_connections = tcp_connections() - old_connections if isinstance(links, RingLinks) else set()
             self._transport = Transport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
         return Connected(tuple(sorted(new_connections)))
@@ -230,14 +229,8 @@ class StageService:
         assert self._prepared is not None, "Load before Prepare"
         if message.registration is not None:
             self._registration = register(message.registration)
-        self._runner, loaded = load_stage(
-            self._prepared.description,
-            self._prepared.message,
-            message,
-            self._transport,
-            self._report_layer,
-            self._report_progress,
-        )
+        prepared, progress = self._prepared, (self._report_layer, self._report_progress)
+        self._runner, loaded = load_stage(prepared.description, prepared.message, message, self._transport, *progress)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 
     def _report_layer(self, loaded: LayerLoaded) -> None:

@@ -53,10 +53,8 @@ class PlanLimits:
             return f"positions {row.position} to {row.end} of {self.context_tokens}"
         if (problem := self._sampling_problem(row)) is not None:
             return problem
-        for token_id in row.token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                return f"token id {token_id} of {self.vocab_size}"
-        return None
+        wrong_id = next((token_id for token_id in row.token_ids if not 0 <= token_id < self.vocab_size), None)
+        return None if wrong_id is None else f"token id {wrong_id} of {self.vocab_size}"
 
     def _sampling_problem(self, row: Row) -> str | None:
         mask, bias = row.token_mask, row.logit_bias
@@ -77,10 +75,7 @@ class PlanLimits:
 
 
 class _StepInput(NamedTuple):
-    """What a step begins with: ``received`` is the array from the previous stage, whose parts the others are.
-
-    On the first stage ``received`` and ``hidden`` are the embedded tokens.
-    """
+    """The array from the previous stage (on the first stage: the embedded tokens), and its two parts."""
 
     received: mx.array
     hidden: mx.array  # (tokens, hidden)

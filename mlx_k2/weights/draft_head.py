@@ -125,10 +125,7 @@ class DraftDescription:
         return (*self.aux_specs(), *self.layer_specs(), *self.own_specs())
 
     def slice_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of one aux layer's slice of ``fc`` and its norm, which are read for each token.
-
-        ``compute_bytes`` is the size of a value. ``bits`` is the bits per weight; None: matrices are not quantized.
-        """
+        """Return the bytes in memory of one aux layer's slice of ``fc`` and its norm, which are read for each token."""
         hidden = self.layer.hidden_size
         norm = hidden * compute_bytes if self.has_aux_norms else 0
         return DenseMatrix(hidden, hidden).held_bytes(compute_bytes, bits) + norm
@@ -168,9 +165,7 @@ def stage_specs(
 def describe_draft(
     files: Mapping[str, bytes], head: DraftHead, target: ModelConfig, *, check_names: bool = True
 ) -> DraftDescription:
-    """Return the description of ``head`` from its ``files`` (config and index, by name).
-
-    Check the config against the target, and with ``check_names`` also the names of the tensors.
+    """Return the description of ``head`` from its config and index. Without ``check_names`` tensors may be missing.
 
     Raises:
         ConfigError, CheckpointError: the head is for another model or of an unsupported kind.

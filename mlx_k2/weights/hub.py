@@ -1,8 +1,7 @@
 """Download of requested files from a Hub repository into huggingface_hub's cache. Knows no layers.
 
 huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It resumes
-after a broken connection, and checks sizes; checksums are checked here. Files that were complete when a process ended
-are not fetched again.
+after a broken connection, and checks sizes; checksums are checked here. A complete file is not fetched again.
 """
 
 import hashlib
@@ -63,10 +62,7 @@ class FetchedFiles(msgspec.Struct, frozen=True):
 
 
 class _Snapshot(msgspec.Struct, frozen=True):
-    """A repository at one commit, cached in ``folder``.
-
-    ``hub_files`` are the files that the Hub lists; None if it cannot be reached, because of ``offline_reason``.
-    """
+    """A repository at one commit. ``hub_files`` None: the Hub cannot be reached, for ``offline_reason``."""
 
     repo: HubRepo
     folder: Path
@@ -188,10 +184,7 @@ def _fetch_file(
 def _download(
     repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None, *, replace: bool = False
 ) -> Path:
-    """Fetch a file into the cache and return its path. Without ``replace`` a cached file is kept.
-
-    ``bar`` is the class of the progress bar; None: no progress is reported.
-    """
+    """Fetch a file into the cache and return its path. Without ``replace`` a cached file is kept."""
     try:
         path = hf_hub_download(
             repo.name,
@@ -210,8 +203,7 @@ def _download(
 def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
     """Return a progress bar class for huggingface_hub that shows nothing and calls ``on_bytes`` with the bytes so far.
 
-    Over Xet (the Hub's storage protocol) a file has two bars, for received and for written bytes; ``on_bytes`` gets the
-    larger count.
+    Over Xet a file has two bars, for received and for written bytes; ``on_bytes`` gets the larger count.
     """
     most_bytes = 0
 
@@ -233,9 +225,8 @@ def _hub_file(snapshot: _Snapshot, name: str) -> HubFile:
     repo = snapshot.repo
     if snapshot.hub_files is None:
         raise DownloadError(
-            f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked "
-            f"({snapshot.offline_reason}): connect this host, or run `mlx-k2 download --model {repo.name}` while it is "
-            "connected"
+            f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline_reason}"
+            f"): connect this host, or run `mlx-k2 download --model {repo.name}` while it is connected"
         )
     if name not in snapshot.hub_files:
         raise DownloadError(

@@ -28,6 +28,13 @@ class MlxLmResults:
             self.token_ids.append(likeliest(logits[-1][-1]))
         self.decoded_logits = mx.concatenate(logits)
 
+    def check(self, chain: Chain) -> None:
+        """Assert that ``chain`` computes the same logits up to rounding, and the same tokens."""
+        assert largest_difference(chain.prefill(PROMPT), self.prompt_logits) < TOLERANCE
+        decoded_logits = chain.decode(self.token_ids[:-1], len(PROMPT), chunk_tokens=1)
+        assert largest_difference(decoded_logits, self.decoded_logits) < TOLERANCE
+        assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == self.token_ids
+
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
@@ -43,8 +50,4 @@ def mlx_lm_results(checkpoint: Checkpoint, variant: str) -> MlxLmResults:
 def test_logits_and_greedy_tokens_equal_mlx_lms(
     checkpoint: Checkpoint, variant: str, mlx_lm_results: MlxLmResults, num_stages: int
 ) -> None:
-    chain = Chain(checkpoint(variant), num_stages)
-    assert largest_difference(chain.prefill(PROMPT), mlx_lm_results.prompt_logits) < TOLERANCE
-    decoded = chain.decode(mlx_lm_results.token_ids[:-1], len(PROMPT), chunk_tokens=1)
-    assert largest_difference(decoded, mlx_lm_results.decoded_logits) < TOLERANCE
-    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == mlx_lm_results.token_ids
+    mlx_lm_results.check(Chain(checkpoint(variant), num_stages))

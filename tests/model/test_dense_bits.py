@@ -9,7 +9,7 @@ from mlx_k2.weights.inventory import embedding_specs, head_specs, held_bytes, la
 from tests.model.chain import Chain, largest_difference, loaded_bytes
 from tests.model.checkpoints import VARIANTS, Checkpoint, read_config
 from tests.model.oracle import load_oracle
-from tests.model.test_against_mlx_lm import NUM_GENERATED, PROMPT, TOLERANCE, MlxLmResults
+from tests.model.test_against_mlx_lm import PROMPT, MlxLmResults
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -20,11 +20,7 @@ def test_logits_and_greedy_tokens_equal_mlx_lms_with_the_same_quantized_weights(
     checkpoint: Checkpoint, variant: str, dense_bits: int
 ) -> None:
     mlx_lm_results = MlxLmResults(load_oracle(checkpoint(variant), dense_bits))
-    chain = Chain(checkpoint(variant), 2, dense_bits=dense_bits)
-    assert largest_difference(chain.prefill(PROMPT), mlx_lm_results.prompt_logits) < TOLERANCE
-    decoded = chain.decode(mlx_lm_results.token_ids[:-1], len(PROMPT), chunk_tokens=1)
-    assert largest_difference(decoded, mlx_lm_results.decoded_logits) < TOLERANCE
-    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == mlx_lm_results.token_ids
+    mlx_lm_results.check(Chain(checkpoint(variant), 2, dense_bits=dense_bits))
 
 
 def test_logits_with_8_dense_bits_are_closer_to_the_checkpoints_than_with_4(checkpoint: Checkpoint) -> None:

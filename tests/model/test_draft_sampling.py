@@ -1,7 +1,5 @@
 """Tests of drafts that are sampled with the target's noise: how often both are the same token."""
 
-from collections.abc import Iterator
-
 import hypothesis
 import mlx.core as mx
 import numpy as np
@@ -14,14 +12,6 @@ from mlx_k2.sampling import LogitBias, Sampling
 
 VOCAB_SIZE = 64
 NUM_SAMPLES = 20_000 if hypothesis.settings.get_current_profile_name() == "long" else 1_000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_the_cpu() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
 
 
 def random_logits(seed: int, scale: float = 2.0) -> mx.array:
