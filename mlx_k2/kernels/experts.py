@@ -52,7 +52,7 @@ class UsableKernels(NamedTuple):
 
 
 class KernelChoice(NamedTuple):
-    """A kernel of routed experts for a number of tokens, the range of this number, and the kernel's computation."""
+    """A kernel of routed experts, a range of numbers of tokens for it, and its computation."""
 
     kernel: str
     token_range: str
@@ -95,10 +95,7 @@ def routed_experts(
 
 
 def kernel_for(tokens: int) -> KernelChoice:
-    """Return the kernel for this number of tokens.
-
-    DECODE and BATCH read each chosen expert's weights once, PREFILL once per tile of 32 pairs.
-    """
+    """Return the kernel for this number of tokens, without regard to its check."""
     if tokens == 1:
         return KernelChoice(DECODE, DECODE, variants.decode_experts)
     if tokens <= MAX_TOKENS:

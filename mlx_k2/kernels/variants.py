@@ -1,7 +1,6 @@
 """Routing and routed experts as sequences of kernel dispatches, one function for each kernel. Chooses no kernel.
 
-The argument `perform` executes a dispatch: `dispatch.run` in the program, a CPU executor in the tests. `reference` has
-the shapes of the other arguments.
+The argument `perform` executes a dispatch: `dispatch.run` in the program, a CPU executor in the tests.
 """
 
 from collections.abc import Callable

@@ -61,10 +61,7 @@ class DraftLoader:
     def model(
         self, embedding: mx.array | None, head: Head, num_slots: int, context_tokens: int, limits: AttentionLimits
     ) -> DraftModel:
-        """Return the draft head with a new cache. ``embedding`` and ``head`` are the target's on this stage.
-
-        ``embedding`` None: this stage has none; if the draft head needs the target's, it is read from the checkpoint.
-        """
+        """Return the draft head with a new cache. ``embedding`` (None: not on this stage), ``head``: the target's."""
         layer, norms_output = self._draft.layer, self._draft.norms_output
         cache = LatentCache(1, num_slots, context_tokens, layer.cache_row_dim, self._dtype)
         weights = self._weights(embedding, head)

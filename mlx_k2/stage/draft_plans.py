@@ -1,7 +1,7 @@
 """The drafts in the plans that a stage has received, and which of them later plans undo. Computes nothing.
 
-The thread that reads messages adds plans, while the thread that computes calls the other methods. No lock is needed,
-because each change replaces one entry of a dictionary.
+One thread adds plans while another one calls the other methods. No lock is needed, because each change replaces one
+entry of a dictionary.
 """
 
 from mlx_k2.protocol.messages import Step
@@ -15,11 +15,9 @@ class DraftPlans:
     """Drafts of received plans by slot and position."""
 
     def __init__(self) -> None:
-        # Each by slot: the end of its last row; number and position of the last plan that started before the end of an
-        # earlier one; the planned draft of each position.
-        self._ends: dict[int, int] = {}
-        self._undoing: dict[int, tuple[int, int]] = {}
-        self._drafts: dict[int, dict[int, int]] = {}
+        self._ends: dict[int, int] = {}  # by slot: the end of the last row
+        self._undoing: dict[int, tuple[int, int]] = {}  # by slot: number and position of the last plan that went back
+        self._drafts: dict[int, dict[int, int]] = {}  # by slot: drafts by position
 
     def add(self, step: Step) -> None:
         """Record a plan that has arrived."""

@@ -93,10 +93,9 @@ class Drafting:
         self._model.write_rows(token_ids, mx.concatenate(features_before), finished.batch)
 
     def _drafts(self, row: Row, token_id: int, features: mx.array) -> list[int]:
-        """Return the drafts after ``token_id``, which was sampled at the end of ``row``.
+        """Return the drafts after ``token_id``, which was sampled at the end of ``row``: planned ones, then new ones.
 
-        Drafts that are already planned are returned unchanged, and new ones follow them, because the stages compute
-        the planned ones.
+        Planned drafts are not replaced, because the stages compute them already.
         """
         assert row.draft is not None, "the row requests drafts"
         num_drafts = max(0, min(row.draft.num_tokens, self._context_tokens - row.end - 1))
@@ -123,10 +122,7 @@ def _sampling_request(row: Row, token_ids: list[int]) -> SamplingRequest:
 
 
 def _bias_with_penalties(row: Row, token_ids: list[int]) -> LogitBias | None:
-    """Return the row's logit bias with the penalties of ``token_ids``.
-
-    A token that already has a bias counts as one that occurred: it gets no presence penalty.
-    """
+    """Return the row's logit bias with the penalties of ``token_ids``. A token with a bias has its presence penalty."""
     draft = row.draft
     if draft is None or not (draft.presence_penalty or draft.frequency_penalty):
         return row.logit_bias

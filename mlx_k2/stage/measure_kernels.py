@@ -18,7 +18,7 @@ from mlx_k2 import __version__
 from mlx_k2.cluster.memory import GPU_MIN_HEADS, LARGEST_BLOCK_BYTES
 from mlx_k2.config import ModelConfig
 from mlx_k2.kernels import check_cache, experts, reference, timing
-from mlx_k2.kernels.layer_time import REPEATS, best_seconds, time_layer
+from mlx_k2.kernels.layer_time import best_seconds, time_layer
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelReport
 from mlx_k2.kernels.self_check import BATCH, DECODE, LayerShape, random_stack
 from mlx_k2.kernels.stack import ExpertStack
@@ -122,16 +122,15 @@ def measure_decode() -> DecodeTime:
 
     experts.warnings_for(shape)  # makes the checks of kernels now: they cannot run while `block` is compiled
     compiled = mx.compile(block)
-    best_s = float("inf")
-    for _ in range(REPEATS + 1):  # the first iteration compiles
-        hidden = mx.random.normal((1, config.hidden_size)).astype(mx.bfloat16)
-        mx.eval(hidden)
-        start_s = time.perf_counter()
+    hidden = _random_array(1, config.hidden_size)
+
+    def run_blocks() -> None:
+        output = hidden
         for _ in range(config.num_hidden_layers - config.first_k_dense_replace):
-            hidden = compiled(hidden, weights)
-        mx.eval(hidden)
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return DecodeTime(best_s)
+            output = compiled(output, weights)
+        mx.eval(output)
+
+    return DecodeTime(best_seconds(run_blocks))
 
 
 def measure_idle() -> IdleTime:
@@ -161,22 +160,17 @@ def measure_attention() -> AttentionTime:
     config = _k2_config()
     heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
 
-    def random_array(*shape: int) -> mx.array:
-        values: mx.array = mx.random.normal(shape) * latent**-0.5
-        return values.astype(mx.bfloat16)
-
-    unused = random_array(1, 1)
+    unused = _random_array(1, 1)
     weights = AttentionWeights(
         query=unused,
         latent_down=unused,
         latent_norm=mx.ones(latent),
-        key_up=random_array(heads, nope, latent),
-        value_up=random_array(heads, latent, config.v_head_dim),
+        key_up=_random_array(heads, nope, latent, scale=latent**-0.5),
+        value_up=_random_array(heads, latent, config.v_head_dim, scale=latent**-0.5),
         output=unused,
     )
-    queries = random_array(heads, CHUNK_TOKENS, config.qk_head_dim)
-    cache_rows = random_array(4 * CHUNK_TOKENS, config.cache_row_dim)
-    mx.eval(queries, cache_rows, weights.key_up, weights.value_up)
+    queries = _random_array(heads, CHUNK_TOKENS, config.qk_head_dim, scale=latent**-0.5)
+    cache_rows = _random_array(4 * CHUNK_TOKENS, config.cache_row_dim, scale=latent**-0.5)
 
     def seconds(limits: AttentionLimits) -> float:
         return best_seconds(lambda: mx.eval(attend_naive(queries, cache_rows, 3 * CHUNK_TOKENS, weights, limits)), 3)
@@ -197,8 +191,7 @@ def _random_moe_weights(config: ModelConfig, shape: LayerShape) -> MoeWeights:
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
 
     def matrix(rows: int, columns: int) -> mx.array:
-        values: mx.array = mx.random.normal((rows, columns)) * rows**-0.5
-        return values.astype(mx.bfloat16)
+        return _random_array(rows, columns, scale=rows**-0.5)
 
     weights = MoeWeights(
         router=matrix(config.n_routed_experts, hidden),
@@ -208,6 +201,13 @@ def _random_moe_weights(config: ModelConfig, shape: LayerShape) -> MoeWeights:
     )
     mx.eval(weights)
     return weights
+
+
+def _random_array(*shape: int, scale: float = 1.0) -> mx.array:
+    """Return an evaluated array of bfloat16 with the standard deviation ``scale``."""
+    array: mx.array = (mx.random.normal(shape) * scale).astype(mx.bfloat16)
+    mx.eval(array)
+    return array
 
 
 if __name__ == "__main__":

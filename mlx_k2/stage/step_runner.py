@@ -160,18 +160,15 @@ class StepRunner:
     def _run_layers(
         self, step_input: _StepInput, batch: Batch, report_phase: Callable[[Phase], None]
     ) -> tuple[mx.array, mx.array | None, float]:
-        """Return the layers' output, the features after them, and the seconds that the hidden states took to arrive.
-
-        If possible, build the graph before the hidden states have arrived.
-        """
+        """Return the layers' output, the features after them, and the seconds until the hidden states had arrived."""
         receive_s = 0.0
         builds_lazily = self._model.builds_lazily(batch)
         if not builds_lazily:
             receive_s = _evaluate(step_input.received)
             report_phase(Phase.COMPUTING)
         output, features = self._model.run(step_input.hidden, batch, step_input.features)
-        if builds_lazily and not self._is_first:
-            receive_s = _evaluate(step_input.received)  # complete before a GPU gets work that needs the hidden states
+        if builds_lazily and not self._is_first:  # the graph was built while the hidden states were on their way
+            receive_s = _evaluate(step_input.received)  # complete before a GPU gets work that needs them
             report_phase(Phase.COMPUTING)
         return output, features, receive_s
 

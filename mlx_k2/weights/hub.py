@@ -37,15 +37,12 @@ OnProgress = Callable[[int, int], None]
 
 
 class HubRepo(msgspec.Struct, frozen=True):
-    """A repository on the Hub: ``name`` is owner/name, ``revision`` a branch, tag or commit (None: the main branch).
+    """A repository on the Hub."""
 
-    With ``cache_folder`` or ``endpoint`` None huggingface_hub's own is used.
-    """
-
-    name: str
-    revision: str | None = None
-    cache_folder: Path | None = None
-    endpoint: str | None = None
+    name: str  # owner/name
+    revision: str | None = None  # branch, tag or commit; None: the main branch
+    cache_folder: Path | None = None  # None: huggingface_hub's
+    endpoint: str | None = None  # None: huggingface_hub's
 
 
 class FetchedFiles(msgspec.Struct, frozen=True):

@@ -159,7 +159,7 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
 
 def _owner_of_unread(name: str) -> str | None:
     """Return the part of the model that an unread tensor belongs to; None for an unknown tensor."""
-    owners = (owner for part, owner in _UNREAD_TENSORS.items() if name.startswith(part) or name.endswith(part))
+    owners = (owner for text, owner in _UNREAD_TENSORS.items() if name.startswith(text) or name.endswith(text))
     return next(owners, None)
 
 

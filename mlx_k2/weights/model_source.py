@@ -14,13 +14,10 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder on the host that reads it, or a Hub repository.
-
-    ``revision`` is a branch, tag or commit of a repository; None: the main branch.
-    """
+    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder on the host that reads it, or a Hub repository."""
 
     path_or_repo: str
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit of a repository; None: the main branch
 
 
 class DraftHead(msgspec.Struct, frozen=True, kw_only=True):

@@ -162,10 +162,7 @@ def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def _raise_known_reason(raw: bytes, path: Path, data_bytes: int) -> None:
-    """Raise a CheckpointError if this function finds why the package safetensors refused a file; else return.
-
-    ``raw`` is the header, ``data_bytes`` the number of bytes after it.
-    """
+    """Raise a CheckpointError if a file's header ``raw`` or the ``data_bytes`` after it show why it was refused."""
     try:
         fields = read_json(raw, dict[str, Any])
         fields.pop("__metadata__", None)
@@ -176,15 +173,12 @@ def _raise_known_reason(raw: bytes, path: Path, data_bytes: int) -> None:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, end = tensor.data_offsets
         if first != expected_bytes or end < first:
-            raise CheckpointError(
-                f"{path}: {name} is at bytes {first} to {end}, where byte {expected_bytes} should follow"
-            )
+            position = f"is at bytes {first} to {end}, where byte {expected_bytes} should follow"
+            raise CheckpointError(f"{path}: {name} {position}")
         expected_bytes = end
     if data_bytes < expected_bytes:
-        missing_bytes, file_bytes = expected_bytes - data_bytes, 8 + len(raw) + expected_bytes
-        raise CheckpointError(
-            f"{path} is truncated: {missing_bytes} of its {file_bytes} bytes are missing; fetch it again"
-        )
+        missing, file_bytes = expected_bytes - data_bytes, 8 + len(raw) + expected_bytes
+        raise CheckpointError(f"{path} is truncated: {missing} of its {file_bytes} bytes are missing; fetch it again")
     if data_bytes > expected_bytes:
         raise CheckpointError(f"{path} has {data_bytes - expected_bytes} bytes after its last tensor; fetch it again")
     for name, tensor in tensors.items():
