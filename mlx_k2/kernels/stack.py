@@ -37,7 +37,7 @@ class ExpertStack(NamedTuple):
 
 
 class AffineStack(NamedTuple):
-    """One layer's routed experts with the biases that MLX's affine product requires. Used where no kernel can be.
+    """One layer's routed experts with the biases that MLX's affine product requires, for models that use no kernel.
 
     Scales are in the activations' dtype. Each bias is -ZERO_POINT times its scale.
     """

@@ -41,16 +41,19 @@ def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[
     for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
         for token_range in experts.TOKEN_RANGES[check.kernel]:
             tokens = experts.TIMED_TOKENS[token_range]
-            kernel = time_layer(experts.layer_of(tokens, tuning), stack, tokens, shape.top_k) if check.usable else None
-            plain = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
+            gb_per_s = None
+            if check.usable:
+                layer = experts.layer_of(tokens, tuning)
+                gb_per_s = time_layer(layer, stack, tokens, shape.top_k).gigabytes_per_second
+            plain_timing = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
             is_slower = token_range in check.slower
             line = msgspec.structs.replace(
                 untimed_line(check),
                 usable=check.usable and not is_slower,
-                reason=check.reason or ("plain MLX is faster" if is_slower else ""),
+                reason="plain MLX is faster" if is_slower else check.reason,
                 tokens=tokens,
-                gb_per_s=kernel.gigabytes_per_second if kernel else None,
-                plain_mlx_gb_per_s=plain.gigabytes_per_second,
+                gb_per_s=gb_per_s,
+                plain_mlx_gb_per_s=plain_timing.gigabytes_per_second,
             )
             lines.append(line)
     return lines

@@ -1,6 +1,6 @@
 """The kernels' sizes: the work of one simdgroup and of one threadgroup. Knows no kernel's text.
 
-The best sizes differ between chips: published are 8 rows per simdgroup for an M5, and 2 for an M4. `mlx-k2 kernels`
+The best sizes differ between chips: others measured 8 rows per simdgroup on an M5, and 2 on an M4. `mlx-k2 kernels`
 therefore measures the best sizes on each machine and stores them there. Until then the default is used.
 """
 

@@ -59,5 +59,5 @@ class LatentCache:
         while capacity < num_rows:
             capacity *= 2
         capacity = max(num_rows, min(capacity, self._context_tokens))
-        added = mx.zeros((capacity - old_capacity, self._row_dim), self.dtype)
-        return added if array is None else mx.concatenate([array, added])
+        new_rows = mx.zeros((capacity - old_capacity, self._row_dim), self.dtype)
+        return new_rows if array is None else mx.concatenate([array, new_rows])

@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "ibv_devices": ("ibv_devices",),
     "bridge0": ("ifconfig", "bridge0"),
 }
-"""Commands of macOS that print settings, by the name in the facts. The output of a command that fails is omitted."""
+"""Commands of macOS that print settings, by the setting's name. The output of a command that fails is omitted."""
 SETTING_TIMEOUT_S = 10.0
 
 
@@ -49,6 +49,7 @@ def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
 
 
 def _interfaces() -> dict[str, str]:
+    """Return the name of the interface of each IPv4 address."""
     stats = psutil.net_if_stats()
     return {
         address.address: name
@@ -70,7 +71,7 @@ def _settings() -> dict[str, str]:
 
 
 def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
-    """Return the facts about the requested layers' files; None if no layers are requested. A faulty file is a fact."""
+    """Return the facts about the requested layers' files, or the problem with them; None if no layers are requested."""
     if message.layers is None:
         return None
     try:
@@ -96,7 +97,8 @@ def _facts_of_layers(message: Probe, layers: tuple[int, int], on_progress: Calla
     folder, recorded = paths[0].parent, identify(paths)
     expected = {path.name: checksum for path in paths if (checksum := recorded[path.name]) is not None}
     computed = _checksums(paths, on_progress) if message.deep else {}
-    if computed.items() >= expected.items() and message.model.path_or_repo != BUILTIN:
+    is_intact = computed.items() >= expected.items()
+    if is_intact and message.model.path_or_repo != BUILTIN:
         write_manifest(folder, {name: HubFile((folder / name).stat().st_size, computed[name]) for name in computed})
     return ModelFacts(
         folder=str(folder),

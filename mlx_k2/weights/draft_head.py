@@ -236,9 +236,9 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
 
 def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
     for name in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(config, name), getattr(target, name)
-        if ours != theirs:
-            raise ConfigError(f"{where}: {name} is {ours}, and the model has {theirs}: the head is for another model")
+        value, needed = getattr(config, name), getattr(target, name)
+        if value != needed:
+            raise ConfigError(f"{where}: {name} is {value}, and the model has {needed}: the head is for another model")
     if config.num_hidden_layers != 1:
         raise ConfigError(f"{where}: the head has {config.num_hidden_layers} layers, and mlx-k2 runs heads of one")
     if config.qk_rope_head_dim % 2:

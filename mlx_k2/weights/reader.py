@@ -188,17 +188,17 @@ class ShardReader:
             for path in {self._files[name] for name in targets}:
                 descriptors[path] = open_files.enter_context(_open(path)).fileno()
             pool = open_files.enter_context(ThreadPoolExecutor(_NUM_THREADS))
-            reads = []
+            pending_reads = []
             for name, buffer in targets.items():
                 path = self._files[name]
                 header = self._headers[path]
                 start = header.data_start + header.tensors[name].data_offsets[0]
                 for first in range(0, len(buffer), _PIECE_BYTES):
                     piece = buffer[first : first + _PIECE_BYTES]
-                    reads.append(pool.submit(_read_piece, descriptors[path], piece, start + first, path, name))
+                    pending_reads.append(pool.submit(_read_piece, descriptors[path], piece, start + first, path, name))
             try:
-                for read in reads:
-                    read.result()
+                for pending_read in pending_reads:
+                    pending_read.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

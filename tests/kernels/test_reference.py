@@ -40,12 +40,12 @@ def test_a_tokens_expert_output_is_bit_identical_in_any_batch(experts: int, top_
     tokens = 80  # the slices of 1 to 80 tokens cover all three methods: copied experts, the whole stack, sorted pairs
     case = random_case(experts=experts, tokens=tokens, top_k=top_k, hidden=160, intermediate=96, dtype=mx.float32)
     compute = mx.compile(routed_experts) if compiled else routed_experts
-    together = compute(*case)
+    expected = compute(*case)
     for count in (1, 2, 3, 4, 7, 8, 9, 16, 21, 22, 33, 64, 79):
         for start in {0, 1, tokens - count}:
             some = slice(start, start + count)
             outputs = compute(case.x[some], case.expert_ids[some], case.expert_weights[some], case.stack)
-            assert mx.array_equal(outputs, together[some]).item(), (count, start)
+            assert mx.array_equal(outputs, expected[some]).item(), (count, start)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

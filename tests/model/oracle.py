@@ -22,9 +22,8 @@ def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
     tensors: dict[str, mx.array] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= mx.load(str(path))  # type: ignore[arg-type]  # a file of tensors is a dict
-    named = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
-    text_tensors = {name: tensor for name, tensor in named.items() if name.startswith(("model.", "lm_head."))}
-    weights = model.sanitize(text_tensors)
+    tensors = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
+    weights = model.sanitize({name: tensors[name] for name in tensors if name.startswith(("model.", "lm_head."))})
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights)
     model.load_weights([(name, _in_float32(tensor)) for name, tensor in weights.items()])
     if dense_bits is not None:

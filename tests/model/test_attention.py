@@ -145,9 +145,9 @@ def test_only_a_first_chunk_and_a_chunk_of_which_too_few_queries_fit_use_the_fus
 def test_blocks_of_k2_on_a_gpu_fit_what_was_planned_and_have_at_least_8_heads(
     k2_config: ModelConfig, context_tokens: int, spare_gb: int
 ) -> None:
-    least = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
-    planned = least + added_block_bytes(least, spare_gb * 10**9)
-    limits = AttentionLimits(planned, GPU_MIN_HEADS, fused=True)
+    min_bytes = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
+    planned_bytes = min_bytes + added_block_bytes(min_bytes, spare_gb * 10**9)
+    limits = AttentionLimits(planned_bytes, GPU_MIN_HEADS, fused=True)
     heads, head_dim = k2_config.num_attention_heads, k2_config.qk_head_dim
     for count in (1, 16, 100, 1024, 4096):
         for position in range(0, context_tokens - count + 1, 1024):
@@ -156,7 +156,7 @@ def test_blocks_of_k2_on_a_gpu_fit_what_was_planned_and_have_at_least_8_heads(
             rebuilt_bytes = block_heads * rebuilt_bytes_per_head(num_keys, head_dim, 2)
             num_scores = 0 if blocks.fused else block_heads * min(count, blocks.queries) * num_keys
             assert block_heads >= 8
-            assert rebuilt_bytes + num_scores * 4 <= planned  # 2 bytes as an operation's input, 2 as its output
+            assert rebuilt_bytes + num_scores * 4 <= planned_bytes  # 2 bytes as an operation's input, 2 as its output
             assert not blocks.fused or position == 0
 
 

@@ -86,14 +86,15 @@ def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_on
 
 def test_the_repetition_penalty_applies_only_to_recent_tokens() -> None:
     sampling = Sampling(seed=0, temperature=0, repetition_penalty=10.0)
-    long_ago, recently = (0,) + (5,) * REPETITION_WINDOW, (0,) + (5,) * (REPETITION_WINDOW - 1)
-    assert sample(LOGITS, sampling, recent_ids=long_ago).token_id == 0
-    assert sample(LOGITS, sampling, recent_ids=recently).token_id == 1
+    for num_later_tokens, expected in ((REPETITION_WINDOW, 0), (REPETITION_WINDOW - 1, 1)):
+        recent_ids = (0,) + (5,) * num_later_tokens
+        assert sample(LOGITS, sampling, recent_ids=recent_ids).token_id == expected
 
 
 def test_temperature_0_samples_the_likeliest_token_for_any_seed_and_filters() -> None:
     for seed in range(20):
-        assert sample(LOGITS[::-1], Sampling(seed=seed, temperature=0, top_k=5, min_p=0.1)).token_id == 7
+        sampled = sample([-20.0, 2.0, 1.5, 1.0], Sampling(seed=seed, temperature=0, top_k=2, min_p=0.1))
+        assert sampled.token_id == 1
 
 
 def test_a_tiny_temperature_or_a_filter_that_keeps_one_token_is_greedy() -> None:
@@ -106,18 +107,15 @@ def test_a_sampled_token_does_not_depend_on_the_other_rows() -> None:
     generator = np.random.default_rng(0)
     logits = mx.array(generator.normal(size=(6, 300)).astype(np.float32))
     requests = [
-        SamplingRequest(Sampling(seed=seed, top_p=top_p, repetition_penalty=penalty), position, (1, 2, 3))
-        for seed, top_p, penalty, position in zip(
-            (1, 1, 2, 2**63 - 1, 0, 7),
-            (1.0, 0.9, 0.5, 1.0, 0.9, 0.3),
-            (1.0, 1.3) * 3,
-            (0, 1, 2, 262143, 4, 5),
-            strict=True,
-        )
+        SamplingRequest(Sampling(seed=1), 0, ()),
+        SamplingRequest(Sampling(seed=1, top_p=0.9, repetition_penalty=1.3), 1, (1, 2, 3)),
+        SamplingRequest(Sampling(seed=2, top_p=0.5), 2, ()),
+        SamplingRequest(Sampling(seed=2**63 - 1, repetition_penalty=1.3), 262143, (1, 2, 3)),
+        SamplingRequest(Sampling(seed=0, top_p=0.9), 4, ()),
+        SamplingRequest(Sampling(seed=7, top_p=0.3, repetition_penalty=1.3), 5, (1, 2, 3)),
     ]
-    together = sample_tokens(logits, requests)
-    alone = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
-    assert together == alone
+    one_by_one = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
+    assert sample_tokens(logits, requests) == one_by_one
 
 
 def test_seeds_and_positions_give_independent_samples() -> None:
@@ -172,8 +170,8 @@ def test_masks_biases_and_penalties_change_logits_as_a_plain_reference_does(form
         mask = TokenMask(form, mask_data(form, allowed))
         request = SamplingRequest(sampling, case, recent_ids, mask, LogitBias.of(biases))
         (actual_token,) = sample_tokens(mx.array(logits[None]), [request])
-        plain = Sampling(seed=case, temperature=temperature)
-        (expected_token,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(plain, case, ())])
+        without_penalty = Sampling(seed=case, temperature=temperature)
+        (expected_token,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(without_penalty, case, ())])
         assert actual_token.token_id == expected_token.token_id
         assert [mask.allows(token_id) for token_id in range(vocab_size)] == allowed.tolist()
 
