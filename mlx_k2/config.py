@@ -122,11 +122,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             if name in root:
                 fields.setdefault(name, root[name])
         _check_supported(root, fields, source)
-        fields |= {
-            "family": family.value,
-            "rope": read_rope(fields, source),
-            "eos_token_ids": _eos_token_ids(root, fields),
-        }
+        fields["eos_token_ids"] = _eos_token_ids(root, fields)
+        fields |= {"family": family.value, "rope": read_rope(fields, source)}
         fields.setdefault("q_lora_rank", None)
         try:
             config = convert(fields, cls)

@@ -66,8 +66,7 @@ def route(
 
     `reference.route` defines the computation.
     """
-    has_groups = rule.top_groups < rule.num_groups
-    has_kernel = not has_groups and rule.top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
+    has_kernel = rule.top_groups >= rule.num_groups and rule.top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if has_kernel and _backend_kernels():
         shape = LayerShape(hidden.shape[1], 0, rule.top_k, hidden.dtype, router_weight.shape[0])
         if ROUTER in usable(shape).token_ranges:

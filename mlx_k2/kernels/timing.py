@@ -41,10 +41,8 @@ def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[
     for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
         for token_range in experts.TOKEN_RANGES[check.kernel]:
             tokens = experts.TIMED_TOKENS[token_range]
-            gb_per_s = None
-            if check.usable:
-                layer = experts.layer_of(tokens, tuning)
-                gb_per_s = time_layer(layer, stack, tokens, shape.top_k).gigabytes_per_second
+            layer = experts.layer_of(tokens, tuning)
+            timing = time_layer(layer, stack, tokens, shape.top_k) if check.usable else None
             plain_timing = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
             is_slower = token_range in check.slower
             line = msgspec.structs.replace(
@@ -52,7 +50,7 @@ def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[
                 usable=check.usable and not is_slower,
                 reason="plain MLX is faster" if is_slower else check.reason,
                 tokens=tokens,
-                gb_per_s=gb_per_s,
+                gb_per_s=timing.gigabytes_per_second if timing else None,
                 plain_mlx_gb_per_s=plain_timing.gigabytes_per_second,
             )
             lines.append(line)

@@ -123,8 +123,7 @@ def _join_spans(span_outputs: list[mx.array]) -> mx.array | None:
 def join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
     """Return attention's output (tokens, heads * v_head) for all tokens, the generated ones first.
 
-    ``latents`` (heads, generated tokens, kv_lora_rank) is the output of absorbed attention, ``values`` (heads, prompt
-    tokens, v_head) that of naive attention.
+    ``latents`` is the output of absorbed attention, ``values`` that of naive attention (`DecoderLayer._attend`).
     """
     head_outputs = [] if latents is None else [multiply(latents, weights.value_up)]
     if values is not None:

@@ -22,16 +22,14 @@ UNLISTED_ADDRESS_S = 10.0
 this time the ring may be complete: the neighbour may have addresses that the hostfile does not list."""
 
 # Import the module 1 s later: until then most stages are connected, and have ended this process.
-_DELAYED_MAIN = (
-    "import time; time.sleep(1); import runpy; runpy.run_module('mlx_k2.stage.ring_watch', run_name='__main__')"
-)
+_START = "import time; time.sleep(1); import runpy; runpy.run_module('mlx_k2.stage.ring_watch', run_name='__main__')"
 
 
 @contextmanager
 def watched_ring(rank: int, links: RingLinks) -> Iterator[None]:
     """Watch the ports of stage ``rank`` in this context. If an unknown process connects, end this process."""
     own_addresses, previous_addresses = ",".join(links.addresses[rank]), ",".join(links.addresses[rank - 1])
-    command = [sys.executable, "-P", "-c", _DELAYED_MAIN, str(os.getpid()), own_addresses, previous_addresses]
+    command = [sys.executable, "-P", "-c", _START, str(os.getpid()), own_addresses, previous_addresses]
     watch = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         yield

@@ -110,7 +110,7 @@ class StepRunner:
         self._has_features = has_features
         self._drafting = drafting
         self._plans = plans or DraftPlans()
-        self._sampled: dict[int, tuple[int, int]] = {}  # by slot: the last token, and its position
+        self._sampled: dict[int, tuple[int, int]] = {}  # by slot: position and id of the token sampled last
         self._finished: FinishedStep | None = None
 
     def expect(self, step: Step) -> None:

@@ -136,10 +136,7 @@ def _gain(name: str) -> float:
 
 
 def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Return random words (rows, columns) of eight INT4 codes each.
-
-    In all columns but the first, 0 replaces -8, so that the codes have mean 0.
-    """
+    """Return random words of eight INT4 codes. In all columns but the first 0 replaces -8: the codes have mean 0."""
     words = generator.integers(0, 1 << 32, shape, np.uint32)
     others = words[:, 1:]
     # Codes are stored plus 8: -8 has four zero bits, and 0 has only the highest bit set.

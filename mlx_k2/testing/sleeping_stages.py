@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from mlx_k2.protocol.messages import Drafted, Step, StepDone, encode_message
 from mlx_k2.sampling import SampledToken
@@ -15,8 +15,7 @@ from mlx_k2.stage.draft_plans import DraftPlans
 STEP_S = 0.02
 TOKEN = 1
 """The id of every sampled token."""
-_NONZERO_SIZES = {"dense_bytes": 1_000_000, "tile_rows": 1}
-SIZES = StageSizes(**dict.fromkeys((field.name for field in fields(StageSizes)), 0) | _NONZERO_SIZES)
+SIZES = replace(StageSizes(*[0] * len(fields(StageSizes))), dense_bytes=1_000_000, tile_rows=1)
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
 """With SIZES and SPEED the cost model predicts STEP_S for every step."""
 

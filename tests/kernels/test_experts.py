@@ -88,16 +88,12 @@ def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path
 
 
 class FakeMachine:
-    """A machine with a GPU. ``outcomes`` are the results of its checks, by kernel; other kernels pass their checks.
-
-    ``checked`` are the kernels in the order of their checks. ``slower`` are the token ranges in which plain MLX is
-    faster.
-    """
+    """A machine with a GPU, which checks no kernel."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, KernelCheck | type[BaseException]] = {}
-        self.checked: list[str] = []
-        self.slower: tuple[str, ...] = ()
+        self.outcomes: dict[str, KernelCheck | type[BaseException]] = {}  # of checks; other kernels pass theirs
+        self.checked: list[str] = []  # kernels, in the order of their checks
+        self.slower: tuple[str, ...] = ()  # token ranges in which plain MLX is faster
 
     def check(self, name: str, *_: object) -> KernelCheck:
         self.checked.append(name)

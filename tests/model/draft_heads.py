@@ -38,10 +38,7 @@ class LoadedDraft:
         return self._loader.feature_slices(layers)
 
     def model(self, last: StageModel | None = None, num_slots: int = 4, context_tokens: int = 1024) -> DraftModel:
-        """Return the head with an empty cache. It uses embedding and projection of ``last``, the target's last stage.
-
-        If ``last`` is None or has no head, they are read from the target's checkpoint.
-        """
+        """Return the head with an empty cache. It shares weights with ``last``, the target's last stage, if given."""
         if last is not None and last.head is not None:
             return self._loader.model(last.embedding, last.head, num_slots, context_tokens, ON_CPU)
         tensors = self._shards.head().tensors
