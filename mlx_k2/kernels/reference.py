@@ -1,7 +1,7 @@
 """Routing and routed experts in plain MLX: the reference for every kernel, and the computation where none is used.
 
-All functions are lazy. In float32 on a CPU a token's output does not depend on the other tokens of the call, to the
-bit: each output element is one dot product, which MLX computes in the same order for one row as for many.
+All functions are lazy. In float32 on a CPU a token's output has the same bits with any other tokens in the call: each
+output element is one dot product, which MLX computes in the same order for one row as for many.
 """
 
 from typing import NamedTuple

@@ -15,7 +15,7 @@ from mlx_k2.stage.draft_plans import DraftPlans
 STEP_S = 0.02
 TOKEN = 1
 """The id of every sampled token."""
-SIZES = replace(StageSizes(*[0] * len(fields(StageSizes))), dense_bytes=1_000_000, tile_rows=1)
+SIZES = replace(StageSizes(**{size.name: 0 for size in fields(StageSizes)}), dense_bytes=1_000_000, tile_rows=1)
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
 """With SIZES and SPEED the cost model predicts STEP_S for every step."""
 

@@ -17,7 +17,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.weights.made_up import config_of
 
 THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
-ALLOWED = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+FACTOR_FIELDS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 NUMBERS = st.floats(1e-6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-2, 2).map(float)
 POSITIONS = (0, 1, 5, 63, 4095, 4096, 100_000, 200_000)
 
@@ -54,11 +54,12 @@ def measured_angles(config: ModelConfig, positions: tuple[int, ...]) -> NDArray[
 def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> None:
     unscaled = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
     step, ramp = yarn_frequencies(1.0) / unscaled, yarn_frequencies(32.0) / unscaled
-    assert np.allclose(step[:20], 1)
-    assert np.allclose(step[20:], 1 / FACTOR)
-    assert np.allclose(ramp[:9], 1)
-    assert np.allclose(ramp[20:], 1 / FACTOR)
-    assert np.all(np.diff(ramp[8:21]) < 0)
+    first_slow, last_fast = 20, 8  # the pairs with 1 and with 32 turns: pair_with(1) is 19.2, pair_with(32) 8.9
+    assert np.allclose(step[:first_slow], 1)
+    assert np.allclose(step[first_slow:], 1 / FACTOR)
+    assert np.allclose(ramp[: last_fast + 1], 1)
+    assert np.allclose(ramp[first_slow:], 1 / FACTOR)
+    assert np.all(np.diff(ramp[last_fast : first_slow + 1]) < 0)
 
 
 @given(
@@ -67,9 +68,9 @@ def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> Non
         | {"original_max_position_embeddings": st.integers(-1, 10**10)}
     )
 )
-@example(dict.fromkeys(ALLOWED, 1.0) | {"rope_theta": 1.001, "original_max_position_embeddings": 1})
-@example(dict.fromkeys(ALLOWED, 1e6) | {"rope_theta": 1e12, "original_max_position_embeddings": 10**9})
-@example(dict.fromkeys(ALLOWED, 0.0) | {"rope_theta": 1.0, "original_max_position_embeddings": 1})
+@example(dict.fromkeys(FACTOR_FIELDS, 1.0) | {"rope_theta": 1.001, "original_max_position_embeddings": 1})
+@example(dict.fromkeys(FACTOR_FIELDS, 1e6) | {"rope_theta": 1e12, "original_max_position_embeddings": 10**9})
+@example(dict.fromkeys(FACTOR_FIELDS, 0.0) | {"rope_theta": 1.0, "original_max_position_embeddings": 1})
 def test_each_yarn_config_is_refused_or_gives_a_rotation_and_a_finite_softmax_scale(scaling: dict[str, float]) -> None:
     fields = thinking_config_fields()
     fields["rope_scaling"] |= scaling
