@@ -20,7 +20,7 @@ from mlx_k2.stage.host import on_gpu
 CHECKS_TIMEOUT_S = 400.0
 """Time limit of all children together. A check takes some seconds, and longer while another process checks. The
 coordinator expects a message within 600 s. Kernels that are not checked in time are checked at the next start."""
-_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1
+_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # each ends at one check, the last none
 
 
 def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:

@@ -177,7 +177,7 @@ def test_attention_over_32k_positions_stays_within_its_memory_budget(attend: str
     output_bytes = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
     all_scores_bytes = heads * count * 32768 * 4
     copied_latents_bytes = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
-    assert all_scores_bytes > 3 * budget, "without blocks the budget would be exceeded"
+    assert all_scores_bytes > 3 * budget, "the scores would fit without blocks"
     assert peak_beyond_inputs(case, attend, limits) < budget + copied_latents_bytes + output_bytes + 2**20
 
 
@@ -190,5 +190,5 @@ def test_attention_over_128k_positions_in_blocks_of_8_heads_stays_within_two_blo
     copied_latents_bytes = 2 * 2 * 8 * keys * LATENT * 4  # on a CPU MLX copies the latents for each head of two blocks
     bound = 2 * limits.block_bytes + copied_latents_bytes
     unblocked_bytes = heads * (rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) + 2 * keys * LATENT * 4 + count * keys * 4)
-    assert unblocked_bytes > bound, "without blocks the bound would be exceeded"
+    assert unblocked_bytes > bound, "all heads would fit without blocks"
     assert peak_beyond_inputs(case, "naive", limits) < bound
