@@ -7,7 +7,7 @@ entry of a dictionary.
 from mlx_k2.protocol.messages import Step
 from mlx_k2.scheduling.microbatch import Row
 
-_MAX_DRAFTS = 64
+_NUM_KEPT_POSITIONS = 64
 """Number of positions before a row's start whose drafts are kept. At most one draft per stage is in flight."""
 
 
@@ -24,7 +24,7 @@ class DraftPlans:
         for row in step.rows:
             if row.position < self._ends.get(row.slot, 0):
                 self._undoing[row.slot] = (step.number, row.position)
-            kept = range(row.position - _MAX_DRAFTS, row.position)
+            kept = range(row.position - _NUM_KEPT_POSITIONS, row.position)
             old_drafts = self._drafts.get(row.slot, {})
             drafts = {position: token_id for position, token_id in old_drafts.items() if position in kept}
             if row.is_draft:

@@ -159,7 +159,6 @@ def measure_attention() -> AttentionTime:
     """Return the times of one layer's attention for the last of four chunks of CHUNK_TOKENS, fused and unfused."""
     config = _k2_config()
     heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
-
     unused = _random_array(1, 1)
     weights = AttentionWeights(
         query=unused,

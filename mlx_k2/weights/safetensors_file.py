@@ -99,18 +99,18 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, is not safetensors, or is truncated.
     """
-    raw, actual_bytes = _read_raw_header(path)
+    raw, file_bytes = _read_raw_header(path)
     data_start = 8 + len(raw)
     try:
         with safe_open(path, framework="numpy") as file:
-            entries = {name: file.get_slice(name) for name in file.offset_keys()}
             tensors, end = {}, 0
-            for name, entry in entries.items():
+            for name in file.offset_keys():
+                entry = file.get_slice(name)
                 first, shape = end, tuple(entry.get_shape())
                 end += _num_bytes(entry.get_dtype(), shape)
                 tensors[name] = StoredTensor(entry.get_dtype(), shape, (first, end))
     except (SafetensorError, OSError) as error:
-        _raise_known_reason(raw, path, actual_bytes - data_start)
+        _raise_known_reason(raw, path, file_bytes - data_start)
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
     return Header(tensors, data_start)
 
@@ -126,14 +126,14 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
             if header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
-            actual_bytes = file.seek(0, 2)
+            file_bytes = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; fetch it again") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) < header_bytes:
         raise CheckpointError(f"{path} is truncated: its header alone has {header_bytes} bytes; fetch the file again")
-    return raw, actual_bytes
+    return raw, file_bytes
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
