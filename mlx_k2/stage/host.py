@@ -55,12 +55,11 @@ def check_memory(needed_bytes: int) -> None:
     """
     limit_bytes = working_set_bytes()
     if limit_bytes is not None and needed_bytes > limit_bytes:
-        advice = "give it fewer layers with --split"
-        if needed_bytes < psutil.virtual_memory().total:
-            advice = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or {advice}"
+        command = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or "
+        command_if_enough = command if needed_bytes < psutil.virtual_memory().total else ""
         raise StageStartError(
             f"{socket.gethostname()} needs {needed_bytes / 1e9:.1f} GB of GPU memory and macOS allows "
-            f"{limit_bytes / 1e9:.1f} GB: {advice}"
+            f"{limit_bytes / 1e9:.1f} GB: {command_if_enough}give it fewer layers with --split"
         )
 
 
