@@ -104,7 +104,7 @@ def bench_head(shape: str) -> DraftHead:
         fields = draft_config_fields(json.loads((target / "config.json").read_text()))
         fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = HEAD_AUX_LAYERS
         config = describe_model(read_small_files(target), str(target)).config
-        write_random_draft_head(folder, fields, config, HEAD_SEED, own=())
+        write_random_draft_head(folder, fields, config, HEAD_SEED, own_tensors=())
     return DraftHead(source=ModelSource(path_or_repo=str(folder)), bits=8)
 
 

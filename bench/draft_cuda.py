@@ -77,7 +77,7 @@ def make_model(tensors: Mapping[str, NDArray[np.float32]], dtype: mx.Dtype, bits
         target_ids=mx.arange(DRAFTED_IDS) * ID_STEP,
     )
     mx.eval(weights)
-    return DraftModel(CONFIG, weights, LatentCache(1, 1, 256, CONFIG.latent_dim, dtype), norms_output=False)
+    return DraftModel(CONFIG, weights, LatentCache(1, 1, 256, CONFIG.cache_row_dim, dtype), norms_output=False)
 
 
 def run_text(model: DraftModel) -> NDArray[np.float32]:

@@ -47,7 +47,7 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
     experts, inner = config.n_routed_experts, config.moe_intermediate_size
     up_arrays = ((experts, inner, hidden // 8), (experts, inner, hidden // 32))  # packed weights, scales
     down_arrays = ((experts, hidden, inner // 8), (experts, hidden, inner // 32))
-    cache = ((cache_rows, config.latent_dim),)
+    cache = ((cache_rows, config.cache_row_dim),)
     return (
         Launch("input norm", "RMSNorm"),
         Launch("q_a", "Matmul", matrices=((hidden, query_rank),)),
@@ -63,7 +63,7 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
         ),
         Launch("rope of the queries", "RoPE"),
         Launch("absorbed queries", "Concatenate", launches=2, rule=_CONCATENATE),
-        Launch("kv_a", "Matmul", matrices=((hidden, config.latent_dim),)),
+        Launch("kv_a", "Matmul", matrices=((hidden, config.cache_row_dim),)),
         Launch("kv_a norm", "RMSNorm"),
         Launch("rope of the key", "RoPE"),
         Launch("cache row", "Concatenate", launches=2, rule=_CONCATENATE),

@@ -91,7 +91,7 @@ def mlx_k2_steps() -> tuple[int, BuildGraph]:
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     reader = ShardReader(config, {name: folder / file for name, file in index.weight_map.items()}, mx.float32)
     layers = range(config.num_hidden_layers)
-    cache = LatentCache(len(layers), 1, CONTEXT_TOKENS, config.latent_dim, mx.float32)
+    cache = LatentCache(len(layers), 1, CONTEXT_TOKENS, config.cache_row_dim, mx.float32)
     model = load_stage_model(config, reader, layers, cache, lambda _: None)
     position = 0
 

@@ -135,7 +135,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
 def _expansion(model: str) -> float:
     """Return the bytes of the keys and values of all heads, divided by those of the latents."""
     shape = config(model)
-    return shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) / shape.latent_dim
+    return shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) / shape.cache_row_dim
 
 
 def prompt_s(program: Program, model: str, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:

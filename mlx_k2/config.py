@@ -1,4 +1,4 @@
-"""ModelConfig: the model's fields from config.json, checked and frozen. Knows no tensors and no other files."""
+"""The fields of a model's config.json, checked and frozen. Knows no tensors and no other files."""
 
 import enum
 import math
@@ -16,7 +16,7 @@ _FETCH_ORIGINAL = f"fetch the original INT4 checkpoint instead, for instance {OR
 
 
 class Family(enum.Enum):
-    """Supported checkpoint family."""
+    """The supported families of checkpoints, by the ``model_type`` of their config.json."""
 
     KIMI_K2 = "kimi_k2"
     KIMI_K25 = "kimi_k25"
@@ -29,9 +29,9 @@ _MAX_EXPERTS = 10**5  # of all layers together; Kimi K2 has 23,424
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=_MAX_VALUE)]
 _CountOr0: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_VALUE)]
-_Groups: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=_MAX_VALUE, multiple_of=32)]
-"""A multiple of the number of INT4 weights that share a scale."""
-_Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+_GroupedSize: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=_MAX_VALUE, multiple_of=32)]
+"""A size that divides into groups of 32 INT4 weights, each with one scale."""
+_PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 _Factor: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 
 
@@ -47,7 +47,7 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mscale_all_dim: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
     def temperature(self, mscale: float) -> float:
-        """Return YaRN's factor on attention scores for a context that is ``factor`` times as long."""
+        """Return YaRN's attention temperature: 0.1 * ``mscale`` * ln(``factor``) + 1; 1 if ``factor`` is at most 1."""
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
@@ -56,7 +56,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     family: Family
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=_MAX_VOCAB)]
-    hidden_size: _Groups
+    hidden_size: _GroupedSize
     num_hidden_layers: _Count
     num_attention_heads: _Count
     q_lora_rank: _Count | None
@@ -65,7 +65,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qk_rope_head_dim: Annotated[int, msgspec.Meta(ge=2, le=_MAX_VALUE, multiple_of=2)]
     v_head_dim: _Count
     intermediate_size: _Count
-    moe_intermediate_size: _Groups
+    moe_intermediate_size: _GroupedSize
     n_routed_experts: _Count
     num_experts_per_tok: _Count
     n_shared_experts: _CountOr0
@@ -75,7 +75,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     topk_group: _Count
     norm_topk_prob: bool
     routed_scaling_factor: float
-    rms_norm_eps: _Positive
+    rms_norm_eps: _PositiveFloat
     max_position_embeddings: _Count
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
@@ -91,38 +91,39 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def latent_dim(self) -> int:
-        """Values cached for each token and layer: the compressed keys and values, and the rotated key."""
+    def cache_row_dim(self) -> int:
+        """Number of values cached for each token and layer: the compressed keys and values, and the rotated key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on attention scores. YaRN's temperature enters squared (DeepSeek-V3, modeling code)."""
+        """Factor on attention scores. YaRN's temperature is squared in it (DeepSeek-V3, modeling code)."""
         temperature = self.rope.temperature(self.rope.mscale_all_dim)
         return float(self.qk_head_dim**-0.5 * temperature * temperature)
 
     def is_moe(self, layer: int) -> bool:
-        """Return True if ``layer`` has routed experts (else it is dense)."""
+        """Return whether ``layer`` has routed experts; a layer without them is dense."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_json(cls, data: bytes, source: str) -> "ModelConfig":
-        """Parse the bytes of config.json. ``source`` names them in errors.
+        """Parse the bytes of a config.json, which ``source`` names in errors.
 
         Raises:
-            ConfigError: not JSON, a field is missing or of the wrong type, or a value is not implemented.
+            ConfigError: ``data`` is not JSON, a field is missing or of the wrong type, or a value is not implemented.
         """
         try:
-            outer = read_json(data, dict[str, Any])
+            root = read_json(data, dict[str, Any])
         except JsonError as error:
             raise ConfigError(f"{source} is not a JSON object: {error}") from None
-        family = _family(outer, source)
-        fields = dict(outer["text_config"]) if family is Family.KIMI_K25 else dict(outer)
+        family = _family(root, source)
+        fields = dict(root["text_config"]) if family is Family.KIMI_K25 else dict(root)
         for name in ("quantization", "quantization_config"):
-            if name in outer:
-                fields.setdefault(name, outer[name])
-        _refuse_unsupported(outer, fields, source)
-        fields |= {"family": family.value, "rope": read_rope(fields, source), "eos_token_ids": _eos(outer, fields)}
+            if name in root:
+                fields.setdefault(name, root[name])
+        _check_supported(root, fields, source)
+        fields["eos_token_ids"] = _eos_token_ids(root, fields)
+        fields |= {"family": family.value, "rope": read_rope(fields, source)}
         fields.setdefault("q_lora_rank", None)
         try:
             config = convert(fields, cls)
@@ -133,40 +134,36 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_shape(self, source: str) -> None:
         """Refuse values that contradict each other."""
-        demands = {
-            f"{self.num_hidden_layers} layers of {self.n_routed_experts} experts are more than {_MAX_EXPERTS}": (
-                self.num_hidden_layers * self.n_routed_experts <= _MAX_EXPERTS
-            ),
-            f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}": (
-                self.num_experts_per_tok <= self.n_routed_experts
-            ),
-            f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts}": (
-                self.n_routed_experts % self.n_group == 0
-            ),
-            f"topk_group {self.topk_group} is more than n_group {self.n_group}": self.topk_group <= self.n_group,
-            "num_experts_per_tok is more than the chosen groups hold": (
-                self.num_experts_per_tok * self.n_group <= self.n_routed_experts * self.topk_group
-            ),
-        }
-        for demand, holds in demands.items():
-            if not holds:
-                raise ConfigError(f"{source}: {demand}")
+        experts, per_token = self.n_routed_experts, self.num_experts_per_tok
+        if self.num_hidden_layers * experts > _MAX_EXPERTS:
+            problem = f"{self.num_hidden_layers} layers of {experts} experts are more than {_MAX_EXPERTS}"
+        elif per_token > experts:
+            problem = f"num_experts_per_tok {per_token} is more than n_routed_experts {experts}"
+        elif experts % self.n_group != 0:
+            problem = f"n_group {self.n_group} must divide n_routed_experts {experts}"
+        elif self.topk_group > self.n_group:
+            problem = f"topk_group {self.topk_group} is more than n_group {self.n_group}"
+        elif per_token > experts // self.n_group * self.topk_group:
+            problem = "num_experts_per_tok is more than the chosen groups hold"
+        else:
+            return
+        raise ConfigError(f"{source}: {problem}")
 
 
-def _family(outer: Mapping[str, Any], source: str) -> Family:
-    model_type = outer.get("model_type")
+def _family(root: Mapping[str, Any], source: str) -> Family:
+    model_type = root.get("model_type")
     if model_type == "kimi_k3":
         raise ConfigError(f"{source}: Kimi K3 has another architecture, which mlx-k2 does not run; {_FETCH_ORIGINAL}")
     if model_type not in [family.value for family in Family]:
         raise ConfigError(f"{source}: model_type {model_type!r} is not one that mlx-k2 runs (kimi_k2, kimi_k25)")
     family = Family(model_type)
-    if family is Family.KIMI_K25 and not isinstance(outer.get("text_config"), dict):
+    if family is Family.KIMI_K25 and not isinstance(root.get("text_config"), dict):
         raise ConfigError(f"{source}: a kimi_k25 config needs a text_config object")
     return family
 
 
-# Fields whose value changes the computation, with the values that this program computes. null, {} and [] always pass.
-COMPUTED: Mapping[str, tuple[object, ...]] = {
+# Fields that change the computation, with the values that this program implements. null, {} and [] are always allowed.
+SUPPORTED_VALUES: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -196,8 +193,8 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
     "index_n_heads": (),
     "index_head_dim": (),
 }
-# The same for rope_scaling and for the objects of quantization_config, in which every other field is refused.
-_COMPUTED_INSIDE: Mapping[str, tuple[object, ...]] = {
+# The same for rope_scaling and for the objects in quantization_config. Fields that are in no table are refused there.
+_SUPPORTED_NESTED_VALUES: Mapping[str, tuple[object, ...]] = {
     "truncate": (True,),
     "partial_rotary_factor": (1,),
     "quant_method": ("compressed-tensors",),
@@ -210,43 +207,46 @@ _COMPUTED_INSIDE: Mapping[str, tuple[object, ...]] = {
     "dynamic": (False,),
     "actorder": ("static", "weight"),
 }
-_IGNORED = (
+_IGNORED_QUANTIZATION_FIELDS = (
     *("quantization_status", "version", "ignore", "config_groups", "global_compression_ratio", "targets", "weights"),
     *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
 )
 
 
-def _refuse_unsupported(outer: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
-    """Reject values that change the computation and that this program does not implement."""
+def _check_supported(root: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
+    """Refuse values that change the computation and that this program does not implement."""
     if "quantization" in fields:
         raise ConfigError(f"{source}: this checkpoint was converted for MLX; {_FETCH_ORIGINAL}")
-    _refuse_quantization(fields.get("quantization_config"), source)
-    for given in (outer, fields):
-        refuse_others({name: given[name] for name in COMPUTED.keys() & given.keys()}, COMPUTED, source)
-    kinds = fields.get("layer_types")
-    if kinds and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+    _check_quantization(fields.get("quantization_config"), source)
+    check_listed_fields(root, SUPPORTED_VALUES, source)
+    check_listed_fields(fields, SUPPORTED_VALUES, source)
+    layer_types = fields.get("layer_types")
+    if layer_types and not (isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)):
         raise ConfigError(f"{source}: layer_types other than 'full_attention' are not implemented")
 
 
-def refuse_others(fields: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str) -> None:
-    """Reject each field whose value is neither empty nor one of its ``computed`` values."""
+def check_listed_fields(fields: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]], where: str) -> None:
+    """Refuse other values of the fields that ``supported`` lists. ``where`` names the object in errors."""
+    _check_all_fields({name: fields[name] for name in supported.keys() & fields.keys()}, supported, where)
+
+
+def _check_all_fields(fields: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]], where: str) -> None:
+    """Refuse each field whose value is neither empty nor one of its ``supported`` values."""
     for name, value in fields.items():
-        allowed = computed.get(name, ())
-        is_bool = isinstance(value, bool)
-        if value not in (None, {}, []) and not any(
-            value == one and is_bool == isinstance(one, bool) for one in allowed
-        ):
+        allowed = supported.get(name, ())
+        is_allowed = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
+        if value not in (None, {}, []) and not is_allowed:
             only = f" (only {allowed[0]!r})" if allowed else ""
             raise ConfigError(f"{where}: {name} {value!r} is not implemented{only}")
 
 
-def _refuse_quantization(quantization: object, source: str) -> None:
+def _check_quantization(quantization: object, source: str) -> None:
     if not isinstance(quantization, dict):
         raise ConfigError(f"{source}: quantization_config is missing, so the experts are not INT4; {_FETCH_ORIGINAL}")
     method, layout = quantization.get("quant_method"), quantization.get("format")
     if method != "compressed-tensors" or layout != "pack-quantized":
-        found = f"{method} {layout}" if layout else method
-        raise ConfigError(f"{source}: experts quantized as {found!r} cannot be read; {_FETCH_ORIGINAL}")
+        actual = f"{method} {layout}" if layout else method
+        raise ConfigError(f"{source}: experts quantized as {actual!r} cannot be read; {_FETCH_ORIGINAL}")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ConfigError(f"{source}: quantization_config.config_groups must hold exactly one group")
@@ -255,15 +255,15 @@ def _refuse_quantization(quantization: object, source: str) -> None:
     weights = group.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     for field in ("num_bits", "type", "symmetric", "strategy", "group_size"):
-        expected, found = _COMPUTED_INSIDE[field][0], weights.get(field)
-        if found != expected:
+        expected, actual = _SUPPORTED_NESTED_VALUES[field][0], weights.get(field)
+        if actual != expected:
             raise ConfigError(
-                f"{source}: quantized weights have {field} {found!r}, not {expected!r}; {_FETCH_ORIGINAL}"
+                f"{source}: quantized weights have {field} {actual!r}, not {expected!r}; {_FETCH_ORIGINAL}"
             )
     where = f"{source}: quantization_config"
-    for fields, name_in_it in ((quantization, ""), (group, f".config_groups.{name}"), (weights, ".weights")):
-        where += name_in_it
-        refuse_others(_without(fields, _IGNORED), _COMPUTED_INSIDE, where)
+    group_where = f"{where}.config_groups.{name}"
+    for fields, path in ((quantization, where), (group, group_where), (weights, f"{group_where}.weights")):
+        _check_all_fields(_without(fields, _IGNORED_QUANTIZATION_FIELDS), _SUPPORTED_NESTED_VALUES, path)
 
 
 def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -271,37 +271,39 @@ def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def read_rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return YaRN's parameters from either spelling: rope_scaling + rope_theta, or transformers 5's rope_parameters."""
-    spellings = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name)]
-    if not spellings:
+    """Return the fields of a RopeConfig from rope_scaling and rope_theta, or from transformers 5's rope_parameters."""
+    objects = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name)}
+    if not objects:
         raise ConfigError(f"{source}: rope_scaling is missing")
     theta = fields.get("rope_theta")
-    given = {"rope_theta": {} if theta is None else {"theta": theta}}
-    given |= {name: _yarn(fields[name], source, name) for name in spellings}
-    rope: dict[str, Any] = {}
-    for spelling, values in given.items():
-        for name, value in values.items():
+    rope: dict[str, Any] = {} if theta is None else {"theta": theta}
+    for object_name, scaling in objects.items():
+        for name, value in _yarn_fields(scaling, source, object_name).items():
             if rope.setdefault(name, value) != value:
-                raise ConfigError(f"{source}: {name} is {rope[name]!r}, and {value!r} in {spelling}: they contradict")
+                raise ConfigError(
+                    f"{source}: {name} is {rope[name]!r}, and {value!r} in {object_name}: they contradict"
+                )
     return rope
 
 
-def _yarn(scaling: object, source: str, spelling: str) -> dict[str, Any]:
+def _yarn_fields(scaling: object, source: str, object_name: str) -> dict[str, Any]:
     if not isinstance(scaling, dict):
-        raise ConfigError(f"{source}: {spelling} is not an object")
-    for rope_type in [scaling[name] for name in ("type", "rope_type") if scaling.get(name) is not None] or [None]:
+        raise ConfigError(f"{source}: {object_name} is not an object")
+    types = [scaling[name] for name in ("type", "rope_type") if scaling.get(name) is not None]
+    for rope_type in types or [None]:
         if rope_type != "yarn":
-            raise ConfigError(f"{source}: unknown {spelling} type {rope_type!r} (only 'yarn')")
+            raise ConfigError(f"{source}: unknown {object_name} type {rope_type!r} (only 'yarn')")
     names = {name for name in RopeConfig.__struct_fields__ if name != "theta"}
-    refuse_others(
-        _without(scaling, ("type", "rope_type", "rope_theta", *names)), _COMPUTED_INSIDE, f"{source}: {spelling}"
-    )
+    others = _without(scaling, ("type", "rope_type", "rope_theta", *names))
+    _check_all_fields(others, _SUPPORTED_NESTED_VALUES, f"{source}: {object_name}")
     rope = {name: value for name, value in scaling.items() if name in names}
     theta = scaling.get("rope_theta")
     return rope if theta is None else rope | {"theta": theta}
 
 
-def _eos(outer: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Any]:
-    inner = fields.get("eos_token_id")
-    found = outer.get("eos_token_id") if inner is None else inner
-    return found if isinstance(found, list) else [] if found is None else [found]
+def _eos_token_ids(root: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Any]:
+    """Return the ids as a list. The text model's ``fields`` precede the file's ``root``."""
+    token_ids = root.get("eos_token_id") if fields.get("eos_token_id") is None else fields["eos_token_id"]
+    if token_ids is None:
+        return []
+    return token_ids if isinstance(token_ids, list) else [token_ids]

@@ -1,4 +1,4 @@
-"""Token masks: the tokens that may be sampled. Knows neither logits nor requests."""
+"""Token masks: the tokens that may be sampled at one position. Knows neither logits nor requests."""
 
 import enum
 from array import array
@@ -8,18 +8,18 @@ import msgspec
 
 
 class MaskForm(enum.Enum):
-    """The form of a token mask's data."""
+    """Forms of a token mask's data."""
 
     BITS = "bits"
     """Bit ``i % 8`` (least significant first) of byte ``i // 8`` is 1 if token ``i`` is allowed."""
     ONLY = "only"
     """The allowed token ids, each as 4 bytes, least significant first."""
     ALL_BUT = "all but"
-    """The excluded token ids, in the form of ONLY."""
+    """The excluded token ids, each as 4 bytes, least significant first."""
 
 
 class TokenMask(msgspec.Struct, frozen=True):
-    """The tokens that may be sampled, in one of three forms, of which its creator chooses a short one."""
+    """The tokens that may be sampled. ``form`` states the meaning of ``data``; the creator chooses a short form."""
 
     form: MaskForm
     data: bytes
@@ -38,10 +38,10 @@ class TokenMask(msgspec.Struct, frozen=True):
         """Return whether ``token_id`` may be sampled."""
         if self.form is MaskForm.BITS:
             return bool(self.data[token_id // 8] >> token_id % 8 & 1)
-        found = token_id in memoryview(self.data).cast("I")
-        return found is (self.form is MaskForm.ONLY)
+        is_listed = token_id in memoryview(self.data).cast("I")
+        return is_listed if self.form is MaskForm.ONLY else not is_listed
 
 
 def id_bytes(token_ids: Collection[int]) -> bytes:
     """Return token ids as 4 bytes each, least significant first."""
-    return array("I", token_ids).tobytes()  # macOS and Linux on the supported machines are little-endian
+    return array("I", token_ids).tobytes()  # in the machine's byte order: all supported machines are little-endian

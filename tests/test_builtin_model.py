@@ -63,7 +63,7 @@ def load(folder: Path, layers: range) -> StageModel:
     description = describe(folder)
     config = description.config
     files = locate_tensors(folder, description.index, shard_specs(config, layers.start, layers.stop))
-    cache = LatentCache(len(layers), 1, LONGEST, config.latent_dim, mx.float32)
+    cache = LatentCache(len(layers), 1, LONGEST, config.cache_row_dim, mx.float32)
     return load_stage_model(config, ShardReader(config, files, mx.float32), layers, cache, lambda _: None)
 
 

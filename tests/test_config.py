@@ -36,7 +36,7 @@ def test_kimi_k2_thinking_is_read() -> None:
     assert config.family is Family.KIMI_K2
     assert config.tensor_prefix == ""
     assert (config.num_hidden_layers, config.n_routed_experts, config.q_lora_rank) == (61, 384, 1536)
-    assert (config.qk_head_dim, config.latent_dim) == (192, 576)
+    assert (config.qk_head_dim, config.cache_row_dim) == (192, 576)
     assert (config.rope.theta, config.rope.factor, config.rope.beta_fast) == (50000.0, 64.0, 1.0)
     assert config.eos_token_ids == (163586,)
     assert [layer for layer in range(61) if not config.is_moe(layer)] == [0]

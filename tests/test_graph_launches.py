@@ -76,8 +76,8 @@ def test_the_table_has_the_nodes_of_a_compiled_layers_graph_in_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     as_on_a_gpu(monkeypatch)
-    cache = LatentCache(1, 1, 256, CONFIG.latent_dim, mx.bfloat16)
-    cache.write(0, Span(0, 0, 255, is_prompt=True), array((255, CONFIG.latent_dim)))
+    cache = LatentCache(1, 1, 256, CONFIG.cache_row_dim, mx.bfloat16)
+    cache.write(0, Span(0, 0, 255, is_prompt=True), array((255, CONFIG.cache_row_dim)))
     batch = Batch([Span(0, 255, 1, is_prompt=False)])
     mx.eval(cache.arrays, batch.positions)
     mx.enable_compile()  # a test before this one may have acted as a stage on a CPU

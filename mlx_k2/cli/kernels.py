@@ -18,12 +18,12 @@ from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
-from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits, chip_name, default_limits, save_limits
+from mlx_k2.stage.mlx_settings import MLX_DEFAULTS, BufferLimits, chip_name, default_limits, save_limits
 
 MEASUREMENT_TIMEOUT_S = 900.0
 _NO_MEGABYTE_LIMIT = 1_000_000
 CANDIDATES = (
-    OWN_LIMITS,
+    MLX_DEFAULTS,
     BufferLimits(50, _NO_MEGABYTE_LIMIT),
     BufferLimits(100, _NO_MEGABYTE_LIMIT),
     BufferLimits(200, _NO_MEGABYTE_LIMIT),
@@ -166,7 +166,7 @@ def _time_limits() -> dict[BufferLimits, float]:
 
 
 def _limits_text(limits: BufferLimits) -> str:
-    if limits == OWN_LIMITS:
+    if limits == MLX_DEFAULTS:
         return "MLX's own limits"
     return f"{limits.operations} operations or {limits.megabytes} MB in a command buffer"
 

@@ -11,7 +11,7 @@ LARGEST_BLOCK_BYTES = 4 * 2**30
 GPU_MIN_HEADS = 8
 """Minimum number of heads per dispatch. One head gives 64 threadgroups, fewer than the 80 GPU cores of an Ultra."""
 BLOCKS_AT_A_TIME = 2
-_FEWEST_QUERIES = 256  # as in model/attention.py
+_MIN_BLOCK_QUERIES = 256  # as in model/attention.py
 _LAYERS_IN_FLIGHT = 3
 """Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
 
@@ -36,8 +36,8 @@ def memory_bound_bytes(
 
 
 def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, compute_bytes: int) -> int:
-    """Return the bytes of one layer's latent cache with every slot full: a row of ``latent_dim`` values per token."""
-    return num_slots * context_tokens * config.latent_dim * compute_bytes
+    """Return the bytes of one layer's latent cache with every slot full: ``cache_row_dim`` values per token."""
+    return num_slots * context_tokens * config.cache_row_dim * compute_bytes
 
 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
@@ -47,7 +47,7 @@ def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_byte
     """
     if not on_gpu:
         return CPU_BLOCK_BYTES
-    scores = _FEWEST_QUERIES * 2  # values for a key and head: an operation's input and its output
+    scores = _MIN_BLOCK_QUERIES * 2  # values for a key and head: an operation's input and its output
     heads = min(GPU_MIN_HEADS, config.num_attention_heads)
     rebuilt = 3 * config.qk_head_dim  # keys, in two parts, and values
     needed = heads * context_tokens * (scores + rebuilt) * compute_bytes

@@ -1,8 +1,8 @@
-"""Disk cache of the kernel checks and the best measured sizes of this machine. Knows no kernel.
+"""Disk cache of the kernel checks and of the best measured sizes of kernels on this machine. Knows no kernel.
 
-Each combination of mlx version, macOS build, chip, kernel texts and layer shape has its own small JSON file. After a
-change of any of them nothing is cached yet. A process that checks holds a lock: of two stages on one machine the second
-finds the results of the first.
+Each combination of mlx version, macOS build, chip, kernel texts and layer shape has its own JSON file, so that nothing
+is cached after a change of any of them. A process that makes checks holds a lock, so that a second stage on the machine
+waits and then finds the results.
 """
 
 import contextlib
@@ -26,23 +26,23 @@ from mlx_k2.kernels.tuning import Tuning
 from mlx_k2.private_files import home_folder, write_atomically
 
 DEFAULT_DIRECTORY = home_folder() / ".cache" / "mlx-k2" / "kernels"
-LOCK_S = 600.0
-"""Time to wait for another process that checks. After it this process checks without the lock."""
+LOCK_TIMEOUT_S = 600.0
+"""Time to wait for another process that makes checks. Then this process makes them without the lock."""
 
 
 @functools.cache
 def macos_build() -> str:
-    """Return macOS's build, whose compiler makes the kernels; empty on other systems."""
+    """Return the build of macOS, which includes the compiler of kernels; empty on other systems."""
     if sys.platform != "darwin":
         return ""
     return subprocess.run(["/usr/bin/sw_vers", "-buildVersion"], stdout=subprocess.PIPE, text=True, check=False).stdout
 
 
 @contextlib.contextmanager
-def locked(path: Path, timeout_s: float = LOCK_S) -> Iterator[None]:
-    """Hold the lock of a cache file. The system releases it if this process ends.
+def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Hold the lock of a cache file in this context. The system releases the lock if this process ends.
 
-    A directory that is not writable, and a process that holds the lock for ``timeout_s``, are ignored.
+    Continue without the lock if the directory is not writable, or if another process holds it for ``timeout_s``.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class CachedChecks(msgspec.Struct, frozen=True):
 
     def with_check(self, check: KernelCheck) -> "CachedChecks":
         """Return a copy with the result of a check that has finished."""
-        others = [each for each in self.checks if each.kernel != check.kernel]
+        others = [other for other in self.checks if other.kernel != check.kernel]
         started = {name: count for name, count in self.started.items() if name != check.kernel}
         return msgspec.structs.replace(self, checks=[*others, check], started=started)
 
@@ -79,9 +79,9 @@ class CachedChecks(msgspec.Struct, frozen=True):
 
 
 def cache_path(directory: Path, shape: LayerShape, chip: str) -> Path:
-    """Return the path of the cache file for this mlx version, macOS build, chip, layer shape and the kernel texts."""
-    parts = (version("mlx"), macos_build(), chip, *map(str, shape), *metal_texts())
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    """Return the path of the cache file for a chip and layer shape with this mlx, macOS and these kernel texts."""
+    key = "\0".join((version("mlx"), macos_build(), chip, *map(str, shape), *metal_texts()))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return directory / f"{digest}.json"
 
 

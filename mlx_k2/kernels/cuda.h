@@ -1,6 +1,6 @@
-// Metal's names in CUDA, for the kernels that use int4.metal and no simdgroup matrix: their bodies then compile
-// as the body of an mx.fast.cuda_kernel. A grid counts threads in both, and a warp is a simdgroup. Pointers lose their
-// address space before (launch.cuda_body): a macro named `device` would break __device__ itself.
+// Metal's names in CUDA, for the kernels that use int4.metal and no simdgroup matrix: their text then compiles
+// as the body of an mx.fast.cuda_kernel. A grid counts threads in both, and a warp is a simdgroup. dispatch.cuda_body
+// removes the address spaces of pointers before: a macro named `device` would break __device__ itself.
 typedef unsigned int uint;
 typedef unsigned short ushort;
 

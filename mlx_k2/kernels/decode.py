@@ -1,6 +1,6 @@
-"""Dispatches for up to 16 tokens. Runs no kernel itself.
+"""Dispatches of routed experts for up to 16 tokens. Runs no kernel.
 
-The decode kernels read an expert once for each of its tokens; the batch kernels read each chosen expert once for all.
+The decode kernels read an expert's weights once for each of its tokens, the batch kernels once for all of its tokens.
 """
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ MAX_TOKENS = 16  # of the batch kernels
 
 
 def capacity(tokens: int) -> int:
-    """Return the tokens that a batch kernel has registers for: 2, 4, 8 or 16, so that few kernels are compiled."""
+    """Return for how many tokens a batch kernel is compiled: 2, 4, 8 or 16. Few sizes need few compilations."""
     assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens"
     return max(2, 1 << (tokens - 1).bit_length())
 
@@ -28,7 +28,7 @@ def gate_up(
     simdgroups: int,
     is_batch: bool = False,
 ) -> Dispatch:
-    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (tokens, top_k, intermediate).
+    """Return the dispatch of the chosen experts' silu(gate) * up: x (tokens, hidden) -> (tokens, top_k, intermediate).
 
     A simdgroup computes ``rows_per_simdgroup`` rows of gate and of up; a threadgroup has ``simdgroups`` simdgroups.
     """
@@ -64,7 +64,7 @@ def down(
 ) -> Dispatch:
     """Return the dispatch of the experts' weighted sum: hidden (tokens, top_k, intermediate) -> (tokens, hidden).
 
-    ``batch_simdgroups`` is the number of simdgroups in a threadgroup of the batch kernel; None: the decode kernel.
+    ``batch_simdgroups`` is the number of simdgroups in a threadgroup of the batch kernel; None: use the decode kernel.
     """
     check_ids(expert_ids)
     check_down(hidden, expert_weights, stack)
@@ -92,14 +92,14 @@ def down(
 def _template(
     inputs: mx.array, outputs: int, expert_ids: mx.array, rows_per_simdgroup: int, is_batch: bool
 ) -> tuple[tuple[str, TemplateValue], ...]:
-    """Return the template's values of a decode kernel, or of a batch kernel."""
+    """Return the template arguments, which the kernel's text explains."""
     tokens, top_k = expert_ids.shape
-    values = (("T", inputs.dtype), ("K", inputs.shape[-1]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup))
-    return (*values, ("CAP", capacity(tokens))) if is_batch else values
+    common = (("T", inputs.dtype), ("K", inputs.shape[-1]), ("N", outputs), ("TOPK", top_k), ("R", rows_per_simdgroup))
+    return (*common, ("CAP", capacity(tokens))) if is_batch else common
 
 
 def check_gate_up(x: mx.array, expert_ids: mx.array, stack: ExpertStack) -> None:
-    """Assert the shapes and dtypes that the gate and up kernels require. The kernels check none themselves."""
+    """Assert the shapes and dtypes that the gate and up kernels require. The kernels themselves check nothing."""
     experts, outputs, words = stack.gate_packed.shape
     inputs = words * CODES_PER_WORD
     assert x.ndim == 2, f"x is {x.shape}, not (tokens, hidden)"

@@ -1,7 +1,7 @@
-"""One kernel call as a value: its text, inputs, template and grid. Knows no formula.
+"""One kernel call as a value: its text, inputs, template arguments and grid. Knows no particular kernel.
 
-A wrapper returns a `Dispatch`; `run` executes it. A test can therefore execute the text of the same `Dispatch` on a
-machine other than a Mac.
+The functions for kernels return a `Dispatch`, and `run` executes it on a GPU. So a test can execute the text of the
+same `Dispatch` on a CPU.
 """
 
 import functools
@@ -18,7 +18,7 @@ Kernel = Callable[..., list[mx.array]]
 
 
 class KernelText(NamedTuple):
-    """A kernel's source before MLX adds the signature. Inputs and outputs are named in the order of its arguments."""
+    """A kernel's source, to which MLX adds the signature from the names of inputs and outputs, in their order."""
 
     name: str
     inputs: tuple[str, ...]
@@ -28,7 +28,7 @@ class KernelText(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """All arguments of one call of an `mx.fast.metal_kernel`. grid and threadgroup count threads."""
+    """All arguments of one call of an `mx.fast.metal_kernel`. ``grid`` and ``threadgroup`` count threads."""
 
     text: KernelText
     inputs: tuple[mx.array, ...]
@@ -58,12 +58,12 @@ def kernel_text(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], he
 
 @functools.cache
 def metal_kernel(text: KernelText) -> Kernel:
-    """Return MLX's kernel object for a text. Building it works on every machine; calling it needs Metal."""
-    return _kernel(mx.fast.metal_kernel, text)
+    """Return MLX's kernel object of a text. It can be built on every machine; a call needs Metal."""
+    return _build_kernel(mx.fast.metal_kernel, text)
 
 
 def cuda_body(source: str) -> str:
-    """Return Metal source without the address spaces of pointers and constants, which CUDA source does not use."""
+    """Return Metal source without the address spaces of pointers and constants, which CUDA does not have."""
     return re.sub(r"\b(?:device|constant|thread)\s+", "", source)
 
 
@@ -74,11 +74,11 @@ def cuda_header(text: KernelText) -> str:
 
 @functools.cache
 def cuda_kernel(text: KernelText) -> Kernel:
-    """Return MLX's kernel object of the same text for an NVIDIA GPU. It cannot have simdgroup matrices."""
-    return _kernel(mx.fast.cuda_kernel, text._replace(source=cuda_body(text.source), header=cuda_header(text)))
+    """Return MLX's kernel object of a text for an NVIDIA GPU. The text may use no simdgroup matrices."""
+    return _build_kernel(mx.fast.cuda_kernel, text._replace(source=cuda_body(text.source), header=cuda_header(text)))
 
 
-def _kernel(build: Callable[..., object], text: KernelText) -> Kernel:
+def _build_kernel(build: Callable[..., object], text: KernelText) -> Kernel:
     kernel = build(
         name=f"k2_{text.name}",
         input_names=list(text.inputs),
@@ -95,8 +95,8 @@ def run(dispatch: Dispatch) -> list[mx.array]:
     Raises:
         RuntimeError: MLX has neither Metal nor CUDA.
     """
-    build = cuda_kernel if mx.cuda.is_available() else metal_kernel
-    return build(dispatch.text)(
+    kernel = cuda_kernel(dispatch.text) if mx.cuda.is_available() else metal_kernel(dispatch.text)
+    return kernel(
         inputs=list(dispatch.inputs),
         template=list(dispatch.template) or None,
         grid=dispatch.grid,

@@ -1,4 +1,4 @@
-"""The time of one implementation of routed experts on this machine. Knows no kernel."""
+"""Measurement of the time of one implementation of routed experts on this machine. Knows no kernel."""
 
 import time
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from mlx_k2.kernels.self_check import random_expert_ids
 from mlx_k2.kernels.stack import ExpertStack
 
 Layer = Callable[[mx.array, mx.array, mx.array, ExpertStack], mx.array]
+"""An implementation: (x, expert ids, expert weights, stack) -> outputs. `reference.routed_experts` has the shapes."""
 
-CHAIN = 8  # layers between two waits; each reads the output of the one before, as in a model
+CHAIN_LAYERS = 8  # layers per measurement; each reads the output of the one before, as in a model
 REPEATS = 5
 
 
@@ -29,33 +30,33 @@ class Timing(NamedTuple):
 
 
 def time_layer(
-    layer: Layer, stack: ExpertStack, tokens: int, top_k: int, *, chain: int = CHAIN, repeats: int = REPEATS
+    layer: Layer, stack: ExpertStack, tokens: int, top_k: int, *, chain: int = CHAIN_LAYERS, repeats: int = REPEATS
 ) -> Timing:
-    """Return the best time per layer in a chain of layers, each of which reads different experts."""
+    """Return the best time per layer in a chain of ``chain`` layers, each of which reads other experts of ``stack``."""
     dtype = stack.gate_scale.dtype
     weights = mx.full((tokens, top_k), 1.0 / top_k)
-    base = random_expert_ids(tokens, stack.num_experts, top_k)
-    ids = [(base + top_k * step) % stack.num_experts for step in range(chain)]
+    first_ids = random_expert_ids(tokens, stack.num_experts, top_k)
+    ids_of_layers = [(first_ids + top_k * index) % stack.num_experts for index in range(chain)]
     x = mx.random.normal((tokens, stack.hidden_size), key=mx.random.key(0)).astype(dtype)
-    mx.eval(ids, weights, x)
+    mx.eval(ids_of_layers, weights, x)
 
     def run_chain() -> None:
         y = x
-        for chosen in ids:
-            y = layer(y, chosen, weights, stack)
+        for ids in ids_of_layers:
+            y = layer(y, ids, weights, stack)
         mx.eval(y)
 
-    distinct = [np.unique(np.array(chosen)).size for chosen in ids]
-    per_expert = sum(array.nbytes for array in stack) // stack.num_experts
-    return Timing(best_seconds(run_chain, repeats) / chain, per_expert * sum(distinct) // chain)
+    num_experts_read = sum(np.unique(np.array(ids)).size for ids in ids_of_layers)
+    expert_bytes = sum(array.nbytes for array in stack) // stack.num_experts
+    return Timing(best_seconds(run_chain, repeats) / chain, expert_bytes * num_experts_read // chain)
 
 
-def best_seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
-    """Return the shortest time of several calls. One call before them compiles."""
-    work()
-    best = float("inf")
+def best_seconds(function: Callable[[], None], repeats: int = REPEATS) -> float:
+    """Return the shortest time of ``repeats`` calls of a function, after one call that compiles."""
+    function()
+    best_s = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+        start_s = time.perf_counter()
+        function()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return best_s

@@ -1,4 +1,4 @@
-"""Dispatches for many tokens: pairs sorted by expert, tiles of 32 pairs, simdgroup matrices. Runs no kernel itself."""
+"""Dispatches of routed experts for many tokens: tiles of 32 (token, expert) pairs, sorted by expert. Runs no kernel."""
 
 from typing import NamedTuple
 
@@ -9,33 +9,31 @@ from mlx_k2.kernels.dispatch import Dispatch, kernel_text
 from mlx_k2.kernels.stack import ExpertStack
 
 TILE = 32  # pairs per threadgroup, and columns in one half of its outputs
-THREADS = 128
+THREADS = 128  # per threadgroup
 
 
 class SortedPairs(NamedTuple):
-    """All (token, slot) pairs of a chunk, sorted by expert."""
+    """All (token, expert) pairs of a chunk, sorted by expert. The i-th expert of a token is the expert in slot i."""
 
-    order: mx.array  # (pairs,) uint32: pair number token * top_k + slot
-    offsets: mx.array  # (experts + 1,) int32: expert e has order[offsets[e] : offsets[e + 1]]
+    order: mx.array  # (pairs,) uint32: the number of each pair, token * top_k + slot
+    offsets: mx.array  # (experts + 1,) int32: the pairs of expert e are order[offsets[e] : offsets[e + 1]]
 
 
 def sort_pairs(expert_ids: mx.array, num_experts: int) -> SortedPairs:
     """Return the pairs sorted by expert. Pairs of the same expert are in the order of their tokens."""
-    flat = expert_ids.flatten()
+    flat_ids = expert_ids.flatten()
     bounds = mx.arange(num_experts + 1, dtype=mx.uint32)
-    return SortedPairs(
-        order=mx.argsort(flat),
-        offsets=(flat[None, :] < bounds[:, None]).astype(mx.int32).sum(axis=1),
-    )
+    num_pairs_below = (flat_ids[None, :] < bounds[:, None]).astype(mx.int32).sum(axis=1)
+    return SortedPairs(order=mx.argsort(flat_ids), offsets=num_pairs_below)
 
 
 def max_tiles(num_pairs: int, num_experts: int) -> int:
-    """Return an upper bound of the tiles needed, for any distribution of the pairs over the experts."""
+    """Return an upper bound of the number of tiles for any distribution of the pairs over the experts."""
     return num_pairs // TILE + min(num_pairs, num_experts)
 
 
 def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
-    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (pairs, intermediate), in sorted order."""
+    """Return the dispatch of silu(gate) * up: x (tokens, hidden) -> (pairs, intermediate), in the order of pairs."""
     check_gate_up(x, expert_ids, stack)
     _check_pairs(pairs, expert_ids, stack)
     outputs = stack.intermediate_size
@@ -47,13 +45,7 @@ def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: Expert
             "prefill_tile.metal",
         ),
         (x, stack.gate_packed, stack.gate_scale, stack.up_packed, stack.up_scale, *pairs),
-        (
-            ("T", x.dtype),
-            ("K", x.shape[1]),
-            ("N", outputs),
-            ("E", stack.num_experts),
-            ("TOPK", expert_ids.shape[1]),
-        ),
+        (("T", x.dtype), ("K", x.shape[1]), ("N", outputs), ("E", stack.num_experts), ("TOPK", expert_ids.shape[1])),
         grid=(outputs // TILE * THREADS, max_tiles(expert_ids.size, stack.num_experts), 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=((expert_ids.size, outputs),),
@@ -64,7 +56,7 @@ def gate_up(x: mx.array, expert_ids: mx.array, pairs: SortedPairs, stack: Expert
 def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: ExpertStack) -> Dispatch:
     """Return the dispatch of each pair's weighted output.
 
-    hidden (pairs, intermediate), in sorted order -> (tokens, top_k, hidden) float32, in the order of the tokens.
+    hidden (pairs, intermediate), in the order of ``pairs`` -> (tokens, top_k, hidden) float32.
     The outputs are float32, because eight roundings to bfloat16 before the sum would be the layer's largest error.
     """
     tokens, top_k = expert_weights.shape
@@ -88,9 +80,9 @@ def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: 
 
 
 def combine(parts: mx.array, dtype: mx.Dtype) -> Dispatch:
-    """Return the dispatch that sums each token's parts in the order of slots.
+    """Return the dispatch that sums the outputs of `down` for each token.
 
-    parts (tokens, top_k, hidden) float32 -> (tokens, hidden) ``dtype``.
+    parts (tokens, top_k, hidden) float32, summed in the order of slots -> (tokens, hidden) ``dtype``.
     """
     tokens, top_k, outputs = parts.shape
     assert outputs % TILE == 0, f"{outputs} outputs"

@@ -1,7 +1,7 @@
-"""Routing and routed experts in plain MLX: the reference for every kernel, and the fallback where none is usable.
+"""Routing and routed experts in plain MLX: the reference for every kernel, and the computation where none is used.
 
-All functions are lazy. In float32 on a CPU a token's output is bit-identical regardless of the other tokens in the
-call: each output element is one dot product, which MLX computes in the same order for one row as for many.
+All functions are lazy. In float32 on a CPU a token's output has the same bits with any other tokens in the call: each
+output element is one dot product, which MLX computes in the same order for one row as for many.
 """
 
 from typing import NamedTuple
@@ -11,20 +11,18 @@ import mlx.core as mx
 from mlx_k2.kernels.stack import BITS, GROUP_SIZE, ZERO_POINT, AffineStack, ExpertStack
 
 SORT_FROM_PAIRS = 64
-"""Fewest (token, expert) pairs that are sorted by expert. Sorted, a GPU reads an expert's weights only once."""
+"""Fewest (token, expert) pairs that are sorted by expert. If they are sorted, a GPU reads an expert's weights once."""
 
-
-FEW_OF_STACK = 8
-"""Fewest experts in the stack per (token, expert) pair for which the pairs' experts are copied out of the stack.
-
-Biases are then computed for the copies only, and otherwise for the whole stack.
-"""
+COPY_FROM_EXPERTS_PER_PAIR = 8
+"""Smallest ratio of experts in the stack to (token, expert) pairs at which the pairs' experts are copied out of the
+stack, so that biases are computed for the copies and not for the whole stack."""
 
 
 class RouterRule(NamedTuple):
-    """The parameters of the choice of experts: the best ``top_k`` experts of the best ``top_groups`` groups.
+    """The parameters of a router, which chooses the best ``top_k`` experts in the best ``top_groups`` groups.
 
-    ``normalize``: divide the weights of several experts by their sum. They are then multiplied with ``scaling_factor``.
+    With ``normalize`` the weights of several experts are divided by their sum. Then all weights are multiplied by
+    ``scaling_factor``.
     """
 
     top_k: int
@@ -48,7 +46,7 @@ def route(
 
 
 def select_experts(logits: mx.array, correction_bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
-    """Compute the second half of `route`: logits (tokens, experts) float32 -> ids and weights, both (tokens, top_k)."""
+    """Choose experts by their logits, as `route` does: logits (tokens, experts) -> ids, weights (tokens, top_k)."""
     scores = mx.sigmoid(logits)
     biased = scores + correction_bias
     if rule.top_groups < rule.num_groups:
@@ -63,7 +61,7 @@ def select_experts(logits: mx.array, correction_bias: mx.array, rule: RouterRule
 
 
 def _keep_best_groups(biased: mx.array, num_groups: int, top_groups: int) -> mx.array:
-    """Set the scores of all but the best groups to 0, as the published model does (not to minus infinity)."""
+    """Set the scores of all but the best groups to 0 (not to minus infinity), as the published model does."""
     grouped = biased.reshape(biased.shape[0], num_groups, -1)
     group_scores = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)  # (tokens, groups, 1)
     dropped = mx.argsort(group_scores, axis=1)[:, : num_groups - top_groups]
@@ -100,7 +98,7 @@ def _swiglu_experts(
     """Return the SwiGLU of inputs (..., 1, hidden) with the experts expert_ids (...): (..., 1, hidden)."""
 
     def project(inputs: mx.array, packed: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
-        if bias is None and expert_ids.size * FEW_OF_STACK <= packed.shape[0]:
+        if bias is None and packed.shape[0] >= COPY_FROM_EXPERTS_PER_PAIR * expert_ids.size:
             scale = scale[expert_ids].astype(inputs.dtype)
             return mx.quantized_matmul(
                 inputs, packed[expert_ids], scale, scale * -ZERO_POINT, group_size=GROUP_SIZE, bits=BITS
@@ -117,7 +115,7 @@ def _swiglu_experts(
             sorted_indices=sorted_indices,
         )
 
-    # MLX's affine product requires biases; those that the stack does not hold are computed and freed in this call
+    # MLX's affine product requires biases; an ExpertStack has none, so they are computed and freed in this call
     experts, gate_bias, up_bias, down_bias = stack if isinstance(stack, AffineStack) else (stack, None, None, None)
     gate = project(inputs, experts.gate_packed, experts.gate_scale, gate_bias)
     up = project(inputs, experts.up_packed, experts.up_scale, up_bias)

@@ -1,18 +1,19 @@
-"""Result types of `python -m mlx_k2.stage.measure_kernels`, sent to the command that displays them."""
+"""Results of `python -m mlx_k2.stage.measure_kernels`, which sends them as JSON to the command `mlx-k2 kernels`."""
 
 import msgspec
 
 
 class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One kernel. GB/s count the weights that ``tokens`` tokens need; None if it did not run or is not timed."""
+    """One kernel's check, and its speed in GB/s of the weights that ``tokens`` tokens need; None: it was not timed."""
 
     kernel: str
     usable: bool
     ran: bool
     """False if the device refused the kernel: it did not compile or did not start."""
     error: float | None
-    """Largest error divided by the largest output, against plain MLX in float32. JSON has null for an infinite one."""
+    """Largest error divided by the largest output, against plain MLX in float32. JSON has null for infinity."""
     reason: str
+    """Why the kernel is not used; empty if it is."""
     tokens: int | None = None
     gb_per_s: float | None = None
     plain_mlx_gb_per_s: float | None = None
@@ -26,16 +27,16 @@ class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     chip: str | None
     read_gb_per_s: float | None = None
-    """Read speed of the same weights when nothing is computed; None if not measured."""
+    """Speed of reading the packed weights with almost no computation; None: not measured."""
     plain_mlx_gb_per_s: float | None = None
-    """Speed of the reference for one token; None if not measured."""
+    """Speed of the reference for one token; None: not measured."""
     kernels: tuple[KernelLine, ...] = ()
     sizes: dict[str, int] = {}
-    """The best measured sizes of the kernels; empty if they could not be measured."""
+    """The best sizes of the kernels, by field of `Tuning`; empty: not measured."""
 
 
 class IdleTime(msgspec.Struct, frozen=True):
-    """Time to read ``held_bytes`` of GPU memory right after the last read, and after seconds without GPU work."""
+    """Time to read ``held_bytes`` of GPU memory right after the last read, and after 5 s without GPU work."""
 
     held_bytes: int
     warm_seconds: float
@@ -43,7 +44,7 @@ class IdleTime(msgspec.Struct, frozen=True):
 
 
 class AttentionTime(msgspec.Struct, frozen=True):
-    """Time of a layer's attention for a chunk of an 8k prompt: MLX's fused kernel in small blocks, and unfused."""
+    """Time of one layer's attention for a chunk of an 8k prompt, by MLX's fused kernel and unfused."""
 
     fused_seconds: float
     unfused_seconds: float

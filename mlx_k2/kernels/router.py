@@ -1,4 +1,4 @@
-"""Dispatches of the router: float32 logits of a few tokens, and the choice of experts. Runs no kernel itself."""
+"""Dispatches of the router: float32 logits of a few tokens, and the choice of experts. Runs no kernel."""
 
 import mlx.core as mx
 

@@ -1,6 +1,6 @@
 """Check of each kernel against the reference on this machine. Knows no files and no model.
 
-The kernels were written without a Mac. A kernel is used only after it has agreed with plain MLX on the same machine.
+The kernels were written without a Mac. So a machine uses a kernel only after the kernel agreed with plain MLX there.
 """
 
 from typing import NamedTuple
@@ -17,24 +17,22 @@ from mlx_k2.kernels.variants import Experts, Perform
 
 DECODE, BATCH, PREFILL, ROUTER = "decode", "batch", "prefill", "router"
 
-TOKENS = {DECODE: (1,), BATCH: (2, 4, 8, 16), PREFILL: (40,), ROUTER: (1, 2, 4, 8, 16, 17)}
+CHECKED_TOKENS = {DECODE: (1,), BATCH: (2, 4, 8, 16), PREFILL: (40,), ROUTER: (1, 2, 4, 8, 16, 17)}
 """Numbers of tokens to check: one for each pipeline that a step uses. 40 pairs of one expert fill more than a tile."""
-_DISTINCT_CODES = 17
-"""Number of experts with different codes. All have different scales; random codes for 384 would take minutes."""
-_PASSING_FAULTS = (
+_NUM_CODES = 17
+"""Number of experts with different codes, which others repeat: random codes for 384 experts would take minutes."""
+_TEMPORARY_FAULTS = (
     "Command buffer execution failed",
     "Insufficient Memory",
     "Unable to allocate",
     "bad_alloc",
     "SubmissionsIgnored",
 )
-"""Parts of errors that come from the machine's state, not from the kernel: its memory is full, or its GPU is busy."""
+"""Texts in errors that the machine's state causes, not the kernel: its memory is full, or its GPU is busy."""
 
 TOLERANCE = {mx.bfloat16: 1e-2, mx.float32: 1e-5}
-"""Largest allowed error divided by the largest output.
-
-It is twice that of one kernel, because both halves of a layer round to the activations' dtype.
-"""
+"""Largest allowed error divided by the largest output: twice that of one kernel, because both kernels of a layer round
+to the activations' dtype."""
 
 
 class LayerShape(NamedTuple):
@@ -54,25 +52,25 @@ class KernelCheck(NamedTuple):
     usable: bool
     error: float | None  # largest error divided by the largest output; None if the kernel did not run
     reason: str  # why it is not usable; empty if it is
-    passing: bool = False  # it failed because of the machine's state: check it again at the next start
-    slower: tuple[str, ...] = ()  # ranges of tokens in which plain MLX is faster
+    is_temporary: bool = False  # the machine's state caused the failure: check the kernel again at the next start
+    slower: tuple[str, ...] = ()  # token ranges in which plain MLX is faster
 
     @property
     def warning(self) -> str:
         """One line for the user about a kernel that is not usable."""
-        again = "the next start checks it again" if self.passing else "`mlx-k2 kernels` there checks it again"
+        again = "the next start checks it again" if self.is_temporary else "`mlx-k2 kernels` there checks it again"
         return f"the {self.kernel} kernel is not used here ({self.reason}); plain MLX runs instead; {again}"
 
 
 def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> KernelCheck:
     """Run one kernel (DECODE, BATCH, PREFILL or ROUTER) and compare it with the reference in float32.
 
-    Every pipeline of it that a step uses is run, until one is wrong.
+    Run each pipeline of the kernel that a step uses, until one is wrong. ``perform`` executes a dispatch.
     """
-    tolerance, largest = TOLERANCE[shape.dtype], 0.0
+    tolerance, largest_error = TOLERANCE[shape.dtype], 0.0
     try:
         stack = None if name == ROUTER else random_stack(shape, shape.num_experts)
-        for tokens in TOKENS[name]:
+        for tokens in CHECKED_TOKENS[name]:
             if stack is None:
                 error = _router_error(shape, tokens, perform)
             else:
@@ -80,15 +78,15 @@ def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform 
             if not error <= tolerance:
                 reason = f"off by {error:.1e} of the largest output for {tokens} tokens, more than {tolerance:.0e}"
                 return KernelCheck(name, False, error, reason)
-            largest = max(largest, error)
+            largest_error = max(largest_error, error)
     except Exception as failure:  # noqa: BLE001  any error of MLX or of a compiler makes the kernel unusable
         reason = str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__
-        passing = isinstance(failure, MemoryError) or any(fault in str(failure) for fault in _PASSING_FAULTS)
-        return KernelCheck(name, False, None, reason, passing=passing)
-    return KernelCheck(name, True, largest, "")
+        is_temporary = isinstance(failure, MemoryError) or any(fault in str(failure) for fault in _TEMPORARY_FAULTS)
+        return KernelCheck(name, False, None, reason, is_temporary=is_temporary)
+    return KernelCheck(name, True, largest_error, "")
 
 
-_EXPERTS: dict[str, Experts] = {
+_COMPUTATIONS: dict[str, Experts] = {
     DECODE: variants.decode_experts,
     BATCH: variants.batch_experts,
     PREFILL: variants.prefill_experts,
@@ -98,14 +96,13 @@ _EXPERTS: dict[str, Experts] = {
 def _experts_error(
     name: str, shape: LayerShape, tokens: int, stack: ExpertStack, tuning: Tuning, perform: Perform
 ) -> float:
-    compute = _EXPERTS[name]
     key = mx.random.key(1)
     x = mx.random.normal((tokens, shape.hidden_size), key=key).astype(shape.dtype)
     ids = random_expert_ids(tokens, shape.num_experts - 1, shape.top_k)
     ids[:, -1] = shape.num_experts - 1  # all tokens choose the last expert, which a search finds last
     weights = mx.random.uniform(0.1, 1.0, (tokens, shape.top_k), key=key)
-    got = compute(x, ids, weights, stack, tuning, perform)
-    return _relative_error(got, reference.routed_experts(x.astype(mx.float32), ids, weights, in_float32(stack)))
+    actual = _COMPUTATIONS[name](x, ids, weights, stack, tuning, perform)
+    return _relative_error(actual, reference.routed_experts(x.astype(mx.float32), ids, weights, in_float32(stack)))
 
 
 def _router_error(shape: LayerShape, tokens: int, perform: Perform) -> float:
@@ -118,23 +115,25 @@ def _router_error(shape: LayerShape, tokens: int, perform: Perform) -> float:
     ids, weights = variants.route(hidden, weight, bias, rule, perform)
     scores = mx.sigmoid(hidden.astype(mx.float32) @ weight.astype(mx.float32).T)
     biased = scores + bias
-    # nearly equal scores may be chosen in either order, so compare scores, not ids: the chosen scores are the best,
-    best = mx.sort(biased, axis=-1)[:, -shape.top_k :]
-    chosen = mx.sort(mx.take_along_axis(biased, ids, axis=-1), axis=-1)
-    # and each weight is computed from the score of its own expert
-    own = mx.take_along_axis(scores, ids, axis=-1)
-    own = own / own.sum(axis=-1, keepdims=True) * rule.scaling_factor
-    return max(_relative_error(chosen, best), _relative_error(weights, own))
+    # Experts of nearly equal scores may come in either order. So compare the chosen scores with the best ones, not ids.
+    best_scores = mx.sort(biased, axis=-1)[:, -shape.top_k :]
+    chosen_scores = mx.sort(mx.take_along_axis(biased, ids, axis=-1), axis=-1)
+    unscaled_weights = mx.take_along_axis(scores, ids, axis=-1)
+    expected_weights = unscaled_weights / unscaled_weights.sum(axis=-1, keepdims=True) * rule.scaling_factor
+    return max(_relative_error(chosen_scores, best_scores), _relative_error(weights, expected_weights))
 
 
 def random_stack(shape: LayerShape, num_experts: int) -> ExpertStack:
-    """Return experts of random codes and scales, whose outputs have about the magnitude of their inputs."""
+    """Return experts with random codes and scales, whose outputs have about the magnitude of their inputs."""
 
     def projection(seed: int, outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
         key = mx.random.key(seed)
-        words = (min(num_experts, _DISTINCT_CODES), outputs, inputs // CODES_PER_WORD)
-        low, high = (mx.random.randint(0, 1 << 16, words, mx.uint32, key=k) for k in mx.random.split(key))
-        packed = ((high << 16) | low)[mx.arange(num_experts) % words[0]]
+        num_distinct = min(num_experts, _NUM_CODES)
+        shape_of_words = (num_distinct, outputs, inputs // CODES_PER_WORD)
+        low_key, high_key = mx.random.split(key)
+        low = mx.random.randint(0, 1 << 16, shape_of_words, mx.uint32, key=low_key)
+        high = mx.random.randint(0, 1 << 16, shape_of_words, mx.uint32, key=high_key)
+        packed = ((high << 16) | low)[mx.arange(num_experts) % num_distinct]
         scale = mx.random.uniform(0.1, 0.4, (num_experts, outputs, inputs // GROUP_SIZE), key=key) * inputs**-0.5
         return packed, scale.astype(shape.dtype)
 
@@ -158,8 +157,9 @@ def in_float32(stack: ExpertStack) -> ExpertStack:
     )
 
 
-def _relative_error(got: mx.array, expected: mx.array) -> float:
-    values, truth = np.array(got.astype(mx.float32)), np.array(expected)
-    if not np.isfinite(values).all():
+def _relative_error(actual: mx.array, expected: mx.array) -> float:
+    """Return the largest difference divided by the largest expected value; infinity if a value is not finite."""
+    actual_values, expected_values = np.array(actual.astype(mx.float32)), np.array(expected)
+    if not np.isfinite(actual_values).all():
         return float("inf")
-    return float(np.abs(values - truth).max() / np.abs(truth).max())
+    return float(np.abs(actual_values - expected_values).max() / np.abs(expected_values).max())

@@ -1,4 +1,4 @@
-"""The weights of one layer's routed experts, in the checkpoint's format. Knows no multiplication."""
+"""The weights of one layer's routed experts, in the checkpoint's format. Computes no products."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class ExpertStack(NamedTuple):
 
 
 class AffineStack(NamedTuple):
-    """The same experts with the biases that MLX's affine product requires, for dtypes that no kernel computes in.
+    """One layer's routed experts with the biases that MLX's affine product requires, for models that use no kernel.
 
     Scales are in the activations' dtype. Each bias is -ZERO_POINT times its scale.
     """
@@ -49,7 +49,7 @@ class AffineStack(NamedTuple):
 
 
 def make_affine(stack: ExpertStack, dtype: mx.Dtype) -> AffineStack:
-    """Return the experts for activations of ``dtype``. The converted scales are exact if it is float32."""
+    """Return the experts with scales and biases for activations of ``dtype``. Conversion to float32 is exact."""
     gate, up, down = (scale.astype(dtype) for scale in (stack.gate_scale, stack.up_scale, stack.down_scale))
     biases = (scale * -ZERO_POINT for scale in (gate, up, down))
     return AffineStack(stack._replace(gate_scale=gate, up_scale=up, down_scale=down), *biases)

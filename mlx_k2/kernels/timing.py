@@ -1,4 +1,4 @@
-"""Measurement of the kernels' speed and best sizes on this machine, for `mlx-k2 kernels`. Uses no published figure."""
+"""Measurement of the kernels' speed and best sizes on this machine, for `mlx-k2 kernels`."""
 
 import mlx.core as mx
 import msgspec
@@ -25,7 +25,7 @@ CANDIDATES = (  # sizes to try one at a time, each against the best sizes so far
 
 
 def untimed_line(check: KernelCheck) -> KernelLine:
-    """Return the line of a kernel's check without speeds."""
+    """Return the report's line about a kernel, without speeds."""
     return KernelLine(
         kernel=check.kernel,
         usable=check.usable,
@@ -36,21 +36,22 @@ def untimed_line(check: KernelCheck) -> KernelLine:
 
 
 def kernel_lines(shape: LayerShape, stack: ExpertStack, tuning: Tuning) -> list[KernelLine]:
-    """Return each kernel of routed experts in each range of tokens, with the speed of plain MLX for comparison."""
+    """Return a line for each kernel of routed experts in each of its token ranges, with its speed and plain MLX's."""
     lines = []
     for check in experts.checks(shape, check_cache.DEFAULT_DIRECTORY).checks:
         for token_range in experts.TOKEN_RANGES[check.kernel]:
             tokens = experts.TIMED_TOKENS[token_range]
-            kernel = time_layer(experts.layer_of(tokens, tuning), stack, tokens, shape.top_k) if check.usable else None
-            plain = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
+            layer = experts.layer_of(tokens, tuning)
+            timing = time_layer(layer, stack, tokens, shape.top_k) if check.usable else None
+            plain_timing = time_layer(reference.routed_experts, stack, tokens, shape.top_k)
             is_slower = token_range in check.slower
             line = msgspec.structs.replace(
                 untimed_line(check),
                 usable=check.usable and not is_slower,
-                reason=check.reason or ("plain MLX is faster" if is_slower else ""),
+                reason="plain MLX is faster" if is_slower else check.reason,
                 tokens=tokens,
-                gb_per_s=kernel.gigabytes_per_second if kernel else None,
-                plain_mlx_gb_per_s=plain.gigabytes_per_second,
+                gb_per_s=timing.gigabytes_per_second if timing else None,
+                plain_mlx_gb_per_s=plain_timing.gigabytes_per_second,
             )
             lines.append(line)
     return lines
@@ -67,13 +68,15 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
             for tokens in (experts.TIMED_TOKENS[DECODE], experts.TIMED_TOKENS[BATCH])
         )
 
-    best, best_seconds = start, seconds(start)
+    best, best_s = start, seconds(start)
     for field, size in CANDIDATES:
         candidate = best._replace(**{field: size})
         # each size compiles to a different kernel, which must agree with the reference
-        agrees = all(check_kernel(name, shape, candidate).usable for name in (DECODE, BATCH))
-        if agrees and (candidate_seconds := seconds(candidate)) < best_seconds:
-            best, best_seconds = candidate, candidate_seconds
+        if not all(check_kernel(name, shape, candidate).usable for name in (DECODE, BATCH)):
+            continue
+        candidate_s = seconds(candidate)
+        if candidate_s < best_s:
+            best, best_s = candidate, candidate_s
     path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, shape, experts.chip())
     cached = experts.checks(shape, check_cache.DEFAULT_DIRECTORY)
     check_cache.store(path, msgspec.structs.replace(cached, tuning=best))
@@ -81,7 +84,7 @@ def best_tuning(shape: LayerShape, start: Tuning) -> Tuning:
 
 
 def plain_read_gigabytes_per_second(stack: ExpertStack) -> float:
-    """Return the speed at which this device reads the packed weights, with only a maximum computed from them."""
+    """Return the speed at which this device reads the packed weights, with only their maximum computed."""
     arrays = (stack.gate_packed, stack.up_packed, stack.down_packed)
     seconds = best_seconds(lambda: mx.eval([mx.max(array) for array in arrays]))
     return sum(array.nbytes for array in arrays) / seconds / 1e9

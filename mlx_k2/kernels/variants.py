@@ -1,6 +1,6 @@
-"""Routing and routed experts composed of kernel dispatches, one function for each kernel. Chooses no kernel itself.
+"""Routing and routed experts as sequences of kernel dispatches, one function for each kernel. Chooses no kernel.
 
-Each function takes `perform`, which executes a dispatch: `dispatch.run` in the program, a CPU executor in the tests.
+The argument `perform` executes a dispatch: `dispatch.run` in the program, a CPU executor in the tests.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from mlx_k2.kernels.tuning import Tuning
 
 Perform = Callable[[Dispatch], list[mx.array]]
 Experts = Callable[[mx.array, mx.array, mx.array, ExpertStack, Tuning, Perform], mx.array]
+"""One of the functions for routed experts in this module."""
 
 
 def decode_experts(
@@ -27,7 +28,7 @@ def decode_experts(
 ) -> mx.array:
     """Run the experts of one token in two dispatches.
 
-    The result is also correct for more tokens, but an expert is then read once for each of its tokens.
+    More tokens are possible, but then an expert's weights are read once for each of its tokens.
     """
     (hidden,) = perform(
         decode.gate_up(
@@ -47,7 +48,7 @@ def batch_experts(
     perform: Perform = run,
 ) -> mx.array:
     """Run the experts of up to `decode.MAX_TOKENS` tokens in two dispatches. Read each chosen expert once."""
-    # twice the tokens with half the rows need as many registers
+    # for twice the tokens half the rows, which need as many registers
     rows = tuning.batch_rows if x.shape[0] <= decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
     gate_up = decode.gate_up(
         x, expert_ids, stack, rows_per_simdgroup=rows, simdgroups=tuning.gate_up_simdgroups, is_batch=True
@@ -73,7 +74,7 @@ def prefill_experts(
     tuning: Tuning,  # noqa: ARG001  the tile is fixed; every variant has the same arguments
     perform: Perform = run,
 ) -> mx.array:
-    """Run the experts of any number of tokens: sort the pairs by expert, then three dispatches; the last one sums."""
+    """Run the experts of any number of tokens: sort the pairs by expert, then run three dispatches."""
     pairs = prefill.sort_pairs(expert_ids, stack.num_experts)
     (hidden,) = perform(prefill.gate_up(x, expert_ids, pairs, stack))
     (parts,) = perform(prefill.down(hidden, expert_weights, pairs, stack))

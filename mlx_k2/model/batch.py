@@ -1,4 +1,4 @@
-"""The tokens of one step, as the layers process them. Knows no requests and no token ids."""
+"""The positions of one step, as the layers process them. Knows no requests and no token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import mlx.core as mx
 class Span:
     """Consecutive positions of one sequence: ``count`` positions starting at ``position``, cached in ``slot``.
 
-    Prompt positions use naive attention, generated ones absorbed attention (model/attention.py). The form depends on
-    the sequence only, never on the other tokens of the step.
+    Prompt positions use naive attention, generated ones absorbed attention (attention.py). So the other sequences of a
+    step have no influence on the form.
     """
 
     slot: int
@@ -27,12 +27,12 @@ class Span:
 
 
 class Batch:
-    """Spans in order, those of generated tokens first. A slot has at most one span."""
+    """The spans of one step, those of generated tokens first. A slot has at most one span."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         assert spans, "a step without tokens"
-        kinds = [span.is_prompt for span in spans]
-        assert kinds == sorted(kinds), "generated tokens come before prompt tokens"
+        are_prompts = [span.is_prompt for span in spans]
+        assert are_prompts == sorted(are_prompts), "generated tokens come before prompt tokens"
         assert len({span.slot for span in spans}) == len(spans), "two spans in one slot"
         self.spans = tuple(spans)
         self.num_tokens = sum(span.count for span in spans)

@@ -1,7 +1,7 @@
-"""One decoder layer over a batch: attention, then a dense SwiGLU block or routed experts plus a shared expert.
+"""The computation of a decoder layer: attention, then a dense SwiGLU block or routed experts plus a shared expert.
 
-The parts before and after attention are compiled for small batches. The part between them, writing the cache and
-attending to it, is not compiled: it depends on the length of each sequence.
+The parts before and after attention are compiled for small batches. Attention itself is not compiled, because its
+graph depends on the length of each sequence.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from mlx_k2.model.rope import make_rope
 FeedForward = Callable[[mx.array, DenseWeights | MoeWeights], mx.array]
 
 COMPILED_TOKENS = 16
-"""Most tokens in a batch that runs compiled. MLX compiles each batch size once and keeps the result. Only for small
-batches does building the graph take longer than running it."""
+"""Largest batch that runs compiled. MLX compiles each batch size once and keeps the result. Compiling helps small
+batches only: for them, building the graph takes longer than running it."""
 
 
 class DecoderLayer:
@@ -37,14 +37,14 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, attention_limits: AttentionLimits = ON_CPU) -> None:
         self._eps = config.rms_norm_eps
-        self._latent_dim = config.kv_lora_rank
+        self._kv_lora_rank = config.kv_lora_rank
         self._attention_limits = attention_limits
         self._project = make_projections(config, make_rope(config))
         self._feed_forward = make_feed_forward(config)
         self._compiled_before, self._compiled_after = mx.compile(self._before), mx.compile(self._after)
 
     def run(self, hidden: mx.array, index: int, weights: LayerWeights, batch: Batch, cache: LatentCache) -> mx.array:
-        """Return the layer's output for ``hidden``, both (tokens, hidden). Write layer ``index`` of the cache."""
+        """Return the layer's output for ``hidden``, both (tokens, hidden). Write to layer ``index`` of the cache."""
         is_small = batch.num_tokens <= COMPILED_TOKENS
         before, after = (self._compiled_before, self._compiled_after) if is_small else (self._before, self._after)
         projections = before(hidden, batch.positions, batch.num_generated, weights.input_norm, weights.attention)
@@ -74,19 +74,21 @@ class DecoderLayer:
             end = start + span.count
             keys = cache.write(index, span, projections.cache_rows[start:end])
             if span.is_prompt:
-                assert projections.naive_queries is not None
+                assert projections.naive_queries is not None, "the batch has prompt tokens"
                 queries = projections.naive_queries[:, start - batch.num_generated : end - batch.num_generated]
                 naive.append(attend_naive(queries, keys, span.position, weights, self._attention_limits))
             else:
-                assert projections.absorbed_queries is not None
+                assert projections.absorbed_queries is not None, "the batch has generated tokens"
                 queries = projections.absorbed_queries[:, start:end]
-                absorbed.append(attend_absorbed(queries, keys, span.position, self._latent_dim, self._attention_limits))
+                absorbed.append(
+                    attend_absorbed(queries, keys, span.position, self._kv_lora_rank, self._attention_limits)
+                )
             start = end
         return _join_spans(absorbed), _join_spans(naive)
 
 
 def make_feed_forward(config: ModelConfig) -> FeedForward:
-    """Return the function (hidden (tokens, hidden), weights) -> (tokens, hidden) for both kinds of layer."""
+    """Return the function (hidden (tokens, hidden), weights) -> (tokens, hidden) of dense layers and of experts."""
     rule = RouterRule(
         config.num_experts_per_tok,
         config.norm_topk_prob,
@@ -111,21 +113,21 @@ def swiglu(hidden: mx.array, weights: DenseWeights) -> mx.array:
     return multiply(gate * mx.sigmoid(gate) * multiply(hidden, weights.up), weights.down)
 
 
-def _join_spans(parts: list[mx.array]) -> mx.array | None:
-    """Join the parts (heads, count, width) of all spans: (heads, tokens, width), or None without parts."""
-    if len(parts) > 1:
-        return mx.concatenate(parts, axis=1)
-    return parts[0] if parts else None
+def _join_spans(span_outputs: list[mx.array]) -> mx.array | None:
+    """Return the outputs (heads, count, width) of all spans in one array (heads, tokens, width); None without spans."""
+    if len(span_outputs) > 1:
+        return mx.concatenate(span_outputs, axis=1)
+    return span_outputs[0] if span_outputs else None
 
 
 def join_heads(latents: mx.array | None, values: mx.array | None, weights: AttentionWeights) -> mx.array:
-    """Return the values (tokens, heads * v_head) of all tokens.
+    """Return attention's output (tokens, heads * v_head) for all tokens, the generated ones first.
 
-    First come those of the generated tokens, computed from ``latents``, then those of the prompt tokens, ``values``.
+    ``latents`` is the output of absorbed attention, ``values`` that of naive attention (`DecoderLayer._attend`).
     """
-    parts = [] if latents is None else [multiply(latents, weights.value_up)]
+    head_outputs = [] if latents is None else [multiply(latents, weights.value_up)]
     if values is not None:
-        parts.append(values)
-    joined = _join_spans(parts)
+        head_outputs.append(values)
+    joined = _join_spans(head_outputs)
     assert joined is not None, "a step without tokens"
     return joined.swapaxes(0, 1).flatten(1)

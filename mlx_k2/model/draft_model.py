@@ -1,11 +1,10 @@
 """A draft head (EAGLE-3) over its cache: one decoder layer that reads a token and the features of the position before.
 
-The features of a position are ``fc`` of the outputs of some of the target's layers there. Row p of the head's cache
-belongs to the token at position p and the features of position p - 1. The head counts positions from there, as it was
-trained: its position is p - 1. Nothing reads row 0.
+The features of a position are the product of ``fc`` with the outputs of some of the target's layers there. Row p of the
+head's cache is computed from the token at position p and the features of position p - 1. As in training, the head
+rotates this row by p - 1, not p. Row 0, without features before it, is never read.
 
-A row of the cache follows from token and features alone, without attention. Tokens that nothing is drafted after
-therefore only write their rows.
+A cache row needs no attention. So for a token after which nothing is drafted only the row is written.
 """
 
 from typing import NamedTuple
@@ -36,15 +35,18 @@ class DraftWeights(NamedTuple):
     target_ids: mx.array | None  # (drafted ids,) int32: the target's token ids; None: all of them, in order
 
 
-class Output(NamedTuple):
-    """The head's output for one token. ``features`` are those of its position, for the token after it."""
+class DraftOutput(NamedTuple):
+    """The head's output for one token."""
 
-    normed: mx.array  # (1, hidden)
-    features: mx.array  # (1, hidden)
+    normed: mx.array  # (1, hidden), for the logits
+    features: mx.array  # (1, hidden), in place of the target's features of this position for the next draft token
 
 
 class DraftModel:
-    """A draft head and the cache of all slots. ``config`` is that of its decoder layer."""
+    """A draft head and its cache of all slots. ``config`` is that of its decoder layer.
+
+    With ``norms_output`` the features that the head computes are normed.
+    """
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class DraftModel:
     ) -> None:
         self._vocab_size = config.vocab_size
         self._eps = config.rms_norm_eps
-        self._latent_dim = config.kv_lora_rank
+        self._kv_lora_rank = config.kv_lora_rank
         self._weights = weights
         self._norms_output = norms_output
         self._attention_limits = attention_limits
@@ -66,33 +68,33 @@ class DraftModel:
         self.cache = cache
 
     def write_rows(self, token_ids: mx.array, features: mx.array, batch: Batch) -> None:
-        """Write the cache rows of a batch's tokens (tokens,), each with the features (tokens, hidden) before it."""
-        projections = self._before(token_ids, features, batch.positions, self._weights)  # lazy: no query is computed
+        """Write the cache rows of a batch's tokens (tokens,). ``features`` (tokens, hidden) are those before each."""
+        projections = self._before(token_ids, features, batch.positions, self._weights)  # lazy: no query is evaluated
         start = 0
         for span in batch.spans:
             self.cache.write(0, span, projections.cache_rows[start : start + span.count])
             start += span.count
 
-    def run(self, token_id: int, features: mx.array, slot: int, position: int) -> Output:
-        """Run the head for a token at ``position`` (at least 1) with the features (1, hidden) before it."""
+    def run(self, token_id: int, features: mx.array, slot: int, position: int) -> DraftOutput:
+        """Run the head for a token at ``position`` (at least 1). ``features`` (1, hidden) are those before it."""
         positions = mx.array([position], mx.int32)
         projections = self._compiled_before(mx.array([token_id]), features, positions, self._weights)
-        assert projections.absorbed_queries is not None, "one token, computed absorbed"
+        assert projections.absorbed_queries is not None, "the token counts as generated"
         keys = self.cache.write(0, Span(slot, position, 1, is_prompt=False), projections.cache_rows)[1:]
         latents = attend_absorbed(
-            projections.absorbed_queries, keys, position - 1, self._latent_dim, self._attention_limits
+            projections.absorbed_queries, keys, position - 1, self._kv_lora_rank, self._attention_limits
         )
-        return Output(*self._compiled_after(features, latents, self._weights))
+        return DraftOutput(*self._compiled_after(features, latents, self._weights))
 
-    def logits(self, output: Output) -> mx.array:
-        """Return logits (1, vocabulary) float32 of the next token; minus infinity for tokens that are not drafted."""
-        logits = multiply(output.normed, self._weights.projection).astype(mx.float32)
+    def logits(self, output: DraftOutput) -> mx.array:
+        """Return logits (1, vocabulary) float32 of the next token; -inf for tokens that the head never drafts."""
+        drafted_logits = multiply(output.normed, self._weights.projection).astype(mx.float32)
         target_ids = self._weights.target_ids
         if target_ids is None:
-            return logits
-        every = mx.full((1, self._vocab_size), -mx.inf)
-        every[:, target_ids] = logits
-        return every
+            return drafted_logits
+        logits = mx.full((1, self._vocab_size), -mx.inf)
+        logits[:, target_ids] = drafted_logits
+        return logits
 
     def _before(
         self, token_ids: mx.array, features: mx.array, positions: mx.array, weights: DraftWeights

@@ -1,7 +1,8 @@
 """The latent cache: for each layer and slot, the rows that attention reads. Knows no sequences.
 
-A row is one position of one layer: the normed latent (kv_lora_rank) and the rotated key part (qk_rope), 576 values in
-K2, shared by all heads. Writing at an earlier position undoes rows: those at and after a step's end are never read.
+A row is one position of one layer: the normed latent (kv_lora_rank values) and the rotated part of the key (qk_rope
+values), together 576 in K2, shared by all heads. To undo positions, write at an earlier one: attention never reads rows
+at or after the end of the span that was written last.
 """
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.core as mx
 from mlx_k2.model.batch import Span
 
 SMALLEST_CAPACITY = 256
-"""Rows of a slot's first allocation. The allocation doubles as the sequence grows, up to the context size."""
+"""Rows of a slot's first array. Its capacity doubles as the sequence grows, up to the context length."""
 
 
 class LatentCache:
@@ -19,44 +20,44 @@ class LatentCache:
         self._context_tokens = context_tokens
         self._row_dim = row_dim
         self.dtype = dtype
-        self._cache_rows: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]
+        self._arrays: list[list[mx.array | None]] = [[None] * num_slots for _ in range(num_layers)]  # by layer, slot
 
     def write(self, layer: int, span: Span, cache_rows: mx.array) -> mx.array:
         """Write ``cache_rows`` (count, row_dim) at the span's position. Return the slot's rows, (span.end, row_dim)."""
-        cached = self._at_least(layer, span.slot, span.end)
-        cached[span.position : span.end] = cache_rows  # in place when evaluated, because nothing else references it
-        self._cache_rows[layer][span.slot] = cached
-        return cached[: span.end]
+        array = self._array_with(layer, span.slot, span.end)
+        array[span.position : span.end] = cache_rows  # in place when evaluated, because nothing else references it
+        self._arrays[layer][span.slot] = array
+        return array[: span.end]
 
-    def written(self, layer: int, span: Span) -> mx.array:
+    def rows(self, layer: int, span: Span) -> mx.array:
         """Return the rows of a span that was written before, (count, row_dim)."""
-        cached = self._cache_rows[layer][span.slot]
-        assert cached is not None, "the span was written"
-        return cached[span.position : span.end]
+        array = self._arrays[layer][span.slot]
+        assert array is not None, f"slot {span.slot} was never written"
+        return array[span.position : span.end]
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """Copy the first ``num_rows`` rows of slot ``source`` to slot ``target``, in every layer."""
-        for layer, slots in enumerate(self._cache_rows):
-            cache_rows = slots[source]
-            assert cache_rows is not None, f"slot {source} holds nothing to copy"
-            copied = self._at_least(layer, target, num_rows)
-            copied[:num_rows] = cache_rows[:num_rows]
-            slots[target] = copied
+        for layer, slot_arrays in enumerate(self._arrays):
+            source_array = slot_arrays[source]
+            assert source_array is not None, f"slot {source} was never written"
+            target_array = self._array_with(layer, target, num_rows)
+            target_array[:num_rows] = source_array[:num_rows]
+            slot_arrays[target] = target_array
 
     @property
     def arrays(self) -> list[mx.array]:
         """All allocated arrays after their last writes. Evaluating them completes all writes."""
-        return [cached for slots in self._cache_rows for cached in slots if cached is not None]
+        return [array for slot_arrays in self._arrays for array in slot_arrays if array is not None]
 
-    def _at_least(self, layer: int, slot: int, num_rows: int) -> mx.array:
-        """Return the slot's array, grown if it has fewer than ``num_rows`` rows. Do not store it."""
-        cached = self._cache_rows[layer][slot]
-        capacity = 0 if cached is None else cached.shape[0]
-        if cached is not None and capacity >= num_rows:
-            return cached
-        grown = max(SMALLEST_CAPACITY, 2 * capacity)
-        while grown < num_rows:
-            grown *= 2
-        grown = max(num_rows, min(grown, self._context_tokens))
-        added = mx.zeros((grown - capacity, self._row_dim), self.dtype)
-        return added if cached is None else mx.concatenate([cached, added])
+    def _array_with(self, layer: int, slot: int, num_rows: int) -> mx.array:
+        """Return the slot's array, or a longer copy of it if it has fewer than ``num_rows`` rows."""
+        array = self._arrays[layer][slot]
+        old_capacity = 0 if array is None else array.shape[0]
+        if array is not None and old_capacity >= num_rows:
+            return array
+        capacity = max(SMALLEST_CAPACITY, 2 * old_capacity)
+        while capacity < num_rows:
+            capacity *= 2
+        capacity = max(num_rows, min(capacity, self._context_tokens))
+        new_rows = mx.zeros((capacity - old_capacity, self._row_dim), self.dtype)
+        return new_rows if array is None else mx.concatenate([array, new_rows])

@@ -1,8 +1,8 @@
-"""The weights of one decoder layer in the form that it computes with, built from a checkpoint's tensors by name.
+"""The weights of one decoder layer as the layer computes with them, built from a checkpoint's tensors by name.
 
-Matrices are (in, out), to be multiplied from the right, and quantized if dense bits are given (linear.py). Their views
-are created once, because creating them again would cost time in each step. Only the router and the routed experts,
-which kernels read, stay (out, in) and are not quantized here.
+Matrices are (in, out), to be multiplied from the right, and quantized if dense bits are given (linear.py). Transposed
+views are created here once, not in each step. The router and the routed experts stay (out, in), as kernels read them,
+and are not quantized here.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from mlx_k2.model.linear import Matrix, make_matrix
 
 
 class LowRankQuery(NamedTuple):
-    """Weights of queries from two projections with a normed bottleneck between them."""
+    """Weights of the query projection: two matrices with a normed bottleneck between them."""
 
     down: Matrix  # (hidden, q_lora_rank)
     norm: mx.array  # (q_lora_rank,)
@@ -24,10 +24,10 @@ class LowRankQuery(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """Weights of multi-head latent attention. kv_b_proj is stored as its two halves, with one matrix per head."""
+    """Weights of multi-head latent attention. kv_b_proj is split into ``key_up`` and ``value_up``, by head."""
 
-    query: Matrix | LowRankQuery  # (hidden, heads * qk_head) if q_lora_rank is null
-    latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): the latent and the key part that rope rotates
+    query: Matrix | LowRankQuery  # a matrix (hidden, heads * qk_head) if the config's q_lora_rank is null
+    latent_down: Matrix  # (hidden, kv_lora_rank + qk_rope): to the latent, and to the part of the key that is rotated
     latent_norm: mx.array  # (kv_lora_rank,)
     key_up: Matrix  # (heads, qk_nope, kv_lora_rank)
     value_up: Matrix  # (heads, kv_lora_rank, v_head)
@@ -48,7 +48,7 @@ class MoeWeights(NamedTuple):
     router: mx.array  # (experts, hidden)
     correction_bias: mx.array  # (experts,) float32
     experts: ExpertStack | AffineStack  # AffineStack if the model computes in float32
-    shared: DenseWeights | None
+    shared: DenseWeights | None  # None: the model has no shared expert
 
 
 class LayerWeights(NamedTuple):
@@ -63,22 +63,23 @@ class LayerWeights(NamedTuple):
 def assemble_layer(
     config: ModelConfig, layer: int, tensors: Mapping[str, mx.array], dense_bits: int | None = None
 ) -> LayerWeights:
-    """Build one layer's weights from tensors named as in the checkpoint, without the layer's own prefix.
+    """Return one layer's weights from tensors named as in the checkpoint, without ``model.layers.N.``.
 
     The routed experts must be stacked: ``mlp.experts.gate_proj.weight_packed`` is (experts, rows, words), and so on.
     """
+    is_moe = config.is_moe(layer)
     return LayerWeights(
         input_norm=tensors["input_layernorm.weight"],
         attention=assemble_attention(config, tensors, dense_bits),
         post_attention_norm=tensors["post_attention_layernorm.weight"],
-        feed_forward=_moe(config, tensors, dense_bits)
-        if config.is_moe(layer)
+        feed_forward=_assemble_moe(config, tensors, dense_bits)
+        if is_moe
         else assemble_dense(tensors, "mlp", dense_bits),
     )
 
 
 def assemble_attention(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> AttentionWeights:
-    """Build a layer's attention from tensors named ``self_attn.`` and so on."""
+    """Return a layer's attention weights from the tensors whose names begin with ``self_attn.``."""
 
     def matrix(name: str) -> Matrix:
         return make_matrix(tensors[f"self_attn.{name}.weight"], bits)
@@ -101,12 +102,12 @@ def assemble_attention(config: ModelConfig, tensors: Mapping[str, mx.array], bit
 
 
 def assemble_dense(tensors: Mapping[str, mx.array], prefix: str, bits: int | None) -> DenseWeights:
-    """Build a SwiGLU block from tensors named ``prefix`` and so on."""
+    """Return the weights of a SwiGLU block from the tensors whose names begin with ``prefix``."""
     names = (f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down"))
     return DenseWeights(*(make_matrix(tensors[name], bits) for name in names))
 
 
-def _moe(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> MoeWeights:
+def _assemble_moe(config: ModelConfig, tensors: Mapping[str, mx.array], bits: int | None) -> MoeWeights:
     experts = ExpertStack(
         *(
             tensors[f"mlp.experts.{name}_proj.{part}"]

@@ -1,6 +1,7 @@
-"""Products with a matrix that is an array or quantized. No other module of the model distinguishes the two.
+"""Products with a matrix that is either an array or quantized. Only this module distinguishes the two.
 
-Callers multiply by a matrix (..., in, out) from the right. Leading axes are heads, each with its own matrix.
+Callers multiply by a matrix (..., in, out) from the right. The leading axis, if any, is that of heads, each with its
+own matrix.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from mlx_k2.weights.inventory import group_size
 
 
 class QuantizedMatrix(NamedTuple):
-    """A matrix (..., in, out), stored as mx.quantize stores its transpose: groups run along the inputs."""
+    """A matrix (..., in, out) whose transpose was quantized by mx.quantize, so that inputs are grouped."""
 
     packed: mx.array  # (..., out, in * bits // 32) uint32
     scales: mx.array  # (..., out, in // group_size)
@@ -24,9 +25,9 @@ Matrix = mx.array | QuantizedMatrix
 
 
 def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
-    """Return the matrix of a weight (..., out, in), the layout of checkpoints.
+    """Return the matrix (..., in, out) of a weight (..., out, in), the layout of checkpoints.
 
-    With ``bits`` it is quantized, unless its inputs cannot be grouped. Otherwise it is transposed.
+    It is quantized if ``bits`` is not None and its inputs can be grouped.
     """
     group = group_size(weight.shape[-1])
     if bits is None or group is None:
@@ -36,9 +37,9 @@ def make_matrix(weight: mx.array, bits: int | None) -> Matrix:
 
 
 def _transposed(weight: mx.array) -> mx.array:
-    """Return the transpose as a view, which GPUs multiply fastest.
+    """Return the transpose: a view, which GPUs multiply fastest.
 
-    Copy float32 on a CPU: BLAS is then 1.4 to 2 times as fast (docs/dev/log.md).
+    For float32 on a CPU return a copy, with which BLAS is 1.4 to 2 times as fast (docs/dev/log.md).
     """
     view = weight.swapaxes(-1, -2)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
@@ -53,12 +54,12 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
 def multiply_transposed(x: mx.array, matrix: Matrix) -> mx.array:
     """Return x (rows, out) times the transpose of a matrix (heads, in, out): (heads, rows, in)."""
     if isinstance(matrix, mx.array):
-        return x @ _transposed(matrix)  # a copy per call costs little for a prompt's rows
+        return x @ _transposed(matrix)  # used for prompts only, where the copy costs little
     return _multiply_quantized(x, matrix, transpose=False)
 
 
 def some_heads(matrix: Matrix, heads: slice) -> Matrix:
-    """Return the given heads of a matrix that has one matrix per head."""
+    """Return the matrices of ``heads``. ``matrix`` has one matrix per head."""
     if isinstance(matrix, mx.array):
         return matrix[heads]
     return matrix._replace(packed=matrix.packed[heads], scales=matrix.scales[heads], biases=matrix.biases[heads])

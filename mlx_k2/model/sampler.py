@@ -1,9 +1,9 @@
-"""Sampling of the next token of each row from its logits. Knows no sequences: each row carries its parameters.
+"""Sampling of one token from each row of logits. Knows no sequences: each row has a request with its parameters.
 
-The order is mlx-lm's: repetition penalty and logit bias on the logits; top-p, min-p and top-k on the
-log-probabilities; then the temperature. The token is the largest of log-probabilities plus Gumbel noise, whose
-random key is derived from (seed, position) only: a token does not depend on the other rows of its step, and a draft
-head with the same noise often samples the same token (docs/design/0121).
+The order is mlx-lm's: repetition penalty and logit bias on the logits; top-p, min-p and top-k on the log-probabilities;
+then the temperature. The token with the largest sum of log-probability and Gumbel noise is sampled. The noise's random
+key is derived from (seed, position) only: so a token does not depend on the other rows of its step, and a draft head
+with the same noise often samples the same token (docs/design/0121).
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from mlx_k2.token_mask import MaskForm, TokenMask
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One row's parameters. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it.
+    """The parameters of one row. ``position`` is that of the token to sample; ``recent_ids`` are the tokens before it.
 
-    ``token_mask`` None allows every token.
+    ``token_mask`` None: every token is allowed.
     """
 
     sampling: Sampling
@@ -34,24 +34,23 @@ class SamplingRequest:
 
 
 def sample_tokens(logits: mx.array, requests: Sequence[SamplingRequest]) -> list[SampledToken]:
-    """Sample one token per row of logits (rows, vocabulary) float32, with one request per row. Evaluate the result."""
+    """Sample one token from each row of logits (rows, vocabulary) float32, by the request of the row."""
     if any(request.token_mask is not None for request in requests):
         logits = mx.concatenate([_masked(logits[row : row + 1], request) for row, request in enumerate(requests)])
-    tokens = mx.concatenate([_token(logits[row : row + 1], request) for row, request in enumerate(requests)])
+    tokens = mx.concatenate([_sample(logits[row : row + 1], request) for row, request in enumerate(requests)])
     logprobs = [_logprobs(logits[row], request.sampling) for row, request in enumerate(requests)]
     mx.eval(tokens, logprobs)
-    return [
-        _sampled_token(token_id, found) for token_id, found in zip(np.asarray(tokens).tolist(), logprobs, strict=True)
-    ]
+    token_ids: list[int] = np.asarray(tokens).tolist()
+    return [_sampled_token(*pair) for pair in zip(token_ids, logprobs, strict=True)]
 
 
 def sample_draft(logits: mx.array, request: SamplingRequest) -> int:
-    """Return the token of a draft head's logits (1, vocabulary) with the filters and the noise of the target's token.
+    """Sample a token from a draft head's logits (1, vocabulary), with the filters and the noise of the target's token.
 
-    The noise of a position is the same for both, so they sample the same token with a probability of at least (1 - d) /
-    (1 + d) at a total variation distance d of their distributions (Daliri, Musco, Suresh, arXiv 2408.07978).
+    Because the noise is the same, head and target sample the same token with a probability of at least (1 - d) /
+    (1 + d), where d is the total variation distance of their distributions (Daliri, Musco, Suresh, arXiv 2408.07978).
     """
-    token_id: int = np.asarray(_token(logits, request)).item()
+    token_id: int = np.asarray(_sample(logits, request)).item()
     return token_id
 
 
@@ -64,7 +63,7 @@ def _masked(logits: mx.array, request: SamplingRequest) -> mx.array:
 
 
 def _allowed(mask: TokenMask, vocab_size: int) -> NDArray[np.bool_]:
-    """Return for each token whether ``mask`` allows it."""
+    """Return whether ``mask`` allows each token: (vocabulary,)."""
     if mask.form is MaskForm.BITS:
         return np.unpackbits(np.frombuffer(mask.data, np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
     allowed = np.full(vocab_size, mask.form is MaskForm.ALL_BUT)
@@ -79,14 +78,14 @@ def _biased(logits: mx.array, bias: LogitBias) -> mx.array:
 
 
 def _penalized(logits: mx.array, token_ids: tuple[int, ...], penalty: float) -> mx.array:
-    """Return logits (1, vocabulary), those of ``token_ids`` divided or multiplied by ``penalty`` (arXiv 1909.05858)."""
-    chosen = mx.array(token_ids)[None]
-    found = mx.take_along_axis(logits, chosen, axis=-1)
-    return mx.put_along_axis(logits, chosen, mx.where(found < 0, found * penalty, found / penalty), axis=-1)
+    """Return logits (1, vocabulary) with the repetition penalty of ``token_ids`` (CTRL, arXiv 1909.05858)."""
+    indices = mx.array(token_ids)[None]
+    old = mx.take_along_axis(logits, indices, axis=-1)
+    return mx.put_along_axis(logits, indices, mx.where(old < 0, old * penalty, old / penalty), axis=-1)
 
 
 def _top_p(logprobs: mx.array, mass: float) -> mx.array:
-    """Return logprobs (1, vocabulary) of the most likely tokens that together have ``mass``; of others -inf."""
+    """Return logprobs (1, vocabulary) with -inf for all but the most likely tokens, which together have ``mass``."""
     ascending = mx.sort(logprobs, axis=-1)
     probabilities = mx.exp(ascending)
     mass_above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
@@ -96,18 +95,18 @@ def _top_p(logprobs: mx.array, mass: float) -> mx.array:
 
 
 def _min_p(logprobs: mx.array, fraction: float) -> mx.array:
-    """Return logprobs (1, vocabulary) of tokens with ``fraction`` of the best token's probability; of others -inf."""
+    """Return logprobs (1, vocabulary) with -inf for tokens below ``fraction`` of the best token's probability."""
     return mx.where(logprobs < logprobs.max(axis=-1, keepdims=True) + math.log(fraction), -mx.inf, logprobs)
 
 
 def _top_k(logprobs: mx.array, count: int) -> mx.array:
-    """Return logprobs (1, vocabulary) of the ``count`` most likely tokens; of others -inf."""
+    """Return logprobs (1, vocabulary) with -inf for all but the ``count`` most likely tokens."""
     others = mx.argpartition(-logprobs, kth=count - 1, axis=-1)[..., count:]
     return mx.put_along_axis(logprobs, others, mx.array(-mx.inf, logprobs.dtype), axis=-1)
 
 
-def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
-    """Return the sampled id, (1,), for logits (1, vocabulary)."""
+def _sample(logits: mx.array, request: SamplingRequest) -> mx.array:
+    """Return the id (1,) of the token sampled from logits (1, vocabulary), lazily. Masks are applied before."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0 and request.recent_ids:
         logits = _penalized(logits, request.recent_ids[-REPETITION_WINDOW:], sampling.repetition_penalty)
@@ -127,22 +126,22 @@ def _token(logits: mx.array, request: SamplingRequest) -> mx.array:
 
 
 def _key(seed: int, position: int) -> mx.array:
-    """Return MLX's random key, (2,) uint32, for one position of one sequence."""
+    """Return MLX's random key, (2,) uint32, for one position and seed."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return mx.array([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")], dtype=mx.uint32)
 
 
 def _logprobs(logits: mx.array, sampling: Sampling) -> list[mx.array]:
-    """Return all log-probabilities (vocabulary,) and the ids of the top N, best first; nothing if not requested."""
+    """Return all log-probabilities (vocabulary,) and the ids of the best ones; no arrays if none are requested."""
     if sampling.num_logprobs is None:
         return []
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return [logprobs, mx.argsort(-logprobs, axis=-1)[: sampling.num_logprobs]]
 
 
-def _sampled_token(token_id: int, found: list[mx.array]) -> SampledToken:
-    if not found:
+def _sampled_token(token_id: int, logprobs_and_top_ids: list[mx.array]) -> SampledToken:
+    if not logprobs_and_top_ids:
         return SampledToken(token_id, None, ())
-    logprobs, top_ids = found
-    values, ids = np.asarray(logprobs), np.asarray(top_ids)
-    return SampledToken(token_id, float(values[token_id]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
+    logprobs, top_ids = (np.asarray(array) for array in logprobs_and_top_ids)
+    top = zip(top_ids.tolist(), logprobs[top_ids].tolist(), strict=True)
+    return SampledToken(token_id, float(logprobs[token_id]), tuple(top))

@@ -1,7 +1,7 @@
-"""One stage's part of the model: a range of layers over their cache, the embedding before them, the head after.
+"""One stage's part of the model: a range of layers with their cache, and the embedding or the head, if it has them.
 
-The model builds the graph of a step, and the caller evaluates it. Only attention over a long context is evaluated
-while the graph is built, block by block (`StageModel.builds_lazily`).
+The model builds the graph of a step, and the caller evaluates it. Only attention in several blocks is evaluated while
+the graph is built (`StageModel.builds_lazily`).
 """
 
 from collections.abc import Mapping
@@ -28,21 +28,22 @@ class Head(NamedTuple):
 
 
 class FeatureSlice(NamedTuple):
-    """The part of a draft head's ``fc`` that multiplies one layer's output, and the norm before it (EAGLE 3.1)."""
+    """The part of a draft head's ``fc`` that multiplies one layer's output, and the norm before it."""
 
-    norm: mx.array | None  # (hidden,)
+    norm: mx.array | None  # (hidden,), of EAGLE 3.1; None: the output is not normed
     matrix: Matrix  # (hidden, hidden)
     eps: float
 
     def product(self, output: mx.array) -> mx.array:
-        """Return the slice's product (tokens, hidden) with the layer's output."""
-        return multiply(output if self.norm is None else mx.fast.rms_norm(output, self.norm, self.eps), self.matrix)
+        """Return the slice's product (tokens, hidden) with the layer's output (tokens, hidden)."""
+        normed = output if self.norm is None else mx.fast.rms_norm(output, self.norm, self.eps)
+        return multiply(normed, self.matrix)
 
 
 class StageModel:
-    """The layers of one stage. Only the first stage has an ``embedding``, only the last a ``head``.
+    """The model of one stage. Only the first stage embeds tokens, only the last has a ``head``.
 
-    ``feature_slices`` has the slices of a draft head for those of the layers that it reads, by index in ``layers``.
+    ``feature_slices`` has a draft head's slices for those of the layers that it reads, by index in ``layers``.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class StageModel:
         return self.embedding[token_ids]
 
     def builds_lazily(self, batch: Batch) -> bool:
-        """Return whether `run` evaluates nothing, so that it can be called before the hidden states have arrived."""
+        """Return whether `run` evaluates nothing. Then it can be called before the hidden states have arrived."""
         heads, item_bytes = self.config.num_attention_heads, self.cache.dtype.size
         return batch.num_generated == batch.num_tokens and all(
             fits_absorbed(heads, span.count, span.end, item_bytes, self._attention_limits) for span in batch.spans
@@ -79,20 +80,20 @@ class StageModel:
     def run(self, hidden: mx.array, batch: Batch, features: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
         """Run hidden states (tokens, hidden) through this stage's layers, which also write the cache.
 
-        Add this stage's products with a draft head's ``fc`` to ``features``, (tokens, hidden). ``fc`` is linear, so its
-        product with the joined outputs of several layers is a sum. The layers add to it one after the other, so that
-        every division into stages computes the same bits.
+        Return the hidden states, and ``features`` (tokens, hidden) plus the products of a draft head's ``fc`` with
+        these layers' outputs. Each layer's product is added separately, in the order of the layers, so that every
+        partition into stages computes the same bits.
         """
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
-            if features is not None and (part := self.feature_slices.get(index)) is not None:
-                features = features + part.product(hidden)
+            if features is not None and index in self.feature_slices:
+                features = features + self.feature_slices[index].product(hidden)
         return hidden, features
 
     def first_broken_layer(self, hidden: mx.array, batch: Batch) -> int | None:
-        """Run the layers again; return the index of the first whose output has NaN or infinity, None if there is none.
+        """Return the index of the first layer whose output has NaN or infinity; None if there is none.
 
-        Called with the arguments of the last `run`, it writes the same cache rows.
+        Runs the layers again. With the arguments of the last `run` they write the same cache rows.
         """
         for index, weights in enumerate(self._layers):
             hidden = self._decoder_layer.run(hidden, index, weights, batch, self.cache)
@@ -101,11 +102,11 @@ class StageModel:
         return None
 
     def cache_total(self, batch: Batch) -> mx.array:
-        """Return the sum of the rows that the last layer has cached for a batch.
+        """Return the sum of the rows that the last layer of this stage has cached for a batch.
 
-        It is NaN or infinite if a layer before it computed NaN or infinity, or the projection of these rows did.
+        The sum is NaN or infinite if an earlier layer or the projection to these rows computed NaN or infinity.
         """
-        return mx.sum(mx.stack([mx.sum(self.cache.written(-1, span)) for span in batch.spans]))
+        return mx.sum(mx.stack([mx.sum(self.cache.rows(-1, span)) for span in batch.spans]))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) float32 of hidden states (rows, hidden) after the last layer."""

@@ -15,22 +15,14 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import Matrix, make_matrix
 from mlx_k2.model.stage_model import FeatureSlice, Head
-from mlx_k2.weights.draft_head import (
-    EMBEDDING,
-    FC,
-    LM_HEAD,
-    NORM,
-    TARGET_IDS,
-    DraftDescription,
-    kept_rows,
-)
+from mlx_k2.weights.draft_head import EMBEDDING, FC, LM_HEAD, NORM, TARGET_IDS, DraftDescription, kept_rows
 from mlx_k2.weights.inventory import head_specs
 from mlx_k2.weights.model_source import DraftHead
 from mlx_k2.weights.reader import ShardReader
 
 
 class DraftLoader:
-    """A loader of a draft head's tensors. ``on_loaded`` is called with the bytes of each part that stays in memory."""
+    """A loader of a draft head's tensors. ``on_loaded`` is called with the weights that have been loaded each time."""
 
     def __init__(
         self,
@@ -57,11 +49,11 @@ class DraftLoader:
         tensors = self._reader.read(draft.aux_specs()).tensors
         bits, eps = self._head.bits, draft.layer.rms_norm_eps
         slices = {}
-        for at, layer in enumerate(draft.aux_layers):
+        for index, layer in enumerate(draft.aux_layers):
             if layer in layers:
-                part = mx.contiguous(tensors[FC][:, at * hidden : (at + 1) * hidden])
-                norm = tensors.get(f"fc_norm.{at}.weight")
-                slices[layer - layers.start] = FeatureSlice(norm, make_matrix(part, bits), eps)
+                weight = mx.contiguous(tensors[FC][:, index * hidden : (index + 1) * hidden])
+                norm = tensors.get(f"fc_norm.{index}.weight")
+                slices[layer - layers.start] = FeatureSlice(norm, make_matrix(weight, bits), eps)
         del tensors
         self._on_loaded(slices)
         return slices
@@ -69,17 +61,17 @@ class DraftLoader:
     def model(
         self, embedding: mx.array | None, head: Head, num_slots: int, context_tokens: int, limits: AttentionLimits
     ) -> DraftModel:
-        """Return the head over a new cache. ``head`` and ``embedding`` are the target's."""
+        """Return the draft head with a new cache. ``embedding`` (None: not on this stage), ``head``: the target's."""
         layer, norms_output = self._draft.layer, self._draft.norms_output
-        cache = LatentCache(1, num_slots, context_tokens, layer.latent_dim, self._dtype)
+        cache = LatentCache(1, num_slots, context_tokens, layer.cache_row_dim, self._dtype)
         weights = self._weights(embedding, head)
         return DraftModel(layer, weights, cache, norms_output=norms_output, attention_limits=limits)
 
     def _weights(self, embedding: mx.array | None, head: Head) -> DraftWeights:
         draft, bits = self._draft, self._head.bits
-        found = self._reader.read(draft.layer_specs()).tensors
-        layer = {name.removeprefix(f"{draft.layer_prefix}."): array for name, array in found.items()}
-        del found
+        tensors = self._reader.read(draft.layer_specs()).tensors
+        layer = {name.removeprefix(f"{draft.layer_prefix}."): array for name, array in tensors.items()}
+        del tensors
         attention, feed_forward = assemble_attention(draft.layer, layer, bits), assemble_dense(layer, "mlp", bits)
         mx.eval(attention, feed_forward)
         projection, target_ids = self._projection(head)
@@ -95,46 +87,47 @@ class DraftLoader:
             target_ids=target_ids,
         )
         del layer
-        shared = (embedding, head.projection)
-        self._on_loaded([part for part in weights if not any(part is other for other in shared)])
+        target_weights = (embedding, head.projection)
+        self._on_loaded([weight for weight in weights if not any(weight is shared for shared in target_weights)])
         return weights
 
-    def _own(self, name: str) -> mx.array:
+    def _read_own(self, name: str) -> mx.array:
+        """Return one of the tensors that a head may share with its target. The head must have it."""
         return self._reader.read(tuple(spec for spec in self._draft.own_specs() if spec.name == name)).tensors[name]
 
-    def _embedding(self, target: mx.array | None) -> mx.array:
+    def _embedding(self, target_embedding: mx.array | None) -> mx.array:
         if EMBEDDING in self._draft.index.weight_map:
-            return self._own(EMBEDDING)
-        return self._target.embedding().tensors["model.embed_tokens.weight"] if target is None else target
+            return self._read_own(EMBEDDING)
+        if target_embedding is not None:
+            return target_embedding
+        return self._target.embedding().tensors["model.embed_tokens.weight"]
 
     def _projection(self, head: Head) -> tuple[Matrix, mx.array | None]:
-        """Return the matrix to the drafted ids, and these ids; None for all of the target's in their order."""
+        """Return the matrix to the drafted ids, and these ids; None if they are all of the target's in their order."""
         draft = self._draft
-        target_ids = self._target_ids
-        rows = kept_rows(target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
-        is_every = len(rows) == draft.vocab_size
-        if is_every and LM_HEAD not in draft.index.weight_map:
+        rows = kept_rows(self._target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
+        keeps_all, has_own = len(rows) == draft.vocab_size, LM_HEAD in draft.index.weight_map
+        if keeps_all and not has_own:
             projection = head.projection
         else:
-            if LM_HEAD in draft.index.weight_map:
-                weight = self._own(LM_HEAD)
-            else:
-                weight = self._target.read(head_specs(draft.layer)[1:]).tensors[LM_HEAD]
-            projection = make_matrix(weight if is_every else weight[mx.array(rows)], self._head.bits)
+            target_specs = head_specs(draft.layer)[1:]  # without the norm
+            weight = self._read_own(LM_HEAD) if has_own else self._target.read(target_specs).tensors[LM_HEAD]
+            projection = make_matrix(weight if keeps_all else weight[mx.array(rows)], self._head.bits)
             mx.eval(projection)
-        kept = target_ids[rows]
-        is_target = np.array_equal(kept, np.arange(draft.layer.vocab_size))
-        return projection, None if is_target else mx.array(kept.astype(np.int32))
+        drafted_ids = self._target_ids[rows]
+        are_all_ids = np.array_equal(drafted_ids, np.arange(draft.layer.vocab_size))
+        return projection, None if are_all_ids else mx.array(drafted_ids.astype(np.int32))
 
     def _read_target_ids(self) -> NDArray[np.int64]:
         """Return the target's token id of each row of the head's output projection: the row's number plus d2t."""
+        row_numbers = np.arange(self._draft.vocab_size)
         if TARGET_IDS not in self._draft.index.weight_map:
-            return np.arange(self._draft.vocab_size)
-        found = np.array(self._own(TARGET_IDS)) + np.arange(self._draft.vocab_size)
-        outside = (found < 0) | (found >= self._draft.layer.vocab_size)
-        if outside.any() or len(np.unique(found)) < len(found):
+            return row_numbers
+        target_ids = np.array(self._read_own(TARGET_IDS)) + row_numbers
+        are_outside = (target_ids < 0) | (target_ids >= self._draft.layer.vocab_size)
+        if are_outside.any() or len(np.unique(target_ids)) < len(target_ids):
             raise CheckpointError(
                 f"--draft-model {self._head.source.path_or_repo}: d2t does not give each row a token of its own among "
                 f"the model's {self._draft.layer.vocab_size}"
             )
-        return found
+        return target_ids

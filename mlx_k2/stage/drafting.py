@@ -1,4 +1,4 @@
-"""The draft head's work on the last stage, done after a step's tokens were sent. Knows no pipes."""
+"""The draft head on the last stage: it computes after a step's tokens were sent. Knows no pipes."""
 
 import time
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.stage.draft_plans import DraftPlans
 
 _TAIL_TOKENS = 8
-"""Positions of a slot whose features are kept, for plans that go back to one of them."""
+"""Number of a slot's last positions whose features are kept, for plans that go back to one of these positions."""
 
 
 class _Tail(NamedTuple):
-    """The features (tokens, hidden) of a slot's last positions, before position ``end``."""
+    """The features (tokens, hidden) of a slot's last positions, those just before position ``end``."""
 
     end: int
     features: mx.array
 
     def until(self, end: int) -> "_Tail | None":
-        """Return the features of the positions before ``end``; None if the last of them is not kept."""
-        kept = self.features.shape[0] - (self.end - end)
-        return _Tail(end, self.features[:kept]) if 0 < kept <= self.features.shape[0] else None
+        """Return the tail that ends at position ``end``; None if the features of position ``end`` - 1 are not kept."""
+        num_tokens = self.features.shape[0] - (self.end - end)
+        return _Tail(end, self.features[:num_tokens]) if 0 < num_tokens <= self.features.shape[0] else None
 
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """A step whose tokens were sampled. ``features`` (tokens, hidden) are those of its positions."""
+    """A step whose tokens were sampled. ``features`` (tokens, hidden) are the draft head's inputs of its positions."""
 
     step: Step
     batch: Batch
@@ -41,7 +41,7 @@ class FinishedStep:
 
 
 class Drafting:
-    """A draft head, and the features that its next rows need."""
+    """A draft head, its cache, and the features that its next cache rows need."""
 
     def __init__(self, model: DraftModel, hidden_size: int, context_tokens: int, plans: DraftPlans) -> None:
         self._model = model
@@ -56,71 +56,73 @@ class Drafting:
         tail = self._tails.get(source)
         self._tails[target] = None if tail is None else tail.until(count)
 
-    def finish(self, done: FinishedStep) -> Drafted | None:
+    def finish(self, finished: FinishedStep) -> Drafted | None:
         """Write the cache rows of a step's tokens. Return the drafts after the row that requests some, if one does."""
-        began = time.perf_counter()
-        self._write_rows(done)
-        sampled = iter(done.tokens)
+        start_s = time.perf_counter()
+        self._write_rows(finished)
+        tokens = iter(finished.tokens)
         num_tokens = 0
-        for row in done.step.rows:
+        for row in finished.step.rows:
             num_tokens += len(row.token_ids)
-            token = next(sampled) if row.needs_logits else None
+            token = next(tokens) if row.needs_logits else None
             if row.draft is not None and token is not None:
-                drafts = self._drafts(row, token.token_id, done.features[num_tokens - 1 : num_tokens])
-                return Drafted(done.step.number, tuple(drafts), time.perf_counter() - began)
+                drafts = self._drafts(row, token.token_id, finished.features[num_tokens - 1 : num_tokens])
+                return Drafted(finished.step.number, tuple(drafts), time.perf_counter() - start_s)
         mx.async_eval(self._model.cache.arrays, [tail for tail in self._tails.values() if tail is not None])
         return None
 
-    def _write_rows(self, done: FinishedStep) -> None:
-        """Write the row of each token with the features of the position before it, zeros if they are not known.
+    def _write_rows(self, finished: FinishedStep) -> None:
+        """Write the cache row of each token from the features of the position before it; from zeros if none are known.
 
-        They are not known at position 0, where nothing reads the row, and after a prefix whose end is not kept.
+        None are known at position 0, whose row is never read, and if the tail before the span's position is not kept.
         """
-        before: list[mx.array] = []
+        features_before: list[mx.array] = []
         start = 0
-        for span in done.batch.spans:
+        for span in finished.batch.spans:
             tail = self._tails.get(span.slot)
             tail = None if tail is None else tail.until(span.position)
-            features = done.features[start : start + span.count]
-            before.append(self._no_features if tail is None else tail.features[-1:])
+            features = finished.features[start : start + span.count]
+            features_before.append(self._no_features if tail is None else tail.features[-1:])
             if span.count > 1:
-                before.append(features[:-1])
+                features_before.append(features[:-1])
             joined = features if tail is None else mx.concatenate([tail.features, features])
             last = mx.arange(max(0, joined.shape[0] - _TAIL_TOKENS), joined.shape[0])
-            self._tails[span.slot] = _Tail(span.end, joined[last])  # a copy: a view would keep all features
+            self._tails[span.slot] = _Tail(span.end, joined[last])  # a copy: a view would keep all features in memory
             start += span.count
-        token_ids = mx.array([token_id for row in done.step.rows for token_id in row.token_ids])
-        self._model.write_rows(token_ids, mx.concatenate(before), done.batch)
+        token_ids = mx.array([token_id for row in finished.step.rows for token_id in row.token_ids])
+        self._model.write_rows(token_ids, mx.concatenate(features_before), finished.batch)
 
     def _drafts(self, row: Row, token_id: int, features: mx.array) -> list[int]:
-        """Return the tokens after ``token_id``, which was sampled at the end of ``row``.
+        """Return the drafts after ``token_id``, which was sampled at the end of ``row``: planned ones, then new ones.
 
-        Tokens that plans have already are kept, so that the next one follows what the stages compute.
+        Planned drafts are not replaced, because the stages compute them already.
         """
         assert row.draft is not None, "the row requests drafts"
-        num_tokens = max(0, min(row.draft.num_tokens, self._context_tokens - row.end - 1))
-        planned = self._plans.following(row.slot, row.end, token_id)[:num_tokens]
-        if len(planned) == num_tokens:
+        num_drafts = max(0, min(row.draft.num_tokens, self._context_tokens - row.end - 1))
+        planned = self._plans.drafts_after(row.slot, row.end, token_id)[:num_drafts]
+        if len(planned) == num_drafts:
             return planned
         token_ids = [token_id]
-        for at in range(num_tokens):
-            output = self._model.run(token_ids[-1], features, row.slot, row.end + at)
+        for index in range(num_drafts):
+            output = self._model.run(token_ids[-1], features, row.slot, row.end + index)
             features = output.features
-            is_planned = at < len(planned)
-            next_id = planned[at] if is_planned else sample_draft(self._model.logits(output), _request(row, token_ids))
-            token_ids.append(next_id)
+            if index < len(planned):
+                token_ids.append(planned[index])
+            else:
+                token_ids.append(sample_draft(self._model.logits(output), _sampling_request(row, token_ids)))
         return token_ids[1:]
 
 
-def _request(row: Row, token_ids: list[int]) -> SamplingRequest:
-    """Return the request for the token after ``token_ids``, which follow the row."""
+def _sampling_request(row: Row, token_ids: list[int]) -> SamplingRequest:
+    """Return the request for the token after ``token_ids``, which follow the row's tokens."""
     assert row.sampling is not None, "the row samples"
     recent_ids = (*row.recent_ids, *token_ids)[-REPETITION_WINDOW:]
-    return SamplingRequest(row.sampling, row.end + len(token_ids), recent_ids, logit_bias=_penalized(row, token_ids))
+    bias = _bias_with_penalties(row, token_ids)
+    return SamplingRequest(row.sampling, row.end + len(token_ids), recent_ids, logit_bias=bias)
 
 
-def _penalized(row: Row, token_ids: list[int]) -> LogitBias | None:
-    """Return the row's logit bias with the penalties of ``token_ids``. A token that has a bias counts as seen."""
+def _bias_with_penalties(row: Row, token_ids: list[int]) -> LogitBias | None:
+    """Return the row's logit bias with the penalties of ``token_ids``. A token with a bias has its presence penalty."""
     draft = row.draft
     if draft is None or not (draft.presence_penalty or draft.frequency_penalty):
         return row.logit_bias

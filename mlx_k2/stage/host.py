@@ -1,4 +1,4 @@
-"""Facts about the stage's own machine and installation, and its GPU memory limit."""
+"""Facts about this machine and its installation, the stage's memory use, and the GPU's memory limit."""
 
 import platform
 import resource
@@ -17,7 +17,8 @@ from mlx_k2.stage.registry import running_stages
 
 WIRED_LIMIT_SETTING = "iogpu.wired_limit_mb"
 CACHE_LIMIT_BYTES = 8 * 2**30
-"""Limit of the freed buffers that MLX keeps. A long prompt's buffers grow with each chunk, so older ones do not fit."""
+"""Limit of the freed buffers that MLX keeps for reuse. It is needed, because each chunk of a long prompt needs larger
+buffers than the one before, and MLX would keep the smaller ones, too."""
 _SMALLEST_CACHE_LIMIT_BYTES = 512 * 2**20
 
 
@@ -50,23 +51,23 @@ def check_memory(needed_bytes: int) -> None:
     """Check that macOS allows the GPU ``needed_bytes`` of weights, cache and working space.
 
     Raises:
-        StageStartError: it does not. The message names the setting to change.
+        StageStartError: macOS allows less. The message names the setting to change.
     """
     limit_bytes = working_set_bytes()
     if limit_bytes is not None and needed_bytes > limit_bytes:
-        raise_it = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or "
+        command = f"run `sudo sysctl {WIRED_LIMIT_SETTING}={-(-needed_bytes // 2**20)}` there, or "
+        command_if_enough = command if needed_bytes < psutil.virtual_memory().total else ""
         raise StageStartError(
             f"{socket.gethostname()} needs {needed_bytes / 1e9:.1f} GB of GPU memory and macOS allows "
-            f"{limit_bytes / 1e9:.1f} GB: {raise_it if needed_bytes < psutil.virtual_memory().total else ''}"
-            "give it fewer layers with --split"
+            f"{limit_bytes / 1e9:.1f} GB: {command_if_enough}give it fewer layers with --split"
         )
 
 
 def wire_memory(needed_bytes: int) -> None:
-    """Wire ``needed_bytes`` and the buffers that MLX keeps for reuse. Decode is slow if weights are not wired.
+    """Let MLX wire ``needed_bytes`` and the buffers that it keeps for reuse. Decode is slow if weights are not wired.
 
-    Called once the weights are in memory, because each new buffer of a wired process costs a request to macOS. Do
-    nothing without a Metal GPU.
+    Call this once the weights are in memory: each new buffer of a wired process costs a request to macOS. Without a
+    Metal GPU do nothing.
     """
     limit_bytes = working_set_bytes()
     if limit_bytes is None:
@@ -77,14 +78,14 @@ def wire_memory(needed_bytes: int) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of this process so far: MLX's own count, or the peak resident set size if larger."""
+    """Return the peak memory of this process so far, in bytes: MLX's count or the peak resident set size, if larger."""
     return max(mx.get_peak_memory(), peak_resident_bytes())
 
 
 def peak_resident_bytes() -> int:
-    """Return the peak resident set size in bytes.
+    """Return the peak resident set size of this process in bytes.
 
-    Linux needs /proc: there the peak of getrusage includes that of the process that started this one.
+    Linux's getrusage cannot be used: its peak includes that of the process that started this one.
     """
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Facts about this host for `mlx-k2 doctor`: memory, addresses, backends, settings, a stage's files. Evaluates none."""
+"""Facts about this host for `mlx-k2 doctor`: memory, addresses, backends, settings and a stage's files."""
 
 import hashlib
 import os
@@ -29,8 +29,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "ibv_devices": ("ibv_devices",),
     "bridge0": ("ifconfig", "bridge0"),
 }
-"""Commands of macOS by setting name. The setting of a command that fails is omitted."""
-SETTING_S = 10.0
+"""Commands of macOS that print settings, by the setting's name. The output of a command that fails is omitted."""
+SETTING_TIMEOUT_S = 10.0
 
 
 def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
@@ -49,6 +49,7 @@ def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
 
 
 def _interfaces() -> dict[str, str]:
+    """Return the name of the interface of each IPv4 address."""
     stats = psutil.net_if_stats()
     return {
         address.address: name
@@ -62,59 +63,65 @@ def _settings() -> dict[str, str]:
     outputs = {}
     for name, command in SETTINGS.items():
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SETTING_S, check=True)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=SETTING_TIMEOUT_S, check=True)
         except (OSError, subprocess.SubprocessError):
             continue
-        outputs[name] = done.stdout
+        outputs[name] = result.stdout
     return outputs
 
 
 def _model_facts(message: Probe, on_progress: Callable[[int, int], None]) -> ModelFacts | None:
-    """Return the facts about the requested layers' files. Missing and faulty files are facts, not errors."""
+    """Return the facts about the requested layers' files, or the problem with them; None if no layers are requested."""
     if message.layers is None:
         return None
-    first_layer, end_layer = message.layers
     try:
-        files, source = read_model_files(message.model)
-        description = describe_model(files, source.path_or_repo)
-        specs = shard_specs(description.config, first_layer, end_layer)
-        missing = files_to_fetch(source, description.index, specs)
-        if missing:
-            num_files = len(description.index.files(specs))
-            free_bytes = shutil.disk_usage(_existing(home_folder())).free
-            return ModelFacts(
-                folder="", num_files=num_files, disk_free_bytes=free_bytes, missing_bytes=sum(missing.values())
-            )
-        paths = sorted(set(locate_shard(source, description.index, specs, on_progress).values()))
-        known = identify(paths)
+        return _facts_of_layers(message, message.layers, on_progress)
     except MlxK2Error as error:
-        folder = _existing(model_folder(message.model) if not is_repo(message.model) else home_folder())
-        free_bytes = shutil.disk_usage(folder).free
-        return ModelFacts(folder="", num_files=0, disk_free_bytes=free_bytes, problem=str(error))
-    expected = {path.name: digest for path in paths if (digest := known[path.name]) is not None}
-    found = _checksums(paths, on_progress) if message.deep else {}
-    if found.items() >= expected.items() and message.model.path_or_repo != BUILTIN:
-        sums = {path.name: HubFile(path.stat().st_size, found[path.name]) for path in paths if path.name in found}
-        write_manifest(paths[0].parent, sums)
+        folder = home_folder() if is_repo(message.model) else model_folder(message.model)
+        return ModelFacts(folder="", num_files=0, disk_free_bytes=_free_bytes(folder), problem=str(error))
+
+
+def _facts_of_layers(message: Probe, layers: tuple[int, int], on_progress: Callable[[int, int], None]) -> ModelFacts:
+    files, source = read_model_files(message.model)
+    description = describe_model(files, source.path_or_repo)
+    specs = shard_specs(description.config, *layers)
+    missing = files_to_fetch(source, description.index, specs)
+    if missing:
+        return ModelFacts(
+            folder="",
+            num_files=len(description.index.files(specs)),
+            disk_free_bytes=_free_bytes(home_folder()),
+            missing_bytes=sum(missing.values()),
+        )
+    paths = sorted(set(locate_shard(source, description.index, specs, on_progress).values()))
+    folder, recorded = paths[0].parent, identify(paths)
+    expected = {path.name: checksum for path in paths if (checksum := recorded[path.name]) is not None}
+    computed = _checksums(paths, on_progress) if message.deep else {}
+    is_intact = computed.items() >= expected.items()
+    if is_intact and message.model.path_or_repo != BUILTIN:
+        write_manifest(folder, {name: HubFile((folder / name).stat().st_size, computed[name]) for name in computed})
     return ModelFacts(
-        folder=str(paths[0].parent),
+        folder=str(folder),
         num_files=len(paths),
-        disk_free_bytes=shutil.disk_usage(paths[0].parent).free,
-        found=found,
+        disk_free_bytes=_free_bytes(folder),
+        found=computed,
         expected=expected,
     )
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that has ``folder``, which may not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _checksums(paths: list[Path], on_progress: Callable[[int, int], None]) -> dict[str, str]:
-    total, done = sum(path.stat().st_size for path in paths), 0
-    digests = {}
+    """Return the SHA-256 of each file, by file name."""
+    total_bytes, done_bytes = sum(path.stat().st_size for path in paths), 0
+    checksums = {}
     for path in paths:
         with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        done += path.stat().st_size
-        on_progress(done, total)
-    return digests
+            checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        done_bytes += path.stat().st_size
+        on_progress(done_bytes, total_bytes)
+    return checksums

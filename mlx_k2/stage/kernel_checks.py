@@ -1,8 +1,8 @@
 """The kernel checks of a stage, made in a separate process before any weights are loaded.
 
-A kernel that faults can end the process that runs it, or corrupt its GPU state. So a child process checks, and this
-process reads the results from the cache file. If the child does not finish, another one is started: the file counts
-the checks that were started, and after two of a kernel the next child leaves it out (kernels/experts.py).
+A kernel that faults can end the process that runs it, or corrupt its GPU state. So a child process makes the checks,
+and the stage reads the results from the cache file. If the child does not finish, another one is started. The file
+counts the checks that were started; a kernel with two unfinished checks is not checked again (kernels/experts.py).
 """
 
 import subprocess
@@ -17,10 +17,10 @@ from mlx_k2.kernels import check_cache, experts
 from mlx_k2.kernels.self_check import LayerShape
 from mlx_k2.stage.host import on_gpu
 
-CHECKS_S = 400.0
-"""Time limit of all children: some seconds for each kernel, more if another process checks at the same time. The
-coordinator expects a message within 600 s. What is not checked by then is checked at the next start."""
-_MOST_CHILDREN = experts.MAX_STARTS * len(experts.METAL_KERNELS) + 1
+CHECKS_TIMEOUT_S = 400.0
+"""Time limit of all children together. A check takes some seconds, and longer while another process checks. The
+coordinator expects a message within 600 s. Kernels that are not checked in time are checked at the next start."""
+_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # each ends at one check, the last none
 
 
 def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:
@@ -31,24 +31,25 @@ def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:
 
 
 def check_kernels(config: ModelConfig, dtype: mx.Dtype) -> tuple[str, ...]:
-    """Check the kernels for a model's layers on this machine. Return a warning for each that plain MLX replaces."""
+    """Check the kernels for a model's layers on this machine. Return a warning for each kernel that is not used."""
     if not on_gpu() or config.n_routed_experts == 0:
         return ()
     shape = layer_shape(config, dtype)
-    words = (*map(str, shape[:3]), str(dtype).rpartition(".")[2], str(shape.num_experts))
-    command = [sys.executable, "-P", "-m", "mlx_k2.stage.kernel_checks", *words]
-    deadline = time.monotonic() + CHECKS_S
-    came_back = any(run_child(command, deadline - time.monotonic()) for _ in range(_MOST_CHILDREN))
-    for part in (shape, shape._replace(intermediate_size=0)):
-        path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, part, experts.chip())
+    dtype_name = str(dtype).rpartition(".")[2]
+    arguments = (*map(str, shape[:3]), dtype_name, str(shape.num_experts))
+    command = [sys.executable, "-P", "-m", "mlx_k2.stage.kernel_checks", *arguments]
+    deadline = time.monotonic() + CHECKS_TIMEOUT_S
+    is_finished = any(run_child(command, deadline - time.monotonic()) for _ in range(_MAX_CHILDREN))
+    for checked_shape in (shape, shape._replace(intermediate_size=0)):  # the experts, and the router alone
+        path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, checked_shape, experts.chip())
         cached = check_cache.load(path)
-        if cached is not None or not came_back:  # a child that finished without a file could not write one
-            experts.adopt(part, cached or check_cache.CachedChecks([], None))
+        if cached is not None or not is_finished:  # a finished child without a file could not write it: check here
+            experts.adopt(checked_shape, cached or check_cache.CachedChecks([], None))
     return experts.warnings_for(shape)
 
 
 def run_child(command: list[str], timeout_s: float) -> bool:
-    """Run a child to its end, its output on stderr. Return whether it exited with code 0 within ``timeout_s``."""
+    """Run a command with its output on stderr. Return whether it exited with code 0 within ``timeout_s``."""
     if timeout_s <= 0:
         return False
     try:
@@ -58,9 +59,9 @@ def run_child(command: list[str], timeout_s: float) -> bool:
     return True
 
 
-def make_checks(words: Sequence[str]) -> None:
-    """Make the checks of a stage's experts and router: hidden size, intermediate size, top k, dtype, experts."""
-    hidden, intermediate, top_k, dtype, num_experts = words
+def make_checks(arguments: Sequence[str]) -> None:
+    """Check the kernels for a LayerShape, given as the fields' texts. The results are in the cache file afterwards."""
+    hidden, intermediate, top_k, dtype, num_experts = arguments
     shape = LayerShape(int(hidden), int(intermediate), int(top_k), getattr(mx, dtype), int(num_experts))
     experts.warnings_for(shape)
 

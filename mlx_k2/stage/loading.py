@@ -42,41 +42,44 @@ def load_stage_model(
 ) -> StageModel:
     """Load the model of ``layers``, with the embedding if they are the first ones and the head if they are the last.
 
-    ``on_part`` is called with each `LayerLoaded` as soon as it is in memory. With ``dense_bits`` its dense matrices
-    are quantized before the next one is read.
+    ``on_part`` is called for embedding, each layer and head as soon as it is in memory. With ``dense_bits`` the dense
+    matrices of a layer are quantized before the next layer is read.
     """
     embedding = head = None
     if layers.start == 0:
-        part = reader.embedding()
-        embedding = part.tensors["model.embed_tokens.weight"]
-        on_part(_hold(embedding, part.tensor_names))
+        loaded = reader.embedding()
+        embedding = loaded.tensors["model.embed_tokens.weight"]
+        on_part(_evaluate(embedding, loaded.tensor_names))
     weights = []
     for layer in layers:
-        layer_weights, loaded = _load_layer(config, reader, layer, dense_bits)
+        layer_weights, message = _load_layer(config, reader, layer, dense_bits)
         weights.append(layer_weights)
-        on_part(loaded)
+        on_part(message)
     if layers.stop == config.num_hidden_layers:
-        head, loaded = _load_head(reader, dense_bits)
-        on_part(loaded)
+        head, message = _load_head(reader, dense_bits)
+        on_part(message)
     return StageModel(config, weights, embedding, head, cache, attention_limits, feature_slices)
 
 
 def _load_layer(
     config: ModelConfig, reader: ShardReader, layer: int, dense_bits: int | None
 ) -> tuple[LayerWeights, LayerLoaded]:
-    part = reader.layer(layer)
-    weights = assemble_layer(config, layer, part.tensors, dense_bits)
-    return weights, _hold(weights, part.tensor_names)
+    loaded = reader.layer(layer)
+    weights = assemble_layer(config, layer, loaded.tensors, dense_bits)
+    return weights, _evaluate(weights, loaded.tensor_names)
 
 
 def _load_head(reader: ShardReader, dense_bits: int | None) -> tuple[Head, LayerLoaded]:
-    part = reader.head()
-    head = Head(part.tensors["model.norm.weight"], make_matrix(part.tensors["lm_head.weight"], dense_bits))
-    return head, _hold(head, part.tensor_names)
+    loaded = reader.head()
+    head = Head(loaded.tensors["model.norm.weight"], make_matrix(loaded.tensors["lm_head.weight"], dense_bits))
+    return head, _evaluate(head, loaded.tensor_names)
 
 
-def _hold(weights: Any, tensor_names: tuple[str, ...] = ()) -> LayerLoaded:
-    """Evaluate the weights made of these tensors, whose other arrays can then be freed. Return names and bytes."""
+def _evaluate(weights: Any, tensor_names: tuple[str, ...] = ()) -> LayerLoaded:
+    """Evaluate ``weights``, a tree of arrays, so that the arrays they were made of can be freed.
+
+    Return the message with their bytes and the names of the checkpoint's tensors in them.
+    """
     mx.eval(weights)
     mx.clear_cache()
     held_bytes: int = tree_reduce(lambda total, leaf: total + _num_bytes(leaf), weights, 0)
@@ -84,7 +87,7 @@ def _hold(weights: Any, tensor_names: tuple[str, ...] = ()) -> LayerLoaded:
 
 
 def _num_bytes(leaf: mx.array | int | None) -> int:
-    """Return an array's bytes, and 0 for the other leaves: a quantized matrix also has numbers."""
+    """Return an array's bytes, and 0 for the numbers of a quantized matrix and for None."""
     return leaf.nbytes if isinstance(leaf, mx.array) else 0
 
 
@@ -96,20 +99,21 @@ def load_stage(
     on_layer: Callable[[LayerLoaded], None],
     on_download: Callable[[int, int], None],
 ) -> tuple[StepRunner, Loaded]:
-    """Load the layers of a Load message from the model that was prepared. Return their runner and the answer.
+    """Load the layers of ``message`` from the model of ``prepared``. Return their runner and the answer.
 
-    ``on_layer`` is called with each part in memory. ``on_download`` is called with (bytes done, bytes in total) while
-    files are fetched from the Hub.
+    ``on_layer`` is called for embedding, each layer, head and draft head as soon as it is in memory. ``on_download`` is
+    called with (bytes done, bytes in total) while files are fetched from the Hub.
 
     Raises:
         CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
         StageStartError: macOS does not allow the GPU as much memory as the stage needs.
     """
-    held: list[int] = []
+    held_bytes = 0
 
-    def on_part(part: LayerLoaded) -> None:
-        held.append(part.held_bytes)
-        on_layer(part)
+    def on_part(loaded: LayerLoaded) -> None:
+        nonlocal held_bytes
+        held_bytes += loaded.held_bytes
+        on_layer(loaded)
 
     check_memory(message.needed_bytes)
     config, head = description.config, prepared.draft_head
@@ -120,19 +124,19 @@ def load_stage(
     files = locate_shard(prepared.model, description.index, specs, on_download)
     checksums = identify(set(files.values()))
     warnings = check_kernels(config, dtype)
-    cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.latent_dim, dtype)
+    cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.cache_row_dim, dtype)
     check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
     reader = ShardReader(config, files, dtype, check_all=check_all)
     limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
-    head_loader = None
+    draft_loader = None
     if head is not None and draft is not None:
-        files = locate_shard(head.source, draft.index, draft.specs(), on_download)
-        head_loader = DraftLoader(draft, head, reader, files, dtype, lambda part: on_part(_hold(part)))
-    slices = {} if head_loader is None else head_loader.feature_slices(layers)
+        draft_files = locate_shard(head.source, draft.index, draft.specs(), on_download)
+        draft_loader = DraftLoader(draft, head, reader, draft_files, dtype, lambda weights: on_part(_evaluate(weights)))
+    slices = {} if draft_loader is None else draft_loader.feature_slices(layers)
     model = load_stage_model(config, reader, layers, cache, on_part, message.dense_bits, limits, slices)
     plans, drafting = DraftPlans(), None
-    if head_loader is not None and model.head is not None:
-        draft_model = head_loader.model(model.embedding, model.head, message.num_slots, message.context_tokens, limits)
+    if draft_loader is not None and model.head is not None:
+        draft_model = draft_loader.model(model.embedding, model.head, message.num_slots, message.context_tokens, limits)
         drafting = Drafting(draft_model, config.hidden_size, message.context_tokens, plans)
     wire_memory(message.needed_bytes)
     runner = StepRunner(
@@ -144,4 +148,4 @@ def load_stage(
         drafting=drafting,
         plans=plans,
     )
-    return runner, Loaded(sum(held), peak_bytes(), warnings, checksums)
+    return runner, Loaded(held_bytes, peak_bytes(), warnings, checksums)

@@ -1,6 +1,6 @@
 """The stages that this user runs on this host: a file for each, which the stage locks until its process ends.
 
-A folder that cannot be used is not an error: its stages are then not reported.
+If the folder of these files cannot be used, no stages are reported; this is not an error.
 """
 
 import fcntl
@@ -25,18 +25,18 @@ def register(stage: RunningStage, folder: Path = FOLDER) -> IO[bytes] | None:
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{os.getpid()}{_suffix()}"
-        new = path.with_suffix(".new")
-        file = open(new, "wb", opener=open_private_no_symlink)  # noqa: SIM115 - it stays open
+        new_path = path.with_suffix(".new")
+        file = open(new_path, "wb", opener=open_private_no_symlink)  # noqa: SIM115 - it stays open
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(msgspec.json.encode(stage))
         file.flush()
-        new.replace(path)  # a file with this name is complete and locked
+        new_path.replace(path)  # so a file at ``path`` is always complete and locked
         return file
     return None
 
 
 def running_stages(folder: Path = FOLDER) -> tuple[RunningStage, ...]:
-    """Return the registered stages whose processes run on this host, and remove the files of others."""
+    """Return the registered stages whose processes still run. Remove the files of processes that have ended."""
     stages = []
     with suppress(OSError):
         for path in sorted(folder.glob(f"*{_suffix()}")):
@@ -51,5 +51,5 @@ def running_stages(folder: Path = FOLDER) -> tuple[RunningStage, ...]:
 
 
 def _suffix() -> str:
-    """Return the end of the names of this host's files: hosts may share a home folder."""
+    """Return the end of the names of this host's files. Several hosts may share a home folder."""
     return f"@{platform.node()}.json"

@@ -1,4 +1,4 @@
-"""A stage's message loop: answers the coordinator's messages one at a time. Converts every error to a Fault."""
+"""A stage's message loop: it answers the coordinator's messages one at a time and reports every error as a Fault."""
 
 import os
 import queue
@@ -6,7 +6,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from functools import partial
-from typing import IO, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 import mlx.core as mx
 import msgspec
@@ -49,38 +49,35 @@ from mlx_k2.stage.ports import HeldPorts
 from mlx_k2.stage.registry import register
 from mlx_k2.stage.ring_watch import tcp_connections, watched_ring
 from mlx_k2.stage.step_runner import StepRunner
-from mlx_k2.stage.transport import (
-    Transport,
-    join_group,
-    prove_hops,
-)
+from mlx_k2.stage.transport import Transport, join_group, prove_hops
 from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_files import fetch_shard, locate_shard, read_draft, read_model_files
 from mlx_k2.weights.model_source import is_repo, model_folder
 
 ANSWER_TIMEOUT_S = 120.0
-"""Limit for reading small files or the clock, connecting to the neighbours and measuring hops."""
-PART_TIMEOUT_S = 900.0
-"""Limit for the next part to be loaded, fetched or probed: 10 GB from a slow disk."""
-CLOSE_TIMEOUT_S = 5.0
-"""Limit for writing the frames so far, at the end and before MLX connects."""
-_PHASES = {
-    FetchFiles: (Phase.READING, None, ANSWER_TIMEOUT_S),
-    DownloadShard: (Phase.DOWNLOADING, None, PART_TIMEOUT_S),
-    Prepare: (Phase.READING, None, ANSWER_TIMEOUT_S),
-    ReadClock: (Phase.PROBING, None, ANSWER_TIMEOUT_S),
-    Probe: (Phase.PROBING, None, PART_TIMEOUT_S),
-    MeasureHops: (Phase.MEASURING, None, ANSWER_TIMEOUT_S),
-    Connect: (Phase.CONNECTING, None, ANSWER_TIMEOUT_S),
-    Load: (Phase.LOADING, None, PART_TIMEOUT_S),
+"""Time limit for reading small files or the clock, connecting to the neighbours, and measuring hops."""
+PROGRESS_TIMEOUT_S = 900.0
+"""Time limit between two reports of progress while files are fetched, loaded or probed: 10 GB from a slow disk."""
+FLUSH_TIMEOUT_S = 5.0
+"""Time limit for writing all frames, at the end and before MLX connects."""
+_PHASES: dict[type, tuple[Phase, float]] = {
+    FetchFiles: (Phase.READING, ANSWER_TIMEOUT_S),
+    DownloadShard: (Phase.DOWNLOADING, PROGRESS_TIMEOUT_S),
+    Prepare: (Phase.READING, ANSWER_TIMEOUT_S),
+    ReadClock: (Phase.PROBING, ANSWER_TIMEOUT_S),
+    Probe: (Phase.PROBING, PROGRESS_TIMEOUT_S),
+    MeasureHops: (Phase.MEASURING, ANSWER_TIMEOUT_S),
+    Connect: (Phase.CONNECTING, ANSWER_TIMEOUT_S),
+    Load: (Phase.LOADING, PROGRESS_TIMEOUT_S),
 }
+"""Phase and time limit in s of the answer to each message. The phases of a Step are reported by its StepRunner."""
 
 
 def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> NoReturn:
     """Answer messages until a Stop message, the end of the input or an error; then end this process.
 
-    ``warnings`` are lines for the user about this process's settings. They are sent with those about its kernels.
+    ``warnings`` are lines for the user about this process's settings. They are sent with the warnings about kernels.
     The process ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
     if not on_gpu():
@@ -89,29 +86,35 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
     service = StageService(writer, warnings)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
     exit_code = service.run()
-    writer.close(CLOSE_TIMEOUT_S)
+    writer.close(FLUSH_TIMEOUT_S)
     os._exit(exit_code)
 
 
+class _Prepared(NamedTuple):
+    """A Prepare message, and the model and ring ports that it requests."""
+
+    message: Prepare
+    description: ModelDescription
+    ports: HeldPorts
+
+
 class StageService:
-    """A stage's state (prepared, connected, loaded) and its answers to messages."""
+    """The state of a stage from Prepare over Connect to Load, and its answers to messages."""
 
     def __init__(self, writer: FrameWriter, warnings: tuple[str, ...] = ()) -> None:
         self._writer = writer
         self._warnings = warnings
         self._inbox: queue.SimpleQueue[ToStage | ProtocolError] = queue.SimpleQueue()
-        self._prepared: tuple[Prepare, ModelDescription, HeldPorts] | None = None
+        self._prepared: _Prepared | None = None
         self._group: mx.distributed.Group | None = None
         self._transport = Transport()
         self._runner: StepRunner | None = None
-        self._registration: IO[bytes] | None = (
-            None  # this stage's file on its host (registry.py), locked while it is open
-        )
+        self._registration: IO[bytes] | None = None  # this stage's file in the registry, locked while it is open
 
-    # ---- on the reading thread
+    # ---- on the thread that reads messages
 
     def on_frame(self, frame: Frame) -> None:
-        """Queue a message for the computing thread."""
+        """Queue a message for `run`."""
         if frame.kind is not Kind.MESSAGE:
             raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
         message = decode_to_stage(frame.payload)
@@ -120,12 +123,12 @@ class StageService:
         self._inbox.put(message)
 
     def on_input_end(self, error: ProtocolError | None) -> None:
-        """End the process at once if the guard closed the input. Queue a broken frame's error, to report it first."""
+        """End the process if the guard closed the input. Queue the ``error`` of a broken frame, which `run` reports."""
         if error is None:
             os._exit(0)
         self._inbox.put(error)
 
-    # ---- on the computing thread
+    # ---- on the thread that computes
 
     def run(self) -> int:
         """Answer messages until Stop or an error. Return the process's exit code."""
@@ -135,7 +138,8 @@ class StageService:
                 if isinstance(message, ProtocolError):
                     raise message
                 if not isinstance(message, Step):
-                    self._report_phase(*_PHASES[type(message)])
+                    phase, limit_s = _PHASES[type(message)]
+                    self._report_phase(phase, limit_s=limit_s)
                 self._send(self._answer(message))
                 if self._runner is not None and (drafted := self._runner.draft()) is not None:
                     self._send(drafted)
@@ -191,45 +195,44 @@ class StageService:
             locate_tensors(folder, description.index, specs)
             return ShardDownloaded(str(folder), ())
         fetched = fetch_shard(message.model, description.index, specs, self._report_progress)
-        return ShardDownloaded(str(fetched.folder), fetched.fetched)
+        return ShardDownloaded(str(fetched.folder), fetched.fetched_names)
 
     def _report_progress(self, done_bytes: int, total_bytes: int, phase: Phase = Phase.DOWNLOADING) -> None:
-        self._report_phase(phase, limit_s=PART_TIMEOUT_S)
+        self._report_phase(phase, limit_s=PROGRESS_TIMEOUT_S)
         self._send(DownloadProgress(done_bytes, total_bytes))
 
     def _answer_prepare(self, message: Prepare) -> Prepared:
         description = describe_model(read_model_files(message.model).files, message.model.path_or_repo)
-        draft = message.draft_head
-        digest = None if draft is None or is_repo(draft.source) else read_draft(draft, description.config).draft.digest
+        head, draft_digest = message.draft_head, None
+        if head is not None and not is_repo(head.source):
+            draft_digest = read_draft(head, description.config).draft.digest
         ports = HeldPorts(message.listen)
-        self._prepared = message, description, ports
-        return Prepared(ports.addresses, description.digest, digest)
+        self._prepared = _Prepared(message, description, ports)
+        return Prepared(ports.addresses, description.digest, draft_digest)
 
     def _answer_connect(self, message: Connect) -> Connected:
         assert self._prepared is not None, "Connect before Prepare"
         if message.links is None:
             return Connected()
-        prepared, _, ports = self._prepared
-        ports.release()
-        self._writer.flush(CLOSE_TIMEOUT_S)  # the phase: MLX holds the GIL while it connects
-        rank, links, before = prepared.rank, message.links, tcp_connections()
+        self._prepared.ports.release()
+        self._writer.flush(FLUSH_TIMEOUT_S)  # so that the guard gets the phase: MLX holds the GIL while it connects
+        rank, links, old_connections = self._prepared.message.rank, message.links, tcp_connections()
         # MLX's ring accepts any TCP peer: the watch ends this process if an unknown one connects
         with watched_ring(rank, links) if isinstance(links, RingLinks) else nullcontext():
             self._group = join_group(rank, links)
-            connections = tcp_connections() - before if isinstance(links, RingLinks) else set()
+            new_connections = tcp_connections() - old_connections if isinstance(links, RingLinks) else set()
             self._transport = Transport(self._group)
             prove_hops(self._transport, message.to_next, message.from_previous)
-        return Connected(tuple(sorted(connections)))
+        return Connected(tuple(sorted(new_connections)))
 
     def _answer_load(self, message: Load) -> Loaded:
         assert self._prepared is not None, "Load before Prepare"
         if message.registration is not None:
             self._registration = register(message.registration)
-        prepared, description, _ = self._prepared
-        progress = (self._report_layer, self._report_progress)
-        self._runner, loaded = load_stage(description, prepared, message, self._transport, *progress)
+        prepared, progress = self._prepared, (self._report_layer, self._report_progress)
+        self._runner, loaded = load_stage(prepared.description, prepared.message, message, self._transport, *progress)
         return msgspec.structs.replace(loaded, warnings=(*self._warnings, *loaded.warnings))
 
-    def _report_layer(self, part: LayerLoaded) -> None:
-        self._report_phase(Phase.LOADING, limit_s=PART_TIMEOUT_S)
-        self._send(part)
+    def _report_layer(self, loaded: LayerLoaded) -> None:
+        self._report_phase(Phase.LOADING, limit_s=PROGRESS_TIMEOUT_S)
+        self._send(loaded)

@@ -1,7 +1,7 @@
 """Transfer of hidden states from one stage to the next. Knows shapes, but no layers and no control messages.
 
-MLX's operations are lazy: ``receive`` returns an array that has not arrived, and evaluating it waits for it. The caller
-must evaluate one operation at a time, in plan order: the order is the only tag on the wire.
+MLX's operations are lazy: ``receive`` returns at once, and the evaluation of its array waits for the data. The caller
+must evaluate one operation at a time, in the order of plans, because the data carries no other identification.
 """
 
 import errno
@@ -19,7 +19,7 @@ from mlx_k2.protocol.messages import JacclLinks, RingLinks
 
 
 class Transport:
-    """The two hops of a stage over mlx.core.distributed; ``group`` None: a single stage, which has no hops."""
+    """The hops from the previous stage and to the next one. ``group`` None: a single stage, which has no hops."""
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
@@ -36,7 +36,7 @@ class Transport:
 
 
 def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group:
-    """Start mlx.distributed's backend as ``rank``. It holds the GIL until every neighbour is connected.
+    """Start mlx.distributed's backend as ``rank``. MLX holds the GIL until every neighbour is connected.
 
     Raises:
         StageFault: a neighbour did not answer, or the backend is not available on this host.
@@ -47,15 +47,16 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
         try:
             group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
-            refused = f"error: {errno.ECONNREFUSED})" in str(error)
-            hint = "; its port is closed: it has ended, or another process connected to it first" if refused else ""
-            raise StageFault(f"the {backend} connection to a neighbour failed: {error}{hint}") from None
+            reason = ""
+            if f"error: {errno.ECONNREFUSED})" in str(error):
+                reason = "; its port is closed: it has ended, or another process connected to it first"
+            raise StageFault(f"the {backend} connection to a neighbour failed: {error}{reason}") from None
     assert group.rank() == rank, f"{backend} reports rank {group.rank()}, the plan {rank}"
     return group
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:
-    """Write ``file`` and return the environment that mlx.distributed reads, in which a variable names ``file``."""
+    """Write the hosts to ``file`` and return the environment variables for mlx.distributed, which name ``file``."""
     file.write(json.dumps(links.addresses if isinstance(links, RingLinks) else links.devices).encode())
     file.seek(0)  # also flushes; on macOS an open of /dev/fd/N shares this file position
     path = f"/dev/fd/{file.fileno()}"
@@ -72,11 +73,11 @@ def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes])
 def prove_hops(transport: Transport, to_next: bytes | None, from_previous: bytes | None) -> None:
     """Exchange the bytes that the coordinator gave both ends of each hop, before any other transfer.
 
-    MLX's ring accepts any connection to its port. Other bytes show that the peer is not the neighbour. A process that
-    passes the bytes on is found by the coordinator, which compares the two ends of each connection.
+    MLX's ring accepts any connection to its port, and wrong bytes show that the peer is not the neighbour. A process in
+    between that forwards the right bytes is detected by the coordinator: it compares both ends of each connection.
 
     Raises:
-        StageFault: other bytes arrived.
+        StageFault: wrong bytes arrived.
     """
     if from_previous is not None:
         received = transport.receive((len(from_previous),), mx.uint8)

@@ -1,8 +1,7 @@
 """A writer of random checkpoints in the original layout, for tests and benchmarks.
 
-Knows no tokenizer. The values are scaled so that every part of the model affects its output: each branch adds about as
-much as the residual stream holds, attention is sharp enough for positions to matter, and tokens are routed to different
-experts.
+The values are scaled so that every part of the model affects its output: the output of each block has about the
+magnitude of the residual stream, attention depends on positions, and tokens are routed to different experts.
 """
 
 import shutil
@@ -20,7 +19,7 @@ from mlx_k2.config import Family, ModelConfig
 from mlx_k2.weights.inventory import INT4_GROUP_SIZE, TensorSpec, embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.safetensors_file import write_file
 
-_PIECE_VALUES = 1 << 22
+_MAX_PIECE_VALUES = 1 << 22
 _CODE_DEVIATION = 4.2  # standard deviation of the INT4 codes that _codes returns
 
 # Root mean square of a matrix's output for an input of root mean square 1, by the ending of the matrix's name.
@@ -42,11 +41,10 @@ _GAINS: Mapping[str, float] = {
 def write_random_checkpoint(
     folder: Path, config_fields: Mapping[str, Any], seed: int, tokenizer_files: Mapping[str, bytes]
 ) -> None:
-    """Write the checkpoint that ``config_fields`` describes: a file per layer, one for embedding and head.
+    """Write a checkpoint with the config ``config_fields`` and the ``tokenizer_files``, by name, to ``folder``.
 
-    K2.5 has one more, with the tensors of its image encoder.
-    ``tokenizer_files`` are written unchanged into the same folder. The same arguments give the same bytes. ``folder``
-    appears only when it is complete; if another process has completed it first, that folder is kept.
+    The weights are in one file per layer, one for embedding and head, and for K2.5 one for the image encoder. The same
+    arguments give the same bytes. ``folder`` appears only when it is complete; an existing folder is kept.
 
     Raises:
         ConfigError: the fields are not those of a model that this program runs.
@@ -75,11 +73,11 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
 
 
 def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:
-    files = _files(config)
+    specs_of_files = _specs_of_files(config)
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    for number, specs in enumerate(files, start=1):
-        name = f"model-{number:05d}-of-{len(files):06d}.safetensors"
+    for number, specs in enumerate(specs_of_files, start=1):
+        name = f"model-{number:05d}-of-{len(specs_of_files):06d}.safetensors"
         total_bytes += write_file(folder / name, specs, lambda spec: _random_bytes(spec, config, seed))
         weight_map |= {spec.name: name for spec in specs}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
@@ -87,8 +85,8 @@ def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:
     (folder / "model.safetensors.index.json").write_bytes(index_json)
 
 
-def _files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
-    """Return the tensors of each file, including those of the original checkpoints that this program does not need."""
+def _specs_of_files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
+    """Return the specs of each file's tensors. Like original checkpoints, they include tensors that are never read."""
     frequencies = (config.qk_rope_head_dim // 2,)
     files = []
     for layer in range(config.num_hidden_layers):
@@ -108,7 +106,7 @@ def _files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
 
 
 def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[bytes]:
-    """Yield the tensor's bytes in parts, sampled with (seed, name) as seed, so that they depend on no other tensor."""
+    """Yield the tensor's bytes in pieces. They are sampled with (seed, name) as seed: no other tensor affects them."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
     count = spec.num_bytes // 2
     if spec.name.endswith("weight_shape"):
@@ -127,9 +125,9 @@ def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[
     elif len(spec.shape) == 1:
         yield bf16_bytes(generator.uniform(0.5, 1.5, count).astype(np.float32))
     else:
-        deviation = _gain(spec.name) / spec.shape[-1] ** 0.5 if "embed_tokens" not in spec.name else 1.0
-        for first in range(0, count, _PIECE_VALUES):
-            values = generator.standard_normal(min(_PIECE_VALUES, count - first), np.float32)
+        deviation = 1.0 if "embed_tokens" in spec.name else _gain(spec.name) / spec.shape[-1] ** 0.5
+        for first in range(0, count, _MAX_PIECE_VALUES):
+            values = generator.standard_normal(min(_MAX_PIECE_VALUES, count - first), np.float32)
             yield bf16_bytes(values * np.float32(deviation))
 
 
@@ -138,11 +136,12 @@ def _gain(name: str) -> float:
 
 
 def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Return words of eight INT4 codes. After a row's first word 0 replaces -8, so that those codes have mean 0."""
+    """Return random words of eight INT4 codes. In all columns but the first 0 replaces -8: the codes have mean 0."""
     words = generator.integers(0, 1 << 32, shape, np.uint32)
-    rest = words[:, 1:]
-    not_minus_8 = (rest | rest >> 1 | rest >> 2 | rest >> 3) & 0x11111111  # stored as code + 8, so -8 is four zero bits
-    rest |= (not_minus_8 ^ 0x11111111) << 3
+    others = words[:, 1:]
+    # Codes are stored plus 8: -8 has four zero bits, and 0 has only the highest bit set.
+    is_not_minus_8 = (others | others >> 1 | others >> 2 | others >> 3) & 0x11111111
+    others |= (is_not_minus_8 ^ 0x11111111) << 3
     return words
 
 

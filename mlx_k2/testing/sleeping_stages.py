@@ -1,10 +1,10 @@
-"""Stages that sleep instead of computing, one thread each, to run the scheduler without the cost of arithmetic."""
+"""Stages that sleep instead of computing, one thread each, to run the coordinator without the cost of arithmetic."""
 
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from mlx_k2.protocol.messages import Drafted, Step, StepDone, encode_message
 from mlx_k2.sampling import SampledToken
@@ -15,18 +15,18 @@ from mlx_k2.stage.draft_plans import DraftPlans
 STEP_S = 0.02
 TOKEN = 1
 """The id of every sampled token."""
-SIZES = StageSizes(**{each.name: 0 for each in fields(StageSizes)} | {"dense_bytes": 1_000_000, "tile_rows": 1})
+SIZES = replace(StageSizes(**{size.name: 0 for size in fields(StageSizes)}), dense_bytes=1_000_000, tile_rows=1)
 SPEED = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / STEP_S, operations_per_s=1.0)
-"""With this speed every step takes STEP_S, independent of its rows."""
+"""With SIZES and SPEED the cost model predicts STEP_S for every step."""
 
 
 @dataclass
 class SleepingStages:
     """Stages that only sleep, one thread each. The last one puts encoded messages into ``done``.
 
-    Every sampled token is TOKEN. After a row that requests drafts the last stage sleeps for ``draft_s``, then sends
-    TOKEN as the draft of each position where ``is_right(position)``, another token elsewhere. Drafts that are known to
-    be wrong are skipped.
+    Every sampled token is TOKEN. After a row that requests drafts the last stage sleeps for ``draft_s``. Then it sends
+    the drafts: TOKEN for each position where ``is_right(position)``, and another token for the other positions. Drafts
+    that are known to be wrong are skipped.
     """
 
     num_stages: int

@@ -1,4 +1,4 @@
-"""The config.json fields of small models for tests: K2 Thinking's in small sizes, and K2.5's nested form."""
+"""The config.json fields of small models for tests: those of K2 Thinking in small sizes, also in K2.5's nested form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def tiny_config_fields(vocab_size: int, **changes: Any) -> dict[str, Any]:
 
 
 def as_kimi_k25(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same text model in K2.5's form: under ``text_config``, together with a vision tower."""
+    """Return the fields of the same text model in K2.5's form: in ``text_config``, beside a vision tower's config."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",

@@ -1,7 +1,4 @@
-"""The tokenizer files of a random checkpoint: every byte, some common words, and Kimi K2's control tokens.
-
-Knows nothing of the checkpoint's weights.
-"""
+"""The tokenizer files of a random checkpoint: every byte, some common words, and Kimi K2's control tokens."""
 
 import base64
 
@@ -12,9 +9,9 @@ from mlx_k2.builtin import BUILTIN_FOLDER
 _NUM_BYTES = 256
 _NUM_RESERVED = 256
 
-# Kimi K2's control tokens, by their offset from the id after the last ordinary token. The reply parser and the template
-# use these names; ids between them stay unnamed, as in the original.
-_CONTROL_TOKENS = {
+# Offsets of Kimi K2's control tokens from the id after the last ordinary token. The reply parser and the chat template
+# use these names. Other reserved ids have no name, as in the original.
+_CONTROL_TOKEN_OFFSETS = {
     "[BOS]": 0,
     "[EOS]": 1,
     "<|im_end|>": 2,
@@ -64,20 +61,20 @@ class TinyVocabulary(msgspec.Struct, frozen=True):
 def tiny_vocabulary(vocab_size: int, max_position_embeddings: int) -> TinyVocabulary:
     """Return the tokenizer files for a model of ``vocab_size`` ids, at least 512.
 
-    The ids are 256 single bytes, then as many words as fit, then the 256 reserved ids that hold the control tokens. Ids
-    after those are unnamed control tokens.
+    The ids are 256 single bytes, then as many words as fit, then 256 reserved ids, among them the control tokens. If
+    there are still more ids, they are control tokens without names.
     """
     assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} ids are fewer than 256 bytes and 256 reserved tokens"
     words = [f" {word}".encode() for word in dict.fromkeys(_WORDS.split())][: vocab_size - MIN_VOCAB_SIZE]
     tokens = [bytes([byte]) for byte in range(_NUM_BYTES)] + words
-    ids = {name: len(tokens) + offset for name, offset in _CONTROL_TOKENS.items()}
-    added = {str(number): {"content": name, "special": True} for name, number in ids.items()}
-    named = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-    generation = {"max_length": max_position_embeddings, "eos_token_id": ids["<|im_end|>"]}
+    ids = {name: len(tokens) + offset for name, offset in _CONTROL_TOKEN_OFFSETS.items()}
+    added_tokens = {str(token_id): {"content": name, "special": True} for name, token_id in ids.items()}
+    named_tokens = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    generation_config = {"max_length": max_position_embeddings, "eos_token_id": ids["<|im_end|>"]}
     files = {
         "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
-        "tokenizer_config.json": msgspec.json.encode({"added_tokens_decoder": added} | named),
+        "tokenizer_config.json": msgspec.json.encode({"added_tokens_decoder": added_tokens} | named_tokens),
         "chat_template.jinja": (BUILTIN_FOLDER / "chat_template.jinja").read_bytes(),
-        "generation_config.json": msgspec.json.encode(generation),
+        "generation_config.json": msgspec.json.encode(generation_config),
     }
     return TinyVocabulary(files, ids["[BOS]"], ids["<|im_end|>"], ids["[PAD]"])

@@ -1,7 +1,7 @@
 """Stages in one process that execute plans on token ids instead of arrays, to test the engine without arithmetic.
 
-A sampled token is a function of the seed and of all tokens in the cache before it, as a real model's is. A plan that
-leaves out a position, or relies on a wrong one, therefore changes the answer.
+As in a real model, a sampled token is a function of the seed and of all tokens before it in the cache. So the answer
+changes if a plan omits a position or relies on a wrong one.
 """
 
 import hashlib
@@ -20,32 +20,33 @@ from mlx_k2.scheduling.request import Request
 
 STOP_ID = 9
 NUM_TOKENS = 10
-"""Sampled ids are below this number."""
+"""Size of the vocabulary: sampled ids are 0 to 9."""
 
 
 class TokenStages(StageGroup):
     """A group whose stages execute a plan when ``execute`` is called, on the caller's thread.
 
-    ``on_plan`` is called with each plan that is sent. The last stage skips wrong drafts, and has a draft head, whose
-    tokens are right 7 times out of 10.
+    ``on_plan`` is called with each plan that is sent. The last stage skips wrong drafts. It has a draft head, which
+    drafts the right token 7 times out of 10.
     """
 
     def __init__(self, num_stages: int, on_plan: Callable[[Step], None] = lambda _: None) -> None:
         super().__init__([StageLocation()] * num_stages, lease_s=20.0, log=lambda _: None)
         self._on_plan = on_plan
         self._changed = threading.Condition()
-        self._posted: deque[StageEvent] = deque()
-        self._is_received = False
+        self._pending_events: deque[StageEvent] = deque()
+        self._is_receiving = False
         self._plans: list[deque[Step]] = [deque() for _ in range(num_stages)]
-        self._num_done = [0] * num_stages
-        self._caches: list[dict[int, list[int]]] = [{} for _ in range(num_stages)]
+        self._num_executed = [0] * num_stages
+        self._caches: list[dict[int, list[int]]] = [{} for _ in range(num_stages)]  # by rank: token ids by slot
         self._has_failed = False
-        self._sampled: dict[int, tuple[int, int]] = {}
+        self._sampled: dict[int, tuple[int, int]] = {}  # by slot: position and id of the last sampled token
 
     def execute(self, rank: int) -> bool:
-        """Execute the next plan on one stage; return False if there is none, or the stage before has not done it."""
+        """Execute the next plan on one stage. Return False if none has arrived from the previous stage."""
         with self._changed:
-            is_ready = bool(self._plans[rank]) and (rank == 0 or self._num_done[rank - 1] > self._num_done[rank])
+            has_input = rank == 0 or self._num_executed[rank - 1] > self._num_executed[rank]
+            is_ready = bool(self._plans[rank]) and has_input
             if self._has_failed or not is_ready:
                 return False
             step = self._plans[rank].popleft()
@@ -54,39 +55,38 @@ class TokenStages(StageGroup):
         if is_skipped:
             self._finish(rank, StepDone(step.number, 0.0, is_skipped=True))
             return True
-        tokens = tuple(
-            SampledToken(token_id) for row in step.rows if (token_id := self._run(self._caches[rank], row)) is not None
-        )
-        self._finish(rank, StepDone(step.number, 0.001, tokens=tokens if is_last else ()))
+        token_ids = []
+        for row in step.rows:
+            token_id = self._run(self._caches[rank], row)
+            if token_id is not None and is_last:
+                token_ids.append(token_id)
+                self._sampled[row.slot] = (row.end, token_id)
+        self._finish(rank, StepDone(step.number, 0.001, tokens=tuple(map(SampledToken, token_ids))))
         if is_last:
-            sampling_rows = (row for row in step.rows if row.needs_logits)
-            self._sampled |= {
-                row.slot: (row.end, token.token_id) for row, token in zip(sampling_rows, tokens, strict=True)
-            }
             self._draft(rank, step)
         return True
 
     def _finish(self, rank: int, done: StepDone) -> None:
         with self._changed:
-            self._num_done[rank] += 1
+            self._num_executed[rank] += 1
         self._post(StageMessage(rank, done))
 
     def _is_right(self, row: Row) -> bool:
         return self._sampled.get(row.slot) == (row.position, row.token_ids[0])
 
     def _draft(self, rank: int, step: Step) -> None:
-        """Send the drafts that the step's row requests. Those in plans that have arrived are kept."""
+        """Send the drafts that the step's row requests. Drafts that are already planned are sent unchanged."""
         row = step.rows[0]
         if row.draft is None or row.sampling is None:
             return
         token_ids = [*self._caches[rank][row.slot], self._sampled[row.slot][1]]
-        num_known = len(token_ids)
+        num_sampled = len(token_ids)
         planned = [later.rows[0].token_ids[0] for later in self._plans[rank] if later.rows[0].is_draft]
-        kept = planned[1:] if planned[:1] == token_ids[-1:] else []
+        old_drafts = planned[1:] if planned[:1] == token_ids[-1:] else []
         for index in range(row.draft.num_tokens):
-            following = drafted_after(token_ids, row.sampling)
-            token_ids.append(kept[index] if index < len(kept) else following)
-        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_known:]), 0.001)))
+            new_draft = drafted_after(token_ids, row.sampling)
+            token_ids.append(old_drafts[index] if index < len(old_drafts) else new_draft)
+        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_sampled:]), 0.001)))
 
     def next_step(self, rank: int) -> Step | None:
         """Return the plan that ``execute`` would execute next on one stage; None if there is none."""
@@ -99,16 +99,16 @@ class TokenStages(StageGroup):
         self._post(StageEnded(rank, self.host(rank), True, "it was killed", signal=9))
 
     def wait_until_waiting(self, timeout_s: float) -> bool:
-        """Wait until the engine waits for an event and there is none; return whether it does."""
+        """Wait until the engine waits in ``receive`` and there is no event. Return False after ``timeout_s``."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_received and not self._posted, timeout_s)
+            return self._changed.wait_for(lambda: self._is_receiving and not self._pending_events, timeout_s)
 
     # ---- as a StageGroup
 
     @property
     def has_event(self) -> bool:
         """True if ``receive`` would return an event at once."""
-        return bool(self._posted)
+        return bool(self._pending_events)
 
     def wake(self) -> None:
         """End the present or next ``receive`` with Woken."""
@@ -117,11 +117,11 @@ class TokenStages(StageGroup):
     def receive(self, timeout_s: float) -> StageEvent | None:
         """Return the next event; None if there is none within ``timeout_s``."""
         with self._changed:
-            self._is_received = True
+            self._is_receiving = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._posted, timeout_s)
-            self._is_received = False
-            return self._posted.popleft() if self._posted else None
+            self._changed.wait_for(lambda: self._pending_events, timeout_s)
+            self._is_receiving = False
+            return self._pending_events.popleft() if self._pending_events else None
 
     def send(self, rank: int, message: ToStage) -> None:
         """Queue a plan for one stage."""
@@ -137,7 +137,7 @@ class TokenStages(StageGroup):
             self.send(rank, message)
 
     def host(self, rank: int) -> str:
-        """Return a made-up name."""
+        """Return the name of a stage's host."""
         return f"host {rank}"
 
     def silence_s(self, rank: int) -> float:  # noqa: ARG002 - the group's argument
@@ -149,7 +149,7 @@ class TokenStages(StageGroup):
         return True
 
     def status(self, rank: int) -> StageStatus:  # noqa: ARG002 - the group's argument
-        """Return a stage that waits for plans."""
+        """Return the status of a stage that waits for plans."""
         return StageStatus(PhaseUpdate(Phase.IDLE), 0.0)
 
     def stop(self, notify: Callable[[str], None]) -> None:
@@ -157,7 +157,7 @@ class TokenStages(StageGroup):
 
     def _post(self, event: StageEvent) -> None:
         with self._changed:
-            self._posted.append(event)
+            self._pending_events.append(event)
             self._changed.notify_all()
 
     def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
@@ -165,6 +165,7 @@ class TokenStages(StageGroup):
         return sampled_after(token_ids, sampling)
 
     def _run(self, caches: dict[int, list[int]], row: Row) -> int | None:
+        """Write the row's tokens to the cache of its slot. Return the sampled token; None if the row samples none."""
         cache = caches.setdefault(row.slot, [])
         if row.copy_from is not None:
             cache[: row.position] = caches[row.copy_from][: row.position]
@@ -186,7 +187,7 @@ def drafted_after(token_ids: Sequence[int], sampling: Sampling) -> int:
 
 
 def answer_alone(request: Request) -> list[int]:
-    """Return the tokens that the stages sample for a request without a token policy, alone or with others."""
+    """Return the tokens that the stages sample for a request without a token policy."""
     token_ids = list(request.prompt_ids)
     while len(token_ids) < len(request.prompt_ids) + request.max_tokens:
         token_ids.append(sampled_after(token_ids, request.sampling))

@@ -1,1 +1,1 @@
-"""The checkpoint: its tensors, the files that hold them, and how files are fetched and tensors read."""
+"""Checkpoints: the tensors that they must hold, their files, the download of files and the reading of tensors."""

@@ -1,4 +1,4 @@
-"""A checkpoint on one host: its small files, read and checked, and the files of its tensors. Loads no tensor."""
+"""A checkpoint on one host: its small files, read and checked, and the paths of its tensors. Loads no tensor."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,9 +30,10 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files, parsed, and its draft head, if there is one.
+    """A model's small files (config, index, tokenizer, chat template), parsed; ``draft`` is its draft head, if any.
 
-    ``unread_tensors``: one line for the user about tensors that are not read.
+    ``digest`` identifies config and index (`model_digest`). ``unread_tensors`` is a line for the user about tensors in
+    the index that are not read; None if there are none.
     """
 
     files: Mapping[str, bytes]
@@ -44,10 +45,10 @@ class ModelDescription:
 
 
 def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
-    """Parse and check a model's small files by name; ``source`` names the model in errors.
+    """Parse and check a model's small ``files``, by name. ``source`` names the model in errors.
 
     Raises:
-        ConfigError, CheckpointError: a file is missing, or has content that this program does not support.
+        ConfigError, CheckpointError: a file is missing, or its content is not supported.
     """
     for name in (CONFIG_NAME, INDEX_NAME):
         if name not in files:
@@ -59,16 +60,16 @@ def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:
-    """Return the small files of the checkpoint in ``folder``, by name, without missing TOKENIZER_NAMES.
+    """Return the contents of config, index and those of TOKENIZER_NAMES that ``folder`` has, by name.
 
     Raises:
-        CheckpointError: there is no such folder, it holds no config or no weights, or a file cannot be read.
+        CheckpointError: there is no such folder, it has no config or no weights, or a file cannot be read.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_remedy(folder)}")
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_reason_without_config(folder)}")
     files = {}
     try:
         for name in names:
@@ -79,34 +80,34 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     return files | {INDEX_NAME: read_index_json(folder)}
 
 
-def _remedy(folder: Path) -> str:
-    """Return what to give as --model instead of a folder without a config: a name if it is a folder of the Hub's cache.
+def _reason_without_config(folder: Path) -> str:
+    """Return why ``folder`` has no config.json, and for a repository in the Hub's cache what to give as --model.
 
-    huggingface_hub keeps owner/name in a folder models--owner--name.
+    huggingface_hub caches the repository owner/name in a folder models--owner--name.
     """
-    kind, _, name = folder.name.partition("--")
-    if kind == "models" and (folder / "snapshots").is_dir():
+    repo_type, _, name = folder.name.partition("--")
+    if repo_type == "models" and (folder / "snapshots").is_dir():
         repo = name.replace("--", "/", 1)
         return f"it is a folder of the Hub's cache: give --model {repo}, or a folder in its snapshots"
     return "it is not a checkpoint"
 
 
 def locate_tensors(folder: Path, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, Path]:
-    """Return the path of each tensor of ``specs``, by tensor name; check each file's header against ``specs``.
+    """Return the path of the file of each tensor, by tensor name. Check the header of each file against ``specs``.
 
     Raises:
-        CheckpointError: files are missing or truncated, or tensors do not match their specs; names every bad file.
+        CheckpointError: files are missing or truncated, or tensors do not match ``specs``; names every bad file.
     """
-    located: dict[str, Path] = {}
-    files = index.files(specs)
-    missing = [name for name in files if not (folder / name).exists()]
+    paths: dict[str, Path] = {}
+    specs_by_file = index.files(specs)
+    missing = [name for name in specs_by_file if not (folder / name).exists()]
     problems = [f"{folder / file_ranges(missing)} is missing: fetch it again"] if missing else []
-    for name in files.keys() - set(missing):
+    for name in specs_by_file.keys() - set(missing):
         try:
-            check_file(folder / name, files[name])
+            check_file(folder / name, specs_by_file[name])
         except CheckpointError as error:
             problems.append(str(error))
-        located |= dict.fromkeys((spec.name for spec in files[name]), folder / name)
+        paths |= dict.fromkeys((spec.name for spec in specs_by_file[name]), folder / name)
     if problems:
         raise CheckpointError("; ".join(sorted(problems)))
-    return located
+    return paths

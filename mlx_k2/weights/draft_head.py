@@ -1,9 +1,9 @@
 """A draft head (EAGLE-3, arXiv 2503.01840): its config and the tensors that it must hold. Reads no tensor.
 
-The head is one decoder layer with multi-head latent attention and a dense SwiGLU block. It reads the outputs of some
-layers of the target, the model that it drafts for. The layer's first projections have twice the target's hidden size as
-inputs: the embedding of a token, and the features of the position before it. A head without an embedding or an output
-projection uses the target's.
+The head is one decoder layer with multi-head latent attention and a dense SwiGLU block. It drafts for another model,
+the target, and reads the outputs of some of the target's layers: their product with ``fc`` is called features. The
+head's first projections have twice the target's hidden size as inputs: the embedding of a token, and the features of
+the position before it. A head without an embedding or an output projection uses the target's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from mlx_k2.config import COMPUTED, ModelConfig, RopeConfig, read_rope, refuse_others
+from mlx_k2.config import SUPPORTED_VALUES, ModelConfig, RopeConfig, check_listed_fields, read_rope
 from mlx_k2.errors import CheckpointError, ConfigError, RequestError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
@@ -32,9 +32,9 @@ from mlx_k2.weights.model_source import DraftHead
 
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
 FC, LM_HEAD, EMBEDDING, NORM, TARGET_IDS = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
-_UNREAD = ("t2d",)
+_UNREAD_TENSORS = ("t2d",)
 _LAYER_PREFIXES = ("layers.0", "midlayer")
-_COMPUTED: Mapping[str, tuple[object, ...]] = {
+_SUPPORTED_EAGLE_VALUES: Mapping[str, tuple[object, ...]] = {
     "use_aux_hidden_state": (True,),
     "use_input_layernorm_in_first_layer": (True,),
     "use_last_layernorm": (True,),
@@ -42,10 +42,10 @@ _COMPUTED: Mapping[str, tuple[object, ...]] = {
     "norm_before_residual": (False,),
     "parallel_draft_step": (1,),
 }
-"""Fields of eagle_config that change the computation, with the values that this program computes."""
+"""Fields of eagle_config that change the computation, with the values that this program implements."""
 
-_CONTROL_TOKENS = 256
-"""Control tokens at the end of Kimi's vocabulary."""
+_NUM_CONTROL_TOKENS = 256
+"""Number of control tokens at the end of Kimi's vocabulary."""
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 
@@ -72,10 +72,10 @@ class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DraftDescription:
-    """A draft head for one target, checked by names. ``aux_layers`` are the target's layers whose outputs it reads.
+    """A draft head for one target. ``aux_layers`` are the target's layers, from 0, whose outputs the head reads.
 
-    ``layer`` is the head's decoder layer as a config of one dense layer. ``vocab_size`` is the number of rows of the
-    head's own output projection, or the target's. ``num_drafted_ids`` of them are kept in memory.
+    ``layer`` is the head's decoder layer as a model config with one dense layer. ``vocab_size`` is the number of rows
+    of the output projection, the head's own or the target's; ``num_drafted_ids`` of these rows are kept in memory.
     """
 
     layer: ModelConfig
@@ -94,12 +94,13 @@ class DraftDescription:
 
     def aux_specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors that stages with ``aux_layers`` read: ``fc``, and the norms before it."""
-        hidden, count = self.layer.hidden_size, len(self.aux_layers)
-        fc = TensorSpec(FC, "BF16", (hidden, count * hidden), (DenseMatrix(hidden, hidden),) * count)
-        return (fc, *(bf16_spec(f"fc_norm.{at}.weight", hidden) for at in range(count) if self.has_aux_norms))
+        hidden, num_layers = self.layer.hidden_size, len(self.aux_layers)
+        fc = TensorSpec(FC, "BF16", (hidden, num_layers * hidden), (DenseMatrix(hidden, hidden),) * num_layers)
+        num_norms = num_layers if self.has_aux_norms else 0
+        return (fc, *(bf16_spec(f"fc_norm.{index}.weight", hidden) for index in range(num_norms)))
 
     def layer_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of the decoder layer, with the head's prefix."""
+        """Return the specs of the decoder layer, with the head's prefix, and of the norm after it."""
         prefix, hidden = self.layer_prefix, self.layer.hidden_size
         norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
         return (
@@ -110,7 +111,7 @@ class DraftDescription:
         )
 
     def own_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of output projection, embedding and target ids, as far as the head has them."""
+        """Return the specs of those of output projection, embedding and target ids that the head has."""
         hidden = self.layer.hidden_size
         specs = (
             linear_spec(LM_HEAD, self.vocab_size, hidden),
@@ -120,38 +121,41 @@ class DraftDescription:
         return tuple(spec for spec in specs if spec.name in self.index.weight_map)
 
     def specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of all tensors that are read."""
+        """Return the specs of all of the head's tensors that are read."""
         return (*self.aux_specs(), *self.layer_specs(), *self.own_specs())
 
     def slice_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of one layer's slice of ``fc``, which each token reads."""
+        """Return the bytes in memory of one aux layer's slice of ``fc`` and its norm, which are read for each token."""
         hidden = self.layer.hidden_size
         norm = hidden * compute_bytes if self.has_aux_norms else 0
         return DenseMatrix(hidden, hidden).held_bytes(compute_bytes, bits) + norm
 
     def layer_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of the head's decoder layer and last norm, which each draft reads."""
+        """Return the bytes in memory of the head's decoder layer and last norm, which are read for each draft token."""
         return held_bytes(self.layer_specs(), compute_bytes, bits)
 
     def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of the head's output projection; 0 if it is the target's."""
+        """Return the bytes in memory of the head's output projection; 0 if the target's whole projection is used."""
         if LM_HEAD not in self.index.weight_map and self.num_drafted_ids == self.vocab_size:
             return 0
         return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
 
     def embedding_bytes(self, compute_bytes: int) -> int:
-        """Return the bytes of the embedding that the last of several stages holds: the head's or the target's."""
+        """Return the bytes of the embedding (the head's or the target's) that the last of several stages holds."""
         return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
 
     def is_on(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
-        """Return whether the stage of these layers reads tensors of the head."""
+        """Return whether the stage with the target's layers ``first_layer`` to ``end_layer`` - 1 reads the head."""
         return end_layer == num_layers or any(first_layer <= layer < end_layer for layer in self.aux_layers)
 
 
 def stage_specs(
     config: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
 ) -> tuple[TensorSpec, ...]:
-    """Return the target's tensors that a stage reads. For a head without one, the last stage reads the embedding."""
+    """Return the specs of the target's tensors that a stage reads.
+
+    The last stage also reads the embedding if ``draft`` is a head that has no embedding of its own.
+    """
     specs = shard_specs(config, first_layer, end_layer)
     is_last_of_several = end_layer == config.num_hidden_layers and first_layer > 0
     lacks_embedding = draft is not None and EMBEDDING not in draft.index.weight_map
@@ -161,10 +165,11 @@ def stage_specs(
 def describe_draft(
     files: Mapping[str, bytes], head: DraftHead, target: ModelConfig, *, check_names: bool = True
 ) -> DraftDescription:
-    """Parse and check a draft head's config and, with ``check_names``, the names of its tensors against the target.
+    """Return the description of ``head`` from its config and index. Without ``check_names`` tensors may be missing.
 
     Raises:
-        ConfigError, CheckpointError, RequestError: the head is not one for this target, or is of an unknown kind.
+        ConfigError, CheckpointError: the head is for another model or of an unsupported kind.
+        RequestError: the options of ``head`` do not fit the head or the target.
     """
     source = head.source.path_or_repo
     for name in (CONFIG_NAME, INDEX_NAME):
@@ -177,15 +182,14 @@ def describe_draft(
     vocab_size = config.draft_vocab_size or config.vocab_size
     if head.vocab_size is not None and head.vocab_size > vocab_size:
         raise RequestError(f"--draft-vocab {head.vocab_size}: {source} has {vocab_size} tokens: give at most as many")
-    shape = {name: getattr(config, name) for name in config.__struct_fields__ if name in ModelConfig.__struct_fields__}
+    layer_fields = {name: getattr(config, name) for name in _ConfigFile.__struct_fields__ if hasattr(target, name)}
+    prefixes = (prefix for prefix in _LAYER_PREFIXES if f"{prefix}.hidden_norm.weight" in index.weight_map)
     draft = DraftDescription(
-        layer=msgspec.structs.replace(target, **shape, first_k_dense_replace=1),
+        layer=msgspec.structs.replace(target, **layer_fields, first_k_dense_replace=1),
         aux_layers=_aux_layers(config, head, target.num_hidden_layers, where),
         vocab_size=vocab_size,
         num_drafted_ids=head.vocab_size or vocab_size,
-        layer_prefix=next(
-            (one for one in _LAYER_PREFIXES if f"{one}.hidden_norm.weight" in index.weight_map), "layers.0"
-        ),
+        layer_prefix=next(prefixes, _LAYER_PREFIXES[0]),
         norms_output=config.norm_output,
         index=index,
         digest=model_digest(files[CONFIG_NAME], files[INDEX_NAME]),
@@ -196,14 +200,14 @@ def describe_draft(
 
 
 def kept_rows(target_ids: Sequence[int], num_rows: int, vocab_size: int) -> list[int]:
-    """Return which rows of a head's output projection to keep, by the rows' token ids, in ascending order of rows.
+    """Return the ``num_rows`` rows of a head's output projection to keep, ascending. ``target_ids`` are all rows' ids.
 
     The ids of a byte-pair vocabulary are in the order of its merges, so the most frequent tokens have the smallest ids.
-    Control tokens are at its end, and are frequent, too: an eighth of the rows, at most 256, are for the largest ids.
+    Control tokens are frequent, too, and have the largest ids: they get an eighth of the rows, at most 256.
     """
     if num_rows >= len(target_ids):
         return list(range(len(target_ids)))
-    num_control = min(_CONTROL_TOKENS, num_rows // 8)
+    num_control = min(_NUM_CONTROL_TOKENS, num_rows // 8)
     control = [row for row, token_id in enumerate(target_ids) if token_id >= vocab_size - num_control]
     by_id = sorted(set(range(len(target_ids))) - set(control), key=lambda row: target_ids[row])
     return sorted(control + by_id[: num_rows - len(control)])
@@ -214,15 +218,14 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
         fields = read_json(data, dict[str, Any])
     except JsonError as error:
         raise ConfigError(f"{where} is not a JSON object: {error}") from None
-    found = fields.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES:
-        raise ConfigError(f"{where}: architectures {found!r} is not a draft head that mlx-k2 runs ({ARCHITECTURES[0]})")
-    inner = fields.get("eagle_config") or {}
-    if not isinstance(inner, dict):
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise ConfigError(f"{where}: architectures {names!r} is not a draft head that mlx-k2 runs ({ARCHITECTURES[0]})")
+    eagle_fields = fields.get("eagle_config") or {}
+    if not isinstance(eagle_fields, dict):
         raise ConfigError(f"{where}: eagle_config is not an object")
-    fields = inner | fields
-    computed = {**COMPUTED, **_COMPUTED}
-    refuse_others({name: fields[name] for name in computed.keys() & fields.keys()}, computed, where)
+    fields = eagle_fields | fields
+    check_listed_fields(fields, {**SUPPORTED_VALUES, **_SUPPORTED_EAGLE_VALUES}, where)
     if "quantization_config" in fields:
         raise ConfigError(f"{where}: quantized draft heads cannot be read: give one in bfloat16")
     try:
@@ -233,22 +236,24 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
 
 def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
     for name in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(config, name), getattr(target, name)
-        if ours != theirs:
-            raise ConfigError(f"{where}: {name} is {ours}, and the model has {theirs}: the head is for another model")
+        value, needed = getattr(config, name), getattr(target, name)
+        if value != needed:
+            raise ConfigError(f"{where}: {name} is {value}, and the model has {needed}: the head is for another model")
     if config.num_hidden_layers != 1:
         raise ConfigError(f"{where}: the head has {config.num_hidden_layers} layers, and mlx-k2 runs heads of one")
     if config.qk_rope_head_dim % 2:
         raise ConfigError(f"{where}: qk_rope_head_dim {config.qk_rope_head_dim} must be even")
-    if (config.draft_vocab_size or 0) > config.vocab_size:
+    if config.draft_vocab_size is not None and config.draft_vocab_size > config.vocab_size:
         raise ConfigError(f"{where}: draft_vocab_size {config.draft_vocab_size} is above {config.vocab_size}")
 
 
 def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: str) -> tuple[int, ...]:
-    """Return the layers whose outputs the head reads: as asked, as its config says, or Model-Optimizer's default."""
-    given, found = head.aux_layers, config.eagle_aux_hidden_state_layer_ids
-    origin = f"--draft-aux {','.join(map(str, given))}" if given is not None else where
-    layers = tuple(sorted(found or {1, num_layers // 2 - 1, num_layers - 4})) if given is None else given
+    """Return the layers whose outputs the head reads: --draft-aux, its config's, or Model-Optimizer's default."""
+    if head.aux_layers is not None:
+        layers, origin = head.aux_layers, f"--draft-aux {','.join(map(str, head.aux_layers))}"
+    else:
+        default = {1, num_layers // 2 - 1, num_layers - 4}
+        layers, origin = tuple(sorted(config.eagle_aux_hidden_state_layer_ids or default)), where
     if not layers or list(layers) != sorted(set(layers)):
         raise RequestError(f"{origin}: give each layer once, in ascending order, and at least one")
     if not 0 <= layers[0] <= layers[-1] < num_layers:
@@ -259,10 +264,10 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
 
 
 def _check_names(draft: DraftDescription, source: str) -> None:
-    """Check that the head has the tensors that it needs, and no unknown ones."""
+    """Check that the head has all tensors that its config requires, and no unknown ones."""
     names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
     if draft.vocab_size < draft.layer.vocab_size:
         needed |= {LM_HEAD, TARGET_IDS}
     refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
-    unknown = sorted(names - needed - set(_UNREAD))
+    unknown = sorted(names - needed - set(_UNREAD_TENSORS))
     refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")

@@ -1,8 +1,7 @@
-"""The download of requested files of a Hub repository into huggingface_hub's cache, and no others. Knows no layers.
+"""Download of requested files from a Hub repository into huggingface_hub's cache. Knows no layers.
 
 huggingface_hub reads its own settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) when it is imported. It resumes
-after a broken connection, and checks sizes; checksums are checked here. A process that ends loses only the file that it
-was fetching.
+after a broken connection, and checks sizes; checksums are checked here. A complete file is not fetched again.
 """
 
 import hashlib
@@ -38,37 +37,34 @@ OnProgress = Callable[[int, int], None]
 
 
 class HubRepo(msgspec.Struct, frozen=True):
-    """A repository on the Hub; ``revision`` None is its main branch.
+    """A repository on the Hub."""
 
-    ``cache_folder`` and ``endpoint`` None are huggingface_hub's own.
-    """
-
-    name: str
-    revision: str | None = None
-    cache_folder: Path | None = None
-    endpoint: str | None = None
+    name: str  # owner/name
+    revision: str | None = None  # branch, tag or commit; None: the main branch
+    cache_folder: Path | None = None  # None: huggingface_hub's
+    endpoint: str | None = None  # None: huggingface_hub's
 
 
 class FetchedFiles(msgspec.Struct, frozen=True):
-    """Files that are all in ``folder`` now; ``fetched`` names those that were not there before.
+    """The result of a fetch: the requested files are in ``folder``; ``fetched_names`` were not there before.
 
     ``commit`` is the commit of the revision: used as another host's revision, it gives the same files there.
-    ``listed`` has all files of the repository by name; it is empty if the Hub cannot be reached.
+    ``hub_files`` has all files of the repository by name; it is empty if the Hub cannot be reached.
     """
 
     folder: Path
     commit: str
-    fetched: tuple[str, ...]
-    listed: dict[str, HubFile] = {}
+    fetched_names: tuple[str, ...]
+    hub_files: dict[str, HubFile] = {}
 
 
 class _Snapshot(msgspec.Struct, frozen=True):
-    """A repository at one commit. ``remote``: the files that the Hub lists; None after the error in ``offline``."""
+    """A repository at one commit. ``hub_files`` None: the Hub cannot be reached, for ``offline_reason``."""
 
     repo: HubRepo
     folder: Path
-    remote: Mapping[str, HubFile] | None
-    offline: str = ""
+    hub_files: Mapping[str, HubFile] | None
+    offline_reason: str = ""
 
     @property
     def commit(self) -> str:
@@ -78,14 +74,14 @@ class _Snapshot(msgspec.Struct, frozen=True):
 def fetch_small_files(repo: HubRepo) -> FetchedFiles:
     """Fetch those of config, index, tokenizer files and chat template that the repository has.
 
-    A repository without an index has its weights in one file, which is then fetched too: its header is the index.
+    If it has no index, also fetch its single weight file, whose header replaces the index.
 
     Raises:
         DownloadError: there is no such repository or revision, or a file cannot be fetched.
     """
-    snapshot = _open(repo)
+    snapshot = _open_snapshot(repo)
     cached = {path.name for path in snapshot.folder.iterdir()}
-    available = cached if snapshot.remote is None else snapshot.remote.keys()
+    available = cached if snapshot.hub_files is None else snapshot.hub_files.keys()
     names = [name for name in (CONFIG_NAME, INDEX_NAME, *TOKENIZER_NAMES) if name in available]
     if INDEX_NAME not in names and SINGLE_FILE_NAME in available:
         names.append(SINGLE_FILE_NAME)
@@ -93,53 +89,53 @@ def fetch_small_files(repo: HubRepo) -> FetchedFiles:
 
 
 def fetch_files(repo: HubRepo, names: Iterable[str], on_progress: OnProgress) -> FetchedFiles:
-    """Fetch the files ``names``, one after the other. Keep those that are in the cache.
+    """Fetch the files ``names`` that are not in the cache, one after the other.
 
     Raises:
-        DownloadError: a file cannot be fetched, or is not the Hub's; names the file and the fix.
+        DownloadError: a file cannot be fetched, or its checksum is not the Hub's; names the file and the fix.
     """
-    return _fetch(_open(repo), list(names), on_progress)
+    return _fetch(_open_snapshot(repo), list(names), on_progress)
 
 
 def bytes_to_fetch(repo: HubRepo, names: Iterable[str]) -> dict[str, int]:
-    """Return the size of each file of ``names`` that is not in the cache yet, by name. Fetch none of them.
+    """Return the size in bytes of each file of ``names`` that is not in the cache, by name. Fetch none of them.
 
     Raises:
-        DownloadError: the repository does not have one of them, or the Hub cannot be reached.
+        DownloadError: the repository lacks one of the files, or the Hub cannot be reached.
     """
-    snapshot = _open(repo)
-    return {name: _remote_file(snapshot, name).size for name in names if not _is_there(snapshot, name)}
+    snapshot = _open_snapshot(repo)
+    return {name: _hub_file(snapshot, name).size for name in names if not _is_cached(snapshot, name)}
 
 
-def _open(repo: HubRepo) -> _Snapshot:
-    """List the repository's files and fetch config.json. Use the snapshot in the cache if the Hub cannot be asked.
+def _open_snapshot(repo: HubRepo) -> _Snapshot:
+    """List the repository's files and fetch config.json. If the Hub cannot be reached, use the snapshot in the cache.
 
-    The Hub is asked once, without retries, so that a machine without a network fails at once.
+    The request to the Hub is not retried, so that a machine without a network fails at once.
     """
     try:
         info = HfApi(endpoint=repo.endpoint).model_info(
             repo.name, revision=repo.revision, files_metadata=True, timeout=_LIST_TIMEOUT_S
         )
     except Exception as error:  # any error of huggingface_hub or its HTTP client: the cache may suffice
-        if (cached := _cached_snapshot(repo)) is not None:
-            return _Snapshot(repo, cached, None, http_reason(error))
-        raise DownloadError(_explain(error, repo, CONFIG_NAME)) from error
-    remote = {
+        if (folder := _cached_folder(repo)) is not None:
+            return _Snapshot(repo, folder, None, http_reason(error))
+        raise DownloadError(_message(error, repo, CONFIG_NAME)) from error
+    hub_files = {
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
     }
-    return _Snapshot(repo, _download(repo, CONFIG_NAME, repo.revision).parent, remote)
+    return _Snapshot(repo, _download(repo, CONFIG_NAME, repo.revision).parent, hub_files)
 
 
-def _cached_snapshot(repo: HubRepo) -> Path | None:
-    """Return the folder of the repository's revision in the cache, which may have been copied by hand; None without it.
+def _cached_folder(repo: HubRepo) -> Path | None:
+    """Return the folder of the repository's revision in the cache; None if it is not cached.
 
-    Without a record of the main branch the only snapshot is taken.
+    The cache may have been copied by hand, without its record of branches. Then the main branch is the only snapshot.
     """
     base = (repo.cache_folder or Path(HF_HUB_CACHE)) / repo_folder_name(repo_id=repo.name, repo_type="model")
     snapshots = base / "snapshots"
-    record = base / "refs" / (repo.revision or "main")
-    if record.is_file():
-        folder = snapshots / record.read_text(errors="replace").strip()
+    commit_file = base / "refs" / (repo.revision or "main")
+    if commit_file.is_file():
+        folder = snapshots / commit_file.read_text(errors="replace").strip()
     elif repo.revision is not None:
         folder = snapshots / repo.revision
     else:
@@ -149,37 +145,43 @@ def _cached_snapshot(repo: HubRepo) -> Path | None:
 
 
 def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> FetchedFiles:
-    missing = {name: _remote_file(snapshot, name) for name in names if not _is_there(snapshot, name)}
-    done = sum((snapshot.folder / name).stat().st_size for name in names if name not in missing)
-    total = done + sum(remote.size for remote in missing.values())
-    on_progress(done, total)
-    for name, remote in missing.items():
-        before = done
+    missing = {name: _hub_file(snapshot, name) for name in names if not _is_cached(snapshot, name)}
+    done_bytes = sum((snapshot.folder / name).stat().st_size for name in names if name not in missing)
+    total_bytes = done_bytes + sum(file.size for file in missing.values())
+    on_progress(done_bytes, total_bytes)
+    for name, file in missing.items():
+        _fetch_file(snapshot, name, file, on_progress, done_bytes, total_bytes)
+        done_bytes += file.size
+        on_progress(done_bytes, total_bytes)
+    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), dict(snapshot.hub_files or {}))
 
-        def report(num_bytes: int, before: int = before, size: int = remote.size) -> None:
-            on_progress(before + min(num_bytes, size), total)
 
-        for replace in (_is_wrong(snapshot, name), True):  # again for instance if a damaged file was still in the cache
-            _download(snapshot.repo, name, snapshot.commit, _reporting_bar(report), replace=replace)
-            if (difference := _difference(snapshot, name, remote)) is None:
-                break
-        else:
-            path = snapshot.folder / name  # a link to the file in the cache
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise DownloadError(
-                f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
-                "if that does not help, a proxy between this host and the Hub changes files"
-            )
-        done += remote.size
-        on_progress(done, total)
-    return FetchedFiles(snapshot.folder, snapshot.commit, tuple(missing), dict(snapshot.remote or {}))
+def _fetch_file(
+    snapshot: _Snapshot, name: str, file: HubFile, on_progress: OnProgress, done_bytes: int, total_bytes: int
+) -> None:
+    """Fetch a file and compare it with the Hub's size and checksum. ``done_bytes`` are those of all files before it.
+
+    If the file differs, fetch it once more: huggingface_hub may have used a damaged file in the cache.
+    """
+    for replace in (_has_wrong_size(snapshot, name), True):  # another stage on this host may have fetched it by now
+        bar = _reporting_bar(lambda num_bytes: on_progress(done_bytes + min(num_bytes, file.size), total_bytes))
+        _download(snapshot.repo, name, snapshot.commit, bar, replace=replace)
+        difference = _difference(snapshot, name, file)
+        if difference is None:
+            return
+    path = snapshot.folder / name  # a link to the file in the cache
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    raise DownloadError(
+        f"{name} of {snapshot.repo.name} came with {difference} and was removed: fetch it again; "
+        "if that does not help, a proxy between this host and the Hub changes files"
+    )
 
 
 def _download(
     repo: HubRepo, name: str, revision: str | None, bar: type[tqdm] | None = None, *, replace: bool = False
 ) -> Path:
-    """Fetch a file into the cache. Replace a cached file only with ``replace``. config.json, the first, has no bar."""
+    """Fetch a file into the cache and return its path. Without ``replace`` a cached file is kept."""
     try:
         path = hf_hub_download(
             repo.name,
@@ -191,16 +193,16 @@ def _download(
             tqdm_class=bar or _reporting_bar(lambda _done: None),
         )
     except Exception as error:  # any error of huggingface_hub: its types vary with its version
-        raise DownloadError(_explain(error, repo, name)) from error
+        raise DownloadError(_message(error, repo, name)) from error
     return Path(path)
 
 
 def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
-    """Return a progress bar class for huggingface_hub that shows nothing and calls ``on_bytes`` with the bytes done.
+    """Return a progress bar class for huggingface_hub that shows nothing and calls ``on_bytes`` with the bytes so far.
 
-    Over Xet one file has two bars, of received and of written bytes; ``on_bytes`` gets the larger count.
+    Over Xet a file has two bars, for received and for written bytes; ``on_bytes`` gets the larger count.
     """
-    furthest = 0
+    most_bytes = 0
 
     class ReportingBar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -208,49 +210,51 @@ def _reporting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
             self.done_bytes = int(options.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal furthest
+            nonlocal most_bytes
             self.done_bytes += int(n or 0)
-            furthest = max(furthest, self.done_bytes)
-            on_bytes(furthest)
+            most_bytes = max(most_bytes, self.done_bytes)
+            on_bytes(most_bytes)
 
     return ReportingBar
 
 
-def _remote_file(snapshot: _Snapshot, name: str) -> HubFile:
+def _hub_file(snapshot: _Snapshot, name: str) -> HubFile:
     repo = snapshot.repo
-    if snapshot.remote is None:
+    if snapshot.hub_files is None:
         raise DownloadError(
-            f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline}): "
-            f"connect this host, or run `mlx-k2 download --model {repo.name}` while it is connected"
+            f"{name} of {repo.name} is not in this host's cache, and the Hub cannot be asked ({snapshot.offline_reason}"
+            f"): connect this host, or run `mlx-k2 download --model {repo.name}` while it is connected"
         )
-    if name not in snapshot.remote:
+    if name not in snapshot.hub_files:
         raise DownloadError(
             f"{repo.name} at {snapshot.commit} has no file {name}: its index names a file that is not there"
         )
-    return snapshot.remote[name]
+    return snapshot.hub_files[name]
 
 
-def _is_there(snapshot: _Snapshot, name: str) -> bool:
-    return (snapshot.folder / name).exists() and not _is_wrong(snapshot, name)
+def _is_cached(snapshot: _Snapshot, name: str) -> bool:
+    return (snapshot.folder / name).exists() and not _has_wrong_size(snapshot, name)
 
 
-def _is_wrong(snapshot: _Snapshot, name: str) -> bool:
-    """Return whether a file is there whose size is not the Hub's. Another stage on this host may be fetching it now."""
+def _has_wrong_size(snapshot: _Snapshot, name: str) -> bool:
+    """Return whether a cached file has another size than the Hub's. Without the Hub its size counts as right."""
     path = snapshot.folder / name
-    return snapshot.remote is not None and path.exists() and path.stat().st_size != _remote_file(snapshot, name).size
+    return snapshot.hub_files is not None and path.exists() and path.stat().st_size != _hub_file(snapshot, name).size
 
 
-def _difference(snapshot: _Snapshot, name: str, remote: HubFile) -> str | None:
-    """Return how a file's size or checksum differs from the Hub's, None if it does not."""
+def _difference(snapshot: _Snapshot, name: str, hub_file: HubFile) -> str | None:
+    """Return how a cached file's size or checksum differs from the Hub's; None if it does not."""
     path = snapshot.folder / name
-    found, expected = f"{path.stat().st_size} bytes", f"{remote.size} bytes"
-    if found == expected and remote.sha256 is not None:
+    actual, expected = f"{path.stat().st_size} bytes", f"{hub_file.size} bytes"
+    if actual == expected and hub_file.sha256 is not None:
         with path.open("rb") as file:
-            found, expected = f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()}", f"checksum {remote.sha256}"
-    return None if found == expected else f"{found} instead of {expected}"
+            actual = f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        expected = f"checksum {hub_file.sha256}"
+    return None if actual == expected else f"{actual} instead of {expected}"
 
 
-def _explain(error: Exception, repo: HubRepo, name: str) -> str:
+def _message(error: Exception, repo: HubRepo, name: str) -> str:
+    """Return the message of a DownloadError for ``error``, which occurred while ``name`` was fetched."""
     revision = repo.revision or "main"
     match error:
         case GatedRepoError():

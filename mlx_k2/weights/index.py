@@ -1,10 +1,11 @@
-"""The file of each tensor, and the checks that files hold what the config requires. Reads headers, never a tensor."""
+"""The index of a checkpoint: the file of each tensor. Checks names and headers against the config. Reads no tensor."""
 
 import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,7 +20,7 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 
-_ORIGINALS: Mapping[Family, str] = {
+_ORIGINAL_REPOS: Mapping[Family, str] = {
     Family.KIMI_K2: "moonshotai/Kimi-K2-Thinking (594 GB)",
     Family.KIMI_K25: "moonshotai/Kimi-K2.5 (595 GB)",
 }
@@ -27,7 +28,8 @@ _ORIGINALS: Mapping[Family, str] = {
 _MLX_DTYPES = frozenset(
     ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "C64", "F8_E4M3", "F8_E8M0")
 )
-_UNNEEDED: Mapping[str, str] = {
+# Beginnings or ends of the names of tensors that are not read, and what they belong to.
+_UNREAD_TENSORS: Mapping[str, str] = {
     "vision_tower.": "the vision tower",
     "vision_model.": "the vision tower",
     "mm_projector.": "the vision projector",
@@ -36,24 +38,33 @@ _UNNEEDED: Mapping[str, str] = {
 }
 
 
+class _NumberRange(NamedTuple):
+    """File names that differ in their number only: ``prefix``, then ``first`` to ``last``, then ``suffix``."""
+
+    prefix: str
+    first: str
+    last: int
+    suffix: str
+
+
 def file_ranges(names: Iterable[str]) -> str:
     """Return names of numbered files in short, as a shell expands them: model-{00003..00007}-of-000062.safetensors."""
-    shown: list[str] = []
-    runs: list[tuple[str, str, int, int, str]] = []  # before the number, its first digits, first, last, after it
+    parts: list[str] = []
+    ranges: list[_NumberRange] = []
     for name in sorted(names):
-        found = re.fullmatch(r"(.*?-)(\d+)(-of-.*)", name)
-        if found is None:
-            shown.append(name)
+        match = re.fullmatch(r"(.*?-)(\d+)(-of-.*)", name)
+        if match is None:
+            parts.append(name)
             continue
-        before, digits, after = found.groups()
-        if runs and runs[-1][0] == before and runs[-1][4] == after and runs[-1][3] + 1 == int(digits):
-            runs[-1] = (*runs[-1][:3], int(digits), after)
+        prefix, digits, suffix = match.groups()
+        if ranges and ranges[-1] == (prefix, ranges[-1].first, int(digits) - 1, suffix):
+            ranges[-1] = ranges[-1]._replace(last=int(digits))
         else:
-            runs.append((before, digits, int(digits), int(digits), after))
-    for before, digits, first, last, after in runs:
-        number = digits if first == last else f"{{{digits}..{last:0{len(digits)}}}}"
-        shown.append(f"{before}{number}{after}")
-    return ", ".join(shown)
+            ranges.append(_NumberRange(prefix, digits, int(digits), suffix))
+    for prefix, first, last, suffix in ranges:
+        numbers = first if int(first) == last else f"{{{first}..{last:0{len(first)}}}}"
+        parts.append(f"{prefix}{numbers}{suffix}")
+    return ", ".join(parts)
 
 
 class _IndexFile(msgspec.Struct, frozen=True):
@@ -61,7 +72,7 @@ class _IndexFile(msgspec.Struct, frozen=True):
 
 
 class CheckpointIndex(msgspec.Struct, frozen=True):
-    """The file of each tensor; ``source`` names the index in errors."""
+    """The name of each tensor's file, by tensor name. ``source`` names the index in errors."""
 
     weight_map: Mapping[str, str]
     source: str
@@ -71,7 +82,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
         """Parse the bytes of model.safetensors.index.json.
 
         Raises:
-            CheckpointError: the bytes are not such an index, or it names files outside its own folder.
+            CheckpointError: ``data`` is not an index of safetensors files, or names files outside its own folder.
         """
         try:
             weight_map = read_json(data, _IndexFile).weight_map
@@ -83,26 +94,26 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
         return cls(weight_map, source)
 
     def files(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
-        """Return the files that hold ``specs``, sorted by name, each with the specs that it holds.
+        """Return the names of the files that hold ``specs``, sorted, each with its part of ``specs``.
 
         Raises:
             CheckpointError: the index does not name one of the tensors.
         """
-        found: defaultdict[str, list[TensorSpec]] = defaultdict(list)
+        specs_by_file: defaultdict[str, list[TensorSpec]] = defaultdict(list)
         for spec in specs:
             if spec.name not in self.weight_map:
                 raise CheckpointError(f"{self.source} does not name {spec.name}: the checkpoint is incomplete")
-            found[self.weight_map[spec.name]].append(spec)
-        return {file: tuple(found[file]) for file in sorted(found)}
+            specs_by_file[self.weight_map[spec.name]].append(spec)
+        return {file: tuple(specs_by_file[file]) for file in sorted(specs_by_file)}
 
 
 def read_index_json(folder: Path) -> bytes:
-    """Return the folder's index as JSON; build it from the header of model.safetensors if there is only that file.
+    """Return the folder's index as JSON. If it has none, build one from the header of model.safetensors.
 
     Raises:
-        CheckpointError: the folder has neither, or they cannot be read.
+        CheckpointError: the folder has neither of the two files, or a file cannot be read.
     """
-    path, single = folder / INDEX_NAME, folder / SINGLE_FILE_NAME
+    path, single_file = folder / INDEX_NAME, folder / SINGLE_FILE_NAME
     try:
         with open_regular(path) as file:
             return file.read()
@@ -110,14 +121,14 @@ def read_index_json(folder: Path) -> bytes:
         pass
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if not single.exists():
+    if not single_file.exists():
         raise CheckpointError(f"{folder} holds no weights: neither {INDEX_NAME} nor {SINGLE_FILE_NAME} is there")
-    names = sorted(read_header(single).tensors)
+    names = sorted(read_header(single_file).tensors)
     return msgspec.json.encode({"weight_map": dict.fromkeys(names, SINGLE_FILE_NAME)})
 
 
 def model_digest(config_json: bytes, index_json: bytes) -> str:
-    """Return a digest that is equal on two hosts if their copies of the model's config and index are the same."""
+    """Return a digest of a model's config and index. It is equal on two hosts whose copies are the same."""
     config_digest, index_digest = (hashlib.sha256(data).digest() for data in (config_json, index_json))
     return hashlib.sha256(config_digest + index_digest).hexdigest()
 
@@ -128,24 +139,28 @@ def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
     Return one line for the user about vision tensors that are not read; None if there are none.
 
     Raises:
-        CheckpointError: the layout is another one, tensors are missing, or tensors are unknown to the program.
+        CheckpointError: the layout is not the original one, tensors are missing, or tensors are unknown.
     """
     names = index.weight_map.keys()
     _refuse_other_layouts(names, config, index.source)
     needed = [spec.name for spec in model_specs(config)]
     missing = [name for name in needed if name not in names]
     refuse_names(missing, f"{index.source} lacks", "that config.json requires")
-    others = names - set(needed)
-    kinds = {
-        name: next((kind for part, kind in _UNNEEDED.items() if name.startswith(part) or name.endswith(part)), None)
-        for name in others
-    }
-    unknown = sorted(name for name, kind in kinds.items() if kind is None)
-    other = "config.json and the weights are not of the same model, or mlx-k2 does not know this variant"
-    refuse_names(unknown, f"{index.source} names", f"that config.json does not require: {other}")
-    vision = {name: kind for name, kind in kinds.items() if kind and "vision" in kind}
-    listed = ", ".join(sorted(set(vision.values())))
-    return f"{len(vision)} tensors are not needed for text and are not read: {listed}" if vision else None
+    owners = {name: _owner_of_unread(name) for name in names - set(needed)}
+    unknown = sorted(name for name, owner in owners.items() if owner is None)
+    reason = "config.json and the weights are not of the same model, or mlx-k2 does not know this variant"
+    refuse_names(unknown, f"{index.source} names", f"that config.json does not require: {reason}")
+    vision_owners = [owner for owner in owners.values() if owner is not None and "vision" in owner]
+    if not vision_owners:
+        return None
+    parts = ", ".join(sorted(set(vision_owners)))
+    return f"{len(vision_owners)} tensors are not needed for text and are not read: {parts}"
+
+
+def _owner_of_unread(name: str) -> str | None:
+    """Return the part of the model that an unread tensor belongs to; None for an unknown tensor."""
+    owners = (owner for text, owner in _UNREAD_TENSORS.items() if name.startswith(text) or name.endswith(text))
+    return next(owners, None)
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
@@ -165,22 +180,22 @@ def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
         if stored.dtype not in spec.accepted_dtypes:
             raise CheckpointError(f"{path}: {spec.name} is {stored.dtype}, and the model needs {spec.dtype}")
         if stored.shape != spec.shape:
-            found, needed = list(stored.shape), list(spec.shape)
-            raise CheckpointError(f"{path}: {spec.name} has shape {found}, and config.json requires {needed}")
+            actual, needed = list(stored.shape), list(spec.shape)
+            raise CheckpointError(f"{path}: {spec.name} has shape {actual}, and config.json requires {needed}")
     return header
 
 
 def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str) -> None:
-    fetch = f"fetch the original instead, for instance {_ORIGINALS[config.family]}"
+    advice = f"fetch the original instead, for instance {_ORIGINAL_REPOS[config.family]}"
     for name in names:
         if ".switch_mlp." in name:
-            raise CheckpointError(f"{source} names {name}: this checkpoint was converted for MLX; {fetch}")
+            raise CheckpointError(f"{source} names {name}: this checkpoint was converted for MLX; {advice}")
         if name.endswith(".weight_scale_inv"):
-            raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {fetch}")
+            raise CheckpointError(f"{source} names {name}: FP8 weights cannot be read; {advice}")
 
 
-def refuse_names(names: Sequence[str], what: str, why: str) -> None:
-    """Raise a CheckpointError with the first of some tensors and how many follow it, if there are any."""
+def refuse_names(names: Sequence[str], beginning: str, ending: str) -> None:
+    """Raise a CheckpointError if there are ``names``. Its text names the first tensor between the two given texts."""
     if names:
-        listed = f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"
-        raise CheckpointError(f"{what} {listed} {why}")
+        tensors = f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"
+        raise CheckpointError(f"{beginning} {tensors} {ending}")

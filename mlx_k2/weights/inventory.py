@@ -1,8 +1,9 @@
-"""The tensors that a model's checkpoint must hold, and their sizes, from its config alone. Opens no file.
+"""The tensors that a model's checkpoint must hold, and their sizes, computed from its config. Opens no file.
 
-Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts packed INT4 in groups of 32 with
-bfloat16 scales, the router's correction bias float32, all else bfloat16. In memory, attention, shared experts, dense
-layers and the head may be quantized while loading, as mx.quantize does it ("dense bits"; None: they are not quantized).
+Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts are packed INT4 in groups of 32
+with bfloat16 scales, the router's correction bias is float32, all else is bfloat16. The matrices of attention, shared
+experts, dense layers and the head may be quantized by mx.quantize while they are loaded, to ``dense_bits`` bits per
+weight (None: they are not quantized). ``compute_bytes`` is the size of a value in the compute dtype.
 """
 
 import math
@@ -20,7 +21,7 @@ DENSE_GROUP_SIZES = (64, 32)
 """The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8, "BOOL": 1}
-_ROUTED = ".mlp.experts."
+_ROUTED_EXPERTS = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
 _WEIGHT_SCALE = ".weight_scale"
 
@@ -32,7 +33,7 @@ class DenseMatrix(NamedTuple):
     inputs: int
 
     def held_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory: ``bits`` per weight, and a scale and a bias for each group of inputs."""
+        """Return the bytes in memory. A quantized matrix has ``bits`` per weight, and a scale and a bias per group."""
         num_weights = self.outputs * self.inputs
         group = group_size(self.inputs)
         if bits is None or group is None:
@@ -63,14 +64,14 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def accepted_dtypes(self) -> tuple[str, ...]:
-        """Dtypes that the file may have: compressed-tensors itself writes ``weight_shape`` as int64."""
+        """Dtypes that the tensor may have in the file: compressed-tensors writes ``weight_shape`` as int64."""
         return ("I32", "I64") if self.name.endswith(_WEIGHT_SHAPE) else (self.dtype,)
 
     def held_bytes(self, compute_bytes: int, dense_bits: int | None = None) -> int:
-        """Return the tensor's bytes in memory with a compute dtype of ``compute_bytes`` per value.
+        """Return the tensor's bytes in memory.
 
-        Routed experts and the correction bias stay as stored, with one exception: scales whose dtype is not the compute
-        dtype are converted to it, and a bias is added for each. ``weight_shape`` is not held: it repeats the config.
+        Routed experts and the correction bias stay as stored. Exception: if the compute dtype is not bfloat16, scales
+        are converted to it, and a bias is added for each. ``weight_shape`` is not held: the config has its values.
         """
         if self.name.endswith(_WEIGHT_SHAPE):
             return 0
@@ -78,17 +79,17 @@ class TensorSpec(msgspec.Struct, frozen=True):
             return 2 * math.prod(self.shape) * compute_bytes
         if self.matrices:
             return sum(matrix.held_bytes(compute_bytes, dense_bits) for matrix in self.matrices)
-        as_stored = self.is_routed_expert or self.dtype != "BF16"
-        return self.num_bytes if as_stored else math.prod(self.shape) * compute_bytes
+        is_kept = self.is_routed_expert or self.dtype != "BF16"
+        return self.num_bytes if is_kept else math.prod(self.shape) * compute_bytes
 
     @property
     def is_routed_expert(self) -> bool:
-        """True if the tensor belongs to a routed expert. A token uses only some of the routed experts."""
-        return _ROUTED in self.name
+        """True if the tensor belongs to a routed expert."""
+        return _ROUTED_EXPERTS in self.name
 
 
 def embedding_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Return the spec of the embedding table, which the first stage holds."""
+    """Return the spec of the embedding table in a tuple."""
     return (bf16_spec(f"{config.tensor_prefix}model.embed_tokens.weight", config.vocab_size, config.hidden_size),)
 
 
@@ -116,9 +117,9 @@ def layer_specs(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
 
 
 def shard_specs(config: ModelConfig, first_layer: int, end_layer: int) -> tuple[TensorSpec, ...]:
-    """Return the specs of the stage with layers ``first_layer`` up to, not including, ``end_layer``.
+    """Return the specs of the stage with the layers ``first_layer`` to ``end_layer`` - 1.
 
-    The embedding goes with the first layer, last norm and output projection with the last.
+    The embedding belongs to the first layer's stage, last norm and output projection to the last layer's.
     """
     assert 0 <= first_layer < end_layer <= config.num_hidden_layers, f"layers {first_layer} to {end_layer}"
     specs = list(embedding_specs(config)) if first_layer == 0 else []
@@ -135,22 +136,22 @@ def model_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def held_bytes(specs: Iterable[TensorSpec], compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None) -> int:
-    """Return the bytes that stay in memory once ``specs`` are loaded for ``compute_bytes`` per value."""
+    """Return the bytes that stay in memory once ``specs`` are loaded."""
     return sum(spec.held_bytes(compute_bytes, dense_bits) for spec in specs)
 
 
 def layer_read_bytes_per_token(
     config: ModelConfig, layer: int, compute_bytes: int = BFLOAT16_BYTES, dense_bits: int | None = None
 ) -> int:
-    """Return the bytes of weights that one decoded token reads in ``layer``, of routed experts only those it uses."""
+    """Return the bytes of weights that are read in ``layer`` to decode one token: of routed experts only the chosen."""
     specs = layer_specs(config, layer)
-    routed = held_bytes((spec for spec in specs if spec.is_routed_expert), compute_bytes)
-    always = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes, dense_bits)
-    return always + routed * config.num_experts_per_tok // config.n_routed_experts
+    all_experts = held_bytes((spec for spec in specs if spec.is_routed_expert), compute_bytes)
+    other_weights = held_bytes((spec for spec in specs if not spec.is_routed_expert), compute_bytes, dense_bits)
+    return other_weights + all_experts * config.num_experts_per_tok // config.n_routed_experts
 
 
 def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFLOAT16_BYTES) -> int:
-    """Return the bytes of the embedding that one token reads: its row."""
+    """Return the bytes of one token's row of the embedding."""
     return held_bytes(embedding_specs(config), compute_bytes) // config.vocab_size
 
 
@@ -164,10 +165,10 @@ def linear_spec(name: str, outputs: int, inputs: int) -> TensorSpec:
     return TensorSpec(name, "BF16", (outputs, inputs), (DenseMatrix(outputs, inputs),))
 
 
-def _keys_and_values(config: ModelConfig, name: str) -> TensorSpec:
-    """Return the spec of kv_b_proj. Its halves map, for each head, latents to keys and latents to values.
+def _kv_b_proj_spec(config: ModelConfig, name: str) -> TensorSpec:
+    """Return the spec of kv_b_proj, whose halves map latents to each head's keys and to its values.
 
-    Queries are multiplied with the first half.
+    The first half is held transposed, because queries are multiplied with it.
     """
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     halves = (
@@ -191,9 +192,9 @@ def attention_specs(config: ModelConfig, prefix: str, inputs: int) -> tuple[Tens
         )
     return (
         *query,
-        linear_spec(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, inputs),
+        linear_spec(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_row_dim, inputs),
         bf16_spec(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
-        _keys_and_values(config, f"{prefix}.kv_b_proj.weight"),
+        _kv_b_proj_spec(config, f"{prefix}.kv_b_proj.weight"),
         linear_spec(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim),
     )
 

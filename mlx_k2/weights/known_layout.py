@@ -1,4 +1,4 @@
-"""The config of moonshotai/Kimi-K2-Thinking, from a copy in this package, and the layout that follows from it."""
+"""The config of moonshotai/Kimi-K2-Thinking, from a copy in this package, and the index that follows from it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _KIMI_K2_THINKING = Path(__file__).with_name("kimi_k2_thinking.json")
 
 
 def thinking_config_fields(**changes: Any) -> dict[str, Any]:
-    """Return Kimi K2 Thinking's config with ``changes``. A change of None is written as null; it removes no field."""
+    """Return the fields of Kimi K2 Thinking's config.json with ``changes``. None stands for null in config.json."""
     fields = read_json(_KIMI_K2_THINKING.read_bytes(), dict[str, Any])
     unknown = changes.keys() - fields.keys()
     assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"
@@ -24,9 +24,9 @@ def thinking_config_fields(**changes: Any) -> dict[str, Any]:
 
 
 def known_layout(source: ModelSource) -> ModelDescription | None:
-    """Return the config and the index of Kimi K2 Thinking for a plan without a network; None for any other source.
+    """Return the description of Kimi K2 Thinking, for a plan without a network; None for any other source.
 
-    The description has no tokenizer. Its digest differs from that of the files on the Hub.
+    The description has no tokenizer files. Its digest differs from that of the files on the Hub.
     """
     if source != ModelSource(path_or_repo=ORIGINAL_REPO):
         return None
@@ -39,10 +39,10 @@ def known_layout(source: ModelSource) -> ModelDescription | None:
 def _weight_map(config: ModelConfig) -> dict[str, str]:
     """Return the file of each tensor: one file for each layer, and a last one for embedding, norm and head."""
     num_files = config.num_hidden_layers + 1
-    groups = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
-    groups.append((*embedding_specs(config), *head_specs(config)))
-    return {
-        spec.name: f"model-{number:05}-of-{num_files:06}.safetensors"
-        for number, specs in enumerate(groups, start=1)
-        for spec in specs
-    }
+    files = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
+    files.append((*embedding_specs(config), *head_specs(config)))
+    weight_map: dict[str, str] = {}
+    for number, specs in enumerate(files, start=1):
+        name = f"model-{number:05}-of-{num_files:06}.safetensors"
+        weight_map |= dict.fromkeys((spec.name for spec in specs), name)
+    return weight_map

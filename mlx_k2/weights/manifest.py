@@ -1,7 +1,7 @@
-"""The manifest of a model's folder: size, checksum and sampled blocks of each weight file. Loads no tensor.
+"""The manifest of a model's folder: size, checksum and a digest of sampled blocks of each weight file. Loads no tensor.
 
-Loading uses it to find a file of another revision, or a damaged copy, without reading the whole file. It is in the
-folder, so that a copy of the folder has it.
+When weights are loaded, the manifest shows that a file is of another revision, or damaged, without a read of the whole
+file. It is a file in the model's folder, so that it is copied together with the weights.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class HubFile(NamedTuple):
-    """Size and SHA-256 of a file; None if the Hub lists no checksum, as for small files."""
+    """Size in bytes and SHA-256 of a file; ``sha256`` is None if the Hub lists no checksum, as for small files."""
 
     size: int
     sha256: str | None
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """One file: size, SHA-256, and a digest of blocks spread over it; None if it was not on this host."""
+    """A file's size in bytes, its SHA-256, and its `sampled_digest`; ``blocks`` None: the file was not on this host."""
 
     size: int
     sha256: str
@@ -43,16 +43,16 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The files of one folder by name."""
+    """The entries of one folder's files, by name."""
 
     files: dict[str, FileEntry] = {}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of ``folder``, without files if there is none.
+    """Return the manifest of ``folder``; if there is none, one without entries.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the manifest cannot be read.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -63,34 +63,34 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except JsonError as error:
-        doctor = f"mlx-k2 doctor --deep --model {shlex.quote(str(folder))}"
-        raise CheckpointError(f"{path} is not a manifest: {error}; remove it; `{doctor}` writes another") from None
+        command = f"mlx-k2 doctor --deep --model {shlex.quote(str(folder))}"
+        raise CheckpointError(f"{path} is not a manifest: {error}; remove it; `{command}` writes another") from None
 
 
 def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
-    """Add ``files`` to the manifest of ``folder``. Do nothing in a folder that this user may not write.
+    """Add those of ``files`` that have a checksum to the manifest of ``folder``. Ignore a folder that is not writable.
 
     A file of the model that is not on this host gets an entry without blocks: another host may have it.
 
     Raises:
         CheckpointError: the folder's manifest cannot be read.
     """
-    entries = read_manifest(folder).files
-    added = {
-        name: FileEntry(file.size, file.sha256, sampled_digest(folder / name) if (folder / name).exists() else None)
-        for name, file in files.items()
-        if file.sha256 is not None
-        and (name not in entries or entries[name].sha256 != file.sha256 or entries[name].blocks is None)
-    }
-    if added.items() <= entries.items():
+    old_entries = read_manifest(folder).files
+    entries = dict(old_entries)
+    for name, file in files.items():
+        old = old_entries.get(name)
+        if file.sha256 is not None and (old is None or old.sha256 != file.sha256 or old.blocks is None):
+            path = folder / name
+            entries[name] = FileEntry(file.size, file.sha256, sampled_digest(path) if path.exists() else None)
+    if entries == old_entries:
         return
-    data = msgspec.json.format(msgspec.json.encode(Manifest(dict(sorted((entries | added).items())))), indent=1)
+    data = msgspec.json.format(msgspec.json.encode(Manifest(dict(sorted(entries.items())))), indent=1)
     with contextlib.suppress(OSError):
         write_atomically(folder / MANIFEST_NAME, data + b"\n", 0o644)
 
 
 def sampled_digest(path: Path) -> str:
-    """Return a digest of NUM_BLOCKS blocks of a file, the first and the last among them."""
+    """Return the SHA-256 of NUM_BLOCKS blocks spread evenly over a file, from its first block to its last."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         last = max(0, os.fstat(file.fileno()).st_size - BLOCK_BYTES)
@@ -101,26 +101,28 @@ def sampled_digest(path: Path) -> str:
 
 
 def identify(paths: Iterable[Path]) -> dict[str, str | None]:
-    """Return the SHA-256 that each file should have by its name, None if this host has no record of it.
+    """Return the recorded SHA-256 of each file, by file name; None if this host has no record of the file.
 
-    Files that only a manifest names are included: together they identify the folder's revision of the model.
+    The other files in the manifests are included: together the checksums identify the folder's revision of the model.
 
     Raises:
         CheckpointError: a file is not the one that the manifest of its folder describes.
     """
     paths = sorted(paths)
-    entries = {folder: read_manifest(folder).files for folder in {path.parent for path in paths}}
-    found: dict[str, str | None] = {name: entry.sha256 for files in entries.values() for name, entry in files.items()}
+    manifests = {folder: read_manifest(folder).files for folder in {path.parent for path in paths}}
+    checksums: dict[str, str | None] = {}
+    for entries in manifests.values():
+        checksums |= {name: entry.sha256 for name, entry in entries.items()}
     for path in paths:
-        entry = entries[path.parent].get(path.name)
+        entry = manifests[path.parent].get(path.name)
         if entry is None:
-            found[path.name] = hub_checksum(path)
+            checksums[path.name] = hub_checksum(path)
         else:
-            _compare(path, entry)
-    return found
+            _check_file(path, entry)
+    return checksums
 
 
-def _compare(path: Path, entry: FileEntry) -> None:
+def _check_file(path: Path, entry: FileEntry) -> None:
     size = path.stat().st_size
     if size != entry.size:
         problem = f"has {size} bytes, and {MANIFEST_NAME} lists {entry.size}"
@@ -132,11 +134,12 @@ def _compare(path: Path, entry: FileEntry) -> None:
 
 
 def hub_checksum(path: Path) -> str | None:
-    """Return the SHA-256 that the Hub supplied with the file, or None.
+    """Return the SHA-256 that the Hub supplied with the file; None if there is none.
 
-    It is the file's name in the Hub's cache, or is in the metadata file of a plain download.
+    In the Hub's cache the file is a link to a file that is named by its SHA-256. After `hf download --local-dir` the
+    SHA-256 is the second word of a metadata file.
     """
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     words = metadata.read_text(errors="replace").split() if metadata.is_file() else []
-    names = (path.resolve().name, *words[1:2])
-    return next((name for name in names if _SHA256.fullmatch(name)), None)
+    candidates = (path.resolve().name, *words[1:2])
+    return next((word for word in candidates if _SHA256.fullmatch(word)), None)

@@ -1,4 +1,4 @@
-"""The files of a model on this host, fetched from the Hub if they are missing. Loads no tensor."""
+"""The files of a model on this host. Files of a repository are fetched from the Hub if they are missing."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource, is_repo, model_f
 
 
 class ModelFilesHere(NamedTuple):
-    """A model's small files by name, and the source. A repository's revision is a commit, the same for every host."""
+    """A model's small files by name, and its source. If it is a repository, its revision is the commit."""
 
     files: dict[str, bytes]
     source: ModelSource
@@ -30,7 +30,7 @@ def read_model_files(source: ModelSource) -> ModelFilesHere:
     """Return the model's config, index, tokenizer files and chat template; fetch only these from a repository.
 
     Raises:
-        CheckpointError, DownloadError: they cannot be read or fetched on this host.
+        CheckpointError, DownloadError: a file cannot be read or fetched on this host.
     """
     if not is_repo(source):
         return ModelFilesHere(read_small_files(model_folder(source)), source)
@@ -40,20 +40,20 @@ def read_model_files(source: ModelSource) -> ModelFilesHere:
 
 
 class DraftHere(NamedTuple):
-    """A draft head's description, and how it is loaded. A repository's revision is a commit."""
+    """A draft head's description and loading options. If its source is a repository, the revision is the commit."""
 
     draft: DraftDescription
     head: DraftHead
 
 
 def read_draft(head: DraftHead, target: ModelConfig) -> DraftHere:
-    """Return the description of a draft head on this host.
+    """Return the description of a draft head from its files on this host.
 
-    For a local folder the headers of its weight files are checked, too, and some blocks of these files are part of the
-    description's digest, which differs where two hosts have different copies.
+    For a local folder also check the headers of its weight files, and include some blocks of these files in the
+    description's digest, so that different copies on two hosts have different digests.
 
     Raises:
-        SetupError: the head is not there, or is not one for ``target``.
+        SetupError: the head is missing, or is for another model than ``target``.
     """
     try:
         files, source = read_model_files(head.source)
@@ -71,7 +71,7 @@ def read_draft(head: DraftHead, target: ModelConfig) -> DraftHere:
 def locate_shard(
     source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec], on_progress: OnProgress
 ) -> dict[str, Path]:
-    """Return the path of each tensor of ``specs``, with its header checked; fetch missing files of a repository.
+    """Return the path of the file of each tensor, by tensor name. Check headers; fetch missing files of a repository.
 
     Raises:
         CheckpointError, DownloadError: a file is missing, cannot be fetched, or does not match ``specs``.
@@ -82,7 +82,7 @@ def locate_shard(
 
 
 def files_to_fetch(source: ModelSource, index: CheckpointIndex, specs: Iterable[TensorSpec]) -> dict[str, int]:
-    """Return the size of each file of ``specs`` that is still to be fetched from the Hub, by name. Fetch none of them.
+    """Return the size in bytes of each file of ``specs`` that is not on this host yet, by name. Fetch none of them.
 
     Raises:
         CheckpointError, DownloadError: the index does not name a tensor, or the Hub cannot be reached.
@@ -99,7 +99,7 @@ def fetch_shard(
         CheckpointError, DownloadError: the index does not name a tensor, or a file cannot be fetched.
     """
     fetched = fetch_files(_hub_repo(source), index.files(specs), on_progress)
-    write_manifest(fetched.folder, fetched.listed)
+    write_manifest(fetched.folder, fetched.hub_files)
     return fetched
 
 

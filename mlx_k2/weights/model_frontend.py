@@ -1,4 +1,4 @@
-"""Model frontend: the parts of a checkpoint that the conversion of text needs. Knows no tensors."""
+"""The parts of a checkpoint that convert between text and tokens. Knows no tensors."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,10 @@ from mlx_k2.weights.checkpoint import ModelDescription
 
 @dataclass(frozen=True)
 class ModelFrontend:
-    """A model's tokenizer, chat template and recommended sampling, each read once on first use.
+    """A model's tokenizer, chat template and recommended sampling, each parsed once on first use.
 
-    ``context_tokens`` is the most tokens of a sequence that the stages can cache. A file that cannot be read raises
-    TokenizerError or RequestError.
+    ``context_tokens`` is the largest number of tokens of a sequence that the stages can cache. The first use of a
+    property raises TokenizerError or RequestError if its file has errors.
     """
 
     model: ModelDescription
@@ -23,7 +23,7 @@ class ModelFrontend:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Loading one of Kimi K2's size takes noticeable time."""
+        """The tokenizer. To load one of Kimi K2's size takes noticeable time."""
         return load_tokenizer(self.model.files, self.model.config.vocab_size)
 
     @cached_property
@@ -33,12 +33,12 @@ class ModelFrontend:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """The compiler of grammars over the vocabulary."""
+        """The compiler of grammars to token masks over the model's vocabulary."""
         return GrammarCompiler(self.tokenizer)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """The ids of the tokens that end an answer."""
         return self.tokenizer.stop_ids | {*self.model.config.eos_token_ids, *self.recommended.eos_token_ids}
 
     @cached_property

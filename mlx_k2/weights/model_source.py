@@ -14,18 +14,18 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder of the reading host, or a repository on the Hub."""
+    """The location of a checkpoint: BUILTIN, BUILTIN_HEAD, a folder on the host that reads it, or a Hub repository."""
 
     path_or_repo: str
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit of a repository; None: the main branch
 
 
 class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
-    """A draft head and the options of its loading, which every host gets.
+    """A draft head and its loading options, as every host gets them.
 
-    ``aux_layers`` are the layers, from 0, whose outputs it reads; None: those of its config.json. Its matrices are
-    quantized to ``bits`` bits per weight; None: they are not quantized. It proposes at most ``vocab_size`` different
-    tokens; None: all that it has.
+    ``aux_layers`` are the target's layers, from 0, whose outputs the head reads; None: those of its config.json. Its
+    matrices are quantized to ``bits`` bits per weight; None: they are not quantized. It proposes at most ``vocab_size``
+    different tokens; None: all tokens of its output projection.
     """
 
     source: ModelSource
@@ -35,12 +35,14 @@ class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_repo(source: ModelSource) -> bool:
-    """Return whether ``source`` names a Hub repository: ``owner/name``, and this host has nothing of that name."""
+    """Return whether ``source`` is a Hub repository: it has the form ``owner/name``, and no file here has that name."""
     return bool(_REPO.fullmatch(source.path_or_repo)) and not os.path.lexists(source.path_or_repo)
 
 
 def model_folder(source: ModelSource) -> Path:
     """Return the folder of a model that is not a repository."""
-    if source.path_or_repo in (BUILTIN, BUILTIN_HEAD):
-        return BUILTIN_FOLDER if source.path_or_repo == BUILTIN else BUILTIN_HEAD_FOLDER
+    if source.path_or_repo == BUILTIN:
+        return BUILTIN_FOLDER
+    if source.path_or_repo == BUILTIN_HEAD:
+        return BUILTIN_HEAD_FOLDER
     return Path(os.path.expanduser(source.path_or_repo))  # noqa: PTH111  # Path.expanduser raises for an unknown user

@@ -1,12 +1,12 @@
 """The reader of one stage's tensors from the checkpoint's safetensors files into mlx arrays, one layer at a time.
 
-Nothing is converted on disk. Routed experts stay as shipped, stacked: packed INT4 words and bfloat16 scales, 4.5 bits
-per weight. All other tensors are cast to the compute dtype, except the router's correction bias, which stays float32.
-At most the size of one layer is used beyond the tensors that stay in memory.
+Routed experts of a layer are stacked and stay as stored: packed INT4 words and bfloat16 scales, 4.5 bits per weight.
+All other tensors are cast to the compute dtype, except the router's correction bias, which stays float32. Beyond the
+tensors that stay in memory, reading needs at most the memory of one layer.
 
-A part is read in three steps: its arrays are allocated and evaluated, its bytes are read straight into them by several
-threads, each byte once, and only then is anything computed from them. So no GPU work ever waits for a disk: macOS ends
-GPU work that waits for seconds (docs/design/0102).
+Tensors are read in three steps: their arrays are allocated and evaluated, several threads read the bytes straight into
+the arrays, and then values are computed from them. So no GPU work waits for a disk: macOS ends GPU work that waits for
+seconds (docs/design/0102).
 """
 
 import fcntl
@@ -25,17 +25,17 @@ import numpy as np
 from mlx_k2.config import ModelConfig
 from mlx_k2.errors import CheckpointError
 from mlx_k2.weights.index import check_file
-from mlx_k2.weights.inventory import TensorSpec, embedding_specs, head_specs, layer_specs
+from mlx_k2.weights.inventory import INT4_PER_WORD, TensorSpec, embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.safetensors_file import Header, open_regular
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight")
-_READING_THREADS = 8
+_NUM_THREADS = 8
 _PIECE_BYTES = 32 * 2**20
 _F_NOCACHE = 48
-"""macOS: read without keeping the file's pages in memory. 300 GB of pages would displace the weights."""
-_STORED = {"BF16": mx.uint16, "F32": mx.float32, "I64": mx.int64}
-"""The dtype of an array that has a tensor's bytes: Python's buffers have no bfloat16."""
+"""Command of macOS's fcntl: do not keep the file's pages in memory. 300 GB of pages would displace the weights."""
+_ARRAY_DTYPES = {"BF16": mx.uint16, "F32": mx.float32, "I64": mx.int64}
+"""The dtype of the array that a tensor's bytes are read into: Python's buffers have no bfloat16."""
 
 
 class LoadedTensors(NamedTuple):
@@ -46,11 +46,10 @@ class LoadedTensors(NamedTuple):
 
 
 class ShardReader:
-    """A reader of the embedding, layers and head of a checkpoint.
+    """A reader of embedding, layers and head of a checkpoint. ``files`` has the path of each tensor's file, by name.
 
-    Tensor ``name`` is in ``files[name]``. The files must have been checked before. Values are searched for NaN and
-    infinity: always those of norms, routers, the embedding and the experts' scales, where a bad value can stay
-    unnoticed, since a step may not use it or not show it in its output; with ``check_all`` those of all tensors.
+    Norms, routers, the embedding and the experts' scales are always searched for NaN and infinity: a step may not use a
+    bad value in them, or not show it in its output. With ``check_all`` all tensors are searched.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class ShardReader:
         return self.read(head_specs(self._config))
 
     def layer(self, layer: int) -> LoadedTensors:
-        """Return one layer's tensors, named without ``model.layers.N.``; experts are stacked along a new first axis.
+        """Return one layer's tensors, named without ``model.layers.N.``. Experts are stacked along a new first axis.
 
         Raises:
             CheckpointError: an expert's ``weight_shape`` does not match the config, a file cannot be read or ends too
@@ -79,77 +78,77 @@ class ShardReader:
         """
         specs = layer_specs(self._config, layer)
         prefix = f"{self._config.tensor_prefix}model.layers.{layer}."
-        self._check_files(specs)
-        loaded = self._load_plain(tuple(spec for spec in specs if not spec.is_routed_expert), prefix)
+        self._check_headers(specs)
+        loaded = self._load_unstacked(tuple(spec for spec in specs if not spec.is_routed_expert), prefix)
         if not self._config.is_moe(layer):
             return loaded
-        routed = tuple(spec for spec in specs if spec.is_routed_expert)
-        self._check_weight_shapes(routed)
-        stacked = self._stack_experts(routed, prefix)
+        expert_specs = tuple(spec for spec in specs if spec.is_routed_expert)
+        self._check_weight_shapes(expert_specs)
+        stacked = self._stack_experts(expert_specs, prefix)
         return LoadedTensors(loaded.tensors | stacked, tuple(spec.name for spec in specs))
 
     def read(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
-        """Return the tensors of ``specs``, none of which is a routed expert's, named without the config's prefix."""
-        self._check_files(specs)
-        return self._load_plain(specs, self._config.tensor_prefix)
+        """Return the tensors of ``specs``, named without the config's tensor prefix. None may be a routed expert's."""
+        self._check_headers(specs)
+        return self._load_unstacked(specs, self._config.tensor_prefix)
 
-    def _load_plain(self, specs: tuple[TensorSpec, ...], prefix: str) -> LoadedTensors:
-        stored = self._read_each(specs)
-        tensors = {
-            spec.name.removeprefix(prefix): array.view(mx.bfloat16).astype(self._dtype)
-            if spec.dtype == "BF16"
-            else array
-            for spec, array in zip(specs, stored, strict=True)
-        }
-        del stored
+    def _load_unstacked(self, specs: tuple[TensorSpec, ...], prefix: str) -> LoadedTensors:
+        arrays = self._read_arrays(specs)
+        tensors = {}
+        for spec in specs:
+            array = arrays.pop(spec.name)
+            tensors[spec.name.removeprefix(prefix)] = (
+                array.view(mx.bfloat16).astype(self._dtype) if spec.dtype == "BF16" else array
+            )
+        del array
         mx.eval(tensors)
         self._check_finite(tensors, prefix)
         mx.clear_cache()
         return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
     def _check_finite(self, tensors: Mapping[str, mx.array], prefix: str) -> None:
-        """Refuse NaN and infinity in the tensors to check. Stacked experts are checked as they are stacked."""
-        checked = [
-            name
+        """Refuse NaN and infinity in the tensors to check. Experts' scales are checked in `_stack_experts`."""
+        totals = {
+            name: mx.sum(array)
             for name, array in tensors.items()
             if (self._check_all or name.endswith(_ALWAYS_CHECKED)) and mx.issubdtype(array.dtype, mx.floating)
-        ]
-        totals = {name: mx.sum(tensors[name]) for name in checked}
+        }
         mx.eval(totals)
         for name, total in totals.items():
             if not is_finite(total):
-                self._refuse(prefix + name)
+                self._raise_not_finite(prefix + name)
 
-    def _refuse(self, name: str) -> NoReturn:
+    def _raise_not_finite(self, name: str) -> NoReturn:
         raise CheckpointError(f"{self._files[name]}: {name} has NaN or infinity: fetch the file again")
 
-    def _read_each(self, specs: tuple[TensorSpec, ...]) -> list[mx.array]:
-        """Return one array for each tensor, with its bytes as stored."""
-        arrays = [mx.zeros(spec.shape, _STORED[spec.dtype]) for spec in specs]
+    def _read_arrays(self, specs: tuple[TensorSpec, ...]) -> dict[str, mx.array]:
+        """Return an array with the stored bytes of each tensor, by name."""
+        arrays = {spec.name: mx.zeros(spec.shape, _ARRAY_DTYPES[spec.dtype]) for spec in specs}
         mx.eval(arrays)
-        self._read({spec.name: _bytes_of(array) for spec, array in zip(specs, arrays, strict=True)})
+        self._read({name: _bytes_of(array) for name, array in arrays.items()})
         return arrays
 
     def _check_weight_shapes(self, specs: tuple[TensorSpec, ...]) -> None:
-        rows_and_columns = {
-            spec.name.removesuffix(".weight_packed"): [spec.shape[0], spec.shape[1] * 8]
+        """Compare each expert's ``weight_shape`` (rows, columns) in the file with the shape of its packed words."""
+        expected = {
+            f"{spec.name.removesuffix('_packed')}_shape": [spec.shape[0], spec.shape[1] * INT4_PER_WORD]
             for spec in specs
             if spec.name.endswith(".weight_packed")
         }
-        shapes = {f"{projection}.weight_shape": np.empty(2, np.int64) for projection in rows_and_columns}
-        for name in shapes:
-            if self._headers[self._files[name]].tensors[name].dtype == "I32":
-                shapes[name] = np.empty(2, np.int32)
+        shapes = {}
+        for name in expected:
+            dtype = self._headers[self._files[name]].tensors[name].dtype
+            shapes[name] = np.empty(2, np.int32 if dtype == "I32" else np.int64)
         self._read({name: shape.data.cast("B") for name, shape in shapes.items()})
-        for (name, shape), expected in zip(shapes.items(), rows_and_columns.values(), strict=True):
+        for name, shape in shapes.items():
             actual = shape.tolist()
-            if actual != expected:
+            if actual != expected[name]:
                 raise CheckpointError(
-                    f"{self._files[name]}: {name} says {actual}, the config says {expected}: fetch the file again"
+                    f"{self._files[name]}: {name} says {actual}, the config says {expected[name]}: fetch the file again"
                 )
 
     def _stack_experts(self, specs: tuple[TensorSpec, ...], prefix: str) -> dict[str, mx.array]:
-        """Read the words, then the scales of one projection of all experts at a time into one array."""
+        """Return the words and the scales of each projection, those of all experts in one array. Check the scales."""
         shapes = {spec.name: spec.shape for spec in specs}
         stacked = {}
         for projection in _PROJECTIONS:
@@ -158,43 +157,48 @@ class ShardReader:
                     f"{prefix}mlp.experts.{expert}.{projection}.{kind}"
                     for expert in range(self._config.n_routed_experts)
                 ]
-                whole = mx.zeros((len(names), *shapes[names[0]]), dtype)
-                mx.eval(whole)
-                buffer = _bytes_of(whole)
+                stack = mx.zeros((len(names), *shapes[names[0]]), dtype)
+                mx.eval(stack)
+                buffer = _bytes_of(stack)
                 size = len(buffer) // len(names)
-                self._read({name: buffer[at * size : (at + 1) * size] for at, name in enumerate(names)})
+                self._read({name: buffer[index * size : (index + 1) * size] for index, name in enumerate(names)})
                 if kind == "weight_scale":
-                    whole = whole.view(mx.bfloat16)
-                    totals = np.array(mx.sum(whole, axis=(1, 2)).astype(mx.float32))
-                    if (wrong := np.flatnonzero(~np.isfinite(totals))).size:
-                        self._refuse(names[wrong[0]])
-                stacked[f"mlp.experts.{projection}.{kind}"] = whole
+                    stack = stack.view(mx.bfloat16)
+                    totals = np.array(mx.sum(stack, axis=(1, 2)).astype(mx.float32))
+                    not_finite = np.flatnonzero(~np.isfinite(totals))
+                    if not_finite.size:
+                        self._raise_not_finite(names[not_finite[0]])
+                stacked[f"mlp.experts.{projection}.{kind}"] = stack
         mx.eval(stacked)
         return stacked
 
-    def _check_files(self, specs: tuple[TensorSpec, ...]) -> None:
-        """Read the headers of the files of ``specs``, and check them again: a file may have been replaced."""
+    def _check_headers(self, specs: tuple[TensorSpec, ...]) -> None:
+        """Read and check the headers of the files of ``specs``, just before their tensors are read."""
         for path in {self._files[spec.name] for spec in specs}:
             self._headers[path] = check_file(path, [spec for spec in specs if self._files[spec.name] == path])
 
     def _read(self, targets: Mapping[str, memoryview]) -> None:
-        """Read tensors into writable bytes by several threads. Return after the last byte, or raise the first error."""
+        """Read tensors, by name, into writable buffers by several threads. Return when all are read.
+
+        Raises:
+            CheckpointError: a file cannot be read or ends too early.
+        """
         with ExitStack() as open_files:
             descriptors: dict[Path, int] = {}
             for path in {self._files[name] for name in targets}:
                 descriptors[path] = open_files.enter_context(_open(path)).fileno()
-            pool = open_files.enter_context(ThreadPoolExecutor(_READING_THREADS))
-            reads = []
+            pool = open_files.enter_context(ThreadPoolExecutor(_NUM_THREADS))
+            pending_reads = []
             for name, buffer in targets.items():
                 path = self._files[name]
                 header = self._headers[path]
                 start = header.data_start + header.tensors[name].data_offsets[0]
                 for first in range(0, len(buffer), _PIECE_BYTES):
                     piece = buffer[first : first + _PIECE_BYTES]
-                    reads.append(pool.submit(_read_piece, descriptors[path], piece, start + first, path, name))
+                    pending_reads.append(pool.submit(_read_piece, descriptors[path], piece, start + first, path, name))
             try:
-                for read in reads:
-                    read.result()
+                for pending_read in pending_reads:
+                    pending_read.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -211,16 +215,17 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_piece(descriptor: int, piece: memoryview, offset: int, path: Path, name: str) -> None:
-    """Fill ``piece`` from the file. The system may return fewer bytes than requested, so repeat."""
-    done = 0
-    while done < len(piece):
+    """Fill ``piece`` from byte ``offset`` of the file. The system may return fewer bytes than requested, so repeat."""
+    done_bytes = 0
+    while done_bytes < len(piece):
+        end = offset + done_bytes
         try:
-            count = os.preadv(descriptor, [piece[done:]], offset + done)
+            num_bytes = os.preadv(descriptor, [piece[done_bytes:]], end)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {name}: {error.strerror}") from None
-        if count == 0:
-            raise CheckpointError(f"{path} is truncated: it ends at byte {offset + done} within {name}; fetch it again")
-        done += count
+        if num_bytes == 0:
+            raise CheckpointError(f"{path} is truncated: it ends at byte {end} within {name}; fetch it again")
+        done_bytes += num_bytes
 
 
 def _bytes_of(array: mx.array) -> memoryview:
@@ -229,7 +234,7 @@ def _bytes_of(array: mx.array) -> memoryview:
 
 
 def is_finite(total: mx.array) -> bool:
-    """Return whether a sum is finite. It is NaN or infinite if one of its terms is."""
+    """Return whether a sum is finite. A sum is NaN or infinite if one of its terms is."""
     value = total.item()
-    assert isinstance(value, float), "a sum of floats"
+    assert isinstance(value, float), f"the sum is {total.dtype}, not floating-point"
     return math.isfinite(value)

@@ -1,7 +1,7 @@
 """The safetensors container: an 8-byte header length, a JSON header, then the tensors' bytes. Knows no model.
 
-https://github.com/huggingface/safetensors describes the format. Only headers are read here, never a tensor. The package
-safetensors decides whether a file is accepted; this module adds the tensors' offsets, and messages for refused files.
+https://github.com/huggingface/safetensors describes the format. Reading is limited to headers. The package safetensors
+decides whether a file is accepted; this module adds the tensors' offsets, and error messages for refused files.
 """
 
 import errno
@@ -23,11 +23,11 @@ from mlx_k2.json_text.read import convert, read_json
 from mlx_k2.weights.inventory import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit that the format sets."""
+"""Largest header that the format allows."""
 
-# First bytes of other formats that occur under the name of a checkpoint's file, in lower case.
+# First bytes, in lower case, of other formats that occur under the name of a checkpoint's file.
 _LFS_POINTER = b"version https://git-lfs"
-_FOREIGN: Mapping[bytes, str] = {
+_OTHER_FORMATS: Mapping[bytes, str] = {
     b"gguf": "it is a GGUF file, which mlx-k2 does not read: fetch the original checkpoint",
     b"<!doctype html": "it is an HTML page, for instance of an error or a login: fetch the file again",
     b"<html": "it is an HTML page, for instance of an error or a login: fetch the file again",
@@ -37,10 +37,11 @@ _FOREIGN: Mapping[bytes, str] = {
 _PEEK_BYTES = 64
 
 TensorBytes = Callable[[TensorSpec], Iterable[bytes]]
+"""A function that yields a tensor's data in pieces."""
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
-    """The header's entry of one tensor; ``data_offsets`` count from the end of the header."""
+    """The header's entry of one tensor; ``data_offsets`` are its first and end byte, counted from the header's end."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +61,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of a checkpoint to read. Refuse pipes and devices, which can have no end, and known other formats.
+    """Open a file of a checkpoint to read. Refuse pipes and devices, which may never end, and known other formats.
 
     Raises:
         OSError: the file cannot be opened, is not a regular file, or its first bytes are those of another format.
@@ -80,7 +81,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def _other_format(start: bytes, path: Path) -> str | None:
-    """Return what a file of a checkpoint is that begins with ``start``, if it is known to be something else."""
+    """Return the error text for a file whose first bytes ``start`` show that it is not a checkpoint's; else None."""
     start = start.lstrip().lower()
     if not start.strip(b"\0"):
         return "it is empty or begins with zeros, as an interrupted download leaves it: fetch the file again"
@@ -89,27 +90,27 @@ def _other_format(start: bytes, path: Path) -> str | None:
         return (
             f"it is a Git LFS pointer, because its repository was cloned without git-lfs: install it and run `{pull}`"
         )
-    return next((what for beginning, what in _FOREIGN.items() if start.startswith(beginning)), None)
+    return next((problem for beginning, problem in _OTHER_FORMATS.items() if start.startswith(beginning)), None)
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of ``path`` and check it against the file's length. Read no tensor.
+    """Return the header of ``path``, checked against the file's length. Read no tensor.
 
     Raises:
         CheckpointError: the file is missing, is not safetensors, or is truncated.
     """
-    raw, actual_bytes = _read_raw_header(path)
+    raw, file_bytes = _read_raw_header(path)
     data_start = 8 + len(raw)
     try:
         with safe_open(path, framework="numpy") as file:
-            entries = {name: file.get_slice(name) for name in file.offset_keys()}
             tensors, end = {}, 0
-            for name, entry in entries.items():
+            for name in file.offset_keys():
+                entry = file.get_slice(name)
                 first, shape = end, tuple(entry.get_shape())
                 end += _num_bytes(entry.get_dtype(), shape)
                 tensors[name] = StoredTensor(entry.get_dtype(), shape, (first, end))
     except (SafetensorError, OSError) as error:
-        _explain_refusal(raw, path, actual_bytes - data_start)
+        _raise_known_reason(raw, path, file_bytes - data_start)
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
     return Header(tensors, data_start)
 
@@ -125,21 +126,18 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
             if header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header's length")
             raw = file.read(header_bytes)
-            actual_bytes = file.seek(0, 2)
+            file_bytes = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; fetch it again") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) < header_bytes:
         raise CheckpointError(f"{path} is truncated: its header alone has {header_bytes} bytes; fetch the file again")
-    return raw, actual_bytes
+    return raw, file_bytes
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorBytes) -> int:
-    """Write ``specs`` in order, each from the parts that ``tensor_bytes`` yields; return the tensors' total bytes.
-
-    Only one part is in memory at a time.
-    """
+    """Write the tensors ``specs`` in order, with the data that ``tensor_bytes`` yields. Return their total bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -150,37 +148,40 @@ def write_file(path: Path, specs: Sequence[TensorSpec], tensor_bytes: TensorByte
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for spec in specs:
-            written = sum(file.write(piece) for piece in tensor_bytes(spec))
-            assert written == spec.num_bytes, f"{spec.name}: {written} bytes written, {spec.num_bytes} promised"
+            num_bytes = sum(file.write(piece) for piece in tensor_bytes(spec))
+            assert num_bytes == spec.num_bytes, (
+                f"{spec.name}: {num_bytes} bytes written, its shape has {spec.num_bytes}"
+            )
     return end
 
 
 def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor. Every dtype but BOOL has its bits in its name, for instance BF16 and F8_E4M3."""
+    """Return the bytes of a tensor. Each dtype but BOOL (8 bits) has its bits in its name, for instance F8_E4M3."""
     bits = re.search(r"\d+", dtype)
     return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def _explain_refusal(raw: bytes, path: Path, data_bytes: int) -> None:
-    """Raise the error with the reason why the package refused a file, if it is one of those that this module knows."""
+def _raise_known_reason(raw: bytes, path: Path, data_bytes: int) -> None:
+    """Raise a CheckpointError if a file's header ``raw`` or the ``data_bytes`` after it show why it was refused."""
     try:
         fields = read_json(raw, dict[str, Any])
         fields.pop("__metadata__", None)
         tensors = convert(fields, dict[str, StoredTensor])
     except JsonError as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
-    expected = 0
+    expected_bytes = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, end = tensor.data_offsets
-        if first != expected or end < first:
-            raise CheckpointError(f"{path}: {name} is at bytes {first} to {end}, where byte {expected} should follow")
-        expected = end
-    whole = 8 + len(raw) + expected
-    if data_bytes < expected:
-        missing = expected - data_bytes
-        raise CheckpointError(f"{path} is truncated: {missing} of its {whole} bytes are missing; fetch it again")
-    if data_bytes > expected:
-        raise CheckpointError(f"{path} has {data_bytes - expected} bytes after its last tensor; fetch it again")
+        if first != expected_bytes or end < first:
+            position = f"is at bytes {first} to {end}, where byte {expected_bytes} should follow"
+            raise CheckpointError(f"{path}: {name} {position}")
+        expected_bytes = end
+    if data_bytes < expected_bytes:
+        missing, file_bytes = expected_bytes - data_bytes, 8 + len(raw) + expected_bytes
+        raise CheckpointError(f"{path} is truncated: {missing} of its {file_bytes} bytes are missing; fetch it again")
+    if data_bytes > expected_bytes:
+        raise CheckpointError(f"{path} has {data_bytes - expected_bytes} bytes after its last tensor; fetch it again")
     for name, tensor in tensors.items():
-        if (needed := _num_bytes(tensor.dtype, tensor.shape)) != tensor.num_bytes:
-            raise CheckpointError(f"{path}: {name} spans {tensor.num_bytes} bytes where its shape has {needed}")
+        needed_bytes = _num_bytes(tensor.dtype, tensor.shape)
+        if needed_bytes != tensor.num_bytes:
+            raise CheckpointError(f"{path}: {name} spans {tensor.num_bytes} bytes where its shape has {needed_bytes}")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mlx_k2.cli import kernels
 from mlx_k2.kernels.report import DecodeTime, KernelLine, KernelReport
-from mlx_k2.stage.mlx_settings import OWN_LIMITS, BufferLimits
+from mlx_k2.stage.mlx_settings import MLX_DEFAULTS, BufferLimits
 from tests.cli.command import CommandLine
 
 pytestmark = pytest.mark.timeout(120)
@@ -92,10 +92,10 @@ def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() ->
 
 
 def test_best_limits_keeps_the_default_unless_another_is_clearly_faster() -> None:
-    default, slower, faster = BufferLimits(100, 1_000_000), OWN_LIMITS, BufferLimits(200, 200)
+    default, slower, faster = BufferLimits(100, 1_000_000), MLX_DEFAULTS, BufferLimits(200, 200)
     assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.995}, default) == default
     assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.9}, default) == faster
-    assert kernels.best_limits({default: 1.0, slower: 0.9, faster: 1.1}, default) == OWN_LIMITS
+    assert kernels.best_limits({default: 1.0, slower: 0.9, faster: 1.1}, default) == MLX_DEFAULTS
 
 
 def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_environment(

@@ -14,7 +14,7 @@ from mlx_k2.weights.manifest import HubFile, write_manifest
 from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.local_cluster import wait_until_gone
-from tests.model.checkpoints import planted
+from tests.model.checkpoints import copy_with_value
 from tests.processes import started_processes
 
 
@@ -78,7 +78,7 @@ NAN = 0x7FC0
 def test_nan_in_a_step_gives_no_token_names_stage_and_layer_and_is_restarted_once(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
-    model = planted(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
+    model = copy_with_value(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
     done = command_line.run("generate", "--model", str(model), "--stages", "2", "--max-tokens", "20", "Hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("all stages start again") == 1
@@ -90,7 +90,7 @@ def test_nan_in_a_step_gives_no_token_names_stage_and_layer_and_is_restarted_onc
 
 
 def test_nan_in_a_norm_is_found_while_loading(failure: Failure, endless: Path, tmp_path: Path) -> None:
-    model = planted(endless, tmp_path / "nan", "model.layers.5.input_layernorm.weight", NAN)
+    model = copy_with_value(endless, tmp_path / "nan", "model.layers.5.input_layernorm.weight", NAN)
     line = failure.over({"model": str(model)})
     assert re.search(r"error: stage 0 on this machine: .*: model.layers.5.input_layernorm.weight has NaN or inf", line)
 
@@ -99,7 +99,7 @@ def test_nan_in_a_norm_is_found_while_loading(failure: Failure, endless: Path, t
 def test_check_weights_finds_nan_in_a_matrix_while_loading(
     command_line: CommandLine, endless: Path, tmp_path: Path
 ) -> None:
-    model = planted(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
+    model = copy_with_value(endless, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
     done = command_line.run("generate", "--model", str(model), "--check-weights", "Hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert "o_proj.weight has NaN or infinity: fetch the file again" in done.stderr

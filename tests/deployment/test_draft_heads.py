@@ -46,7 +46,7 @@ def host_with_home(folder: Path, **environment: str) -> Host:
 def write_head(home: Path, model: Path, seed: int) -> None:
     home.mkdir(exist_ok=True)
     fields = draft_config_fields(tiny_config_fields(VOCAB_SIZE))
-    write_random_draft_head(home / "head", fields, read_config(model), seed, own=())
+    write_random_draft_head(home / "head", fields, read_config(model), seed, own_tensors=())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tests that a wrapper refuses arguments that its kernel cannot handle, because kernels do not check shapes."""
+"""Tests of dispatches: arguments that a kernel cannot handle are refused, because kernels check nothing."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,6 @@ import pytest
 from mlx_k2.kernels import decode, prefill, router
 from mlx_k2.kernels.dispatch import Dispatch, cuda_body, metal_texts, read_metal, run
 from mlx_k2.kernels.reference import RouterRule
-from mlx_k2.kernels.stack import ExpertStack
 from tests.metal_cpu.float64 import Case, random_case
 
 pytestmark = pytest.mark.timeout(30)
@@ -24,33 +23,28 @@ def gate_up(case: Case) -> Dispatch:
     return decode.gate_up(case.x, case.expert_ids, case.stack, rows_per_simdgroup=4, simdgroups=2)
 
 
-def changed(stack: ExpertStack, name: str, array: mx.array) -> ExpertStack:
-    return stack._replace(**{name: array})
+def with_array(case: Case, name: str, change: Callable[[mx.array], mx.array]) -> Case:
+    """Return the case with one array of its stack changed."""
+    return case._replace(stack=case.stack._replace(**{name: change(getattr(case.stack, name))}))
 
 
-WRONG: dict[str, Callable[[Case], Case]] = {
-    "x of another width": lambda c: c._replace(x=c.x[:, :32]),
-    "x of more tokens than ids": lambda c: c._replace(x=mx.concatenate([c.x, c.x])),
-    "x with a batch dimension": lambda c: c._replace(x=c.x[None]),
-    "ids of another type": lambda c: c._replace(expert_ids=c.expert_ids.astype(mx.int32)),
-    "packed weights of another type": lambda c: c._replace(
-        stack=changed(c.stack, "gate_packed", c.stack.gate_packed.astype(mx.int32))
-    ),
-    "scales of another type": lambda c: c._replace(
-        stack=changed(c.stack, "up_scale", c.stack.up_scale.astype(mx.float32))
-    ),
-    "scales of another group size": lambda c: c._replace(
-        stack=changed(c.stack, "gate_scale", c.stack.gate_scale[:, :, :1])
-    ),
-    "experts missing in up": lambda c: c._replace(stack=changed(c.stack, "up_packed", c.stack.up_packed[:2])),
+WRONG_CASES: dict[str, Callable[[Case], Case]] = {
+    "x of another width": lambda case: case._replace(x=case.x[:, :32]),
+    "x of more tokens than ids": lambda case: case._replace(x=mx.concatenate([case.x, case.x])),
+    "x with a batch dimension": lambda case: case._replace(x=case.x[None]),
+    "ids of another type": lambda case: case._replace(expert_ids=case.expert_ids.astype(mx.int32)),
+    "packed weights of another type": lambda case: with_array(case, "gate_packed", lambda a: a.astype(mx.int32)),
+    "scales of another type": lambda case: with_array(case, "up_scale", lambda a: a.astype(mx.float32)),
+    "scales of another group size": lambda case: with_array(case, "gate_scale", lambda a: a[:, :, :1]),
+    "experts missing in up": lambda case: with_array(case, "up_packed", lambda a: a[:2]),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", WRONG_CASES)
 def test_gate_up_refuses_wrong_shapes_and_dtypes(name: str, case: Case) -> None:
     gate_up(case)
     with pytest.raises(AssertionError):
-        gate_up(WRONG[name](case))
+        gate_up(WRONG_CASES[name](case))
 
 
 def test_gate_up_refuses_threadgroup_rows_that_do_not_divide_the_outputs(case: Case) -> None:
@@ -65,7 +59,7 @@ def test_down_refuses_hidden_rows_of_another_token_count(case: Case) -> None:
 
 
 def test_the_batch_kernel_accepts_at_most_16_tokens() -> None:
-    assert [decode.capacity(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [decode.capacity(tokens) for tokens in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
     with pytest.raises(AssertionError, match="17 tokens"):
         decode.capacity(17)
 
@@ -78,16 +72,16 @@ def test_the_router_refuses_more_experts_than_there_are() -> None:
 @pytest.mark.parametrize("num_experts", [1, 5, 40])
 def test_pairs_are_sorted_by_expert_and_then_by_token(num_experts: int) -> None:
     case = random_case(experts=num_experts, tokens=37, top_k=1, hidden=32, intermediate=32)
-    order, offsets = (np.array(a) for a in prefill.sort_pairs(case.expert_ids, num_experts))
+    order, offsets = (np.array(array) for array in prefill.sort_pairs(case.expert_ids, num_experts))
     ids = np.array(case.expert_ids)[:, 0]
     np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
     np.testing.assert_array_equal(offsets, [(ids < expert).sum() for expert in range(num_experts + 1)])
 
 
 def test_max_tiles_is_an_upper_bound_of_the_tiles_used() -> None:
-    for counts in ([1] * 40, [33, 33, 33], [64, 0, 31, 1], [0, 0, 5]):
-        tiles = sum(-(-count // prefill.TILE) for count in counts)
-        assert tiles <= prefill.max_tiles(sum(counts), len(counts))
+    for pairs_by_expert in ([1] * 40, [33, 33, 33], [64, 0, 31, 1], [0, 0, 5]):
+        num_tiles = sum(-(-num_pairs // prefill.TILE) for num_pairs in pairs_by_expert)
+        assert num_tiles <= prefill.max_tiles(sum(pairs_by_expert), len(pairs_by_expert))
 
 
 def test_cuda_body_removes_address_spaces_but_keeps_shared_arrays() -> None:
@@ -95,7 +89,7 @@ def test_cuda_body_removes_address_spaces_but_keeps_shared_arrays() -> None:
     assert body == "const uint4* p = (const uint4*)w; threadgroup float parts[8]; float* q;"
 
 
-def test_every_metal_file_is_in_the_package() -> None:
+def test_the_package_has_all_12_kernel_files() -> None:
     assert len(metal_texts()) == 12
     assert read_metal("int4.metal") in metal_texts()
 

@@ -1,4 +1,4 @@
-"""Tests of the choice of a kernel by device, KernelCheck and number of tokens, and of the cached checks."""
+"""Tests of the choice of a kernel by device, check and number of tokens, and of cached checks."""
 
 import logging
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_k2.kernels import check_cache, experts, reference
@@ -25,10 +24,8 @@ SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloa
 def test_without_a_gpu_the_reference_runs_and_no_kernel_is_checked() -> None:
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
     with mx.stream(mx.cpu):
-        got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
-        expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
+        assert mx.array_equal(experts.routed_experts(*case), reference.routed_experts(*case)).item()
         assert experts.warnings_for(SHAPE) == ()
-    assert mx.array_equal(got, expected).item()
 
 
 @pytest.mark.parametrize(
@@ -44,8 +41,9 @@ def test_without_a_gpu_the_reference_runs_and_no_kernel_is_checked() -> None:
     ],
 )
 def test_kernel_for_chooses_by_the_number_of_tokens(tokens: int, kernel: str, token_range: str) -> None:
-    assert experts.kernel_for(tokens)[:2] == (kernel, token_range)
-    assert experts.kernel_for(experts.TIMED_TOKENS[token_range])[1] == token_range
+    choice = experts.kernel_for(tokens)
+    assert (choice.kernel, choice.token_range) == (kernel, token_range)
+    assert experts.kernel_for(experts.TIMED_TOKENS[token_range]).token_range == token_range
 
 
 def test_stored_kernel_checks_are_loaded_again(tmp_path: Path) -> None:
@@ -89,120 +87,120 @@ def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path
     check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None))
 
 
-class Machine:
-    """A machine on which each kernel's check ends as ``outcomes`` says, and which counts the checks."""
+class FakeMachine:
+    """A machine with a GPU, which checks no kernel."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, KernelCheck | type[BaseException]] = {}
-        self.made: list[str] = []
-        self.slower: tuple[str, ...] = ()
+        self.outcomes: dict[str, KernelCheck | type[BaseException]] = {}  # of checks; other kernels pass theirs
+        self.checked: list[str] = []  # kernels, in the order of their checks
+        self.slower: tuple[str, ...] = ()  # token ranges in which plain MLX is faster
 
     def check(self, name: str, *_: object) -> KernelCheck:
-        self.made.append(name)
+        self.checked.append(name)
         outcome = self.outcomes.get(name, KernelCheck(name, True, 1e-3, ""))
         if isinstance(outcome, KernelCheck):
             return outcome
         raise outcome
 
 
-class ProcessGone(BaseException):
-    """The end of the process that checks."""
+class ProcessEnded(BaseException):
+    """The end of the process that makes a check."""
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    made = Machine()
+def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    fake = FakeMachine()
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
-    monkeypatch.setattr(experts, "check_kernel", made.check)
-    monkeypatch.setattr(experts, "slower_token_ranges", lambda *_: made.slower)
+    monkeypatch.setattr(experts, "check_kernel", fake.check)
+    monkeypatch.setattr(experts, "slower_token_ranges", lambda *_: fake.slower)
     monkeypatch.setattr(experts, "_adopted", {})
-    return made
+    return fake
 
 
-def results(directory: Path, *, again: bool = False) -> dict[str, KernelCheck]:
+def checks_by_kernel(directory: Path, *, again: bool = False) -> dict[str, KernelCheck]:
     return {check.kernel: check for check in experts.checks(SHAPE, directory, again=again).checks}
 
 
 def test_a_wrong_and_a_refused_kernel_are_logged_once_and_not_checked_again(
-    machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    machine: FakeMachine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.outcomes = {
         DECODE: KernelCheck(DECODE, False, 0.5, "off by 5e-01"),
         BATCH: KernelCheck(BATCH, False, None, "[metal::Device] Unable to build metal library from source"),
     }
     with caplog.at_level(logging.WARNING):
-        first, again = results(tmp_path), results(tmp_path)
-    assert first == again
-    assert machine.made == [DECODE, BATCH, PREFILL]
+        first, second = checks_by_kernel(tmp_path), checks_by_kernel(tmp_path)
+    assert first == second
+    assert machine.checked == [DECODE, BATCH, PREFILL]
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         f"the {name} kernel is not used here" for name in (DECODE, BATCH)
     ]
     assert first[DECODE].warning.endswith("plain MLX runs instead; `mlx-k2 kernels` there checks it again")
 
 
-@follows_advice(
-    "`mlx-k2 kernels` there checks it again",
-)
-def test_a_check_whose_process_was_ended_is_made_once_more_and_then_left_out(machine: Machine, tmp_path: Path) -> None:
-    machine.outcomes = {DECODE: ProcessGone}
+@follows_advice("`mlx-k2 kernels` there checks it again")
+def test_a_check_whose_process_ended_twice_is_not_made_again(machine: FakeMachine, tmp_path: Path) -> None:
+    machine.outcomes = {DECODE: ProcessEnded}
     for _ in range(2):
-        with pytest.raises(ProcessGone):
-            results(tmp_path)
-    third = results(tmp_path)
-    assert machine.made == [DECODE, DECODE, BATCH, PREFILL]
+        with pytest.raises(ProcessEnded):
+            checks_by_kernel(tmp_path)
+    third = checks_by_kernel(tmp_path)
+    assert machine.checked == [DECODE, DECODE, BATCH, PREFILL]
     assert third[DECODE] == KernelCheck(DECODE, False, None, "2 checks did not finish")
     assert third[BATCH].usable
 
 
-def test_a_check_that_was_ended_once_and_then_finished_counts_as_never_ended(machine: Machine, tmp_path: Path) -> None:
-    machine.outcomes = {DECODE: ProcessGone}
-    with pytest.raises(ProcessGone):
-        results(tmp_path)
+def test_a_check_that_finished_at_the_second_try_has_no_unfinished_start(machine: FakeMachine, tmp_path: Path) -> None:
+    machine.outcomes = {DECODE: ProcessEnded}
+    with pytest.raises(ProcessEnded):
+        checks_by_kernel(tmp_path)
     machine.outcomes = {}
-    assert results(tmp_path)[DECODE].usable
+    assert checks_by_kernel(tmp_path)[DECODE].usable
     cached = check_cache.load(check_cache.cache_path(tmp_path, SHAPE, experts.chip()))
     assert cached is not None
     assert cached.started == {}
 
 
-def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(machine: Machine, tmp_path: Path) -> None:
+def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(
+    machine: FakeMachine, tmp_path: Path
+) -> None:
     fault = KernelCheck(
-        DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", passing=True
+        DECODE, False, None, "[METAL] Command buffer execution failed: Insufficient Memory", is_temporary=True
     )
     machine.outcomes = {DECODE: fault}
-    assert results(tmp_path)[DECODE] == fault
+    assert checks_by_kernel(tmp_path)[DECODE] == fault
     assert fault.warning.endswith("the next start checks it again")
     machine.outcomes = {}
-    assert results(tmp_path)[DECODE].usable
-    assert machine.made == [DECODE, BATCH, PREFILL, DECODE]
+    assert checks_by_kernel(tmp_path)[DECODE].usable
+    assert machine.checked == [DECODE, BATCH, PREFILL, DECODE]
 
 
 def test_after_a_new_macos_build_and_with_again_every_kernel_is_checked_anew(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.outcomes = {BATCH: KernelCheck(BATCH, False, 0.5, "off")}
-    assert not results(tmp_path)[BATCH].usable
+    assert not checks_by_kernel(tmp_path)[BATCH].usable
     machine.outcomes = {}
-    assert not results(tmp_path)[BATCH].usable
-    assert results(tmp_path, again=True)[BATCH].usable
+    assert not checks_by_kernel(tmp_path)[BATCH].usable
+    assert checks_by_kernel(tmp_path, again=True)[BATCH].usable
     monkeypatch.setattr(check_cache, "macos_build", lambda: "25C56")
-    machine.made.clear()
-    results(tmp_path)
-    assert machine.made == [DECODE, BATCH, PREFILL]
+    machine.checked.clear()
+    checks_by_kernel(tmp_path)
+    assert machine.checked == [DECODE, BATCH, PREFILL]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"checks": [], "tuning": null, "started": {"decode": "x"}}'])
-def test_a_corrupt_file_is_made_anew(machine: Machine, tmp_path: Path, content: str) -> None:
+def test_a_corrupt_cache_file_is_written_anew(machine: FakeMachine, tmp_path: Path, content: str) -> None:
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
     path.write_text(content)
-    assert all(check.usable for check in results(tmp_path).values())
+    assert all(check.usable for check in checks_by_kernel(tmp_path).values())
     cached = check_cache.load(path)
     assert cached is not None
     assert len(cached.checks) == 3
 
 
 def test_a_kernel_is_not_used_for_the_numbers_of_tokens_for_which_plain_mlx_is_faster(
-    machine: Machine, tmp_path: Path
+    machine: FakeMachine, tmp_path: Path
 ) -> None:
     machine.slower = (experts.LONG,)
     experts.adopt(SHAPE, experts.checks(SHAPE, tmp_path))
@@ -211,31 +209,31 @@ def test_a_kernel_is_not_used_for_the_numbers_of_tokens_for_which_plain_mlx_is_f
 
 
 def test_the_faster_of_kernel_and_plain_mlx_is_found_by_timing_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    times: list[tuple[str, int]] = []
+    timed: list[tuple[str, int]] = []
 
     def time_layer(layer: Layer, _stack: object, tokens: int, _top_k: int, **_: int) -> Timing:
         name = "plain" if layer is reference.routed_experts else "kernel"
-        times.append((name, tokens))
+        timed.append((name, tokens))
         faster = "plain" if tokens == experts.TIMED_TOKENS[experts.LONG] else "kernel"
-        return Timing(1.0 if name == faster else 2.0, 1)
+        return Timing(seconds=1.0 if name == faster else 2.0, bytes_needed=1)
 
     monkeypatch.setattr(experts, "time_layer", time_layer)
     assert experts.slower_token_ranges(PREFILL, SHAPE) == (experts.LONG,)
-    assert times == [("plain", 64), ("kernel", 64), ("plain", 2048), ("kernel", 2048)]
+    assert timed == [("plain", 64), ("kernel", 64), ("plain", 2048), ("kernel", 2048)]
     assert experts.slower_token_ranges(ROUTER, SHAPE) == ()
 
 
-def test_a_kernel_without_a_result_is_not_used(machine: Machine) -> None:
+def test_a_kernel_without_a_result_is_not_used(machine: FakeMachine) -> None:
     experts.adopt(SHAPE, check_cache.CachedChecks([KernelCheck(DECODE, True, 0.0, "")], None))
     assert experts.usable(SHAPE).token_ranges == {DECODE}
     assert [warning.split(";")[0] for warning in experts.usable(SHAPE).warnings] == [
         f"the {name} kernel is not used here (its check did not finish)" for name in (BATCH, PREFILL)
     ]
-    assert machine.made == []
+    assert machine.checked == []
 
 
 def test_two_processes_that_start_together_check_each_kernel_once(tmp_path: Path) -> None:
-    """Two real processes: the first to have the lock checks, slowly, and the second finds its results."""
+    """Start two processes. The one that gets the lock makes slow checks; the other one finds the results."""
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -248,28 +246,27 @@ def test_two_processes_that_start_together_check_each_kernel_once(tmp_path: Path
         "    return KernelCheck(name, True, 0.0, '')\n"
         "experts._backend_kernels = lambda: experts.METAL_KERNELS\n"
         "experts.check_kernel, experts.slower_token_ranges = check, lambda *_: ()\n"
-        "found = experts.checks(SHAPE, Path(sys.argv[1])).checks\n"
-        "assert [each.kernel for each in found if each.usable] == ['decode', 'batch', 'prefill']\n"
+        "checks = experts.checks(SHAPE, Path(sys.argv[1])).checks\n"
+        "assert [check.kernel for check in checks if check.usable] == ['decode', 'batch', 'prefill']\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
-    printed = [process.communicate(timeout=60)[0].split() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted(printed) == [[], [DECODE, BATCH, PREFILL]]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    checked = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(checked) == [[], [DECODE, BATCH, PREFILL]]
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
 def test_each_unused_kernel_causes_a_warning_and_the_reference_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
 ) -> None:
-    """No kernel can run here, so each check fails as on a Mac whose compiler refuses the text."""
+    """Without a GPU each check fails, as on a Mac whose compiler refuses the kernel's text."""
     monkeypatch.setattr(experts, "_backend_kernels", lambda: experts.METAL_KERNELS)
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
     monkeypatch.setattr(experts, "_adopted", {})
-    lines = experts.warnings_for(SHAPE._replace(dtype=dtype))
-    unused = [line for line in lines if "plain MLX runs instead" in line]
-    assert len(unused) == len(lines) == (4 if dtype == mx.bfloat16 else 2)
+    warnings = experts.warnings_for(SHAPE._replace(dtype=dtype))
+    assert all("plain MLX runs instead" in warning for warning in warnings)
+    # one for each of the 4 kernels, or one for the router and one for all kernels of experts
+    assert len(warnings) == (4 if dtype == mx.bfloat16 else 2)
     case = random_case(experts=4, tokens=3, top_k=2, hidden=64, intermediate=32, dtype=mx.float32)
-    got = experts.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
-    expected = reference.routed_experts(case.x, case.expert_ids, case.expert_weights, case.stack)
-    assert np.array_equal(np.array(got), np.array(expected))
+    assert mx.array_equal(experts.routed_experts(*case), reference.routed_experts(*case)).item()

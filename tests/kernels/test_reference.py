@@ -1,99 +1,51 @@
-"""Tests of the plain-MLX experts: they equal float64 and mlx-lm, and a token's output is the same in any batch."""
+"""Tests of the plain-MLX experts: they equal float64, routing equals mlx-lm's, and the batch changes no output."""
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 
 from mlx_k2.kernels import reference
 from mlx_k2.kernels.experts import route, routed_experts
 from mlx_k2.kernels.reference import RouterRule
-from mlx_k2.kernels.stack import ExpertStack, make_affine
-
-Float64Array = npt.NDArray[np.float64]
+from mlx_k2.kernels.stack import make_affine
+from tests.metal_cpu import float64
+from tests.metal_cpu.float64 import random_case
 
 SCALES = ("gate_scale", "up_scale", "down_scale")
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def random_projection(rng: np.random.Generator, experts: int, outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
-    packed = rng.integers(0, 2**32, (experts, outputs, inputs // 8), dtype=np.uint32)
-    scale = 0.002 + 0.01 * rng.random((experts, outputs, inputs // 32), dtype=np.float32)
-    return mx.array(packed), mx.array(scale)
-
-
-def random_stack(rng: np.random.Generator, experts: int, hidden: int, intermediate: int) -> ExpertStack:
-    return ExpertStack(
-        *random_projection(rng, experts, intermediate, hidden),
-        *random_projection(rng, experts, intermediate, hidden),
-        *random_projection(rng, experts, hidden, intermediate),
-    )
-
-
-def random_choice(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> tuple[mx.array, mx.array]:
-    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.uint32)
-    return mx.array(ids), mx.array(rng.random((tokens, top_k), dtype=np.float32))
-
-
-def dense(packed: mx.array, scale: mx.array) -> Float64Array:
-    codes = (np.array(packed)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
-    values = codes.reshape(*packed.shape[:-1], -1).astype(np.float64) - 8
-    return values * np.repeat(np.array(scale).astype(np.float64), 32, axis=-1)
-
-
-def experts_in_float64(x: mx.array, ids: mx.array, weights: mx.array, stack: ExpertStack) -> Float64Array:
-    gate, up, down = (dense(stack[i], stack[i + 1]) for i in (0, 2, 4))
-    rows = np.array(x).astype(np.float64)
-    router = np.array(weights).astype(np.float64)
-    out = np.zeros_like(rows)
-    for token, chosen in enumerate(np.array(ids)):
-        for slot, expert in enumerate(chosen):
-            g, u = gate[expert] @ rows[token], up[expert] @ rows[token]
-            out[token] += router[token, slot] * (down[expert] @ (g / (1 + np.exp(-g)) * u))
-    return out
-
-
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (16, 4), (96, 4), (96, 8)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_routed_experts_equal_float64(experts: int, top_k: int, tokens: int) -> None:
-    rng = np.random.default_rng(tokens)
-    stack = random_stack(rng, experts, hidden=96, intermediate=64)
-    x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
-    ids, weights = random_choice(rng, tokens, experts, top_k)
-    expected = experts_in_float64(x, ids, weights, stack)
-    got = np.array(routed_experts(x, ids, weights, stack))
-    assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+    case = random_case(experts=experts, tokens=tokens, top_k=top_k, hidden=96, intermediate=64, dtype=mx.float32)
+    expected = float64.down(case, mx.array(float64.gate_up(case)))
+    assert float64.relative_error(routed_experts(*case), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("experts", [16, 96])
 def test_stored_biases_give_bit_identical_results_to_computed_ones(experts: int, tokens: int) -> None:
-    rng = np.random.default_rng(experts + tokens)
-    stack = random_stack(rng, experts, hidden=96, intermediate=64)
-    shipped = stack._replace(**{name: getattr(stack, name).astype(mx.bfloat16) for name in SCALES})
-    x = mx.array(rng.standard_normal((tokens, 96), dtype=np.float32))
-    ids, weights = random_choice(rng, tokens, experts, top_k=4)
-    held = routed_experts(x, ids, weights, make_affine(shipped, mx.float32))
-    assert mx.array_equal(held, routed_experts(x, ids, weights, shipped)).item()
+    case = random_case(experts=experts, tokens=tokens, top_k=4, hidden=96, intermediate=64, dtype=mx.float32)
+    stack = case.stack._replace(**{name: getattr(case.stack, name).astype(mx.bfloat16) for name in SCALES})
+    with_stored_biases = routed_experts(*case[:3], make_affine(stack, mx.float32))
+    assert mx.array_equal(with_stored_biases, routed_experts(*case[:3], stack)).item()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("experts", "top_k"), [(7, 3), (128, 8)])
 def test_a_tokens_expert_output_is_bit_identical_in_any_batch(experts: int, top_k: int, compiled: bool) -> None:
-    rng = np.random.default_rng(experts)
-    stack = random_stack(rng, experts, hidden=160, intermediate=96)
-    tokens = 80  # covers all three methods: gathered experts, the whole stack, sorted by expert
-    x = mx.array(rng.standard_normal((tokens, 160), dtype=np.float32))
-    ids, weights = random_choice(rng, tokens, experts, top_k)
+    tokens = 80  # the slices of 1 to 80 tokens cover all three methods: copied experts, the whole stack, sorted pairs
+    case = random_case(experts=experts, tokens=tokens, top_k=top_k, hidden=160, intermediate=96, dtype=mx.float32)
     compute = mx.compile(routed_experts) if compiled else routed_experts
-    together = compute(x, ids, weights, stack)
+    expected = compute(*case)
     for count in (1, 2, 3, 4, 7, 8, 9, 16, 21, 22, 33, 64, 79):
         for start in {0, 1, tokens - count}:
-            part = slice(start, start + count)
-            alone = compute(x[part], ids[part], weights[part], stack)
-            assert mx.array_equal(alone, together[part]).item(), (count, start)
+            some = slice(start, start + count)
+            outputs = compute(case.x[some], case.expert_ids[some], case.expert_weights[some], case.stack)
+            assert mx.array_equal(outputs, expected[some]).item(), (count, start)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -111,10 +63,10 @@ def test_a_tokens_route_is_bit_identical_in_any_batch(experts: int, compiled: bo
     ids, weights = compute(hidden)
     for count in (1, 2, 5, 16, 33, 64):
         for start in {0, 3, 70 - count}:
-            part = slice(start, start + count)
-            alone_ids, alone_weights = compute(hidden[part])
-            assert mx.array_equal(alone_ids, ids[part]).item()
-            assert mx.array_equal(alone_weights, weights[part]).item()
+            some = slice(start, start + count)
+            ids_of_some, weights_of_some = compute(hidden[some])
+            assert mx.array_equal(ids_of_some, ids[some]).item()
+            assert mx.array_equal(weights_of_some, weights[some]).item()
 
 
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (8, 3), (4, 4)])
@@ -124,23 +76,13 @@ def test_route_equals_mlx_lm(num_groups: int, top_groups: int, normalize: bool) 
     hidden = mx.array(rng.standard_normal((33, 64), dtype=np.float32))
     weight = mx.array(rng.standard_normal((32, 64), dtype=np.float32) * 0.1)
     bias = mx.array(rng.random(32, dtype=np.float32))
-    ids, weights = route(
-        hidden,
-        weight,
-        bias,
-        RouterRule(6, normalize, 2.5, num_groups, top_groups),
-    )
-    their_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
-    their_ids, their_weights = group_expert_select(hidden @ weight.T, bias, 6, *their_groups, 2.5, normalize)
-    ours, theirs = np.argsort(np.array(ids), axis=1), np.argsort(np.array(their_ids), axis=1)
-    np.testing.assert_array_equal(
-        np.take_along_axis(np.array(ids), ours, 1), np.take_along_axis(np.array(their_ids), theirs, 1)
-    )
-    np.testing.assert_allclose(
-        np.take_along_axis(np.array(weights), ours, 1),
-        np.take_along_axis(np.array(their_weights), theirs, 1),
-        rtol=1e-6,
-    )
+    ids, weights = route(hidden, weight, bias, RouterRule(6, normalize, 2.5, num_groups, top_groups))
+    mlx_lm_groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
+    expected_ids, expected_weights = group_expert_select(hidden @ weight.T, bias, 6, *mlx_lm_groups, 2.5, normalize)
+    order, expected_order = mx.argsort(ids, axis=1), mx.argsort(expected_ids, axis=1)  # mlx-lm's ids are not sorted
+    in_order = mx.take_along_axis
+    assert mx.array_equal(in_order(ids, order, 1), in_order(expected_ids, expected_order, 1))
+    assert mx.allclose(in_order(weights, order, 1), in_order(expected_weights, expected_order, 1), rtol=1e-6, atol=0)
     assert ids.dtype == mx.uint32
     assert weights.dtype == mx.float32
 
@@ -162,13 +104,10 @@ def test_the_correction_bias_affects_selection_but_not_weights() -> None:
 
 
 def test_routed_experts_can_be_traced_without_evaluation() -> None:
-    rng = np.random.default_rng(0)
-    stack = random_stack(rng, 8, hidden=32, intermediate=32)
-    ids, weights = random_choice(rng, 2, 8, 2)
-    x = mx.array(rng.standard_normal((2, 32), dtype=np.float32))
+    case = random_case(experts=8, tokens=2, top_k=2, hidden=32, intermediate=32, dtype=mx.float32)
 
     def layer(x: mx.array) -> mx.array:
-        return routed_experts(x, ids, weights, stack)
+        return routed_experts(x, *case[1:])
 
-    traced = mx.compile(layer)(x)  # an eval or a host copy inside would raise while tracing
-    assert mx.allclose(traced, layer(x), rtol=1e-6).item()
+    traced = mx.compile(layer)(case.x)  # an eval or a host copy inside would raise while tracing
+    assert mx.allclose(traced, layer(case.x), rtol=1e-6).item()

@@ -1,4 +1,4 @@
-"""The stages of a model, run one after the other in this process: logits for spans. Knows no transport, no plans."""
+"""The stages of a model, run one after the other in this process: from token ids to logits, without step plans."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,14 @@ from mlx_k2.config import ModelConfig
 from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.stage_model import StageModel
+from mlx_k2.protocol.messages import LayerLoaded
 from mlx_k2.stage.loading import load_stage_model
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.reader import ShardReader
 from tests.model.checkpoints import read_config
 
-Part = tuple[Span, Sequence[int]]
+SpanTokens = tuple[Span, Sequence[int]]
+"""A span and its token ids."""
 
 
 class Chain:
@@ -28,13 +30,13 @@ class Chain:
         self.caches: list[LatentCache] = []
         self.stages: list[StageModel] = []
         for layers in split_layers(self.config.num_hidden_layers, num_stages):
-            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.latent_dim, mx.float32))
+            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.cache_row_dim, mx.float32))
             self.stages.append(load_stage(folder, self.config, layers, self.caches[-1], dense_bits))
 
-    def run(self, *parts: Part) -> mx.array:
+    def run(self, *spans: SpanTokens) -> mx.array:
         """Run spans, with the tokens of each, in one batch. Return the evaluated logits (tokens, vocabulary)."""
-        batch = Batch([span for span, _ in parts])
-        hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in parts for token_id in token_ids]))
+        batch = Batch([span for span, _ in spans])
+        hidden = self.stages[0].embed(mx.array([token_id for _, token_ids in spans for token_id in token_ids]))
         for stage in self.stages:
             hidden, _ = stage.run(hidden, batch)
         logits = self.stages[-1].logits(hidden)
@@ -42,13 +44,13 @@ class Chain:
         return logits
 
     def prefill(self, token_ids: Sequence[int], slot: int = 0, chunk_tokens: int | None = None) -> mx.array:
-        """Return a prompt's logits (tokens, vocabulary), with naive attention, ``chunk_tokens`` at a time."""
+        """Return a prompt's logits (tokens, vocabulary), ``chunk_tokens`` at a time (None: all), by naive attention."""
         return self._in_chunks(token_ids, slot, 0, chunk_tokens, is_prompt=True)
 
     def decode(
         self, token_ids: Sequence[int], position: int, slot: int = 0, chunk_tokens: int | None = None
     ) -> mx.array:
-        """Return generated tokens' logits (tokens, vocabulary), with absorbed attention, ``chunk_tokens`` at a time."""
+        """Return the logits of generated tokens from ``position`` on, like `prefill`, but by absorbed attention."""
         return self._in_chunks(token_ids, slot, position, chunk_tokens, is_prompt=False)
 
     def _in_chunks(
@@ -90,19 +92,13 @@ def load_stage(
 
 
 def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
-    """Return the held bytes of each LoadedPiece of the whole model in float32, in the order of loading."""
+    """Return the bytes in memory of the embedding, each layer and the head in float32."""
     config = read_config(folder)
-    cache = LatentCache(config.num_hidden_layers, 1, 256, config.latent_dim, mx.float32)
-    pieces: list[int] = []
-    load_stage_model(
-        config,
-        open_shards(folder, config),
-        range(config.num_hidden_layers),
-        cache,
-        lambda piece: pieces.append(piece.held_bytes),
-        dense_bits,
-    )
-    return pieces
+    layers = range(config.num_hidden_layers)
+    cache = LatentCache(len(layers), 1, 256, config.cache_row_dim, mx.float32)
+    messages: list[LayerLoaded] = []
+    load_stage_model(config, open_shards(folder, config), layers, cache, messages.append, dense_bits)
+    return [message.held_bytes for message in messages]
 
 
 def open_shards(folder: Path, config: ModelConfig) -> ShardReader:

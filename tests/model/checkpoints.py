@@ -1,4 +1,4 @@
-"""Random checkpoints of every variant of the model family, written once and shared. Computes nothing."""
+"""Random checkpoints of every variant of the model family, written once and shared."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,13 +28,13 @@ Checkpoint = Callable[[str], Path]
 
 
 def make_checkpoints(folder: Path) -> Checkpoint:
-    """Return the function variant's name -> its folder. It writes the checkpoint at the first call."""
+    """Return the function (name of a variant) -> folder of its checkpoint, which the first call writes."""
 
     def checkpoint(variant: str) -> Path:
-        made = folder / variant.replace(" ", "-")
-        if not made.exists():
-            write_random_checkpoint(made, VARIANTS[variant], 0, {})
-        return made
+        variant_folder = folder / variant.replace(" ", "-")
+        if not variant_folder.exists():
+            write_random_checkpoint(variant_folder, VARIANTS[variant], 0, {})
+        return variant_folder
 
     return checkpoint
 
@@ -44,10 +44,11 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
 
 
-def planted(folder: Path, copy: Path, name: str, value: int, *, first: bool = False) -> Path:
-    """Return a copy of a checkpoint with ``value`` as the last element of tensor ``name``, or as its first one.
+def copy_with_value(folder: Path, copy: Path, name: str, value: int, *, first: bool = False) -> Path:
+    """Write a copy of a checkpoint to ``copy``, with ``value`` as the last element of tensor ``name``; return ``copy``.
 
-    ``value`` is a bfloat16, or the upper half of a float32. Other files are links.
+    With ``first`` it is the first element. ``value`` has the bits of a bfloat16, or of the upper half of a float32.
+    Files without this tensor are links.
     """
     copy.mkdir()
     for file in folder.iterdir():
@@ -56,9 +57,9 @@ def planted(folder: Path, copy: Path, name: str, value: int, *, first: bool = Fa
     data = bytearray(path.read_bytes())
     header = read_header(path)
     tensor = header.tensors[name]
-    end = header.data_start + (
-        tensor.data_offsets[0] + {"BF16": 2, "F32": 4}[tensor.dtype] if first else tensor.data_offsets[1]
-    )
+    first_byte, end_byte = tensor.data_offsets
+    end_of_element = first_byte + {"BF16": 2, "F32": 4}[tensor.dtype] if first else end_byte
+    end = header.data_start + end_of_element
     data[end - 2 : end] = value.to_bytes(2, "little")
     path.unlink()
     path.write_bytes(data)

@@ -21,5 +21,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def chain(checkpoint: Checkpoint) -> Chain:
-    """Return the default variant in one stage, with an empty cache."""
+    """Return the variant "thinking" in one stage, with an empty cache."""
     return Chain(checkpoint("thinking"), 1)

@@ -1,4 +1,4 @@
-"""Draft heads loaded as a stage loads them, without stages."""
+"""Draft heads, loaded as a stage loads them."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from tests.model.checkpoints import read_config
 
 
 def head_at(folder: Path, aux_layers: tuple[int, ...] | None = None, vocab_size: int | None = None) -> DraftHead:
-    """Return the head in ``folder``, not quantized."""
+    """Return the loading options of the head in ``folder``, without quantization."""
     source = ModelSource(path_or_repo=str(folder))
     return DraftHead(source=source, aux_layers=aux_layers, vocab_size=vocab_size)
 
 
 class LoadedDraft:
-    """A draft head for the target in ``target``, in float32."""
+    """A draft head in float32, for the target whose checkpoint is in ``target``."""
 
     def __init__(self, head: DraftHead, target: Path) -> None:
         self.config = read_config(target)
@@ -38,7 +38,7 @@ class LoadedDraft:
         return self._loader.feature_slices(layers)
 
     def model(self, last: StageModel | None = None, num_slots: int = 4, context_tokens: int = 1024) -> DraftModel:
-        """Return the head over an empty cache. It shares what it does not have with the target's last stage."""
+        """Return the head with an empty cache. It shares weights with ``last``, the target's last stage, if given."""
         if last is not None and last.head is not None:
             return self._loader.model(last.embedding, last.head, num_slots, context_tokens, ON_CPU)
         tensors = self._shards.head().tensors

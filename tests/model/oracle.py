@@ -1,6 +1,5 @@
-"""mlx-lm's DeepseekV3 on the same checkpoint: the independent reference of the model's tests."""
+"""mlx-lm's DeepseekV3 model of a checkpoint: the independent reference of the model's tests."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
     tensors: dict[str, mx.array] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= mx.load(str(path))  # type: ignore[arg-type]  # a file of tensors is a dict
-    wanted = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
-    wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(("model.", "lm_head."))}
-    weights = model.sanitize(wanted)
+    tensors = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
+    weights = model.sanitize({name: tensors[name] for name in tensors if name.startswith(("model.", "lm_head."))})
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, module: f"{path}.scales" in weights)
     model.load_weights([(name, _in_float32(tensor)) for name, tensor in weights.items()])
     if dense_bits is not None:
@@ -36,17 +34,12 @@ def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
 
 
 def _quantize_dense(model: nn.Module, bits: int) -> None:
-    def dense_with_group(group: int) -> Callable[[str, nn.Module], bool]:
-        def is_chosen(path: str, module: nn.Module) -> bool:
-            if isinstance(module, nn.Embedding) or not isinstance(module, nn.Linear | MultiLinear):
-                return False
-            inputs = module.weight.shape[-1]
-            return group == (64 if inputs % 64 == 0 else 32)
+    def group_size(path: str, module: nn.Module) -> bool | dict[str, int]:
+        if isinstance(module, nn.Embedding) or not isinstance(module, nn.Linear | MultiLinear):
+            return False
+        return {"group_size": 64 if module.weight.shape[-1] % 64 == 0 else 32, "bits": bits}
 
-        return is_chosen
-
-    for group in (64, 32):
-        nn.quantize(model, group_size=group, bits=bits, class_predicate=dense_with_group(group))
+    nn.quantize(model, class_predicate=group_size)
 
 
 def _in_float32(tensor: mx.array) -> mx.array:

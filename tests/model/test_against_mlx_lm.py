@@ -15,18 +15,25 @@ PROMPT = [(37 * i + 11) % 509 for i in range(48)]
 NUM_GENERATED = 16
 
 
-class Opinion:
-    """Results of mlx-lm: logits of the prompt, then the greedy tokens and the logits of each."""
+class MlxLmResults:
+    """Results of mlx-lm's ``model``: the prompt's logits, the greedy tokens after it, and the logits after each."""
 
     def __init__(self, model: Any) -> None:
         cache = make_prompt_cache(model)
         self.prompt_logits: mx.array = model(mx.array([PROMPT]), cache=cache)[0]
         self.token_ids = [likeliest(self.prompt_logits[-1])]
-        decoded = []
+        logits = []
         for _ in range(NUM_GENERATED):
-            decoded.append(model(mx.array([self.token_ids[-1:]]), cache=cache)[0])
-            self.token_ids.append(likeliest(decoded[-1][-1]))
-        self.decoded_logits = mx.concatenate(decoded)
+            logits.append(model(mx.array([self.token_ids[-1:]]), cache=cache)[0])
+            self.token_ids.append(likeliest(logits[-1][-1]))
+        self.decoded_logits = mx.concatenate(logits)
+
+    def check(self, chain: Chain) -> None:
+        """Assert that ``chain`` computes the same logits up to rounding, and the same tokens."""
+        assert largest_difference(chain.prefill(PROMPT), self.prompt_logits) < TOLERANCE
+        decoded_logits = chain.decode(self.token_ids[:-1], len(PROMPT), chunk_tokens=1)
+        assert largest_difference(decoded_logits, self.decoded_logits) < TOLERANCE
+        assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == self.token_ids
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -35,16 +42,12 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def opinion(checkpoint: Checkpoint, variant: str) -> Opinion:
-    return Opinion(load_oracle(checkpoint(variant)))
+def mlx_lm_results(checkpoint: Checkpoint, variant: str) -> MlxLmResults:
+    return MlxLmResults(load_oracle(checkpoint(variant)))
 
 
 @pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_logits_and_greedy_tokens_equal_mlx_lms(
-    checkpoint: Checkpoint, variant: str, opinion: Opinion, num_stages: int
+    checkpoint: Checkpoint, variant: str, mlx_lm_results: MlxLmResults, num_stages: int
 ) -> None:
-    chain = Chain(checkpoint(variant), num_stages)
-    assert largest_difference(chain.prefill(PROMPT), opinion.prompt_logits) < TOLERANCE
-    decoded = chain.decode(opinion.token_ids[:-1], len(PROMPT), chunk_tokens=1)
-    assert largest_difference(decoded, opinion.decoded_logits) < TOLERANCE
-    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == opinion.token_ids
+    mlx_lm_results.check(Chain(checkpoint(variant), num_stages))

@@ -1,4 +1,4 @@
-"""Tests of attention: absorbed and naive agree, blocks and the fused path change nothing, memory is bounded."""
+"""Tests of attention: both forms equal the definition, blocks and the fused kernel too, and memory is bounded."""
 
 import json
 from typing import NamedTuple
@@ -43,8 +43,8 @@ class Case(NamedTuple):
     @property
     def absorbed_queries(self) -> mx.array:
         """The same queries, projected into the latent space."""
-        carried = multiply(self.queries[..., :NOPE], self.weights.key_up)
-        return mx.concatenate([carried, self.queries[..., NOPE:]], axis=-1)
+        in_latent_space = multiply(self.queries[..., :NOPE], self.weights.key_up)
+        return mx.concatenate([in_latent_space, self.queries[..., NOPE:]], axis=-1)
 
     def naive(self, limits: AttentionLimits = ON_CPU) -> mx.array:
         return attend_naive(self.queries, self.rows, self.position, self.weights, limits)
@@ -83,20 +83,20 @@ def one_query_at_a_time(case: Case) -> mx.array:
     for head in range(case.queries.shape[0]):
         keys = mx.concatenate([multiply_transposed(latents, case.weights.key_up)[head], rotated], axis=-1)
         values = multiply(latents, case.weights.value_up)[head]
-        rows = []
+        head_outputs = []
         for index in range(case.queries.shape[1]):
             end = case.position + index + 1
-            rows.append(mx.softmax(keys[:end] @ case.queries[head, index]) @ values[:end])
-        outputs.append(mx.stack(rows))
+            head_outputs.append(mx.softmax(keys[:end] @ case.queries[head, index]) @ values[:end])
+        outputs.append(mx.stack(head_outputs))
     return mx.stack(outputs)
 
 
 @pytest.mark.parametrize(("count", "position"), [(1, 0), (1, 40), (7, 0), (5, 33), (64, 64)])
 def test_naive_and_absorbed_attention_equal_the_definition(count: int, position: int) -> None:
     case = make_case(count, position)
-    defined = one_query_at_a_time(case)
-    assert relative_difference(case.naive(), defined) < 1e-5
-    assert relative_difference(case.absorbed(), defined) < 1e-5
+    expected = one_query_at_a_time(case)
+    assert relative_difference(case.naive(), expected) < 1e-5
+    assert relative_difference(case.absorbed(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("min_heads", [1, 3])
@@ -119,25 +119,25 @@ def test_fused_attention_equals_unfused_attention(count: int, position: int) -> 
 
 
 @pytest.mark.parametrize(("position", "block_bytes"), [(0, 2**27), (100, 100_000)])
-def test_the_first_chunk_and_a_chunk_of_which_too_few_queries_fit_are_fused_where_that_is_allowed(
+def test_only_a_first_chunk_and_a_chunk_of_which_too_few_queries_fit_use_the_fused_kernel_if_allowed(
     monkeypatch: pytest.MonkeyPatch, position: int, block_bytes: int
 ) -> None:
     case = make_case(48, position)
-    without = case.naive()
-    calls = []
+    unfused = case.naive()
+    fused_heads = []
 
     def count_and_attend(queries: mx.array, keys: mx.array, values: mx.array, *, force: bool) -> mx.array:
         assert force
-        calls.append(queries.shape[0])
+        fused_heads.append(queries.shape[0])
         return attend_fused(queries, keys, values, force=False)
 
     monkeypatch.setattr(attention, "attend_fused", count_and_attend)
     monkeypatch.setattr(attention, "FUSED_FROM_BYTES", 10_000)
     case.naive(AttentionLimits(block_bytes, fused=False))
-    make_case(48, 100).naive(AttentionLimits(fused=True))
-    assert calls == []
-    assert relative_difference(case.naive(AttentionLimits(block_bytes, fused=True)), without) < 1e-5
-    assert sum(calls) == HEADS
+    make_case(48, 100).naive(AttentionLimits(fused=True))  # a later chunk that fits
+    assert fused_heads == []
+    assert relative_difference(case.naive(AttentionLimits(block_bytes, fused=True)), unfused) < 1e-5
+    assert sum(fused_heads) == HEADS
 
 
 @pytest.mark.parametrize("context_tokens", [32768, 131072, 262144])
@@ -145,26 +145,27 @@ def test_the_first_chunk_and_a_chunk_of_which_too_few_queries_fit_are_fused_wher
 def test_blocks_of_k2_on_a_gpu_fit_what_was_planned_and_have_at_least_8_heads(
     k2_config: ModelConfig, context_tokens: int, spare_gb: int
 ) -> None:
-    least = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
-    planned = least + added_block_bytes(least, spare_gb * 10**9)
-    limits = AttentionLimits(planned, GPU_MIN_HEADS, fused=True)
+    min_bytes = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
+    planned_bytes = min_bytes + added_block_bytes(min_bytes, spare_gb * 10**9)
+    limits = AttentionLimits(planned_bytes, GPU_MIN_HEADS, fused=True)
     heads, head_dim = k2_config.num_attention_heads, k2_config.qk_head_dim
     for count in (1, 16, 100, 1024, 4096):
         for position in range(0, context_tokens - count + 1, 1024):
             blocks = naive_blocks(heads, count, head_dim, position, 2, limits)
-            rebuilt = min(heads, blocks.heads) * rebuilt_bytes_per_head(position + count, head_dim, 2)
-            scores = 0 if blocks.fused else min(heads, blocks.heads) * min(count, blocks.queries)
-            assert min(heads, blocks.heads) >= 8
-            assert rebuilt + scores * (position + count) * 4 <= planned
+            num_keys, block_heads = position + count, min(heads, blocks.heads)
+            rebuilt_bytes = block_heads * rebuilt_bytes_per_head(num_keys, head_dim, 2)
+            num_scores = 0 if blocks.fused else block_heads * min(count, blocks.queries) * num_keys
+            assert block_heads >= 8
+            assert rebuilt_bytes + num_scores * 4 <= planned_bytes  # 2 bytes as an operation's input, 2 as its output
             assert not blocks.fused or position == 0
 
 
 def peak_beyond_inputs(case: Case, attend: str, limits: AttentionLimits) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
-    held = mx.get_active_memory()
+    input_bytes = mx.get_active_memory()
     mx.eval(case.naive(limits) if attend == "naive" else case.absorbed(limits))
-    return mx.get_peak_memory() - held
+    return mx.get_peak_memory() - input_bytes
 
 
 @pytest.mark.slow
@@ -173,11 +174,11 @@ def test_attention_over_32k_positions_stays_within_its_memory_budget(attend: str
     budget = 32 * 2**20
     limits = AttentionLimits(budget // 2)
     case = make_case(count, 32768 - count, heads)
-    outputs = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
-    all_scores = heads * count * 32768 * 4
-    copied_latents = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
-    assert all_scores > 3 * budget
-    assert peak_beyond_inputs(case, attend, limits) < budget + copied_latents + outputs + 2**20
+    output_bytes = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
+    all_scores_bytes = heads * count * 32768 * 4
+    copied_latents_bytes = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
+    assert all_scores_bytes > 3 * budget, "the scores would fit without blocks"
+    assert peak_beyond_inputs(case, attend, limits) < budget + copied_latents_bytes + output_bytes + 2**20
 
 
 @pytest.mark.slow
@@ -186,8 +187,8 @@ def test_attention_over_128k_positions_in_blocks_of_8_heads_stays_within_two_blo
     limits = AttentionLimits(8 * rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) * 4 // 3, min_heads=8)
     assert naive_blocks(heads, count, NOPE + ROPE, keys - count, 4, limits) == (8, 24, False)
     case = make_case(count, keys - count, heads)
-    copied_latents = 2 * 2 * 8 * keys * LATENT * 4  # on a CPU MLX copies the latents for each head of two blocks
-    bound = 2 * limits.block_bytes + copied_latents
-    unblocked = heads * (rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) + 2 * keys * LATENT * 4 + count * keys * 4)
-    assert unblocked > bound
+    copied_latents_bytes = 2 * 2 * 8 * keys * LATENT * 4  # on a CPU MLX copies the latents for each head of two blocks
+    bound = 2 * limits.block_bytes + copied_latents_bytes
+    unblocked_bytes = heads * (rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) + 2 * keys * LATENT * 4 + count * keys * 4)
+    assert unblocked_bytes > bound, "all heads would fit without blocks"
     assert peak_beyond_inputs(case, "naive", limits) < bound

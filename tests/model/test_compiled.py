@@ -21,17 +21,17 @@ def compiling() -> Iterator[None]:
     mx.disable_compile()
 
 
-def prompt_and_decoded(checkpoint: Checkpoint) -> mx.array:
-    """Return logits of a prompt, in chunks below and above the size that is compiled, and of generated tokens."""
+def logits_of_prompt_and_generated(checkpoint: Checkpoint) -> mx.array:
+    """Return logits of a prompt, in chunks of 30 (not compiled) and 10 (compiled) tokens, and of generated tokens."""
     chain = Chain(checkpoint("thinking"), 1)
-    prompt = chain.prefill(PROMPT, chunk_tokens=30)
-    return mx.concatenate([prompt, chain.decode([7, 8, 9, 10], len(PROMPT), chunk_tokens=1)])
+    prompt_logits = chain.prefill(PROMPT, chunk_tokens=30)
+    return mx.concatenate([prompt_logits, chain.decode([7, 8, 9, 10], len(PROMPT), chunk_tokens=1)])
 
 
 @pytest.fixture
-def plain(checkpoint: Checkpoint) -> mx.array:
-    return prompt_and_decoded(checkpoint)
+def uncompiled(checkpoint: Checkpoint) -> mx.array:
+    return logits_of_prompt_and_generated(checkpoint)
 
 
-def test_compiled_layers_equal_uncompiled_layers(checkpoint: Checkpoint, plain: mx.array, compiling: None) -> None:
-    assert largest_difference(prompt_and_decoded(checkpoint), plain) < 1e-4
+def test_compiled_layers_equal_uncompiled_layers(checkpoint: Checkpoint, uncompiled: mx.array, compiling: None) -> None:
+    assert largest_difference(logits_of_prompt_and_generated(checkpoint), uncompiled) < 1e-4

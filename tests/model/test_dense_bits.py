@@ -1,4 +1,4 @@
-"""Tests of dense bits: weights are as mx.quantize defines them, and logits are mlx-lm's with the same weights."""
+"""Tests of dense bits: weights are quantized as by mx.quantize, and logits are mlx-lm's with the same weights."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +9,7 @@ from mlx_k2.weights.inventory import embedding_specs, head_specs, held_bytes, la
 from tests.model.chain import Chain, largest_difference, loaded_bytes
 from tests.model.checkpoints import VARIANTS, Checkpoint, read_config
 from tests.model.oracle import load_oracle
-from tests.model.test_against_mlx_lm import NUM_GENERATED, PROMPT, TOLERANCE, Opinion
+from tests.model.test_against_mlx_lm import PROMPT, MlxLmResults
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -19,24 +19,20 @@ pytestmark = pytest.mark.timeout(120)
 def test_logits_and_greedy_tokens_equal_mlx_lms_with_the_same_quantized_weights(
     checkpoint: Checkpoint, variant: str, dense_bits: int
 ) -> None:
-    opinion = Opinion(load_oracle(checkpoint(variant), dense_bits))
-    chain = Chain(checkpoint(variant), 2, dense_bits=dense_bits)
-    assert largest_difference(chain.prefill(PROMPT), opinion.prompt_logits) < TOLERANCE
-    decoded = chain.decode(opinion.token_ids[:-1], len(PROMPT), chunk_tokens=1)
-    assert largest_difference(decoded, opinion.decoded_logits) < TOLERANCE
-    assert chain.greedy(PROMPT, NUM_GENERATED + 1, slot=1) == opinion.token_ids
+    mlx_lm_results = MlxLmResults(load_oracle(checkpoint(variant), dense_bits))
+    mlx_lm_results.check(Chain(checkpoint(variant), 2, dense_bits=dense_bits))
 
 
-def test_logits_with_8_dense_bits_are_closer_to_the_checkpoint_than_with_4(checkpoint: Checkpoint) -> None:
+def test_logits_with_8_dense_bits_are_closer_to_the_checkpoints_than_with_4(checkpoint: Checkpoint) -> None:
     exact, eight, four = (Chain(checkpoint("thinking"), 1, dense_bits=bits).prefill(PROMPT) for bits in (None, 8, 4))
-    far, further = (float(np.abs(np.asarray(logits) - np.asarray(exact)).mean()) for logits in (eight, four))
-    assert 0 < far < further
+    error_8, error_4 = (float(np.abs(np.asarray(logits) - np.asarray(exact)).mean()) for logits in (eight, four))
+    assert 0 < error_8 < error_4
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7])
 def test_a_prompts_logits_are_bit_identical_for_any_chunk_length(chain_of_8_bits: Chain, chunk_tokens: int) -> None:
-    whole = chain_of_8_bits.prefill(PROMPT)
-    assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, 1, chunk_tokens), whole).item()
+    unchunked = chain_of_8_bits.prefill(PROMPT)
+    assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, 1, chunk_tokens), unchunked).item()
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +48,32 @@ def test_the_loaded_bytes_equal_the_inventory_for_embedding_layers_and_head(
     folder = checkpoint(variant)
     config = read_config(folder)
     layers = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
-    pieces = (embedding_specs(config), *layers, head_specs(config))
-    assert loaded_bytes(folder, dense_bits) == [held_bytes(specs, 4, dense_bits) for specs in pieces]
+    loaded_specs = (embedding_specs(config), *layers, head_specs(config))
+    assert loaded_bytes(folder, dense_bits) == [held_bytes(specs, 4, dense_bits) for specs in loaded_specs]
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(128, 64), (96, 32), (80, None)])
 def test_make_matrix_uses_groups_of_64_then_32_and_otherwise_does_not_quantize(inputs: int, group: int | None) -> None:
-    weight = random(48, inputs)
+    weight = random_array(48, inputs)
     matrix = make_matrix(weight, 8)
     assert (matrix.group_size if isinstance(matrix, QuantizedMatrix) else None) == group
-    x = random(3, inputs)
+    x = random_array(3, inputs)
     assert largest_difference(multiply(x, matrix), x @ dequantized(weight, group).T) < 1e-5
 
 
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(1, 3)])
 def test_a_slice_of_heads_multiplies_with_its_own_matrices(heads: slice) -> None:
-    weight = random(4, 48, 64)
+    weight = random_array(4, 48, 64)
     matrix = some_heads(make_matrix(weight, 8), heads)
-    held = dequantized(weight, 64)[heads]
-    x, rows = random(5, 64), random(5, 48)
-    assert largest_difference(multiply(x, matrix), x @ held.swapaxes(-1, -2)) < 1e-5
-    assert largest_difference(multiply_transposed(rows, matrix), rows @ held) < 1e-5
+    expected = dequantized(weight, 64)[heads]
+    x, y = random_array(5, 64), random_array(5, 48)
+    assert largest_difference(multiply(x, matrix), x @ expected.swapaxes(-1, -2)) < 1e-5
+    assert largest_difference(multiply_transposed(y, matrix), y @ expected) < 1e-5
 
 
-def random(*shape: int) -> mx.array:
-    made: mx.array = mx.random.normal(shape, key=mx.random.key(sum(shape))) / shape[-1] ** 0.5
-    return made
+def random_array(*shape: int) -> mx.array:
+    array: mx.array = mx.random.normal(shape, key=mx.random.key(sum(shape))) / shape[-1] ** 0.5
+    return array
 
 
 def dequantized(weight: mx.array, group: int | None) -> mx.array:

@@ -1,4 +1,4 @@
-"""Tests of determinism: in float32 on a CPU a sequence's logits are bit-identical for any chunks, batch and stages."""
+"""Tests of determinism: in float32 on a CPU a sequence's logits are the same bits for any chunks, batch and stages."""
 
 import mlx.core as mx
 import pytest
@@ -9,7 +9,7 @@ from tests.model.checkpoints import Checkpoint
 
 PROMPT = [(53 * i + 7) % 509 for i in range(100)]
 GENERATED = [(29 * i + 3) % 509 for i in range(34)]
-COMPANY = [(71 * i + 1) % 509 for i in range(90)]
+OTHER_PROMPT = [(71 * i + 1) % 509 for i in range(90)]
 
 
 @pytest.fixture(scope="module", params=["thinking", "direct query, groups"])
@@ -19,13 +19,13 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def prompt_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
-    """Return the logits of the whole prompt, in one stage, alone."""
+    """Return the prompt's logits, computed in one chunk and one stage, without other sequences."""
     return Chain(checkpoint(variant), 1).prefill(PROMPT)
 
 
 @pytest.fixture(scope="module")
 def generated_logits(checkpoint: Checkpoint, variant: str) -> mx.array:
-    """Return the logits after the whole prompt, token by token, in one stage, alone."""
+    """Return the logits of the generated tokens, computed one by one in one stage, without other sequences."""
     chain = Chain(checkpoint(variant), 1)
     chain.prefill(PROMPT)
     return chain.decode(GENERATED, len(PROMPT), chunk_tokens=1)
@@ -42,30 +42,31 @@ def test_prompt_logits_are_bit_identical_for_any_chunks_and_stages(
 
 @pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, None])
-def test_generated_tokens_recomputed_after_a_restart_have_identical_logits(
+def test_generated_tokens_recomputed_with_a_new_cache_have_identical_logits(
     checkpoint: Checkpoint, variant: str, generated_logits: mx.array, num_stages: int, chunk_tokens: int | None
 ) -> None:
     chain = Chain(checkpoint(variant), num_stages)
     chain.prefill(PROMPT, chunk_tokens=64)
-    again = chain.decode(GENERATED, len(PROMPT), chunk_tokens=chunk_tokens)
-    assert mx.array_equal(again, generated_logits)
+    recomputed = chain.decode(GENERATED, len(PROMPT), chunk_tokens=chunk_tokens)
+    assert mx.array_equal(recomputed, generated_logits)
 
 
 def test_other_sequences_in_a_batch_do_not_change_the_logits(
     checkpoint: Checkpoint, variant: str, prompt_logits: mx.array, generated_logits: mx.array
 ) -> None:
     chain = Chain(checkpoint(variant), 2)
-    chain.prefill(COMPANY, slot=2)
-    together = []
+    chain.prefill(OTHER_PROMPT, slot=2)
+    chunk_logits = []
     for start in range(0, len(PROMPT), 50):
-        decoding = Span(2, len(COMPANY) + start // 50, 1, is_prompt=False)
+        decoding = Span(2, len(OTHER_PROMPT) + start // 50, 1, is_prompt=False)
         chunk = Span(0, start, 50, is_prompt=True)
-        other = Span(1, start, 50, is_prompt=True)
-        part = PROMPT[start : start + 50]
-        together.append(chain.run((decoding, [start]), (chunk, part), (other, part[::-1]))[1:51])
-    assert mx.array_equal(mx.concatenate(together), prompt_logits)
+        other_chunk = Span(1, start, 50, is_prompt=True)
+        token_ids = PROMPT[start : start + 50]
+        logits = chain.run((decoding, [start]), (chunk, token_ids), (other_chunk, token_ids[::-1]))
+        chunk_logits.append(logits[1:51])
+    assert mx.array_equal(mx.concatenate(chunk_logits), prompt_logits)
     for index, token_id in enumerate(GENERATED):
-        alone = Span(0, len(PROMPT) + index, 1, is_prompt=False)
-        drafting = Span(2, len(COMPANY) + 3 + index, 4, is_prompt=False)
-        logits = chain.run((drafting, [1, 2, 3, index]), (alone, [token_id]))[4:]
-        assert mx.array_equal(logits, generated_logits[index : index + 1])
+        decoding = Span(0, len(PROMPT) + index, 1, is_prompt=False)
+        drafting = Span(2, len(OTHER_PROMPT) + 3 + index, 4, is_prompt=False)
+        logits = chain.run((drafting, [1, 2, 3, index]), (decoding, [token_id]))
+        assert mx.array_equal(logits[4:], generated_logits[index : index + 1])

@@ -1,4 +1,4 @@
-"""Tests of a draft head's forward pass against the PyTorch oracle, and of its features over any stages."""
+"""Tests of a draft head: its forward pass equals the PyTorch oracle's, and stages change no bit of its features."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,13 +13,14 @@ from mlx_k2.model.batch import Batch, Span
 from mlx_k2.model.draft_model import DraftModel
 from mlx_k2.testing.random_draft_head import draft_config_fields, write_random_draft_head
 from mlx_k2.weights.draft_head import LM_HEAD
-from tests.model.chain import Chain, split_layers
+from tests.model.chain import Chain, likeliest, split_layers
 from tests.model.checkpoints import VARIANTS, Checkpoint, read_config
 from tests.model.draft_heads import LoadedDraft, head_at
 from tests.oracles.draft_heads import HEADS, write_heads
 
 GOLDENS = Path(__file__).parent.parent / "oracles" / "eagle3"
 Golden = Mapping[str, NDArray[np.float32]]
+"""The oracle's inputs and results, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,16 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=HEADS)
 def golden(request: pytest.FixtureRequest, heads: Path) -> tuple[Golden, LoadedDraft]:
-    """Return a head's results of the oracle, which read the same file, and the head."""
+    """Return the oracle's results for a head, and the head. The golden file has the digest of the head's weights."""
     name: str = request.param
     data = (heads / name / "model.safetensors").read_bytes()
-    found: Golden = np.load(GOLDENS / f"{name}.npz")
-    assert hashlib.sha256(data).digest() == found["digest"].tobytes(), "the oracle computed another head"
-    return found, LoadedDraft(head_at(heads / name), heads / "target")
+    arrays: Golden = np.load(GOLDENS / f"{name}.npz")
+    assert hashlib.sha256(data).digest() == arrays["digest"].tobytes(), "the oracle computed another head"
+    return arrays, LoadedDraft(head_at(heads / name), heads / "target")
 
 
 def features_of(loaded: LoadedDraft, states: NDArray[np.float32]) -> mx.array:
-    """Return fc's product with the outputs of all layers that the head reads, (layers, tokens, hidden)."""
+    """Return fc's product with ``states``, the outputs (layers, tokens, hidden) of the layers that the head reads."""
     slices = loaded.slices(range(loaded.config.num_hidden_layers))
     total = mx.zeros(states.shape[1:])
     for layer, output in zip(loaded.draft.aux_layers, mx.array(states), strict=True):
@@ -48,21 +49,21 @@ def features_of(loaded: LoadedDraft, states: NDArray[np.float32]) -> mx.array:
     return total
 
 
-def assert_close(found: mx.array, expected: NDArray[np.float32]) -> None:
-    """Compare with an error of 1e-5 of the largest finite value."""
+def assert_close(actual: mx.array, expected: NDArray[np.float32]) -> None:
+    """Assert that no difference is above 1e-5 of the largest finite value."""
     largest = np.abs(expected[np.isfinite(expected)]).max()
-    np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-5 * largest)
+    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-5 * largest)
 
 
-def run(model: DraftModel, tokens: list[int], features: mx.array, num_hops: int) -> tuple[mx.array, mx.array]:
-    """Return logits and outputs of each token and of ``num_hops`` more, whose tokens are the likeliest ones."""
+def run_head(model: DraftModel, tokens: list[int], features: mx.array, num_drafts: int) -> tuple[mx.array, mx.array]:
+    """Return the head's logits and output features for each token, and for ``num_drafts`` greedy drafts after them."""
     logits, outputs = [], []
-    for at, token in enumerate(tokens):
-        output = model.run(token, features[at : at + 1], 0, at + 1)
+    for index, token in enumerate(tokens):
+        output = model.run(token, features[index : index + 1], 0, index + 1)
         logits.append(model.logits(output))
         outputs.append(output.features)
-    for hop in range(num_hops):
-        output = model.run(np.asarray(mx.argmax(logits[-1])).item(), outputs[-1], 0, len(tokens) + hop + 1)
+    for index in range(num_drafts):
+        output = model.run(likeliest(logits[-1]), outputs[-1], 0, len(tokens) + index + 1)
         logits.append(model.logits(output))
         outputs.append(output.features)
     return mx.concatenate(logits), mx.concatenate(outputs)
@@ -73,38 +74,37 @@ def test_a_head_computes_what_the_oracle_does(golden: tuple[Golden, LoadedDraft]
     features = features_of(loaded, expected["states"])
     assert_close(features, expected["features"])
     tokens = expected["tokens"][1:].tolist()
-    logits, outputs = run(loaded.model(), tokens, features, len(expected["logits"]) - len(tokens))
+    logits, outputs = run_head(loaded.model(), tokens, features, len(expected["logits"]) - len(tokens))
     assert_close(outputs, expected["outputs"])
     assert_close(logits, expected["logits"])
 
 
-def test_rows_that_are_only_written_equal_those_of_the_whole_head(golden: tuple[Golden, LoadedDraft]) -> None:
+def test_write_rows_writes_the_same_rows_as_run(golden: tuple[Golden, LoadedDraft]) -> None:
     expected, loaded = golden
     features = features_of(loaded, expected["states"])
     tokens = expected["tokens"][1:].tolist()
-    whole, rows = loaded.model(), loaded.model()
-    run(whole, tokens, features, 0)
-    for start in (0, 4):  # in two chunks
-        chunk = tokens[start : start + 4] if start == 0 else tokens[start:]
-        span = Span(0, start + 1, len(chunk), is_prompt=True)
-        rows.write_rows(mx.array(chunk), features[start : start + len(chunk)], Batch([span]))
-    every = Span(0, 1, len(tokens), is_prompt=True)
-    assert mx.array_equal(rows.cache.written(0, every), whole.cache.written(0, every))
+    running, writing = loaded.model(), loaded.model()
+    run_head(running, tokens, features, 0)
+    for start, end in ((0, 4), (4, len(tokens))):
+        span = Span(0, start + 1, end - start, is_prompt=True)
+        writing.write_rows(mx.array(tokens[start:end]), features[start:end], Batch([span]))
+    all_tokens = Span(0, 1, len(tokens), is_prompt=True)
+    assert mx.array_equal(writing.cache.rows(0, all_tokens), running.cache.rows(0, all_tokens))
 
 
-def test_rows_of_the_most_frequent_tokens_keep_their_logits(heads: Path) -> None:
+def test_a_head_limited_to_40_tokens_keeps_the_logits_of_the_smallest_ids(heads: Path) -> None:
+    def logits_with(name: str, vocab_size: int | None) -> NDArray[np.float32]:
+        loaded = LoadedDraft(head_at(heads / name, vocab_size=vocab_size), heads / "target")
+        model = loaded.model()
+        return np.array(model.logits(model.run(5, mx.ones((1, loaded.config.hidden_size)), 0, 1)))
+
     for name in ("own", "shared", "midlayer-32k"):
-        loaded = [LoadedDraft(head_at(heads / name, vocab_size=size), heads / "target") for size in (None, 40)]
-        feature = mx.ones((1, loaded[0].config.hidden_size))
-        logits = []
-        for one in loaded:
-            model = one.model()
-            logits.append(np.array(model.logits(model.run(5, feature, 0, 1))))
-        kept = np.isfinite(logits[1])
+        all_logits, limited_logits = logits_with(name, None), logits_with(name, 40)
+        kept = np.isfinite(limited_logits)
         assert kept.sum() == 40
-        np.testing.assert_allclose(logits[1][kept], logits[0][kept], rtol=1e-5, atol=1e-5)
-        drafted = np.flatnonzero(np.isfinite(logits[0]))
-        assert np.isin(drafted[:35], np.flatnonzero(kept)).all()
+        np.testing.assert_allclose(limited_logits[kept], all_logits[kept], rtol=1e-5, atol=1e-5)
+        drafted_ids = np.flatnonzero(np.isfinite(all_logits))
+        assert np.isin(drafted_ids[:35], np.flatnonzero(kept)).all()  # the other 5 (an eighth) are control tokens
 
 
 @pytest.mark.parametrize("fc_norms", [False, True])
@@ -113,10 +113,12 @@ def test_features_and_outputs_are_the_same_bits_for_any_stages(
 ) -> None:
     target = checkpoint("thinking")
     fields = draft_config_fields(VARIANTS["thinking"])
-    write_random_draft_head(tmp_path / "head", fields, read_config(target), 1, own=(LM_HEAD,), fc_norms=fc_norms)
+    write_random_draft_head(
+        tmp_path / "head", fields, read_config(target), 1, own_tensors=(LM_HEAD,), fc_norms=fc_norms
+    )
     tokens = [(37 * at) % 500 for at in range(40)]
     batch = Batch([Span(0, 0, len(tokens), is_prompt=True)])
-    found = []
+    results = []
     for num_stages in (1, 2, 3, 7):
         chain = Chain(target, num_stages)
         loaded = LoadedDraft(head_at(tmp_path / "head"), target)
@@ -124,29 +126,30 @@ def test_features_and_outputs_are_the_same_bits_for_any_stages(
         features = mx.zeros_like(hidden)
         for layers, stage in zip(split_layers(chain.config.num_hidden_layers, num_stages), chain.stages, strict=True):
             stage.feature_slices = loaded.slices(layers)
-            hidden, added = stage.run(hidden, batch, features)
-            assert added is not None
-            features = added
+            hidden, new_features = stage.run(hidden, batch, features)
+            assert new_features is not None
+            features = new_features
         mx.eval(hidden, features)
-        found.append((hidden, features))
-    for hidden, features in found[1:]:
-        assert mx.array_equal(hidden, found[0][0])
-        assert mx.array_equal(features, found[0][1])
-    assert_close(found[0][1], one_matrix(target, tmp_path / "head", tokens))
+        results.append((hidden, features))
+    first_hidden, first_features = results[0]
+    for hidden, features in results[1:]:
+        assert mx.array_equal(hidden, first_hidden)
+        assert mx.array_equal(features, first_features)
+    assert_close(first_features, features_by_one_product(target, tmp_path / "head", tokens))
 
 
-def one_matrix(target: Path, head: Path, tokens: list[int]) -> NDArray[np.float32]:
-    """Return fc as one matrix times the joined outputs of layers 1, 2 and 3, each from a chain that ends there."""
+def features_by_one_product(target: Path, head: Path, tokens: list[int]) -> NDArray[np.float32]:
+    """Return the product of fc, as one matrix, with the joined outputs of layers 1, 2 and 3."""
     loaded = LoadedDraft(head_at(head), target)
     chain = Chain(target, 7)
     batch = Batch([Span(0, 0, len(tokens), is_prompt=True)])
     hidden = chain.stages[0].embed(mx.array(tokens))
-    read = []
+    inputs = []
     for layer, stage in enumerate(chain.stages):
         hidden, _ = stage.run(hidden, batch)
         if layer in loaded.draft.aux_layers:
-            norm = next(iter(loaded.slices(range(layer, layer + 1)).values())).norm
-            read.append(hidden if norm is None else mx.fast.rms_norm(hidden, norm, chain.config.rms_norm_eps))
+            norm = loaded.slices(range(layer, layer + 1))[0].norm
+            inputs.append(hidden if norm is None else mx.fast.rms_norm(hidden, norm, chain.config.rms_norm_eps))
     tensors = mx.load(str(head / "model.safetensors"))
     assert isinstance(tensors, dict)
-    return np.array(mx.concatenate(read, axis=-1) @ tensors["fc.weight"].astype(mx.float32).T)
+    return np.array(mx.concatenate(inputs, axis=-1) @ tensors["fc.weight"].astype(mx.float32).T)

@@ -1,4 +1,4 @@
-"""Tests of the latent cache: rows are kept and overwritten; those of rejected drafts or earlier owners stay unused."""
+"""Tests of the latent cache: rows are kept or overwritten, and rows of earlier sequences and rejected drafts unused."""
 
 import mlx.core as mx
 import numpy as np
@@ -18,10 +18,10 @@ def cache_rows(first: int, count: int) -> mx.array:
 
 
 def write(cache: LatentCache, span: Span, values: mx.array) -> list[float]:
-    """Write the span's rows and return the first number of each row that it may attend to."""
-    seen = cache.write(0, span, values)
-    assert seen.shape == (span.end, ROW_DIM)
-    return [float(value) for value in np.asarray(seen)[:, 0]]
+    """Write the span's rows and return the first value of each row that its attention reads."""
+    readable = cache.write(0, span, values)
+    assert readable.shape == (span.end, ROW_DIM)
+    return [float(value) for value in np.asarray(readable)[:, 0]]
 
 
 def test_write_returns_all_cache_rows_up_to_the_end_of_the_span() -> None:
@@ -30,7 +30,7 @@ def test_write_returns_all_cache_rows_up_to_the_end_of_the_span() -> None:
     assert write(cache, Span(0, 3, 2, is_prompt=True), cache_rows(3, 2)) == [0, 1, 2, 3, 4]
 
 
-def test_writing_at_an_earlier_position_discards_later_rows() -> None:
+def test_rows_after_a_span_at_an_earlier_position_are_not_returned() -> None:
     cache = LatentCache(1, 1, 1024, ROW_DIM, mx.float32)
     write(cache, Span(0, 0, 6, is_prompt=True), cache_rows(0, 6))
     assert write(cache, Span(0, 2, 1, is_prompt=False), cache_rows(90, 1)) == [0, 1, 90]
@@ -60,50 +60,50 @@ def test_a_slot_grows_with_its_sequence_up_to_the_context_length() -> None:
     cache = LatentCache(1, 2, context, ROW_DIM, mx.float32)
     assert cache.arrays == []
     for end in (1, SMALLEST_CAPACITY, SMALLEST_CAPACITY + 1, 2 * SMALLEST_CAPACITY + 1, context):
-        seen = write(cache, Span(0, end - 1, 1, is_prompt=False), cache_rows(end - 1, 1))
-        assert seen[-1] == end - 1
+        values = write(cache, Span(0, end - 1, 1, is_prompt=False), cache_rows(end - 1, 1))
+        assert values[-1] == end - 1
         capacity = cache.arrays[0].shape[0]
         assert end <= capacity <= max(SMALLEST_CAPACITY, min(2 * end, context))
-    assert seen[0] == 0
-    assert seen[SMALLEST_CAPACITY - 1] == SMALLEST_CAPACITY - 1
+    assert values[0] == 0
+    assert values[SMALLEST_CAPACITY - 1] == SMALLEST_CAPACITY - 1
 
 
 def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
     cache = LatentCache(1, 1, 1 << 20, ROW_DIM, mx.float32)
-    filled = 1 << 19
-    mx.eval(cache.write(0, Span(0, 0, filled, is_prompt=True), mx.zeros((filled, ROW_DIM))))
+    num_rows = 1 << 19
+    mx.eval(cache.write(0, Span(0, 0, num_rows, is_prompt=True), mx.zeros((num_rows, ROW_DIM))))
     cache_bytes = cache.arrays[0].nbytes
-    for position in range(filled - 4, filled):
+    for position in range(num_rows - 4, num_rows):
         mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(cache.write(0, Span(0, position, 1, is_prompt=False), cache_rows(0, 1))[:1])
+        bytes_before = mx.get_active_memory()
+        cache.write(0, Span(0, position, 1, is_prompt=False), cache_rows(0, 1))
         mx.eval(cache.arrays)
-        assert mx.get_peak_memory() - before < cache_bytes / 100
+        assert mx.get_peak_memory() - bytes_before < cache_bytes / 100
 
 
-def spoil(chain: Chain, slot: int, value: float) -> None:
+def fill_slot(chain: Chain, slot: int, value: float) -> None:
     """Fill the slot with rows of ``value``, which no computation would write."""
     (cache,) = chain.caches
-    cache_rows = mx.full((256, chain.config.latent_dim), value)
+    cache_rows = mx.full((256, chain.config.cache_row_dim), value)
     for layer in range(chain.config.num_hidden_layers):
         mx.eval(cache.write(layer, Span(slot, 0, 256, is_prompt=True), cache_rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_rows_of_a_slots_earlier_sequence_do_not_change_the_logits(chain: Chain, value: float) -> None:
-    clean = chain.prefill(PROMPT, slot=0), chain.decode([7, 8, 9], len(PROMPT), slot=0, chunk_tokens=1)
-    spoil(chain, 1, value)
-    spoiled = chain.prefill(PROMPT, slot=1), chain.decode([7, 8, 9], len(PROMPT), slot=1, chunk_tokens=1)
-    assert all(mx.array_equal(*pair) for pair in zip(clean, spoiled, strict=True))
+    expected = chain.prefill(PROMPT, slot=0), chain.decode([7, 8, 9], len(PROMPT), slot=0, chunk_tokens=1)
+    fill_slot(chain, 1, value)
+    actual = chain.prefill(PROMPT, slot=1), chain.decode([7, 8, 9], len(PROMPT), slot=1, chunk_tokens=1)
+    assert all(mx.array_equal(*pair) for pair in zip(expected, actual, strict=True))
 
 
 def test_a_rejected_draft_token_does_not_change_later_logits(chain: Chain) -> None:
     for slot in (0, 1):
         chain.prefill(PROMPT, slot)
-    chain.decode([400, 401, 402, 403], len(PROMPT), slot=1)
-    right = [7, 8, 9, 10, 11, 12]
-    clean = chain.decode(right, len(PROMPT), slot=0, chunk_tokens=1)
-    assert mx.array_equal(chain.decode(right, len(PROMPT), slot=1, chunk_tokens=1), clean)
+    chain.decode([400, 401, 402, 403], len(PROMPT), slot=1)  # the rejected drafts
+    token_ids = [7, 8, 9, 10, 11, 12]
+    expected = chain.decode(token_ids, len(PROMPT), slot=0, chunk_tokens=1)
+    assert mx.array_equal(chain.decode(token_ids, len(PROMPT), slot=1, chunk_tokens=1), expected)
 
 
 def test_a_batch_refuses_two_spans_of_one_slot_and_prompt_spans_before_generated_ones() -> None:

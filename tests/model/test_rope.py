@@ -1,4 +1,4 @@
-"""Tests of the rotation: it is YaRN's, from a plain formula, for both values of beta_fast in the family."""
+"""Tests of the rotation: it equals YaRN's formula and mlx-lm's, for both values of beta_fast in the family."""
 
 import math
 
@@ -17,7 +17,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.weights.tiny_checkpoints import config_of
 
 THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
-ALLOWED = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+FACTOR_FIELDS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 NUMBERS = st.floats(1e-6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-2, 2).map(float)
 POSITIONS = (0, 1, 5, 63, 4095, 4096, 100_000, 200_000)
 
@@ -29,36 +29,37 @@ def config_with(beta_fast: float, **scaling: float) -> ModelConfig:
 
 
 def yarn_frequencies(beta_fast: float) -> NDArray[np.float64]:
-    """Return each pair's frequency, in radians per position: fast pairs keep theirs, slow ones are divided by FACTOR.
+    """Return each pair's frequency in radians per position: that of fast pairs is kept, of slow ones divided by FACTOR.
 
-    Peng et al., arXiv 2309.00071, section 3.2: the ramp between both covers the pairs that make beta_fast down to
-    beta_slow (1) turns in the positions of the original training.
+    Peng et al., arXiv 2309.00071, section 3.2: a ramp is between the pair that turns beta_fast times within the
+    original context and the pair that turns beta_slow (1) times.
     """
     frequencies = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
 
-    def pair_of(turns: float) -> float:
-        return DIMS * math.log(ORIGINAL_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(THETA))
+    def pair_with(num_turns: float) -> float:
+        return DIMS * math.log(ORIGINAL_POSITIONS / (num_turns * 2 * math.pi)) / (2 * math.log(THETA))
 
-    low, high = math.floor(pair_of(beta_fast)), math.ceil(pair_of(1.0))
-    slowed = np.clip((np.arange(DIMS // 2) - low) / (high - low), 0, 1)
-    return np.asarray(frequencies * (1 - slowed) + frequencies / FACTOR * slowed)
+    low, high = math.floor(pair_with(beta_fast)), math.ceil(pair_with(1.0))
+    ramp = np.clip((np.arange(DIMS // 2) - low) / (high - low), 0, 1)
+    return np.asarray(frequencies * (1 - ramp) + frequencies / FACTOR * ramp)
 
 
 def measured_angles(config: ModelConfig, positions: tuple[int, ...]) -> NDArray[np.float64]:
     """Return the rotation of each pair at each position, in radians from -pi to pi: (positions, pairs)."""
-    ones = mx.broadcast_to(mx.array([1.0, 0.0] * (DIMS // 2)), (len(positions), 1, DIMS))
-    turned = np.asarray(make_rope(config)(ones, mx.array(positions, mx.int32)), np.float64)[:, 0]
-    return np.arctan2(turned[:, 1::2], turned[:, 0::2])
+    unit_vectors = mx.broadcast_to(mx.array([1.0, 0.0] * (DIMS // 2)), (len(positions), 1, DIMS))
+    rotated = np.asarray(make_rope(config)(unit_vectors, mx.array(positions, mx.int32)), np.float64)[:, 0]
+    return np.arctan2(rotated[:, 1::2], rotated[:, 0::2])
 
 
 def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> None:
     unscaled = THETA ** (-2 * np.arange(DIMS // 2) / DIMS)
     step, ramp = yarn_frequencies(1.0) / unscaled, yarn_frequencies(32.0) / unscaled
-    assert np.allclose(step[:20], 1)
-    assert np.allclose(step[20:], 1 / FACTOR)
-    assert np.allclose(ramp[:9], 1)
-    assert np.allclose(ramp[20:], 1 / FACTOR)
-    assert np.all(np.diff(ramp[8:21]) < 0)
+    first_slow, last_fast = 20, 8  # the pairs with 1 and with 32 turns: pair_with(1) is 19.2, pair_with(32) 8.9
+    assert np.allclose(step[:first_slow], 1)
+    assert np.allclose(step[first_slow:], 1 / FACTOR)
+    assert np.allclose(ramp[: last_fast + 1], 1)
+    assert np.allclose(ramp[first_slow:], 1 / FACTOR)
+    assert np.all(np.diff(ramp[last_fast : first_slow + 1]) < 0)
 
 
 @given(
@@ -67,10 +68,10 @@ def test_yarn_frequencies_have_a_step_for_beta_fast_1_and_a_ramp_for_32() -> Non
         | {"original_max_position_embeddings": st.integers(-1, 10**10)}
     )
 )
-@example(dict.fromkeys(ALLOWED, 1.0) | {"rope_theta": 1.001, "original_max_position_embeddings": 1})
-@example(dict.fromkeys(ALLOWED, 1e6) | {"rope_theta": 1e12, "original_max_position_embeddings": 10**9})
-@example(dict.fromkeys(ALLOWED, 0.0) | {"rope_theta": 1.0, "original_max_position_embeddings": 1})
-def test_numbers_of_yarn_are_refused_with_the_config_or_give_a_rotation(scaling: dict[str, float]) -> None:
+@example(dict.fromkeys(FACTOR_FIELDS, 1.0) | {"rope_theta": 1.001, "original_max_position_embeddings": 1})
+@example(dict.fromkeys(FACTOR_FIELDS, 1e6) | {"rope_theta": 1e12, "original_max_position_embeddings": 10**9})
+@example(dict.fromkeys(FACTOR_FIELDS, 0.0) | {"rope_theta": 1.0, "original_max_position_embeddings": 1})
+def test_each_yarn_config_is_refused_or_gives_a_rotation_and_a_finite_softmax_scale(scaling: dict[str, float]) -> None:
     fields = thinking_config_fields()
     fields["rope_scaling"] |= scaling
     try:
@@ -92,8 +93,8 @@ def test_consecutive_pairs_rotate_by_position_times_frequency(beta_fast: float) 
 @pytest.mark.parametrize("beta_fast", [1.0, 32.0])
 @pytest.mark.parametrize("mscale", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_rotation_has_the_bits_of_mlx_lms(beta_fast: float, mscale: float, dtype: mx.Dtype) -> None:
-    theirs = YarnRoPE(
+def test_the_rotation_has_the_same_bits_as_mlx_lms(beta_fast: float, mscale: float, dtype: mx.Dtype) -> None:
+    mlx_lm_rope = YarnRoPE(
         DIMS,
         traditional=True,
         base=THETA,
@@ -105,24 +106,25 @@ def test_the_rotation_has_the_bits_of_mlx_lms(beta_fast: float, mscale: float, d
     )
     x = mx.random.normal((len(POSITIONS), 3, DIMS), dtype, key=mx.random.key(2))
     positions = mx.array(POSITIONS, mx.int32)
-    expected = theirs(x[:, :, None], offset=positions).squeeze(2)
+    expected = mlx_lm_rope(x[:, :, None], offset=positions).squeeze(2)
     assert mx.array_equal(make_rope(config_with(beta_fast, mscale=mscale))(x, positions), expected)
 
 
 def test_rope_keeps_vector_lengths_when_both_mscales_are_equal_and_scales_them_otherwise() -> None:
     x = mx.random.normal((3, 2, DIMS), key=mx.random.key(0))
     positions = mx.array([0, 7, 200_000], mx.int32)
-    for mscale, length in ((1.0, 1.0), (0.5, (0.05 * math.log(FACTOR) + 1) / (0.1 * math.log(FACTOR) + 1))):
+    half_mscale_ratio = (0.1 * 0.5 * math.log(FACTOR) + 1) / (0.1 * 1.0 * math.log(FACTOR) + 1)
+    for mscale, expected_ratio in ((1.0, 1.0), (0.5, half_mscale_ratio)):  # mscale_all_dim is 1
         rotated = make_rope(config_with(1.0, mscale=mscale))(x, positions)
         ratio = np.linalg.norm(np.asarray(rotated), axis=-1) / np.linalg.norm(np.asarray(x), axis=-1)
-        assert np.allclose(ratio, length, rtol=1e-5)
+        assert np.allclose(ratio, expected_ratio, rtol=1e-5)
 
 
 def test_a_token_rotates_only_by_its_own_position() -> None:
     rotate = make_rope(config_with(1.0))
     x = mx.random.normal((4, 3, DIMS), key=mx.random.key(1))
     positions = mx.array([9, 2, 4000, 9], mx.int32)
-    together = rotate(x, positions)
+    rotated = rotate(x, positions)
     for index in range(4):
-        alone = rotate(x[index : index + 1], positions[index : index + 1])
-        assert mx.array_equal(together[index : index + 1], alone)
+        some = slice(index, index + 1)
+        assert mx.array_equal(rotated[some], rotate(x[some], positions[some]))

@@ -20,8 +20,8 @@ def sample(
     return sampled
 
 
-def counts(sampling: Sampling, recent_ids: tuple[int, ...] = ()) -> NDArray[np.int64]:
-    """Return how often each token is sampled at NUM_SAMPLES positions."""
+def token_counts(sampling: Sampling, recent_ids: tuple[int, ...] = ()) -> NDArray[np.int64]:
+    """Return how often each token is sampled from LOGITS at NUM_SAMPLES positions."""
     requests = [SamplingRequest(sampling, position, recent_ids) for position in range(NUM_SAMPLES)]
     samples = sample_tokens(mx.array([LOGITS] * NUM_SAMPLES), requests)
     return np.bincount([sampled.token_id for sampled in samples], minlength=len(LOGITS))
@@ -32,20 +32,20 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(exponentials / exponentials.sum())
 
 
-def follows(sampled: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
+def are_distributed(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
     """Return whether tokens of probability 0 never occur and the others pass Pearson's chi-squared test (p > 0.001)."""
     possible = probabilities > 1e-6
     expected = probabilities[possible] * NUM_SAMPLES
-    chi_square = float(((sampled[possible] - expected) ** 2 / expected).sum())
+    chi_square = float(((counts[possible] - expected) ** 2 / expected).sum())
     bound_by_degrees_of_freedom = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5}
-    return sampled[~possible].sum() == 0 and chi_square < bound_by_degrees_of_freedom[int(possible.sum()) - 1]
+    return counts[~possible].sum() == 0 and chi_square < bound_by_degrees_of_freedom[int(possible.sum()) - 1]
 
 
-def only(keep: list[int], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Return the softmax of the logits of ``keep``, with 0 for all others."""
-    kept = np.full(len(LOGITS), -np.inf)
-    kept[keep] = np.array(LOGITS)[keep] / temperature
-    return softmax(kept)
+def probabilities_of(token_ids: list[int], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Return the softmax of LOGITS over ``token_ids``, with 0 for all other tokens."""
+    logits = np.full(len(LOGITS), -np.inf)
+    logits[token_ids] = np.array(LOGITS)[token_ids] / temperature
+    return softmax(logits)
 
 
 ALL = list(range(len(LOGITS)))
@@ -54,78 +54,76 @@ ALL = list(range(len(LOGITS)))
 @pytest.mark.parametrize(
     ("sampling", "probabilities"),
     [
-        (Sampling(seed=1), only(ALL)),
-        (Sampling(seed=2, temperature=2.0), only(ALL[:-1], 2.0)),
-        (Sampling(seed=3, temperature=0.5), only(ALL, 0.5)),
-        (Sampling(seed=4, top_k=3), only([0, 1, 2])),
-        (Sampling(seed=5, top_k=len(LOGITS)), only(ALL)),
-        (Sampling(seed=6, top_k=10 * len(LOGITS)), only(ALL)),
-        (Sampling(seed=7, top_p=0.6), only([0, 1])),
-        (Sampling(seed=8, top_p=0.999999), only(ALL[:-1])),
-        (Sampling(seed=9, min_p=0.3), only([0, 1, 2])),
-        (Sampling(seed=10, top_p=0.9, min_p=0.2, top_k=3, temperature=1.5), only([0, 1, 2], 1.5)),
+        (Sampling(seed=1), probabilities_of(ALL)),
+        (Sampling(seed=2, temperature=2.0), probabilities_of(ALL[:-1], 2.0)),
+        (Sampling(seed=3, temperature=0.5), probabilities_of(ALL, 0.5)),
+        (Sampling(seed=4, top_k=3), probabilities_of([0, 1, 2])),
+        (Sampling(seed=5, top_k=len(LOGITS)), probabilities_of(ALL)),
+        (Sampling(seed=6, top_k=10 * len(LOGITS)), probabilities_of(ALL)),
+        (Sampling(seed=7, top_p=0.6), probabilities_of([0, 1])),
+        (Sampling(seed=8, top_p=0.999999), probabilities_of(ALL[:-1])),
+        (Sampling(seed=9, min_p=0.3), probabilities_of([0, 1, 2])),
+        (Sampling(seed=10, top_p=0.9, min_p=0.2, top_k=3, temperature=1.5), probabilities_of([0, 1, 2], 1.5)),
     ],
 )
 def test_tokens_are_sampled_with_the_probabilities_of_the_filtered_softmax(
     sampling: Sampling, probabilities: NDArray[np.float64]
 ) -> None:
-    assert follows(counts(sampling), probabilities)
+    assert are_distributed(token_counts(sampling), probabilities)
 
 
 def test_the_distribution_test_rejects_a_wrong_distribution() -> None:
-    assert not follows(counts(Sampling(seed=1, temperature=1.2)), only(ALL))
+    assert not are_distributed(token_counts(Sampling(seed=1, temperature=1.2)), probabilities_of(ALL))
 
 
 def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
     penalized = np.array(LOGITS)
     penalized[[0, 1]] /= 3.0
     penalized[6] *= 3.0
-    sampled = counts(Sampling(seed=11, repetition_penalty=3.0), recent_ids=(0, 1, 6, 0))
-    assert follows(sampled, softmax(penalized))
+    counts = token_counts(Sampling(seed=11, repetition_penalty=3.0), recent_ids=(0, 1, 6, 0))
+    assert are_distributed(counts, softmax(penalized))
 
 
 def test_the_repetition_penalty_applies_only_to_recent_tokens() -> None:
     sampling = Sampling(seed=0, temperature=0, repetition_penalty=10.0)
-    long_ago, recently = (0,) + (5,) * REPETITION_WINDOW, (0,) + (5,) * (REPETITION_WINDOW - 1)
-    assert sample(LOGITS, sampling, recent_ids=long_ago).token_id == 0
-    assert sample(LOGITS, sampling, recent_ids=recently).token_id == 1
+    for num_later_tokens, expected in ((REPETITION_WINDOW, 0), (REPETITION_WINDOW - 1, 1)):
+        recent_ids = (0,) + (5,) * num_later_tokens
+        assert sample(LOGITS, sampling, recent_ids=recent_ids).token_id == expected
 
 
 def test_temperature_0_samples_the_likeliest_token_for_any_seed_and_filters() -> None:
     for seed in range(20):
-        assert sample(LOGITS[::-1], Sampling(seed=seed, temperature=0, top_k=5, min_p=0.1)).token_id == 7
+        sampled = sample([-20.0, 2.0, 1.5, 1.0], Sampling(seed=seed, temperature=0, top_k=2, min_p=0.1))
+        assert sampled.token_id == 1
 
 
 def test_a_tiny_temperature_or_a_filter_that_keeps_one_token_is_greedy() -> None:
     for position in range(50):
-        for one in (Sampling(seed=1, temperature=1e-6), Sampling(seed=1, top_k=1), Sampling(seed=1, top_p=1e-6)):
-            assert sample(LOGITS, one, position).token_id == 0
+        for sampling in (Sampling(seed=1, temperature=1e-6), Sampling(seed=1, top_k=1), Sampling(seed=1, top_p=1e-6)):
+            assert sample(LOGITS, sampling, position).token_id == 0
 
 
 def test_a_sampled_token_does_not_depend_on_the_other_rows() -> None:
     generator = np.random.default_rng(0)
     logits = mx.array(generator.normal(size=(6, 300)).astype(np.float32))
     requests = [
-        SamplingRequest(Sampling(seed=seed, top_p=top_p, repetition_penalty=penalty), position, (1, 2, 3))
-        for seed, top_p, penalty, position in zip(
-            (1, 1, 2, 2**63 - 1, 0, 7),
-            (1.0, 0.9, 0.5, 1.0, 0.9, 0.3),
-            (1.0, 1.3) * 3,
-            (0, 1, 2, 262143, 4, 5),
-            strict=True,
-        )
+        SamplingRequest(Sampling(seed=1), 0, ()),
+        SamplingRequest(Sampling(seed=1, top_p=0.9, repetition_penalty=1.3), 1, (1, 2, 3)),
+        SamplingRequest(Sampling(seed=2, top_p=0.5), 2, ()),
+        SamplingRequest(Sampling(seed=2**63 - 1, repetition_penalty=1.3), 262143, (1, 2, 3)),
+        SamplingRequest(Sampling(seed=0, top_p=0.9), 4, ()),
+        SamplingRequest(Sampling(seed=7, top_p=0.3, repetition_penalty=1.3), 5, (1, 2, 3)),
     ]
-    together = sample_tokens(logits, requests)
-    alone = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
-    assert together == alone
+    one_by_one = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
+    assert sample_tokens(logits, requests) == one_by_one
 
 
 def test_seeds_and_positions_give_independent_samples() -> None:
     flat = [0.0] * 1000
     by_seed = [sample(flat, Sampling(seed=seed), 5).token_id for seed in range(200)]
     by_position = [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
-    for sampled in (by_seed, by_position):
-        assert 160 < len(set(sampled)) < 200  # 181 expected of 200 samples of 1000 tokens
+    for token_ids in (by_seed, by_position):
+        assert 160 < len(set(token_ids)) < 200  # about 181 different ones are expected in 200 samples of 1000 tokens
     assert by_seed != by_position
     assert by_position == [sample(flat, Sampling(seed=5), position).token_id for position in range(200)]
 
@@ -140,11 +138,11 @@ def test_logprobs_are_computed_before_penalty_filters_and_temperature() -> None:
 
 
 def test_logprobs_are_returned_only_on_request() -> None:
-    none, chosen, more = (sample(LOGITS, Sampling(seed=0, num_logprobs=number)) for number in (None, 0, 50))
-    assert (none.logprob, none.top) == (None, ())
-    assert chosen.logprob is not None
-    assert chosen.top == ()
-    assert len(more.top) == len(LOGITS)
+    without, with_0, with_50 = (sample(LOGITS, Sampling(seed=0, num_logprobs=number)) for number in (None, 0, 50))
+    assert (without.logprob, without.top) == (None, ())
+    assert with_0.logprob is not None
+    assert with_0.top == ()
+    assert len(with_50.top) == len(LOGITS)
 
 
 @pytest.mark.parametrize("form", MaskForm)
@@ -156,26 +154,26 @@ def test_masks_biases_and_penalties_change_logits_as_a_plain_reference_does(form
         allowed = random.random(vocab_size) < random.choice([0.05, 0.5, 0.95])
         allowed[random.integers(vocab_size)] = True
         recent_ids = tuple(random.integers(0, vocab_size, int(random.integers(0, 20))).tolist())
-        biases = {int(number): float(random.normal(0, 4)) for number in random.integers(0, vocab_size, 5)}
+        biases = {int(token_id): float(random.normal(0, 4)) for token_id in random.integers(0, vocab_size, 5)}
         temperature = float(random.choice([0.0, 1.0]))
         penalty = float(random.choice([1.0, 1.3]))
 
         expected = np.where(allowed, logits, np.float32(-np.inf))
         if penalty != 1.0:
-            for number in set(recent_ids):
-                expected[number] = expected[number] * np.float32(penalty if expected[number] < 0 else 1 / penalty)
-        for number, bias in biases.items():
-            expected[number] += np.float32(bias)
+            for token_id in set(recent_ids):
+                factor = penalty if expected[token_id] < 0 else 1 / penalty
+                expected[token_id] *= np.float32(factor)
+        for token_id, bias in biases.items():
+            expected[token_id] += np.float32(bias)
 
         sampling = Sampling(seed=case, temperature=temperature, repetition_penalty=penalty)
         mask = TokenMask(form, mask_data(form, allowed))
         request = SamplingRequest(sampling, case, recent_ids, mask, LogitBias.of(biases))
-        (found,) = sample_tokens(mx.array(logits[None]), [request])
-        plain = Sampling(seed=case, temperature=temperature)
-        (wanted,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(plain, case, ())])
-        assert allowed[found.token_id] and mask.allows(found.token_id)
-        assert found.token_id == wanted.token_id
-        assert [mask.allows(number) for number in range(vocab_size)] == allowed.tolist()
+        (actual_token,) = sample_tokens(mx.array(logits[None]), [request])
+        without_penalty = Sampling(seed=case, temperature=temperature)
+        (expected_token,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(without_penalty, case, ())])
+        assert actual_token.token_id == expected_token.token_id
+        assert [mask.allows(token_id) for token_id in range(vocab_size)] == allowed.tolist()
 
 
 def mask_data(form: MaskForm, allowed: NDArray[np.bool_]) -> bytes:
@@ -198,5 +196,5 @@ def test_log_probabilities_are_those_of_the_allowed_tokens_without_bias() -> Non
     request = SamplingRequest(Sampling(seed=0, num_logprobs=2), 0, (), TokenMask.only([1, 2]), bias)
     (token,) = sample_tokens(mx.array([LOGITS]), [request])
     assert token.token_id == 2
-    assert [number for number, _ in token.top] == [1, 2]
-    assert token.logprob == pytest.approx(float(np.log(only([1, 2])[2])), abs=1e-6)
+    assert [token_id for token_id, _ in token.top] == [1, 2]
+    assert token.logprob == pytest.approx(float(np.log(probabilities_of([1, 2])[2])), abs=1e-6)

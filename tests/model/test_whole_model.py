@@ -1,4 +1,4 @@
-"""Tests of the whole model: each part has an effect, absorbed and naive agree in all layers, text does not loop."""
+"""Tests of the whole model: each part affects the logits, absorbed and naive attention agree, text does not loop."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,13 +33,13 @@ class Parts(NamedTuple):
 
     def logits(self) -> mx.array:
         """Return the logits of PROMPT."""
-        cache = LatentCache(len(self.layers), 1, 256, self.config.latent_dim, mx.float32)
+        cache = LatentCache(len(self.layers), 1, 256, self.config.cache_row_dim, mx.float32)
         model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
         return model.logits(model.run(model.embed(mx.array(PROMPT)), batch)[0])
 
     def with_moe(self, layer: int, change: Callable[[MoeWeights], MoeWeights]) -> "Parts":
-        """Return these parts with one layer's experts changed."""
+        """Return the parts with one layer's experts changed."""
         weights = self.layers[layer]
         assert isinstance(weights.feed_forward, MoeWeights)
         changed = weights._replace(feed_forward=change(weights.feed_forward))
@@ -106,11 +106,11 @@ def test_among_200_greedy_tokens_at_least_50_are_different(chain: Chain, prompt:
 
 
 class RecordedRouter:
-    """A router that routes as the model does and records the chosen experts, and replays them in the same order."""
+    """A router that records the experts that the model's router chooses, and chooses them again in the same order."""
 
     def __init__(self) -> None:
         self.chosen: list[mx.array] = []
-        self._replayed = 0
+        self._num_replayed = 0
 
     def record(self, hidden: mx.array, router: mx.array, bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
         expert_ids, weights = route(hidden, router, bias, rule)
@@ -119,8 +119,8 @@ class RecordedRouter:
 
     def replay(self, hidden: mx.array, router: mx.array, bias: mx.array, rule: RouterRule) -> tuple[mx.array, mx.array]:
         """Return the recorded experts, with weights from these hidden states."""
-        expert_ids = self.chosen[self._replayed]
-        self._replayed += 1
+        expert_ids = self.chosen[self._num_replayed]
+        self._num_replayed += 1
         scores = mx.take_along_axis(mx.sigmoid(hidden @ router.T), expert_ids, axis=-1)
         return expert_ids, scores / scores.sum(axis=-1, keepdims=True) * rule.scaling_factor
 
@@ -134,8 +134,8 @@ def test_absorbed_and_naive_attention_agree_in_the_whole_model_with_the_same_exp
     naive = Chain(checkpoint(variant), 1).prefill(PROMPT)
     monkeypatch.setattr(decoder_layer, "route", router.replay)
     absorbed = Chain(checkpoint(variant), 1).decode(PROMPT, 0)
-    assert len(router.chosen) == 6
-    assert not mx.array_equal(absorbed, naive)
+    assert len(router.chosen) == 6  # layers with experts
+    assert not mx.array_equal(absorbed, naive), "the two forms would not be different computations"
     assert largest_difference(absorbed, naive) < TOLERANCE
 
 
@@ -148,7 +148,7 @@ def test_absorbed_and_naive_attention_agree_in_one_layer(checkpoint: Checkpoint,
     hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
 
     def run(*, is_prompt: bool) -> mx.array:
-        cache = LatentCache(1, 1, 256, config.latent_dim, mx.float32)
+        cache = LatentCache(1, 1, 256, config.cache_row_dim, mx.float32)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt)])
         return run_layer(hidden, 0, weights, batch, cache)
 

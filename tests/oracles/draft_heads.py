@@ -23,9 +23,9 @@ _NORM_OUTPUT = {"eagle_aux_hidden_state_layer_ids": [0, 2, 6], "norm_output": Tr
 
 HEADS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "own": ({}, {}),
-    "shared": ({}, {"own": ()}),
-    "midlayer-32k": ({"draft_vocab_size": 80}, {"layer_prefix": "midlayer", "own": (LM_HEAD,)}),
-    "eagle31": ({"eagle_config": _NORM_OUTPUT}, {"fc_norms": True, "own": (EMBEDDING,)}),
+    "shared": ({}, {"own_tensors": ()}),
+    "midlayer-32k": ({"draft_vocab_size": 80}, {"layer_prefix": "midlayer", "own_tensors": (LM_HEAD,)}),
+    "eagle31": ({"eagle_config": _NORM_OUTPUT}, {"fc_norms": True, "own_tensors": (EMBEDDING,)}),
     "wide": ({**_WIDE, "architectures": ["Eagle3DeepseekV3ForCausalLM"]}, {}),
     "direct-query": ({"q_lora_rank": None, "rms_norm_eps": 1e-2}, {}),
 }

@@ -33,7 +33,7 @@ class Pipeline:
         self.hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
         self.runners = []
         for rank, layers in enumerate(split_layers(config.num_hidden_layers, num_stages)):
-            cache = LatentCache(len(layers), num_slots, 1024, config.latent_dim, mx.float32)
+            cache = LatentCache(len(layers), num_slots, 1024, config.cache_row_dim, mx.float32)
             model, plans, drafting = load_stage(folder, config, layers, cache), DraftPlans(), None
             if loaded_head is not None:
                 model.feature_slices = loaded_head.slices(layers)

@@ -23,7 +23,7 @@ from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
 from mlx_k2.weights.reader import ShardReader
 from tests.advice import follows_advice
-from tests.model.checkpoints import Checkpoint, planted, read_config
+from tests.model.checkpoints import Checkpoint, copy_with_value, read_config
 from tests.stage.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
@@ -78,7 +78,7 @@ def load_all(folder: Path, *, check_all: bool) -> None:
 def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
-    folder = planted(checkpoint("thinking"), tmp_path / "model", name, value)
+    folder = copy_with_value(checkpoint("thinking"), tmp_path / "model", name, value)
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity: fetch the file again"):
         load_all(folder, check_all=False)
 
@@ -92,7 +92,7 @@ def test_a_tensor_that_is_always_checked_is_refused_by_file_and_name(
 def test_check_weights_refuses_every_other_tensor(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
-    folder = planted(checkpoint("thinking"), tmp_path / "model", name, value)
+    folder = copy_with_value(checkpoint("thinking"), tmp_path / "model", name, value)
     load_all(folder, check_all=False)
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity: fetch the file again"):
         load_all(folder, check_all=True)
@@ -111,7 +111,7 @@ def test_check_weights_refuses_every_other_tensor(
 def test_a_step_that_uses_the_tensor_names_the_first_layer_and_gives_no_token(
     checkpoint: Checkpoint, tmp_path: Path, name: str, origin: str, first: bool, value: int
 ) -> None:
-    pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", name, value, first=first), 3)
+    pipeline = Pipeline(copy_with_value(checkpoint("thinking"), tmp_path / "model", name, value, first=first), 3)
     with pytest.raises(NotFinite, match=rf"NaN or infinity in step 1, first in {origin}: its weights"):
         pipeline.step(ROW)
 
@@ -127,7 +127,7 @@ def test_a_step_that_uses_the_tensor_names_the_first_layer_and_gives_no_token(
 def test_nan_in_the_logits_is_named_with_any_sampling_and_token_mask(
     checkpoint: Checkpoint, tmp_path: Path, sampling: Sampling
 ) -> None:
-    pipeline = Pipeline(planted(checkpoint("thinking"), tmp_path / "model", "lm_head.weight", NAN), 2)
+    pipeline = Pipeline(copy_with_value(checkpoint("thinking"), tmp_path / "model", "lm_head.weight", NAN), 2)
     mask = TokenMask.only([0])  # NaN is in the logit of the last token
     row = Row(0, 0, (5, 6, 7), True, sampling, recent_ids=(5, 6), token_mask=mask)
     with pytest.raises(NotFinite, match="first in the head"):
@@ -147,7 +147,7 @@ def test_the_tests_above_plant_in_each_kind_of_float_tensor(checkpoint: Checkpoi
 def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
-    folder = planted(checkpoint("thinking"), tmp_path / "model", name, value)
+    folder = copy_with_value(checkpoint("thinking"), tmp_path / "model", name, value)
     source = ModelSource(path_or_repo=str(folder))
     description = describe_model(read_model_files(source).files, str(folder))
     message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, block_bytes=1 << 24, dense_bits=8)

@@ -40,7 +40,7 @@ def head(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Return the folder of a random draft head for the checkpoint."""
     folder = tmp_path_factory.mktemp("heads") / "head"
     fields = draft_config_fields(VARIANTS["thinking"], draft_vocab_size=300)
-    write_random_draft_head(folder, fields, read_config(checkpoint("thinking")), 5, own=(LM_HEAD,))
+    write_random_draft_head(folder, fields, read_config(checkpoint("thinking")), 5, own_tensors=(LM_HEAD,))
     return folder
 
 

@@ -15,7 +15,7 @@ from tests.model.chain import like_a_stage_on_a_cpu
 
 pytestmark = pytest.mark.timeout(60)
 
-K2_CONFIG = measure_kernels._k2
+K2_CONFIG = measure_kernels._k2_config
 """The function that `small_shapes` replaces."""
 SMALL = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32)
 
@@ -24,7 +24,7 @@ SMALL = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float
 def small_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Measure small shapes on a machine without a GPU, with an empty cache of checks."""
     config = ModelConfig.from_json(json.dumps(tiny_config_fields(256)).encode(), "tiny")
-    monkeypatch.setattr(measure_kernels, "_k2", lambda: config)
+    monkeypatch.setattr(measure_kernels, "_k2_config", lambda: config)
     monkeypatch.setattr(measure_kernels, "SMALL_LAYER", SMALL)
     monkeypatch.setattr(measure_kernels, "on_gpu", lambda: False)
     monkeypatch.setattr(experts, "TIMED_TOKENS", {DECODE: 1, BATCH: 2, experts.SHORT: 20, experts.LONG: 30})
@@ -86,7 +86,7 @@ def test_measure_idle_times_the_read_of_memory_before_and_after_a_pause(monkeypa
 
 
 def test_measure_attention_times_fused_and_unfused_attention_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_kernels, "CHUNK", 16)
+    monkeypatch.setattr(measure_kernels, "CHUNK_TOKENS", 16)
     with like_a_stage_on_a_cpu():
         measured = measure_kernels.measure_attention()
     assert min(measured.fused_seconds, measured.unfused_seconds) > 0

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_k2.stage.mlx_settings import (
     LONG_BUFFERS,
-    OWN_LIMITS,
+    MLX_DEFAULTS,
     BufferLimits,
     apply_settings,
     default_limits,
@@ -37,11 +37,11 @@ def test_saved_buffer_limits_are_set_in_the_environment(tmp_path: Path) -> None:
         ("Apple M1 Ultra", LONG_BUFFERS),
         ("Apple M3 Ultra", LONG_BUFFERS),
         ("Apple M4", LONG_BUFFERS),
-        ("Apple M5 Max", OWN_LIMITS),
-        ("Apple M10", OWN_LIMITS),
-        ("Apple A19", OWN_LIMITS),
-        ("", OWN_LIMITS),
-        (None, OWN_LIMITS),
+        ("Apple M5 Max", MLX_DEFAULTS),
+        ("Apple M10", MLX_DEFAULTS),
+        ("Apple A19", MLX_DEFAULTS),
+        ("", MLX_DEFAULTS),
+        (None, MLX_DEFAULTS),
     ],
 )
 def test_without_saved_limits_the_chip_decides(tmp_path: Path, chip: str | None, limits: BufferLimits) -> None:
@@ -53,7 +53,7 @@ def test_without_saved_limits_the_chip_decides(tmp_path: Path, chip: str | None,
 
 def test_saved_limits_replace_those_of_the_chip_also_if_they_are_mlxs_own(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
-    save_limits(OWN_LIMITS, tmp_path / "limits.json")
+    save_limits(MLX_DEFAULTS, tmp_path / "limits.json")
     apply_settings(environment, "Apple M3 Ultra", tmp_path / "limits.json")
     assert environment == MAC_VARIABLES
 
@@ -78,7 +78,7 @@ def test_limits_of_another_machine_or_mlx_version_and_a_broken_file_are_ignored(
     assert load_limits(path) is None
 
 
-@pytest.mark.parametrize("limits", [LIMITS, OWN_LIMITS])
+@pytest.mark.parametrize("limits", [LIMITS, MLX_DEFAULTS])
 def test_saved_limits_are_loaded_again(tmp_path: Path, limits: BufferLimits) -> None:
     save_limits(limits, tmp_path / "limits.json")
     assert load_limits(tmp_path / "limits.json") == limits

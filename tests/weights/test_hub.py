@@ -65,7 +65,7 @@ def fetch_in_another_process(name: str, environment: dict[str, str]) -> str:
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.hub import HubRepo, fetch_files
 try:
-    print("fetched", fetch_files(HubRepo({REPO!r}), [{name!r}], lambda done, total: None).fetched)
+    print("fetched", fetch_files(HubRepo({REPO!r}), [{name!r}], lambda done, total: None).fetched_names)
 except DownloadError as error:
     print(error)
 """
@@ -99,14 +99,14 @@ def test_each_stage_fetches_only_its_files(
         own_cache = HubRepo(REPO, COMMIT, tmp_path / f"host-{stage}", hub.endpoint)
         fetched = fetch_files(own_cache, names, ignore_progress)
         assert hub.fetched == {*names, "config.json"}
-        assert fetched.fetched == tuple(names)
+        assert fetched.fetched_names == tuple(names)
         assert len(locate_tensors(fetched.folder, index, specs)) == len(specs)
 
 
 def test_a_second_fetch_downloads_nothing(hub: Hub, repo: HubRepo) -> None:
     fetch_files(repo, [LAYER_2], ignore_progress)
     hub.requests.clear()
-    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched == ()
+    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched_names == ()
     assert hub.fetched == set()
 
 
@@ -143,7 +143,7 @@ def test_after_an_interruption_only_missing_files_are_fetched(hub: Hub, repo: Hu
     with pytest.raises(KeyboardInterrupt):
         fetch_files(repo, names, interrupt)
     hub.requests.clear()
-    assert fetch_files(repo, names, ignore_progress).fetched == tuple(names[1:])
+    assert fetch_files(repo, names, ignore_progress).fetched_names == tuple(names[1:])
     assert hub.fetched == set(names[1:])
 
 
@@ -171,7 +171,7 @@ def test_a_file_with_the_wrong_checksum_is_refused_and_not_cached(hub: Hub, repo
 def test_a_truncated_file_in_the_cache_is_fetched_again(hub: Hub, repo: HubRepo) -> None:
     path = fetch_files(repo, [LAYER_2], ignore_progress).folder / LAYER_2
     path.resolve().write_bytes(hub.files[LAYER_2][:1000])
-    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched == (LAYER_2,)
+    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched_names == (LAYER_2,)
     assert path.read_bytes() == hub.files[LAYER_2]
 
 
@@ -198,7 +198,7 @@ def test_cached_files_are_used_when_the_hub_is_unreachable(tiny: tuple[Path, Mod
         fetch_small_files(repo)
         fetch_files(repo, [LAYER_2], ignore_progress)
     assert describe_model(read_small_files(fetch_small_files(repo).folder), REPO).config == tiny[1]
-    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched == ()
+    assert fetch_files(repo, [LAYER_2], ignore_progress).fetched_names == ()
     with pytest.raises(DownloadError, match=f"{LAYER_4} of .* is not in this host's cache"):
         fetch_files(repo, [LAYER_4], ignore_progress)
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_one_file_is_fetched_whole_because_it_has_the_tensor_nam
     (single / "config.json").write_bytes((folder / "config.json").read_bytes())
     with serve_hub(REPO, single) as hub:
         fetched = fetch_small_files(HubRepo(REPO, None, tmp_path / "cache", hub.endpoint))
-    assert set(fetched.fetched) == {"model.safetensors"}
+    assert set(fetched.fetched_names) == {"model.safetensors"}
     describe_model(read_small_files(fetched.folder), REPO)
 
 
@@ -278,7 +278,7 @@ def test_a_damaged_file_that_is_still_in_the_cache_is_fetched_again_at_once(hub:
     path.resolve().write_bytes(data)
     path.unlink()  # as the advice of `mlx-k2 doctor`: this removes the link, not the file in the cache
     fetched = fetch_files(repo, [LAYER_2], ignore_progress)
-    assert fetched.fetched == (LAYER_2,)
+    assert fetched.fetched_names == (LAYER_2,)
     assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
 
 
@@ -319,7 +319,7 @@ def test_a_cache_that_was_copied_by_hand_is_used(cached: HubRepo, reference: str
     main.unlink()
     if reference is not None:
         main.write_text(reference)
-    assert fetch_files(cached, [LAYER_2, "config.json"], ignore_progress).fetched == ()
+    assert fetch_files(cached, [LAYER_2, "config.json"], ignore_progress).fetched_names == ()
 
 
 def test_without_a_network_the_error_is_raised_at_once_and_nothing_is_printed(
@@ -341,8 +341,8 @@ def test_broken_settings_for_http_do_not_matter_for_files_in_the_cache(
     cached: HubRepo, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     with http_settings(monkeypatch, **{name: value}):
-        assert fetch_small_files(cached).fetched == ()
-        assert fetch_files(cached, [LAYER_2], ignore_progress).fetched == ()
+        assert fetch_small_files(cached).fetched_names == ()
+        assert fetch_files(cached, [LAYER_2], ignore_progress).fetched_names == ()
         with pytest.raises(DownloadError, match=rf"is not in this host's cache.*\b{name}\b") as refused:
             fetch_files(cached, [LAYER_4], ignore_progress)
     assert "secret" not in str(refused.value)

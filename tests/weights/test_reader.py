@@ -185,7 +185,7 @@ def test_a_file_that_changes_after_it_was_checked_is_refused_by_name(
     shard_reader = open_reader(tmp_path / "model", config)
     shard_reader.layer(2)
     with monkeypatch.context() as patch:  # the file becomes shorter while it is read
-        patch.setattr(shard_reader, "_check_files", lambda _: os.truncate(path, path.stat().st_size // 2))
+        patch.setattr(shard_reader, "_check_headers", lambda _: os.truncate(path, path.stat().st_size // 2))
         with pytest.raises(CheckpointError, match=rf"{path} is truncated: it ends at byte \d+ within model\.layers\.2"):
             shard_reader.layer(2)
     with pytest.raises(CheckpointError, match=rf"{path} is truncated: \d+ of its \d+ bytes are missing"):

@@ -43,7 +43,7 @@ def initial_weights(config: ModelConfig, num_aux: int, intermediate: int, aux_sc
         "fc.weight": (hidden, num_aux * hidden, 1 / aux_scale),
         f"{attention}.q_a_proj.weight": (q_rank, 2 * hidden, 1.0),
         f"{attention}.q_b_proj.weight": (heads * config.qk_head_dim, q_rank, 1.0),
-        f"{attention}.kv_a_proj_with_mqa.weight": (config.latent_dim, 2 * hidden, 1.0),
+        f"{attention}.kv_a_proj_with_mqa.weight": (config.cache_row_dim, 2 * hidden, 1.0),
         f"{attention}.kv_b_proj.weight": (heads * key_up, config.kv_lora_rank, 1.0),
         f"{attention}.o_proj.weight": (hidden, heads * config.v_head_dim, 0.3),
         f"{mlp}.gate_proj.weight": (intermediate, hidden, 1.0),
