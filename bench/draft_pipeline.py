@@ -54,7 +54,7 @@ class LoneStream:
                 continue
             assert isinstance(message, StepDone)
             appended = scheduler.complete(message.number, message.tokens, is_skipped=message.is_skipped, now=now)
-            arrivals += [now for one in appended for _ in one.appended]
+            arrivals += [now for added in appended for _ in added.tokens]
         stages.stop()
         return (len(arrivals) - 1 - SKIPPED) / (arrivals[-1] - arrivals[SKIPPED])
 

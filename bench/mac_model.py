@@ -102,12 +102,12 @@ def token_s(program: Program, model: str, macs: int, context: int, mac: Mac = M3
     shape, layers = sizes(model), config(model).num_hidden_layers
     experts = shape.expert_bytes * shape.experts_per_token * program.expert_bits / 4.5
     dense = dense_bytes(model, program.dense_bits)
-    key_bytes = shape.key_bytes * _expansion(model) if program.expanded_cache else shape.key_bytes
+    position_bytes = shape.position_bytes * _expansion(model) if program.expanded_cache else shape.position_bytes
     attention = max(
         0.0
         if program.expanded_cache
         else shape.absorbed_operations * context / constant("dense operations") / mac.operations,
-        key_bytes * context / constant("dense bandwidth") / mac.bandwidth,
+        position_bytes * context / constant("dense bandwidth") / mac.bandwidth,
     )
     reading = experts / constant(program.expert_bandwidth) + dense / constant("dense bandwidth")
     reading = reading / mac.bandwidth + attention
@@ -124,7 +124,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
     shape, count = sizes(model), end - first
     expert_speed = constant("expert operations") * program.prompt_factor
     tiles = expected_tiles(shape.num_experts, shape.experts_per_token, count, program.tile_rows)
-    routed = tiles * program.tile_rows * shape.operations_per_pair / expert_speed / mac.operations
+    routed = tiles * program.tile_rows * shape.operations_per_expert_token / expert_speed / mac.operations
     read = shape.expert_bytes * shape.num_experts * program.expert_bits / 4.5 / constant("dense bandwidth")
     dense = (shape.operations_per_token * count + shape.rebuild_operations * end) / constant("dense operations")
     pairs = count * end
@@ -148,7 +148,7 @@ def prompt_s(program: Program, model: str, macs: int, tokens: int, mac: Mac = M3
     """Return the computed seconds of a prompt whose layers are divided evenly over the Macs."""
     chunks = range(0, tokens, min(program.chunk, tokens))
     times = [chunk_s(program, model, first, min(tokens, first + program.chunk), mac) for first in chunks]
-    return pipeline_s([seconds / macs] * macs for seconds in times)
+    return pipeline_s([[seconds / macs] * macs for seconds in times])
 
 
 def others() -> dict[str, Program]:

@@ -1,4 +1,4 @@
-"""Token policy: decides after each token of one sequence how the sequence continues. Knows no plans and no stages."""
+"""Token policy: decides after each token how its sequence continues. Knows no plans and no stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class TokenPolicy:
         return _NOTHING
 
     def forced(self) -> Sequence[int]:
-        """Return tokens that follow without sampling. Called at the start and after each accepted token."""
+        """Return tokens that follow without sampling. Called at the start, after a sampled token, and after these."""
         return ()
 
     def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - for subclasses
@@ -45,5 +45,5 @@ class TokenPolicy:
         return True
 
     def finish(self) -> Accepted:
-        """Return the text and parts that were held back. Called once, when no token follows."""
+        """Return the text and parts that were held back until now. Called once, when no token follows."""
         return _NOTHING

@@ -22,12 +22,12 @@ LIES = {
     "step": "reported step 12345, and step 3 is due",
     "again": "reported step 0, and step 3 is due",
     "message": "sent a Connected between steps",
-    "time": "reported a time of step 3 that is none",
+    "time": "reported nan s as a time of step 3",
     "fewer": "sent 0 tokens in step 3, in which it samples 1",
     "more": "sent 2 tokens in step 3, in which it samples 1",
-    "token": "sent the token id 768, and the model has 768",
-    "negative": "sent the token id -1, and the model has 768",
-    "top": "sent the token id 99999, and the model has 768",
+    "token": "sent the token id 768, and the vocabulary has 768",
+    "negative": "sent the token id -1, and the vocabulary has 768",
+    "top": "sent the token id 99999, and the vocabulary has 768",
     "nesting": "not a message from a stage: ",
 }
 """The lies, and the start of what is said of the last stage that tells them."""

@@ -16,7 +16,7 @@ from mlx_k2.errors import Cancelled, EngineBusy, RequestError, RequestFailed, St
 from mlx_k2.sampling import SampledToken
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.scheduler import TokensAppended
+from mlx_k2.scheduling.scheduler import AppendedTokens
 from mlx_k2.testing.token_stages import answer_alone
 from tests.advice import follows_advice
 from tests.coordinator.token_engine import TokenEngine, request, token_engine
@@ -312,7 +312,7 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
         handle = stages.engine.submit(request(1, 2, max_tokens=1))
         complete = stages.scheduler.complete
 
-        def close_first(number: int, tokens: Sequence[SampledToken], **more: Any) -> list[TokensAppended]:
+        def close_first(number: int, tokens: Sequence[SampledToken], **more: Any) -> list[AppendedTokens]:
             closing = threading.Thread(target=stages.engine.__exit__, args=(None, None, None))
             closing.start()
             while stages.engine._loop._commands.empty():

@@ -11,14 +11,18 @@ from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
-from tests.scheduling.fake_stages import WHOLE_CHUNKS
+from tests.scheduling.fake_stages import UNCHUNKED
 
 VOCAB_SIZE = 100
 
 
 def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
     """Return a scheduler that has completed a prompt, and the plans of the next token and of a draft after it."""
-    scheduler = Scheduler(SchedulerLimits(1, 50, 50, 2), WHOLE_CHUNKS, draft_mode=DraftMode.MODEL)
+    scheduler = Scheduler(
+        SchedulerLimits(num_slots=1, context_tokens=50, chunk_tokens=50, num_stages=2),
+        UNCHUNKED,
+        draft_mode=DraftMode.MODEL,
+    )
     scheduler.submit(Request((1, 2), 20, Sampling(seed=0), frozenset()))
     prompt = scheduler.next_microbatch()
     assert prompt is not None
@@ -39,8 +43,8 @@ def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
         (Drafted(2, (4,), 0.001), "sent a Drafted where the drafts after step 1 are due"),
         (StepDone(2, 0.0), "sent a StepDone where the drafts after step 1 are due"),
         (Drafted(1, (4, 5), 0.001), "sent 2 drafts after step 1, more than requested"),
-        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the draft 100, and the model has 100 tokens"),
-        (Drafted(1, (4,), math.nan), "reported a time of the drafts after step 1 that is none"),
+        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the draft 100, and the vocabulary has 100 tokens"),
+        (Drafted(1, (4,), math.nan), "reported nan s as the time of the drafts after step 1"),
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:

@@ -1,6 +1,6 @@
-"""Fake stages: a queue and, for each slot, the tokens in its cache. Every row that a scheduler sends is recorded.
+"""Fake stages: a queue of microbatches, and the tokens in each slot's cache. They record every row that is sent.
 
-A sampled token is a function of the tokens in the cache before it, as a real model's is. A plan that leaves out a
+A sampled token is a function of the tokens in the cache before it, as with a real model. A plan that leaves out a
 position, or relies on a wrong one, therefore changes the answer.
 """
 
@@ -16,7 +16,7 @@ from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, TokensAppended
+from mlx_k2.scheduling.scheduler import AppendedTokens, Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 
@@ -26,8 +26,8 @@ FIRST_PROMPT_ID = 100
 
 
 def request(num_prompt: int, max_tokens: int = 1000, first: int = 0) -> Request:
-    """Return a request. Prompts with the same ``first`` begin alike."""
-    prompt_ids = tuple(FIRST_PROMPT_ID + first + i for i in range(num_prompt))
+    """Return a request with consecutive prompt tokens. Prompts with the same ``first`` begin alike."""
+    prompt_ids = tuple(range(FIRST_PROMPT_ID + first, FIRST_PROMPT_ID + first + num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
 
@@ -41,7 +41,7 @@ limits = st.builds(
     prompts_first=st.booleans(),
 )
 actions = st.lists(st.sampled_from(["submit", "send", "complete", "complete"]), max_size=60)
-"""Actions in their order. After the last one the run continues to its end."""
+"""Arguments of ``Run.play``, in the order in which they are performed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class FixedStepPolicy(StepPolicy):
 
     num_microbatches: int
     chunk: int
+    """Tokens of a prompt chunk."""
     beside: int
+    """Tokens of a prompt chunk that joins decode rows."""
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
         return DecodeRound(min(num_sequences, self.num_microbatches), 1.0)
@@ -61,12 +63,13 @@ class FixedStepPolicy(StepPolicy):
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return min(self.beside, longest)
 
-    def drafts_pay(self) -> bool:
+    def drafts_are_faster(self) -> bool:
         return True
 
 
 policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
-WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
+UNCHUNKED = FixedStepPolicy(num_microbatches=1, chunk=1000, beside=1000)
+"""A policy whose chunks are longer than all prompts."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,18 @@ class SentRow:
 
 @dataclass
 class Run:
-    """A scheduler on fake stages. ``sent`` has the rows of each microbatch, ``most_in_flight`` the most at any time."""
+    """A scheduler on fake stages."""
 
     limits: SchedulerLimits
-    policy: FixedStepPolicy = WHOLE_CHUNKS
+    policy: FixedStepPolicy = UNCHUNKED
     drafts: bool = False
     vocabulary: int = STOP_ID + 1
     """Number of ids that can be sampled: with 1 only id 0."""
     scheduler: Scheduler = field(init=False)
     sent: list[list[SentRow]] = field(default_factory=list)
-    most_in_flight: int = 0
+    """The rows of each microbatch that was sent."""
+    max_in_flight: int = 0
+    """The largest number of microbatches in flight so far."""
     _in_flight: deque[Microbatch] = field(default_factory=deque)
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
@@ -104,13 +109,13 @@ class Run:
         if microbatch is None:
             return False
         self._in_flight.append(microbatch)
-        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        self.max_in_flight = max(self.max_in_flight, len(self._in_flight))
         self.sent.append(
             [SentRow(planned.row, planned.sequence, tuple(planned.sequence.token_ids)) for planned in microbatch.rows]
         )
         return True
 
-    def complete(self) -> list[TokensAppended]:
+    def complete(self) -> list[AppendedTokens]:
         """Run the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
         if not self._in_flight:
             return []
@@ -130,18 +135,18 @@ class Run:
         digest.update(bytes([sum(cache[: row.end]) % 7]))
         return digest.digest()[0] % self.vocabulary
 
-    def play(self, asked: Iterable[Request], actions: Iterable[str]) -> None:
+    def play(self, requests: Iterable[Request], actions: Iterable[str]) -> None:
         """Perform the actions, then submit the requests that are left and run to the end."""
-        waiting = deque(asked)
+        not_submitted = deque(requests)
         for action in actions:
-            if action == "submit" and waiting:
-                self.scheduler.submit(waiting.popleft())
+            if action == "submit" and not_submitted:
+                self.scheduler.submit(not_submitted.popleft())
             elif action == "send":
                 self.send()
             elif action == "complete":
                 self.complete()
-        for left in waiting:
-            self.scheduler.submit(left)
+        for request in not_submitted:
+            self.scheduler.submit(request)
         self.finish()
 
     def finish(self) -> None:
@@ -149,7 +154,7 @@ class Run:
         while self.scheduler.has_work:
             while self.send():
                 pass
-            assert self._in_flight, "there is work, and none of it is sent"
+            assert self._in_flight, "the scheduler has work, and sends none"
             self.complete()
 
     def cancel_all(self) -> None:

@@ -21,25 +21,26 @@ SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=0.7e12, operations_per_s=15e12)
 TURNAROUND_S = 0.001
 CONFIG = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
 SPLITS = {1: (0, 61), 2: (0, 32, 61), 4: (0, 16, 31, 46, 61)}
+"""By the number of stages: the first layer of each stage, and the number of layers."""
 LONGEST_CHUNK = 8192
 
 
 @functools.cache
 def k2_sizes(num_stages: int) -> list[StageSizes]:
-    """Return Kimi K2's stage sizes over ``num_stages`` machines, as the partition divides it."""
+    """Return the sizes of Kimi K2's stages on ``num_stages`` machines, in bfloat16."""
     return [
-        stage_sizes(CONFIG, first, end, 2, tile_rows=GPU_TILE_ROWS)
+        stage_sizes(CONFIG, first, end, compute_bytes=2, tile_rows=GPU_TILE_ROWS)
         for first, end in itertools.pairwise(SPLITS[num_stages])
     ]
 
 
 def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]:
-    """Return the costs of these stages on machines of one speed."""
+    """Return the costs of ``k2_sizes`` on machines of one speed."""
     return [StageCost(sizes, speed) for sizes in k2_sizes(num_stages)]
 
 
 class FixedChoices(StepPolicy):
-    """The adaptive step policy, except for a fixed number of microbatches and a fixed chunk length."""
+    """The step policy with a fixed number of microbatches and a fixed chunk length."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
         super().__init__(stages, TURNAROUND_S)
@@ -56,9 +57,10 @@ class FixedChoices(StepPolicy):
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, alike: bool = False) -> Request:
     """Return a request. Prompts of different seeds differ in the first token, or with ``alike`` only in the last."""
-    rest = tuple(range(1, num_prompt))
-    own = 1_000_000 + seed
-    return Request((*rest, own) if alike else (own, *rest), max_tokens, Sampling(seed=0), frozenset())
+    common_ids = tuple(range(1, num_prompt))
+    own_id = 1_000_000 + seed
+    prompt_ids = (*common_ids, own_id) if alike else (own_id, *common_ids)
+    return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset())
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Simulation:
 
     def run(self, *requests: Request, until_s: float = float("inf")) -> None:
         """Submit the requests and run to the end, or until ``until_s``."""
-        for asked in requests:
-            self.scheduler.submit(asked)
+        for request in requests:
+            self.scheduler.submit(request)
         while self.scheduler.has_work and self.now_s < until_s:
             while (microbatch := self.scheduler.next_microbatch()) is not None:
                 self._in_flight.append((self._send(microbatch), microbatch))
@@ -97,7 +99,7 @@ class Simulation:
 
     def _receive(self, done_s: float, microbatch: Microbatch) -> None:
         self.now_s = done_s
-        sampling_rows = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
-        self.scheduler.complete(microbatch.number, [SampledToken(1)] * len(sampling_rows))
-        for sequence in sampling_rows:
+        sequences = [planned.sequence for planned in microbatch.rows if planned.row.needs_logits]
+        self.scheduler.complete(microbatch.number, [SampledToken(1)] * len(sequences))
+        for sequence in sequences:
             self.token_times.setdefault(id(sequence.request), []).append(done_s)

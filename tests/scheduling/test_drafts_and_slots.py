@@ -1,5 +1,6 @@
-"""Tests of draft tokens, which come from the text, and of slots: a cached prefix is found in any slot."""
+"""Tests of n-gram drafts, and of the choice of a slot for a prompt with a cached prefix."""
 
+import math
 from array import array
 
 from hypothesis import given
@@ -17,7 +18,7 @@ ids = st.lists(st.integers(0, 3), max_size=40)
 
 
 def after_longest_match(token_ids: list[int]) -> int | None:
-    """Return the draft token that the index should return, by a search through the whole text."""
+    """Return the draft token that the drafter should return, found by a search through the whole text."""
     for length in (4, 3, 2):
         for end in range(len(token_ids) - 1, length - 1, -1):
             if token_ids[end - length : end] == token_ids[-length:]:
@@ -28,7 +29,7 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 @given(ids, st.integers(1, 7))
 def test_a_draft_token_follows_the_longest_most_recent_ngram_match(token_ids: list[int], step: int) -> None:
     drafter = NgramDrafter()
-    for end in range(step, len(token_ids), step):  # the text grows
+    for end in range(step, len(token_ids), step):  # the text grows by ``step`` tokens at a time
         drafter.index(token_ids[:end], 100)
     drafter.index(token_ids, 100)
     assert drafter.draft(token_ids, []) == after_longest_match(token_ids)
@@ -47,11 +48,16 @@ def test_drafting_continues_from_earlier_draft_tokens() -> None:
 
 
 def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run = Run(
+        SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=16, num_stages=3),
+        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
+        drafts=True,
+        vocabulary=1,
+    )
     run.scheduler.submit(request(4, 60))
     run.finish()
     (sequence,) = run.sequences
-    assert run.most_in_flight == 3
+    assert run.max_in_flight == 3
     assert sum(count.num_accepted for count in sequence.drafts.counts) > 45
     assert sum(count.num_drafted - count.num_accepted for count in sequence.drafts.counts) <= 3
 
@@ -71,41 +77,41 @@ def acquire(pool: SlotPool, slot: int, *token_ids: int) -> Sequence:
     return sequence
 
 
-def pool_with(*held: tuple[int, ...]) -> SlotPool:
+def pool_with(*cached_ids: tuple[int, ...]) -> SlotPool:
     """Return a pool of free slots that hold these tokens. The first slot is the least recently used."""
-    pool = SlotPool(len(held))
-    for slot, token_ids in enumerate(held):
+    pool = SlotPool(len(cached_ids))
+    for slot, token_ids in enumerate(cached_ids):
         acquire(pool, slot, *token_ids)
-    for slot in range(len(held)):
+    for slot in range(len(cached_ids)):
         pool.release(slot)
     return pool
 
 
 def test_the_least_recently_used_slot_is_reused_first() -> None:
     choice = pool_with((1, 2), (3, 4), (5, 6)).choose(array("I", (7, 8)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 0, None)
+    assert (choice.slot, choice.shared) == (0, SharedPrefix(0, None))
 
 
 def test_a_continued_conversation_reuses_its_own_slot() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6), (7, 8)).choose(array("I", (3, 4, 5, 6, 9)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (1, 4, None)
+    assert (choice.slot, choice.shared) == (1, SharedPrefix(4, None))
 
 
 def test_an_edited_conversation_reuses_the_cache_before_the_edit() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6)).choose(array("I", (3, 4, 5, 9, 9)))
-    assert (choice.slot, choice.shared.num_tokens) == (1, 3)
+    assert (choice.slot, choice.shared) == (1, SharedPrefix(3, None))
 
 
 def test_a_short_cached_prefix_is_copied_and_the_source_slot_is_kept() -> None:
     choice = pool_with((1, 2), (3, 4, 5, 6, 7)).choose(array("I", (3, 4, 9)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 2, 1)
+    assert (choice.slot, choice.shared) == (0, SharedPrefix(2, copy_from=1))
 
 
 def test_a_cached_prefix_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
     acquire(pool, 1, 5, 6, 7)
     choice = pool.choose(array("I", (5, 6, 7, 8)))
-    assert (choice.slot, choice.shared.num_tokens, choice.shared.copy_from) == (0, 3, 1)
+    assert (choice.slot, choice.shared) == (0, SharedPrefix(3, copy_from=1))
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
@@ -113,9 +119,13 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
 
 
 def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -> None:
-    run = Run(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocabulary=1)
-    for last in (7, 8):
-        run.scheduler.submit(Request((*range(60), last), 3, Sampling(seed=0), frozenset()))
+    run = Run(
+        SchedulerLimits(num_slots=2, context_tokens=200, chunk_tokens=200, num_stages=2),
+        FixedStepPolicy(num_microbatches=2, chunk=200, beside=200),
+        vocabulary=1,
+    )
+    for last_id in (7, 8):
+        run.scheduler.submit(Request((*range(60), last_id), 3, Sampling(seed=0), frozenset()))
     run.finish()
     first, second = run.sequences
     assert [len(microbatch) for microbatch in run.sent[:2]] == [1, 1]
@@ -124,10 +134,15 @@ def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -
 
 @given(requests, st.booleans(), st.integers(1, 4))
 def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
-    asked: Request, drafts: bool, vocabulary: int
+    first_request: Request, drafts: bool, vocabulary: int
 ) -> None:
-    run = Run(SchedulerLimits(1, 45, 8, 2), FixedStepPolicy(1, 8, 8), drafts, vocabulary)
-    run.play([asked], [])
+    run = Run(
+        SchedulerLimits(num_slots=1, context_tokens=45, chunk_tokens=8, num_stages=2),
+        FixedStepPolicy(num_microbatches=1, chunk=8, beside=8),
+        drafts,
+        vocabulary,
+    )
+    run.play([first_request], [])
     (sequence,) = run.sequences
     run.scheduler.submit(Request((*sequence.token_ids, 0), 1, Sampling(seed=0), frozenset()))
     run.finish()
@@ -135,7 +150,12 @@ def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
 
 
 def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() -> None:
-    run = Run(SchedulerLimits(1, 200, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run = Run(
+        SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=16, num_stages=2),
+        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
+        drafts=True,
+        vocabulary=1,
+    )
     run.scheduler.submit(request(60, 5))
     run.finish()
     (first,) = run.sequences
@@ -150,10 +170,15 @@ def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() 
 
 
 def test_a_lone_prompt_is_indexed_for_drafts_in_small_parts_while_it_is_computed() -> None:
-    run = Run(SchedulerLimits(1, 2000, 16, 2), FixedStepPolicy(1, 16, 16), drafts=True, vocabulary=1)
+    run = Run(
+        SchedulerLimits(num_slots=1, context_tokens=2000, chunk_tokens=16, num_stages=2),
+        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
+        drafts=True,
+        vocabulary=1,
+    )
     run.scheduler.submit(request(1000, 5))
     run.send()
-    parts = 1
+    num_calls = 1
     while run.scheduler.index_drafts():
-        parts += 1
-    assert parts == -(-999 // INDEX_TOKENS)
+        num_calls += 1
+    assert num_calls == math.ceil(999 / INDEX_TOKENS)  # the last of the 1000 tokens waits for one that follows it

@@ -1,4 +1,4 @@
-"""Tests of drafts of a draft head in the scheduler: plans, counts, the choice of a source, and when drafts stop."""
+"""Tests of a draft head's drafts in the scheduler: plans, counts, the choice of a source, and when drafts stop."""
 
 import random
 from collections import deque
@@ -20,28 +20,34 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import StepPolicy, drafted_token_s
 from mlx_k2.scheduling.token_policy import TokenPolicy
 from mlx_k2.testing.sleeping_stages import SIZES
-from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy
+from tests.scheduling.fake_stages import UNCHUNKED, FixedStepPolicy
 
 
 @dataclass
 class HeadRun:
-    """Stages that count 0, 1, 2 ... and have a draft head. ``is_right`` says whether its next draft is right.
+    """A scheduler on stages whose sampled token is the last token + 1, and that have a draft head.
 
-    A right draft takes 20 ms, any other step 40 ms.
+    ``is_right``: whether its drafts are right; a Random: 70% of them are. A right draft takes 20 ms, any other step
+    40 ms.
     """
 
     num_stages: int
     is_right: random.Random | bool
     mode: DraftMode = DraftMode.MODEL
-    policy: FixedStepPolicy = WHOLE_CHUNKS
+    policy: FixedStepPolicy = UNCHUNKED
     plans: list[Microbatch] = field(default_factory=list)
     num_skipped: int = 0
     clock_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(SchedulerLimits(2, 400, 400, self.num_stages), self.policy, draft_mode=self.mode)
+        self.scheduler = Scheduler(
+            SchedulerLimits(num_slots=2, context_tokens=400, chunk_tokens=400, num_stages=self.num_stages),
+            self.policy,
+            draft_mode=self.mode,
+        )
         self._in_flight: deque[Microbatch] = deque()
-        self._newest: dict[int, tuple[int, int]] = {}
+        self._last_sampled: dict[int, tuple[int, int]] = {}
+        """Position and id of the last sampled token, by slot."""
 
     def submit(
         self,
@@ -66,13 +72,13 @@ class HeadRun:
             self._in_flight.append(microbatch)
         microbatch = self._in_flight.popleft()
         rows = [planned.row for planned in microbatch.rows]
-        if rows[0].is_draft and self._newest[rows[0].slot] != (rows[0].position, rows[0].token_ids[0]):
+        if rows[0].is_draft and self._last_sampled[rows[0].slot] != (rows[0].position, rows[0].token_ids[0]):
             self.num_skipped += 1
             self.scheduler.complete(microbatch.number, [], is_skipped=True)
             return
-        sampled = [row for row in rows if row.needs_logits]
-        tokens = [SampledToken(row.token_ids[-1] + 1) for row in sampled]
-        self._newest |= {row.slot: (row.end, token.token_id) for row, token in zip(sampled, tokens, strict=True)}
+        sampling_rows = [row for row in rows if row.needs_logits]
+        tokens = [SampledToken(row.token_ids[-1] + 1) for row in sampling_rows]
+        self._last_sampled |= {row.slot: (row.end, row.token_ids[-1] + 1) for row in sampling_rows}
         self.clock_s += 0.02 if rows[0].is_draft else 0.04
         self.scheduler.complete(microbatch.number, tokens, now=self.clock_s)
         draft = rows[0].draft
@@ -80,12 +86,12 @@ class HeadRun:
             self.scheduler.propose(microbatch, self._drafts(tokens[0].token_id, draft.num_tokens))
 
     def _drafts(self, token_id: int, count: int) -> list[int]:
-        """Return the head's tokens. Like the last stage it keeps those in plans, if the first of them is right."""
+        """Return the head's ``count`` tokens after ``token_id``. Those in plans are kept, if the first is right."""
         planned = [later.rows[0].row.token_ids[0] for later in self._in_flight if later.rows[0].row.is_draft]
         drafts = planned[1:] if planned[:1] == [token_id] else []
         while len(drafts) < count:
-            before = drafts[-1] if drafts else token_id
-            drafts.append(before + 1 if self._next_is_right() else before + 7)
+            previous = drafts[-1] if drafts else token_id
+            drafts.append(previous + 1 if self._next_is_right() else previous + 7)
         return drafts[:count]
 
     def _next_is_right(self) -> bool:
@@ -111,7 +117,7 @@ def test_the_answer_is_the_same_whatever_the_head_drafts(rng: random.Random, num
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_a_head_that_is_always_right_needs_one_plan_a_token(num_stages: int) -> None:
+def test_a_head_that_is_always_right_needs_one_plan_per_token(num_stages: int) -> None:
     run = HeadRun(num_stages, is_right=True)
     run.submit(60)
     run.finish()
@@ -119,7 +125,7 @@ def test_a_head_that_is_always_right_needs_one_plan_a_token(num_stages: int) -> 
     assert run.num_skipped == 0
 
 
-def test_a_head_that_is_always_wrong_needs_two_plans_a_token_and_the_last_stage_skips_one_of_them() -> None:
+def test_a_head_that_is_always_wrong_needs_two_plans_per_token_and_the_last_stage_skips_one_of_them() -> None:
     run = HeadRun(2, is_right=False)
     run.submit(60)
     run.finish()
@@ -127,7 +133,7 @@ def test_a_head_that_is_always_wrong_needs_two_plans_a_token_and_the_last_stage_
     assert run.num_skipped == pytest.approx(59, abs=2)
 
 
-def test_each_further_stage_gets_a_draft_and_positions_are_counted_apart() -> None:
+def test_with_four_stages_three_drafts_are_in_flight_and_each_position_has_its_own_count() -> None:
     run = HeadRun(4, random.Random(1))
     run.submit(200)
     run.finish()
@@ -138,25 +144,25 @@ def test_each_further_stage_gets_a_draft_and_positions_are_counted_apart() -> No
     assert all(plan.rows[0].row.draft for plan in run.plans if plan.rows[0].row.needs_logits)
 
 
-def test_two_sequences_run_without_drafts_and_ask_for_none() -> None:
+def test_two_sequences_run_without_drafts_and_request_none() -> None:
     run = HeadRun(2, is_right=True)
     run.submit(20)
     run.submit(20, first=1000)
     for _ in range(15):
         run.round()
-    beside = [planned.row for plan in run.plans for planned in plan.rows]
-    assert not any(row.is_draft or row.draft for row in beside[1:])
+    rows = [planned.row for plan in run.plans for planned in plan.rows]
+    assert not any(row.is_draft or row.draft for row in rows)
 
 
-def test_an_interactive_sequence_is_drafted_for_while_a_background_one_keeps_its_slot() -> None:
+def test_an_interactive_sequence_gets_drafts_while_a_background_one_keeps_its_slot() -> None:
     run = HeadRun(2, is_right=True)
     run.submit(200, first=1000, priority=Priority.BACKGROUND)
     for _ in range(5):
         run.round()
     run.submit(40)
-    while any(sequence.is_interactive for sequence in [*run.scheduler.waiting, *run.scheduler.running]):
+    while any(not sequence.is_background for sequence in [*run.scheduler.waiting, *run.scheduler.running]):
         run.round()
-    rows = [planned.row for plan in run.plans for planned in plan.rows if planned.sequence.is_interactive]
+    rows = [planned.row for plan in run.plans for planned in plan.rows if not planned.sequence.is_background]
     assert len(run.scheduler.running) == 1
     assert sum(row.is_draft for row in rows) >= 38
 
@@ -188,7 +194,7 @@ def test_a_pause_between_answers_or_for_a_restart_is_not_measured_as_the_time_of
     assert sum(row.is_draft for row in rows[60:]) > 0.9 * len(rows[60:])
 
 
-def test_a_draft_model_without_which_none_was_loaded_is_an_error_and_auto_uses_ngrams_then() -> None:
+def test_without_a_draft_head_mode_model_is_an_error_and_auto_becomes_ngram() -> None:
     assert effective_mode(DraftMode.AUTO, has_head=False) is DraftMode.NGRAM
     assert effective_mode(DraftMode.AUTO, has_head=True) is DraftMode.AUTO
     with pytest.raises(RequestError, match="--draft-model"):
@@ -204,68 +210,71 @@ def test_an_ngram_wins_over_the_head_only_with_four_tokens_and_a_better_acceptan
     drafter = NgramDrafter()
     drafter.index(REPEATED, 100)
     drafts.propose([9])
-    first = drafts.next(REPEATED, drafter)
-    assert first is not None
-    assert first.source is DraftSource.MODEL
-    for _ in range(10):  # the head errs where the n-gram would have been right
+    before = drafts.next(REPEATED, drafter)
+    assert before is not None
+    assert before.source is DraftSource.MODEL
+    for _ in range(10):  # the head is wrong where the n-gram would be right
         drafts.propose([9])
-        found = drafts.next(REPEATED, drafter)
-        assert found is not None
-        drafts.plan(found)
+        draft = drafts.next(REPEATED, drafter)
+        assert draft is not None
+        drafts.plan(draft)
         drafts.accept(5)
     drafts.propose([9])
-    winner = drafts.next(REPEATED, drafter)
-    assert winner is not None
-    assert (winner.source, winner.token_id) == (DraftSource.NGRAM, 5)
-    short = drafts.next([7, *REPEATED[1:4], 8, 2, 3, 4], drafter)
-    assert short is not None
-    assert short.source is DraftSource.MODEL
+    after = drafts.next(REPEATED, drafter)
+    assert after is not None
+    assert (after.source, after.token_id) == (DraftSource.NGRAM, 5)
+    with_short_match = drafts.next([7, *REPEATED[1:4], 8, 2, 3, 4], drafter)
+    assert with_short_match is not None
+    assert with_short_match.source is DraftSource.MODEL
 
 
 def test_proposals_that_differ_from_the_drafts_in_plans_are_dropped() -> None:
     drafts = Drafts(DraftMode.MODEL)
     drafts.propose([4, 5])
     for _ in range(2):
-        found = drafts.next([], NgramDrafter())
-        assert found is not None
-        drafts.plan(found)
+        draft = drafts.next([], NgramDrafter())
+        assert draft is not None
+        drafts.plan(draft)
     assert drafts.accept(4)
     drafts.propose([5, 6])
-    newest = drafts.next([], NgramDrafter())
-    assert newest is not None
-    assert newest.token_id == 6
+    draft = drafts.next([], NgramDrafter())
+    assert draft is not None
+    assert draft.token_id == 6
     drafts.propose([7, 8])
     assert drafts.next([], NgramDrafter()) is None
 
 
 def test_counts_of_several_answers_are_added_by_source_and_position() -> None:
-    one = DraftCount(DraftSource.MODEL, 1, 10, 7)
-    other = DraftCount(DraftSource.MODEL, 2, 4, 1)
-    assert merge_counts([other, one, one]) == (DraftCount(DraftSource.MODEL, 1, 20, 14), other)
+    first = DraftCount(DraftSource.MODEL, position=1, num_drafted=10, num_accepted=7)
+    second = DraftCount(DraftSource.MODEL, position=2, num_drafted=4, num_accepted=1)
+    sum_of_first = DraftCount(DraftSource.MODEL, position=1, num_drafted=20, num_accepted=14)
+    assert merge_counts([second, first, first]) == (sum_of_first, second)
 
 
-@pytest.mark.parametrize(("draft_s", "pays"), [(0.001, True), (0.019, True), (0.2, False)])
-def test_auto_decides_from_the_costs_of_stages_and_head(draft_s: float, pays: bool) -> None:
+@pytest.mark.parametrize(("draft_s", "is_faster"), [(0.001, True), (0.019, True), (0.2, False)])
+def test_auto_decides_at_first_by_the_times_of_stages_and_head(draft_s: float, is_faster: bool) -> None:
     speed = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / 0.02, operations_per_s=1.0)
     policy = StepPolicy([StageCost(SIZES, speed)] * 2)
     policy.observe_draft(draft_s)
-    assert policy.drafts_pay() is pays
-    assert DraftSwitch(policy.drafts_pay).is_on is pays
+    assert policy.drafts_are_faster() is is_faster
+    assert DraftSwitch(policy.drafts_are_faster).is_on is is_faster
 
 
-def test_the_predicted_time_of_a_drafted_token_is_that_of_cycles_and_whole_passes() -> None:
+def test_the_predicted_time_of_a_drafted_token_is_between_a_cycle_and_a_pass_through_all_stages() -> None:
     assert drafted_token_s([0.02, 0.02], 0.002, 0.0, acceptance=1.0) == pytest.approx(0.022)
     assert drafted_token_s([0.03, 0.02], 0.002, 0.002, acceptance=0.0) == pytest.approx(0.052)
     assert drafted_token_s([0.03, 0.02], 0.002, 0.002, acceptance=0.5) == pytest.approx((0.031 + 0.052) / 2)
 
 
-@pytest.mark.parametrize(("drafted_s", "plain_s", "expected"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
-def test_auto_keeps_the_way_that_was_measured_to_be_faster(drafted_s: float, plain_s: float, expected: float) -> None:
+@pytest.mark.parametrize(("drafted_s", "plain_s", "fraction_on"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
+def test_auto_uses_mostly_the_setting_that_was_measured_to_be_faster(
+    drafted_s: float, plain_s: float, fraction_on: float
+) -> None:
     switch = DraftSwitch(lambda: True)
-    ways: list[bool] = []
+    settings: list[bool] = []
     for _ in range(2000):
-        ways.append(switch.is_on)
+        settings.append(switch.is_on)
         switch.observe(drafted_s if switch.is_on else plain_s)
-    late = ways[64:]
-    assert sum(late) / len(late) == pytest.approx(expected, abs=0.1)
-    assert len(set(late)) == 2, "the other way is measured again from time to time"
+    late_settings = settings[64:]
+    assert sum(late_settings) / len(late_settings) == pytest.approx(fraction_on, abs=0.1)
+    assert len(set(late_settings)) == 2, "the slower setting is not measured again"

@@ -1,4 +1,4 @@
-"""Tests of presence and frequency penalties and of a logit bias, as the last stage gets them, against a reference."""
+"""Tests of the logit bias that the last stage gets, the sum of bias and penalties, against a reference."""
 
 import random
 
@@ -13,24 +13,23 @@ VOCAB_SIZE = 30
 
 
 def reference(sampling: Sampling, generated: list[int]) -> list[float]:
-    """Return what is added to each logit after ``generated`` tokens, in float32."""
-    added = dict.fromkeys(range(VOCAB_SIZE), 0.0) | dict(sampling.logit_bias)
+    """Return the bias of each logit after the ``generated`` tokens, in float32."""
+    biases = dict.fromkeys(range(VOCAB_SIZE), 0.0) | dict(sampling.logit_bias)
     for token_id in set(generated):
         count = generated.count(token_id)
-        added[token_id] -= sampling.presence_penalty + count * sampling.frequency_penalty
-    return [float(np.float32(added[number])) for number in range(VOCAB_SIZE)]
+        biases[token_id] -= sampling.presence_penalty + count * sampling.frequency_penalty
+    return [float(np.float32(biases[token_id])) for token_id in range(VOCAB_SIZE)]
 
 
-def added_by(bias: LogitBias | None) -> list[float]:
-    """Return what a logit bias adds to each logit."""
-    added = np.zeros(VOCAB_SIZE, np.float32)
+def dense(bias: LogitBias | None) -> list[float]:
+    """Return the bias of each logit."""
+    biases = np.zeros(VOCAB_SIZE, np.float32)
     if bias is not None:
-        added[np.frombuffer(bias.token_ids, np.uint32)] = np.frombuffer(bias.values, np.float32)
-    found: list[float] = added.tolist()
-    return found
+        biases[np.frombuffer(bias.token_ids, np.uint32)] = np.frombuffer(bias.values, np.float32)
+    return [float(value) for value in biases]
 
 
-class Script(NgramDrafter):
+class ScriptedDrafter(NgramDrafter):
     """A drafter that proposes given tokens."""
 
     def __init__(self, token_ids: list[int]) -> None:
@@ -39,7 +38,7 @@ class Script(NgramDrafter):
     def index(self, token_ids: object, max_tokens: int) -> bool:
         return False
 
-    def draft(self, token_ids: object, drafts: object, shortest: int = 0) -> int | None:
+    def draft(self, token_ids: object, draft_ids: object, min_tokens: int = 0) -> int | None:
         return self.token_ids.pop(0)
 
     def truncate(self, num_tokens: int) -> None:
@@ -59,27 +58,27 @@ def test_bias_and_penalties_count_the_tokens_of_the_answer_as_a_plain_reference_
         sequence = Sequence(Request(prompt_ids, 50, sampling, frozenset()), 100)
         generated = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(20))]
         drafts = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(4))]
-        sequence.start(0, SharedPrefix(), Script(drafts.copy()))
+        sequence.start(0, SharedPrefix(), ScriptedDrafter(drafts.copy()))
         for number, token_id in enumerate(generated):
             sequence.append_sampled(number, SampledToken(token_id), number + 1)
         end = len(prompt_ids) + len(generated)
         for count in range(len(drafts) + 1):
-            found = added_by(sequence.logit_bias(end + count))
-            np.testing.assert_allclose(found, reference(sampling, generated + drafts[:count]), rtol=2e-7, atol=1e-6)
+            biases = dense(sequence.logit_bias(end + count))
+            np.testing.assert_allclose(biases, reference(sampling, generated + drafts[:count]), rtol=2e-7, atol=1e-6)
             if count < len(drafts):
                 sequence.num_planned = end + count
                 assert sequence.draft() == drafts[count]
-        before = added_by(sequence.logit_bias(end))
+        before = dense(sequence.logit_bias(end))
         sequence.reset(100)
-        assert added_by(sequence.logit_bias(end)) == before
-        np.testing.assert_allclose(added_by(sequence.logit_bias(end)), reference(sampling, generated), atol=1e-6)
+        assert dense(sequence.logit_bias(end)) == before
+        np.testing.assert_allclose(dense(sequence.logit_bias(end)), reference(sampling, generated), atol=1e-6)
 
 
-def test_the_last_stage_gets_the_sum_and_not_the_parameters() -> None:
+def test_the_last_stage_gets_the_sum_of_bias_and_penalties_and_not_the_parameters() -> None:
     sampling = Sampling(seed=1, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((3, 1.0),))
     sequence = Sequence(Request((1,), 5, sampling, frozenset()), 100)
     assert sequence.sampling == Sampling(seed=1)
-    assert added_by(sequence.logit_bias(1))[3] == 1.0
+    assert dense(sequence.logit_bias(1))[3] == 1.0
 
 
 def test_without_bias_and_penalties_nothing_is_sent() -> None:

@@ -8,10 +8,10 @@ LIMITS = SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_sta
 POLICY = FixedStepPolicy(num_microbatches=2, chunk=8, beside=6)
 
 
-def run_of(*asked: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary: int = 1) -> Run:
-    """Return a run with these (num_prompt, max_tokens) requests submitted. No two prompts begin alike."""
+def run_of(*lengths: tuple[int, int], limits: SchedulerLimits = LIMITS, vocabulary: int = 1) -> Run:
+    """Return a run with a submitted request for each (num_prompt, max_tokens). No two prompts begin alike."""
     run = Run(limits, POLICY, vocabulary=vocabulary)
-    for index, (num_prompt, max_tokens) in enumerate(asked):
+    for index, (num_prompt, max_tokens) in enumerate(lengths):
         run.scheduler.submit(request(num_prompt, max_tokens, first=1000 * index))
     return run
 
@@ -23,7 +23,7 @@ def test_chunks_of_a_prompt_are_sent_without_waiting_for_results() -> None:
     assert [sent.row.needs_logits for sent in run.rows] == [False, False, True]
 
 
-def test_a_long_prompt_does_not_delay_running_sequences() -> None:
+def test_while_a_sequence_decodes_each_step_carries_its_token_and_a_short_chunk_of_a_long_prompt() -> None:
     run = run_of((4, 50))
     run.send()
     run.complete()
@@ -45,10 +45,14 @@ def test_a_prompt_chunk_is_also_sent_while_the_decoding_sequence_is_in_flight() 
 
 
 def test_with_prompts_first_all_prefill_runs_before_decode() -> None:
-    run = run_of((4, 50), (30, 50), limits=SchedulerLimits(2, 64, 8, 2, prompts_first=True))
+    run = run_of(
+        (4, 50),
+        (30, 50),
+        limits=SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_stages=2, prompts_first=True),
+    )
     run.finish()
-    kinds = [sent.row.is_prompt for sent in run.rows]
-    assert kinds == sorted(kinds, reverse=True)
+    are_prompts = [sent.row.is_prompt for sent in run.rows]
+    assert are_prompts == sorted(are_prompts, reverse=True)
 
 
 def test_short_prompts_are_combined_in_one_microbatch() -> None:
@@ -58,15 +62,21 @@ def test_short_prompts_are_combined_in_one_microbatch() -> None:
 
 
 def test_decoding_sequences_alternate_in_the_number_of_microbatches_of_the_policy() -> None:
-    run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=SchedulerLimits(4, 64, 8, 2))
+    run = run_of(
+        (1, 50),
+        (1, 50),
+        (1, 50),
+        (1, 50),
+        limits=SchedulerLimits(num_slots=4, context_tokens=64, chunk_tokens=8, num_stages=2),
+    )
     run.send()
     run.complete()
     assert [run.send() for _ in range(3)] == [True, True, False]
     assert [len(microbatch) for microbatch in run.sent[1:]] == [2, 2]
-    first = {sent.row.slot for sent in run.sent[1]}
+    first_slots = {sent.row.slot for sent in run.sent[1]}
     run.complete()
     run.send()
-    assert {sent.row.slot for sent in run.sent[3]} == first
+    assert {sent.row.slot for sent in run.sent[3]} == first_slots
 
 
 def test_a_sequence_has_only_one_decode_step_in_flight() -> None:
@@ -98,7 +108,7 @@ def test_a_sequence_ends_at_the_context_length() -> None:
     run = run_of((60, 50))
     run.finish()
     (sequence,) = run.sequences
-    assert (sequence.finish_reason, len(sequence.token_ids) - sequence.num_prompt) == (FinishReason.LENGTH, 4)
+    assert (sequence.finish_reason, len(sequence.token_ids)) == (FinishReason.LENGTH, LIMITS.context_tokens)
 
 
 def test_after_cancel_all_before_the_first_step_the_scheduler_has_no_work() -> None:
@@ -111,7 +121,7 @@ def test_after_cancel_all_before_the_first_step_the_scheduler_has_no_work() -> N
 def test_a_rows_recent_ids_are_the_last_64_tokens() -> None:
     run = run_of((3, 50))
     run.finish()
-    assert run.rows[-1].row.recent_ids == (100, 101, 102, *[0] * 49)
-    run = run_of((100, 3), limits=SchedulerLimits(1, 200, 128, 1))
+    assert run.rows[-1].row.recent_ids == (100, 101, 102, *[0] * 49)  # the 50th token is sampled after this row
+    run = run_of((100, 3), limits=SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=128, num_stages=1))
     run.finish()
     assert run.rows[-1].row.recent_ids == (*range(138, 200), 0, 0)

@@ -15,10 +15,10 @@ from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, actions,
 @st.composite
 def finished_runs(sample: st.DrawFn) -> tuple[Run, Sequence[Request]]:
     """Generate a finished run, and its requests in the order of submission."""
-    asked = sample(st.lists(requests, min_size=1, max_size=6))
+    submitted = sample(st.lists(requests, min_size=1, max_size=6))
     run = Run(sample(limits), sample(policies), vocabulary=sample(st.integers(1, STOP_ID + 1)))
-    run.play(asked, sample(actions))
-    return run, asked
+    run.play(submitted, sample(actions))
+    return run, submitted
 
 
 @given(finished_runs())
@@ -26,10 +26,10 @@ def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(finished: t
     run, _ = finished
     for slot in range(run.limits.num_slots):
         owners = [id(sent.sequence) for sent in run.rows if sent.row.slot == slot]
-        in_turn = [owner for owner, _ in itertools.groupby(owners)]
-        assert len(in_turn) == len(set(in_turn))
+        owners_in_turn = [owner for owner, _ in itertools.groupby(owners)]
+        assert len(owners_in_turn) == len(set(owners_in_turn))
     for microbatch in run.sent:
-        assert len({row.row.slot for row in microbatch}) == len(microbatch)
+        assert len({sent.row.slot for sent in microbatch}) == len(microbatch)
 
 
 @given(finished_runs())
@@ -40,12 +40,11 @@ def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
     for sequence in run.sequences:
         rows = [sent.row for sent in run.rows_of(sequence)]
         planned = [position for row in rows for position in range(row.position, row.end)]
-        shared = sequence.shared.num_tokens
-        assert shared < sequence.num_prompt
-        assert planned == list(
-            range(shared, len(sequence.token_ids) - 1)
-        )  # no token follows the last one, so it is not computed
-        assert sum(len(row.token_ids) for row in rows if row.is_prompt) == sequence.num_prompt - shared
+        num_shared = sequence.shared.num_tokens
+        assert num_shared < sequence.num_prompt
+        # no token follows the last one, so its position is not computed
+        assert planned == list(range(num_shared, len(sequence.token_ids) - 1))
+        assert sum(len(row.token_ids) for row in rows if row.is_prompt) == sequence.num_prompt - num_shared
 
 
 @given(finished_runs())
@@ -70,10 +69,11 @@ def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
 
 @given(finished_runs())
 def test_prompts_are_scheduled_in_the_order_of_submission(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, asked = finished
-    assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in asked]
-    prompts = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
-    assert len([owner for owner, _ in itertools.groupby(prompts)]) == len(asked)  # each prompt without a break
+    run, submitted = finished
+    assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in submitted]
+    prompt_owners = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
+    # no prompt is interrupted by another
+    assert len([owner for owner, _ in itertools.groupby(prompt_owners)]) == len(submitted)
 
 
 @given(finished_runs())
@@ -81,10 +81,10 @@ def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prom
     finished: tuple[Run, Sequence[Request]],
 ) -> None:
     run, _ = finished
-    assert run.most_in_flight <= run.limits.max_in_flight
+    assert run.max_in_flight <= run.limits.max_in_flight
     for microbatch in run.sent:
-        kinds = [sent.row.is_prompt for sent in microbatch]
-        assert kinds == sorted(kinds)
+        are_prompts = [sent.row.is_prompt for sent in microbatch]
+        assert are_prompts == sorted(are_prompts)
         assert all(len(sent.row.token_ids) == 1 for sent in microbatch if not sent.row.is_prompt)
 
 
@@ -92,36 +92,40 @@ def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prom
 def test_a_sequences_tokens_do_not_depend_on_other_sequences_chunks_or_drafts(
     finished: tuple[Run, Sequence[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
 ) -> None:
-    run, asked = finished
+    run, submitted = finished
     bounds = replace(bounds, context_tokens=run.limits.context_tokens)
-    for request in asked:
-        alone = Run(bounds, policy, drafts, run.vocabulary)
-        alone.play([request], [])
-        (expected,) = alone.sequences
-        (found,) = [sequence for sequence in run.sequences if sequence.request is request]
-        assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
+    for request in submitted:
+        lone_run = Run(bounds, policy, drafts, run.vocabulary)
+        lone_run.play([request], [])
+        (expected,) = lone_run.sequences
+        (sequence,) = [sequence for sequence in run.sequences if sequence.request is request]
+        assert (sequence.token_ids, sequence.finish_reason) == (expected.token_ids, expected.finish_reason)
 
 
 @given(st.lists(requests, min_size=1, max_size=4), limits, policies, actions, st.integers(1, 4))
 def test_drafts_do_not_change_the_generated_tokens(
-    asked: Sequence[Request], bounds: SchedulerLimits, policy: FixedStepPolicy, order: Sequence[str], vocabulary: int
+    to_submit: Sequence[Request],
+    bounds: SchedulerLimits,
+    policy: FixedStepPolicy,
+    order: Sequence[str],
+    vocabulary: int,
 ) -> None:
     answers = []
     for drafts in (False, True):
         run = Run(bounds, policy, drafts, vocabulary)
-        run.play(asked, order)
-        assert run.most_in_flight <= bounds.max_in_flight
+        run.play(to_submit, order)
+        assert run.max_in_flight <= bounds.max_in_flight
         answers.append({id(sequence.request): sequence.token_ids for sequence in run.sequences})
     assert answers[0] == answers[1]
 
 
 @given(finished_runs())
 def test_every_finish_reason_agrees_with_the_sequences_tokens(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, asked = finished
-    assert len(run.sequences) == len(asked)
+    run, submitted = finished
+    assert len(run.sequences) == len(submitted)
     for sequence in run.sequences:
         generated = sequence.token_ids[sequence.num_prompt :]
-        full = len(sequence.token_ids) == run.limits.context_tokens
+        is_context_full = len(sequence.token_ids) == run.limits.context_tokens
         assert STOP_ID not in generated[:-1]
         assert len(sequence.token_ids) <= run.limits.context_tokens
         assert len(generated) <= sequence.request.max_tokens
@@ -129,15 +133,15 @@ def test_every_finish_reason_agrees_with_the_sequences_tokens(finished: tuple[Ru
             assert sequence.finish_reason is FinishReason.STOP
         else:
             assert sequence.finish_reason is FinishReason.LENGTH
-            assert full or len(generated) == sequence.request.max_tokens
+            assert is_context_full or len(generated) == sequence.request.max_tokens
 
 
 @given(limits, st.lists(requests, min_size=1, max_size=6), actions, st.lists(requests, max_size=3))
 def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
-    bounds: SchedulerLimits, asked: Sequence[Request], before: Sequence[str], later: Sequence[Request]
+    bounds: SchedulerLimits, to_cancel: Sequence[Request], before: Sequence[str], later: Sequence[Request]
 ) -> None:
     run = Run(replace(bounds, num_slots=2), vocabulary=1)
-    for request in asked:
+    for request in to_cancel:
         run.scheduler.submit(request)
     for action in before:
         if action == "send":

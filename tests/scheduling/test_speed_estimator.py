@@ -1,4 +1,4 @@
-"""Tests of the speed estimator: constants come from a stage's steps, or are as expected where steps do not suffice."""
+"""Tests of the speed estimator: it fits a stage's speed to its steps, and keeps what the steps do not determine."""
 
 import pytest
 from hypothesis import given
@@ -16,30 +16,30 @@ LOADS = [
 ]
 
 
-def measured(true: StageSpeed, loads: list[StepLoad], noise: float = 0.0) -> StageCost:
+def estimated(actual: StageCost, loads: list[StepLoad], noise: float = 0.0) -> StageCost:
+    """Return the estimate after 64 steps whose times are the ``actual`` ones, by turns plus and minus ``noise``."""
     estimator = SpeedEstimator(SIZES, EXPECTED)
-    truth = StageCost(SIZES, true)
     for index in range(64):
         load = loads[index % len(loads)]
-        estimator.observe(load, truth.step_s(load) * (1 + noise * (-1) ** index))
+        estimator.observe(load, actual.step_s(load) * (1 + noise * (-1) ** index))
     return StageCost(SIZES, estimator.speed)
 
 
 @given(st.floats(0.0, 0.02), st.floats(50e9, 2e12), st.floats(1e12, 60e12), st.floats(0, 0.1))
-def test_steps_of_prefill_and_decode_determine_the_speed_constants(
+def test_after_steps_of_prefill_and_decode_all_their_times_are_predicted(
     fixed_s: float, bytes_per_s: float, operations_per_s: float, noise: float
 ) -> None:
-    true = StageSpeed(fixed_s, bytes_per_s, operations_per_s)
-    found, truth = measured(true, LOADS, noise), StageCost(SIZES, true)
+    actual = StageCost(SIZES, StageSpeed(fixed_s, bytes_per_s, operations_per_s))
+    estimate = estimated(actual, LOADS, noise)
     for load in LOADS:
-        assert found.step_s(load) == pytest.approx(truth.step_s(load), rel=0.1 + 2 * noise)
+        assert estimate.step_s(load) == pytest.approx(actual.step_s(load), rel=0.1 + 2 * noise)
 
 
 @given(st.floats(0.3, 3.0))
 def test_identical_steps_are_predicted_at_their_measured_time(factor: float) -> None:
-    true = StageSpeed(EXPECTED.fixed_s * factor, EXPECTED.bytes_per_s / factor, EXPECTED.operations_per_s / factor)
-    found = measured(true, LOADS[:1])
-    assert found.step_s(LOADS[0]) == pytest.approx(StageCost(SIZES, true).step_s(LOADS[0]), rel=0.1)
+    speed = StageSpeed(EXPECTED.fixed_s * factor, EXPECTED.bytes_per_s / factor, EXPECTED.operations_per_s / factor)
+    actual = StageCost(SIZES, speed)
+    assert estimated(actual, LOADS[:1]).step_s(LOADS[0]) == pytest.approx(actual.step_s(LOADS[0]), rel=0.1)
 
 
 def test_without_measurements_the_expected_speed_is_used() -> None:

@@ -145,7 +145,7 @@ class InFlight:
         if drafted is not None:
             self.scheduler.propose(microbatch, self._replaced(microbatch, drafted.token_ids))
         for added in completed:
-            yield added.sequence, [one.token for one in added.appended]
+            yield added.sequence, [appended.token for appended in added.tokens]
 
     def _replaced(self, microbatch: Microbatch, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         (planned,) = microbatch.rows

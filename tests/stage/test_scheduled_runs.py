@@ -54,7 +54,7 @@ def run(pipeline: Pipeline, scheduler: Scheduler, asked: Sequence[Request]) -> l
             waiting.append((microbatch.number, sampled, is_skipped))
         number, sampled, is_skipped = waiting.popleft()
         for added in scheduler.complete(number, sampled, is_skipped=is_skipped):
-            tokens[id(added.sequence.request)] += [one.token for one in added.appended]
+            tokens[id(added.sequence.request)] += [appended.token for appended in added.tokens]
     return [tokens[id(request)] for request in asked]
 
 
@@ -69,8 +69,8 @@ def without_compiling() -> Iterator[None]:
 def alone(checkpoint: Checkpoint) -> list[Tokens]:
     """Return the tokens of one stage: one sequence after the other, whole prompts, nothing shared, no drafts."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
-    limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
-    policy = FixedStepPolicy(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
+    limits = SchedulerLimits(num_slots=1, context_tokens=CONTEXT_TOKENS, chunk_tokens=CONTEXT_TOKENS, num_stages=1)
+    policy = FixedStepPolicy(num_microbatches=1, chunk=CONTEXT_TOKENS, beside=CONTEXT_TOKENS)
     return [run(pipeline, Scheduler(limits, policy), [request])[0] for request in requests()]
 
 
@@ -83,7 +83,9 @@ def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
     checkpoint: Checkpoint, alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
-    limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
+    limits = SchedulerLimits(
+        num_slots=num_slots, context_tokens=CONTEXT_TOKENS, chunk_tokens=chunk_tokens, num_stages=num_stages
+    )
     scheduler = Scheduler(
         limits,
         FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)),
