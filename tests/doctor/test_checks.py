@@ -170,7 +170,7 @@ def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
 ) -> None:
     (check,) = checks
     assert check.result is result
-    assert re.search(words, check.found), check.found
+    assert re.search(words, check.message), check.message
     if "`" in words and result is not OK:
         assert check.commands
 
