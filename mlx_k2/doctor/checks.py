@@ -216,12 +216,12 @@ def _check_rdma(host: Host, hello: Hello, facts: HostFacts) -> Check:
 
 def check_environment(facts: HostFacts, envs: Sequence[str]) -> Check:
     """Check that MLX_METAL_FAST_SYNCH, which can hang a GPU, is unset on the host and in the hostfile's ``envs``."""
-    effect = "which can wedge a GPU until it is restarted"
     if any(line.startswith(f"{_FAST_SYNCH}=") for line in envs):
-        return Check("environment", WARNING, f"the hostfile sets {_FAST_SYNCH}, {effect}: take it out of envs")
-    if _FAST_SYNCH in facts.environment:
-        message = f"{_FAST_SYNCH} is set there, {effect}: `unset {_FAST_SYNCH}` in its shell's start-up file"
+        message = f"the hostfile sets {_FAST_SYNCH}, which can wedge a GPU until it is restarted: take it out of envs"
         return Check("environment", WARNING, message)
+    if _FAST_SYNCH in facts.environment:
+        message = f"{_FAST_SYNCH} is set there, which can wedge a GPU until it is restarted: `unset {_FAST_SYNCH}`"
+        return Check("environment", WARNING, f"{message} in its shell's start-up file")
     return Check("environment", OK, f"{_FAST_SYNCH} is not set")
 
 

@@ -18,15 +18,15 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.text.tokenizer import load_tokenizer
 from tests.local_cluster import VOCAB_SIZE, local_cluster, local_host, request
 
-WRITTEN = replace(request(5, 500), sampling=Sampling(seed=1, num_logprobs=20))
-"""Its lines are some 600 kB: more than a terminal and the kernel hold."""
-OTHER = request(9, 500)
+WRITTEN_REQUEST = replace(request(5, 500), sampling=Sampling(seed=1, num_logprobs=20))
+"""A request whose output is some 600 kB: more than a terminal and the kernel hold."""
+OTHER_REQUEST = request(9, 500)
 
 
 def main(model: Path) -> None:
     with local_cluster(model, [local_host()]) as cluster:
         tokenizer = load_tokenizer(cluster.deployment.model.files, VOCAB_SIZE)
-        submissions = [Submission(asked, ReplyPolicy(tokenizer, asked)) for asked in (WRITTEN, OTHER)]
+        submissions = [Submission(each, ReplyPolicy(tokenizer, each)) for each in (WRITTEN_REQUEST, OTHER_REQUEST)]
         written, other = cluster.engine.submit_all(submissions)
         thread = threading.Thread(target=report_end, args=[other, written])
         thread.start()
@@ -38,6 +38,7 @@ def main(model: Path) -> None:
 
 
 def report_end(other: Handle, written: Handle) -> None:
+    """Report on stderr that ``other`` has ended, then that ``written`` has ended in the engine."""
     for _ in other.events():
         pass
     sys.stderr.write("other ended\n")

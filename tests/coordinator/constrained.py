@@ -1,4 +1,4 @@
-"""Replies of a token policy to made-up logits: what the engine does for one sequence, without stages."""
+"""Replies of a token policy to random logits: what the engine does for one sequence, without stages."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ COMPILER = GrammarCompiler(TOKENIZER)
 STOP_ID = TOKENIZER.token_id("<|im_end|>")
 THINK, THINK_END = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
 NO_THINKING = (STOP_ID, THINK, THINK_END)
-"""A prompt after which the model does not think."""
+"""A prompt that ends with an empty reasoning."""
 ENDING = frozenset(
     number for number in range(VOCAB_SIZE) if TOKENIZER.token_bytes(number)[:1] in (b'"', b"}", b"]", b",")
 )
 """The tokens that end values."""
 
 Choose = Callable[[Sequence[int]], int]
-"""A choice among the allowed tokens."""
+"""A function that returns one of the allowed tokens."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenReply:
     """A reply: its tokens, its parts, and why it ended."""
 
     token_ids: list[int]
@@ -58,8 +58,11 @@ def write_reply(
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset({STOP_ID}),
     on_mask: Callable[[list[int], TokenMask | None], None] = lambda _ids, _mask: None,
-) -> Written:
-    """Run a policy as a sequence does: forced tokens, else a token that the mask allows, as ``choose`` decides."""
+) -> WrittenReply:
+    """Run a policy as a sequence does: with forced tokens, else with one that ``choose`` returns of those allowed.
+
+    ``on_mask`` is called with the tokens so far and the mask before each choice.
+    """
     token_ids: list[int] = []
     parts: list[Part] = []
     reason: FinishReason | None = None
@@ -79,7 +82,7 @@ def write_reply(
             if reason is not None:
                 break
     parts += policy.finish().parts
-    return Written(token_ids, whole_reply(parts), reason)
+    return WrittenReply(token_ids, whole_reply(parts), reason)
 
 
 def allowed_ids(mask: TokenMask | None) -> list[int]:

@@ -1,6 +1,7 @@
-"""A real stage that lies once. As a program: lying_stage.py FOLDER is the stage process, to be started by a guard.
+"""A stage that sends one false message. As a program: lying_stage.py FOLDER is the stage, to be started by a guard.
 
-The lie is the name of a file in FOLDER, which is removed before it is told in place of the answer to the fourth step.
+The kind of the false message, the lie, is the name of a file in FOLDER. The lies in LIES replace the report of step 3;
+the file is removed first, so that the next stage sends no false message.
 """
 
 import math
@@ -30,7 +31,7 @@ LIES = {
     "top": "sent the token id 99999, and the vocabulary has 768",
     "nesting": "not a message from a stage: ",
 }
-"""The lies, and the start of what is said of the last stage that tells them."""
+"""The lies in place of the report of step 3, and the start of the error's text after the stage's name."""
 
 START_LIES: dict[str, tuple[FromStage, str]] = {
     "before": (StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
@@ -38,12 +39,12 @@ START_LIES: dict[str, tuple[FromStage, str]] = {
     "nowhere": (Prepared((), ""), "listens on nowhere, which is not in the hostfile"),
     "early": (Loaded(0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
 }
-"""Messages in place of the true answer during the start, and what is said of them."""
+"""The lies during the start: the false message, and the start of the error's text after the stage's name."""
 _TRUE_ANSWER = {"before": Hello, "elsewhere": Prepared, "nowhere": Prepared, "early": Connected}
 
 
 def lying_python(folder: Path, lie: str) -> str:
-    """Make ``folder`` with a stand-in for a host's Python that runs a guard over a lying stage. Return its path."""
+    """Write to ``folder`` a stand-in for a host's Python that runs a guard over a lying stage. Return its path."""
     folder.mkdir()
     (folder / lie).touch()
     script = folder / "python"
@@ -52,9 +53,10 @@ def lying_python(folder: Path, lie: str) -> str:
     return str(script)
 
 
-def altered(lie: str, done: StepDone) -> FromStage:
+def false_report(lie: str, done: StepDone) -> FromStage:
+    """Return the message that replaces a true report."""
     (token,) = done.tokens
-    replaced: dict[str, dict[str, Any]] = {
+    false_fields: dict[str, dict[str, Any]] = {
         "step": {"number": 12345},
         "again": {"number": 0},
         "time": {"busy_s": math.nan},
@@ -64,7 +66,7 @@ def altered(lie: str, done: StepDone) -> FromStage:
         "negative": {"tokens": (SampledToken(-1),)},
         "top": {"tokens": (SampledToken(1, -1.0, ((99999, -1.0),)),)},
     }
-    return Connected() if lie == "message" else msgspec.structs.replace(done, **replaced[lie])
+    return Connected() if lie == "message" else msgspec.structs.replace(done, **false_fields[lie])
 
 
 def main(folder: Path) -> None:
@@ -73,17 +75,17 @@ def main(folder: Path) -> None:
 
     class LyingService(StageService):
         def _send(self, message: FromStage) -> None:
-            for lie, (false, _) in START_LIES.items():
+            for lie, (false_message, _) in START_LIES.items():
                 if isinstance(message, _TRUE_ANSWER[lie]) and (folder / lie).exists():
                     digest = {"model_digest": message.model_digest} if isinstance(message, Prepared) else {}
-                    message = msgspec.structs.replace(false, **digest)
+                    message = msgspec.structs.replace(false_message, **digest)
             for lie in LIES:
                 if isinstance(message, StepDone) and message.number == 3 and (folder / lie).exists():
                     (folder / lie).unlink()
                     if lie == "nesting":
                         os.write(protocol_fd, encode_frame(Kind.MESSAGE, b"\x91" * 100_000))
                         return
-                    message = altered(lie, message)
+                    message = false_report(lie, message)
             super()._send(message)
 
     service.StageService = LyingService  # type: ignore[misc]

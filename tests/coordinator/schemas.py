@@ -23,8 +23,8 @@ def as_parameters(schema: Any) -> Any:
     kind = schema.get("type")
     if kind == "object" or (isinstance(kind, list) and "object" in kind):
         return schema
-    inner = {key: value for key, value in schema.items() if key != "$defs"}
-    wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
+    value = {key: keyword for key, keyword in schema.items() if key != "$defs"}
+    wrapped = {"type": "object", "properties": {"value": value}, "required": ["value"], "additionalProperties": False}
     return wrapped | ({"$defs": schema["$defs"]} if "$defs" in schema else {})
 
 

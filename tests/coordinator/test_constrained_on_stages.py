@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 import msgspec
@@ -35,9 +35,16 @@ LISTS = {
     "required": ["names", "more"],
     "additionalProperties": False,
 }
-"""Its answers repeat themselves, so that some drafts are right."""
+"""A schema whose answers repeat themselves, so that some drafts are right."""
 ClusterOf = Callable[[int], Cluster]
-Result = tuple[list[int], Reply, FinishReason]
+
+
+class Result(NamedTuple):
+    """The tokens of an answer, the reply that they spell, and why it ended."""
+
+    token_ids: list[int]
+    reply: Reply
+    reason: FinishReason
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +66,8 @@ def compiler(cluster_of: ClusterOf) -> GrammarCompiler:
     return GrammarCompiler(load_tokenizer(cluster_of(1).deployment.model.files, VOCAB_SIZE))
 
 
-def asked(tokenizer: Tokenizer, seed: int, max_tokens: int, *, bias: float = 0.0) -> Request:
-    """Return a request after whose prompt the model does not think. ``bias``: for tokens that end values."""
+def request_without_thinking(tokenizer: Tokenizer, seed: int, max_tokens: int, *, bias: float = 0.0) -> Request:
+    """Return a request whose prompt ends with an empty reasoning. ``bias`` is that of tokens which end values."""
     stop_id = tokenizer.token_id("<|im_end|>")
     ending = [number for number in range(VOCAB_SIZE) if tokenizer.token_bytes(number)[:1] in (b'"', b"}", b"]", b",")]
     biases = tuple((number, bias) for number in ending) if bias else ()
@@ -73,9 +80,11 @@ def run(
 ) -> list[Result]:
     """Run constrained requests together; return the tokens, the reply and the finish reason of each."""
     grammar = compile_constraint(compiler, constraint)
-    policies = [ReplyPolicy(compiler.tokenizer, one, ReplyLimits(**limits), grammar) for one in requests]
     handles = cluster.engine.submit_all(
-        [Submission(one, policy) for one, policy in zip(requests, policies, strict=True)]
+        [
+            Submission(request, ReplyPolicy(compiler.tokenizer, request, ReplyLimits(**limits), grammar))
+            for request in requests
+        ]
     )
     results: list[Result] = []
     for handle in handles:
@@ -87,7 +96,7 @@ def run(
             if isinstance(event, Token | Finished):
                 parts += event.parts
         assert isinstance(event, Finished)
-        results.append((token_ids, whole_reply(parts), event.reason))
+        results.append(Result(token_ids, whole_reply(parts), event.reason))
     return results
 
 
@@ -97,16 +106,16 @@ def test_tokens_are_the_same_with_drafts_and_over_1_2_and_3_stages(
 ) -> None:
     regex = Constraint(AnswerFormat(AnswerForm.REGEX, "(ab|cd|ef|gh){30,60}"))
     for constraint in (answer_of(LISTS), call_of(LISTS, is_parallel=False), regex):
-        one = asked(compiler.tokenizer, 5, 600, bias=20.0)
-        penalized = msgspec.structs.replace(one.sampling, presence_penalty=0.5, frequency_penalty=0.1)
-        for request in (one, replace(one, sampling=penalized)):
-            alone, *others = (run(cluster_of(stages), compiler, constraint, request) for stages in (1, 2, 3))
-            assert all(other == alone for other in others)
-            assert alone[0][2] is FinishReason.STOP
+        plain = request_without_thinking(compiler.tokenizer, 5, 600, bias=20.0)
+        penalized = msgspec.structs.replace(plain.sampling, presence_penalty=0.5, frequency_penalty=0.1)
+        for request in (plain, replace(plain, sampling=penalized)):
+            one, two, three = (run(cluster_of(stages), compiler, constraint, request) for stages in (1, 2, 3))
+            assert one == two == three
+            assert one[0].reason is FinishReason.STOP
 
 
 def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:
-    request = asked(compiler.tokenizer, 5, 400, bias=5.0)
+    request = request_without_thinking(compiler.tokenizer, 5, 400, bias=5.0)
     grammar = compile_constraint(compiler, answer_of(LISTS))
     *_, end = cluster_of(2).engine.submit(request, ReplyPolicy(compiler.tokenizer, request, grammar=grammar)).events()
     assert isinstance(end, Finished)
@@ -116,7 +125,7 @@ def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, comp
 def test_constrained_and_free_replies_run_side_by_side(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:
     free = Request((1, 2, 3), 40, Sampling(seed=1), frozenset())
     alone = cluster_of(2).tokens(free)[free]
-    request = asked(compiler.tokenizer, 3, 200, bias=20.0)
+    request = request_without_thinking(compiler.tokenizer, 3, 200, bias=20.0)
     grammar = compile_constraint(compiler, answer_of(LISTS))
     policy = ReplyPolicy(compiler.tokenizer, request, grammar=grammar)
     constrained, other = cluster_of(2).engine.submit_all([Submission(request, policy), Submission(free)])
@@ -133,11 +142,11 @@ def parts_of(events: Iterator[Any]) -> list[Any]:
 def test_the_reasoning_of_a_required_call_is_closed_by_its_budget(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
-    request = asked(compiler.tokenizer, 3, 400, bias=20.0)
-    thinks = replace(request, prompt_ids=request.prompt_ids[:-1])
+    request = request_without_thinking(compiler.tokenizer, 3, 400, bias=20.0)
+    with_thinking = replace(request, prompt_ids=request.prompt_ids[:-1])
     constraint = call_of(LISTS, is_parallel=False)
-    ((token_ids, reply, reason),) = run(cluster_of(2), compiler, constraint, thinks, thinking_budget=9)
-    assert reason is FinishReason.STOP
-    assert reply.reasoning
-    assert token_ids.index(compiler.tokenizer.token_id("</think>")) == 9
-    check(reply, constraint, LISTS)
+    (result,) = run(cluster_of(2), compiler, constraint, with_thinking, thinking_budget=9)
+    assert result.reason is FinishReason.STOP
+    assert result.reply.reasoning
+    assert result.token_ids.index(compiler.tokenizer.token_id("</think>")) == 9
+    check(result.reply, constraint, LISTS)

@@ -28,7 +28,7 @@ from tests.coordinator.constrained import (
     THINK,
     THINK_END,
     TOKENIZER,
-    Written,
+    WrittenReply,
     allowed_ids,
     policy_of,
     random_choice,
@@ -112,7 +112,7 @@ def _tagged(name: str, part: Any) -> dict[str, Any]:
 schemas = st.recursive(leaves, _containers, max_leaves=6).map(lambda schema: schema | {"$defs": DEFINITIONS})
 endings = st.sampled_from([0.0, 0.5, 0.95])
 few = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
-"""Examples of the properties that write long replies: all of them in the long profile."""
+"""The settings of properties that write long replies: fewer examples in the profile of the fast tests."""
 
 
 def answer(schema: object) -> Constraint:
@@ -125,8 +125,8 @@ def calls(*tools: Tool, choice: ToolChoice = ToolChoice.REQUIRED, **rules: Any) 
     return Constraint(tools=ToolRules(tools, choice, **rules))
 
 
-def text_of(written: Written) -> str:
-    """Return the reply with its markers."""
+def text_of(written: WrittenReply) -> str:
+    """Return the text of a reply, with its control tokens."""
     return b"".join(TOKENIZER.token_bytes(number) for number in written.token_ids).decode(errors="replace")
 
 
@@ -183,14 +183,14 @@ def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_len
     }
     tools = [Tool(name, schema) for name, schema in by_name.items()]
     written = write_reply(policy_of(calls(*tools, is_parallel=is_parallel)), random_choice(seed, ending=ending), 400)
-    whole = [call for call in written.reply.calls if call.error is None]
-    for call in whole:
+    complete_calls = [call for call in written.reply.calls if call.error is None]
+    for call in complete_calls:
         jsonschema.validate(json.loads(call.arguments), by_name[call.name])
     if written.finish_reason is FinishReason.STOP:
-        assert len(whole) == len(written.reply.calls) >= 1
-        assert is_parallel or len(whole) == 1
-        assert [call.written_id for call in whole] == [
-            f"functions.{call.name}:{number}" for number, call in enumerate(whole)
+        assert len(complete_calls) == len(written.reply.calls) >= 1
+        assert is_parallel or len(complete_calls) == 1
+        assert [call.written_id for call in complete_calls] == [
+            f"functions.{call.name}:{number}" for number, call in enumerate(complete_calls)
         ]
         assert written.reply.content == ""
     else:
@@ -259,18 +259,18 @@ def test_a_draft_token_that_exceeds_the_limits_of_the_grammar_is_dropped_and_the
 
 def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with_this_grammar() -> None:
     constraint = Constraint(AnswerFormat(AnswerForm.REGEX, "[ab]{3}(bab|(c?){200}c{200})"))
-    failing, going_on = policy_of(constraint), policy_of(constraint)
-    for policy in (failing, going_on):
+    failing, other = policy_of(constraint), policy_of(constraint)
+    for policy in (failing, other):
         for token_id in b"abb":
             policy.accept(token_id)
     with pytest.raises(RequestFailed, match="its grammar cannot follow the answer"):
         for _ in range(50):
             failing.accept(ord("c"))
             failing.token_mask(())
-    begun_later = policy_of(constraint)
+    later = policy_of(constraint)
     for token_id in b"abb":
-        begun_later.accept(token_id)
-    for policy in (going_on, begun_later):
+        later.accept(token_id)
+    for policy in (other, later):
         policy.accept(ord("b"))
         assert policy.forced() == [*b"ab"]
 
@@ -278,29 +278,29 @@ def test_a_reply_that_exceeds_the_limits_of_its_grammar_ends_no_other_reply_with
 def test_one_compiler_is_safe_from_several_threads() -> None:
     constraints = [answer(WEATHER), calls(WEATHER_TOOL, CLOCK_TOOL), answer({"type": "array"}), answer({"const": 5})]
 
-    def written(compiler: GrammarCompiler, number: int) -> list[int]:
+    def reply_tokens(compiler: GrammarCompiler, number: int) -> list[int]:
         grammar = compile_constraint(compiler, constraints[number % len(constraints)])
         request = Request(NO_THINKING, 300, Sampling(seed=0), frozenset({STOP_ID}))
         return write_reply(ReplyPolicy(TOKENIZER, request, grammar=grammar), random_choice(number), 60).token_ids
 
     compiler, num_threads = GrammarCompiler(TOKENIZER), 8
-    together = threading.Barrier(num_threads)
+    all_threads = threading.Barrier(num_threads)
 
     def write_all(first: int) -> list[list[int]]:
-        together.wait(60)  # all need the vocabulary's tables at once
-        return [written(compiler, first + step) for step in range(len(constraints))]
+        all_threads.wait(60)  # all need the vocabulary's tables at once
+        return [reply_tokens(compiler, first + step) for step in range(len(constraints))]
 
     with ThreadPoolExecutor(num_threads) as pool:
-        found = list(pool.map(write_all, range(num_threads), timeout=60))
-    for first, replies in enumerate(found):
-        assert replies == [written(COMPILER, first + step) for step in range(len(constraints))]
+        replies_of_threads = list(pool.map(write_all, range(num_threads), timeout=60))
+    for first, replies in enumerate(replies_of_threads):
+        assert replies == [reply_tokens(COMPILER, first + step) for step in range(len(constraints))]
 
 
 def test_tokens_without_an_alternative_are_forced() -> None:
-    masks: list[int] = []
     constraint = calls(CLOCK_TOOL, is_parallel=False)
-    written = write_reply(policy_of(constraint), random_choice(0), 400, on_mask=lambda ids, _: masks.append(len(ids)))
-    assert masks == []
+    written = write_reply(
+        policy_of(constraint), random_choice(0), 400, on_mask=lambda _ids, _mask: pytest.fail("a token was chosen")
+    )
     assert text_of(written) == (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.mcp__clock-1.x:0<|tool_call_argument_begin|>{}"
         "<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
@@ -309,11 +309,11 @@ def test_tokens_without_an_alternative_are_forced() -> None:
 
 def test_the_number_of_a_call_continues_those_of_the_prompt() -> None:
     prompt = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *NO_THINKING)
-    one = write_reply(policy_of(calls(CLOCK_TOOL, is_parallel=False), prompt), random_choice(0), 400)
-    assert [call.written_id for call in one.reply.calls] == ["functions.mcp__clock-1.x:2"]
-    given_number = calls(CLOCK_TOOL, is_parallel=False, first_number=80)
-    other = write_reply(policy_of(given_number, prompt), random_choice(0), 400)
-    assert [call.written_id for call in other.reply.calls] == ["functions.mcp__clock-1.x:80"]
+    third = write_reply(policy_of(calls(CLOCK_TOOL, is_parallel=False), prompt), random_choice(0), 400)
+    assert [call.written_id for call in third.reply.calls] == ["functions.mcp__clock-1.x:2"]
+    from_80 = calls(CLOCK_TOOL, is_parallel=False, first_number=80)
+    numbered = write_reply(policy_of(from_80, prompt), random_choice(0), 400)
+    assert [call.written_id for call in numbered.reply.calls] == ["functions.mcp__clock-1.x:80"]
 
 
 def test_reasoning_comes_before_a_required_call_and_an_answer_in_json() -> None:
@@ -368,8 +368,7 @@ def test_without_tools_no_marker_of_a_call_is_allowed(prompt_ids: tuple[int, ...
 def test_a_reply_that_may_call_tools_or_answer_in_json_does_one_of_them() -> None:
     constraint = Constraint(answer(WEATHER).answer, calls(WEATHER_TOOL, choice=ToolChoice.AUTO).tools)
     replies = [write_reply(policy_of(constraint), random_choice(seed, ending=0.9), 400).reply for seed in range(20)]
-    kinds = {bool(reply.calls) for reply in replies}
-    assert kinds == {True, False}
+    assert {bool(reply.calls) for reply in replies} == {True, False}
     for reply in replies:
         assert bool(reply.calls) != bool(reply.content)
         jsonschema.validate(json.loads(reply.calls[0].arguments if reply.calls else reply.content), WEATHER)

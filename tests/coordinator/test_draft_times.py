@@ -6,7 +6,7 @@ from mlx_k2.coordinator.draft_times import DraftTimer
 from mlx_k2.deployment.listener import StageReport
 from mlx_k2.protocol.messages import StepDone
 from mlx_k2.sampling import SampledToken
-from tests.coordinator.test_report_check import plans
+from tests.coordinator.test_report_check import planned_steps
 
 STAGES_S = (0.03, 0.02)
 HOP_S = 0.001
@@ -14,7 +14,7 @@ HEAD_S = 0.004
 
 
 def test_right_and_wrong_drafts_give_the_hop_and_the_expected_time_of_a_cycle() -> None:
-    _, known, draft = plans()
+    _, known, draft = planned_steps()
     timer = DraftTimer(2)
     now = 0.0
     for microbatch, between_s in ((known, 0.052), (draft, 0.031), (draft, 0.031), (known, 0.052)):
@@ -32,7 +32,7 @@ def test_right_and_wrong_drafts_give_the_hop_and_the_expected_time_of_a_cycle() 
 
 
 def test_without_a_right_draft_there_are_no_times() -> None:
-    _, known, _ = plans()
+    _, known, _ = planned_steps()
     timer = DraftTimer(2)
     for now in (1.0, 2.0):
         for rank in range(2):

@@ -42,11 +42,11 @@ requests = st.builds(
 
 @dataclass
 class Reader:
-    """The reader of one handle, and what it has read."""
+    """The reader of one handle, and the tokens and ends that it has read."""
 
     handle: Handle
     submitted_at: int
-    """Number of steps that had returned at the submission."""
+    """Number of steps that the last stage had finished at the submission."""
     token_ids: list[int] = field(default_factory=list)
     ends: list[Finished | RequestFailed] = field(default_factory=list)
     was_cancelled: bool = False
@@ -106,7 +106,7 @@ class EngineStates(RuleBasedStateMachine):
         return [report for report in self.tested.reports if report.rank == self.num_stages - 1]
 
     def wait_for_engine(self) -> None:
-        """Wait until the engine waits for the stages, so that a run can be repeated."""
+        """Wait until the engine waits for the stages: then the same rules always have the same result."""
         if not self.is_restarting:
             assert self.tested.stages.wait_until_waiting(WAIT_S), "the engine does not wait"
 
@@ -173,7 +173,7 @@ class EngineStates(RuleBasedStateMachine):
     def end_restart(self) -> None:
         self.tested.end_restart()
 
-    # ---- what must hold
+    # ---- invariants
 
     @invariant()
     def no_slot_has_two_owners(self) -> None:
@@ -193,13 +193,14 @@ class EngineStates(RuleBasedStateMachine):
                 assert self.num_background_steps(reader) <= self.num_stages + 1, "before the first token"
 
     def num_background_steps(self, reader: Reader) -> int:
-        """Return how many background steps returned between the submission and the first token, if there is one."""
+        """Return how many background steps ended between the submission and the first token; 0 without a token."""
         count = 0
         for report in self.last_reports[reader.submitted_at :]:
             rows = report.microbatch.rows
-            if any(one.row.needs_logits and one.sequence.request is reader.handle.request for one in rows):
+            if any(planned.row.needs_logits and planned.sequence.request is reader.handle.request for planned in rows):
                 return count
-            count += any(one.sequence.request.priority is Priority.BACKGROUND for one in rows)
+            if any(planned.sequence.is_background for planned in rows):
+                count += 1
         return 0
 
     def teardown(self) -> None:
@@ -221,7 +222,7 @@ class EngineStates(RuleBasedStateMachine):
 
     @staticmethod
     def check_answer(reader: Reader, end: Finished | RequestFailed) -> None:
-        """Compare a whole answer with that of the request alone. A cancelled one is the beginning of it."""
+        """Check that an answer is that of the request alone, or the beginning of it if the answer was ended early."""
         expected = answer_alone(reader.handle.request)
         if isinstance(end, RequestFailed):
             assert "was running when stage" in str(end)

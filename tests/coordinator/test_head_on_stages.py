@@ -57,8 +57,8 @@ def engine_of() -> Iterator[EngineOf]:
     with ExitStack() as stack:
 
         def start(num_stages: int) -> Engine:
-            asked = builtin_request(local_hostfile(num_stages), HEAD if num_stages > 1 else None)
-            deployment = stack.enter_context(deploy(*open_source(asked), DeploymentListener()))
+            request = builtin_request(local_hostfile(num_stages), HEAD if num_stages > 1 else None)
+            deployment = stack.enter_context(deploy(*open_source(request), DeploymentListener()))
             mode = DraftMode.MODEL if num_stages > 1 else DraftMode.OFF
             return stack.enter_context(engine_on(deployment, draft_mode=mode))
 
@@ -90,20 +90,22 @@ def sampling_of(rng: random.Random, seed: int) -> Sampling:
     )
 
 
-def continued(engine: Engine, rng: random.Random, number: int) -> list[list[int]]:
+def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[int]]:
     """Return the tokens of an answer, then of one that continues it, then of the first prompt with another seed.
 
-    The second request continues in the first one's slot. The third copies the prompt from that slot, or takes it over.
+    The second request continues in the first one's slot. The third uses the prompt in that slot, or copies it from
+    there.
     """
-    first = prompt_ids(rng.choice(QUESTIONS))
-    answers = [tokens(engine, Request(first, 40, sampling_of(rng, number), frozenset({STOP_ID})))]
-    more = (*first, *answers[0], *(rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.choice([1, 8, 70]))))
-    answers.append(tokens(engine, Request(more, 24, sampling_of(rng, number), frozenset())))
-    answers.append(tokens(engine, Request(first, 24, sampling_of(rng, number + 1), frozenset())))
+    first_prompt = prompt_ids(rng.choice(QUESTIONS))
+    answers = [answer_tokens(engine, Request(first_prompt, 40, sampling_of(rng, seed), frozenset({STOP_ID})))]
+    added_ids = (rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.choice([1, 8, 70])))
+    longer_prompt = (*first_prompt, *answers[0], *added_ids)
+    answers.append(answer_tokens(engine, Request(longer_prompt, 24, sampling_of(rng, seed), frozenset())))
+    answers.append(answer_tokens(engine, Request(first_prompt, 24, sampling_of(rng, seed + 1), frozenset())))
     return answers
 
 
-def tokens(engine: Engine, request: Request) -> list[int]:
+def answer_tokens(engine: Engine, request: Request) -> list[int]:
     return rest_of(engine.submit(request))[0]
 
 
@@ -112,8 +114,9 @@ def tokens(engine: Engine, request: Request) -> list[int]:
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_the_tokens_of_random_requests_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
     for number in range(NUM_CASES):
-        alone, drafted = (continued(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
-        assert drafted == alone, f"case {number}"
+        without_head = three_answers(engine_of(1), random.Random(number), number)
+        with_head = three_answers(engine_of(num_stages), random.Random(number), number)
+        assert with_head == without_head, f"case {number}"
 
 
 @pytest.mark.timeout(60)
@@ -121,17 +124,17 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     engine_of: EngineOf,
 ) -> None:
     request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=0.0), frozenset({STOP_ID}))
-    alone = tokens(engine_of(1), request)
+    without_head = answer_tokens(engine_of(1), request)
     cancelled = engine_of(2).submit(Request(prompt_ids(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
     for number, event in enumerate(cancelled.events()):
         if isinstance(event, Token) and number > 5:
             cancelled.cancel()
     token_ids, end = rest_of(engine_of(2).submit(request))
-    assert token_ids == alone
+    assert token_ids == without_head
     assert isinstance(end, Finished)
     (count,) = end.summary.drafts
     assert count.source is DraftSource.MODEL
-    assert count.num_accepted > 0.5 * len(alone)
+    assert count.num_accepted > 0.5 * len(token_ids)
 
 
 WORDS = {"type": "string", "pattern": "^[a-z ]{1,24}$"}
@@ -145,9 +148,9 @@ TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).f
 GRAMMAR = compile_constraint(GrammarCompiler(TOKENIZER), answer_of(SCHEMA))
 
 
-def constrained(engine: Engine, rng: random.Random, number: int) -> tuple[list[int], Finished]:
+def constrained_answer(engine: Engine, rng: random.Random, seed: int) -> tuple[list[int], Finished]:
     """Return the tokens of an answer that a grammar, a thinking budget and a minimum length constrain, and its end."""
-    request = Request(prompt_ids(rng.choice(QUESTIONS)), 60, sampling_of(rng, number), frozenset({STOP_ID}))
+    request = Request(prompt_ids(rng.choice(QUESTIONS)), 60, sampling_of(rng, seed), frozenset({STOP_ID}))
     limits = ReplyLimits(min_tokens=rng.choice([0, 40]), thinking_budget=rng.choice([None, 0, 9]))
     return rest_of(engine.submit(request, ReplyPolicy(TOKENIZER, request, limits, GRAMMAR)))
 
@@ -157,29 +160,32 @@ def constrained(engine: Engine, rng: random.Random, number: int) -> tuple[list[i
 def test_the_tokens_of_constrained_answers_are_the_same_with_the_head(engine_of: EngineOf, num_stages: int) -> None:
     num_accepted = 0
     for number in range(NUM_CASES // 4):
-        alone, drafted = (constrained(engine_of(stages), random.Random(number), number) for stages in (1, num_stages))
-        assert drafted[0] == alone[0], f"case {number}"
-        num_accepted += sum(count.num_accepted for count in drafted[1].summary.drafts)
+        without_head, _ = constrained_answer(engine_of(1), random.Random(number), number)
+        with_head, end = constrained_answer(engine_of(num_stages), random.Random(number), number)
+        assert with_head == without_head, f"case {number}"
+        num_accepted += sum(count.num_accepted for count in end.summary.drafts)
     assert num_accepted > NUM_CASES
 
 
 @pytest.mark.slow
-def test_an_answer_with_drafts_goes_on_with_the_same_tokens_after_any_stage_is_killed(
+def test_an_answer_with_drafts_continues_with_the_same_tokens_after_each_stage_is_killed(
     engine_of: EngineOf, tmp_path: Path
 ) -> None:
     request = Request(prompt_ids(QUESTIONS[250]), 60, Sampling(seed=3, temperature=1.0), frozenset())
     hosts = tuple(marked_host(tmp_path, rank, sys.executable) for rank in range(2))
-    asked = builtin_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
+    deployment_request = builtin_request(Hostfile(hosts=hosts, backend=Backend.RING), HEAD)
     with (
-        RestartingDeployment(*open_source(asked), DeploymentListener(), 5, first_wait_s=0.05) as restarting,
+        RestartingDeployment(
+            *open_source(deployment_request), DeploymentListener(), limit=5, first_wait_s=0.05
+        ) as restarting,
         engine_on(restarting.deployment, draft_mode=DraftMode.MODEL, restarts=restarting) as engine,
     ):
-        token_ids, killed_at = [], {10: 0, 30: 1}
+        token_ids, stage_to_kill_at = [], {10: 0, 30: 1}
         for event in engine.submit(request).events():
             if isinstance(event, Token):
                 token_ids.append(event.token_id)
-                if len(token_ids) in killed_at:
-                    stage_process(killed_at[len(token_ids)]).kill()
+                if len(token_ids) in stage_to_kill_at:
+                    stage_process(stage_to_kill_at[len(token_ids)]).kill()
     assert isinstance(event, Finished)
     assert event.summary.accepted > 0
-    assert token_ids == tokens(engine_of(1), request)
+    assert token_ids == answer_tokens(engine_of(1), request)

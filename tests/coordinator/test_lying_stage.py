@@ -1,4 +1,4 @@
-"""Tests of a stage that reports what it cannot have computed: the fault is named, and the stages start again."""
+"""Tests of a stage that sends what it cannot have computed: the error names it, and the stages start again."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_a_lie_during_the_start_is_named_at_once(model: Path, tmp_path: Path, li
 
 
 @pytest.mark.slow
-def test_the_answer_goes_on_after_a_lie(model: Path, tmp_path: Path) -> None:
+def test_the_answer_is_the_same_after_a_lie(model: Path, tmp_path: Path) -> None:
     command_line = CommandLine(tmp_path / "home")
     hosts = tmp_path / "hosts.json"
     answers = []

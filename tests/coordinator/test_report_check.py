@@ -1,6 +1,7 @@
-"""Tests of reports about drafts: one that a stage cannot have made is refused and described."""
+"""Tests of the checks of reports about drafts. test_lying_stage.py has those of other reports."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 
@@ -16,8 +17,15 @@ from tests.scheduling.fake_stages import UNCHUNKED
 VOCAB_SIZE = 100
 
 
-def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
-    """Return a scheduler that has completed a prompt, and the plans of the next token and of a draft after it."""
+class PlannedSteps(NamedTuple):
+    """A scheduler that has completed a prompt, and its plans of the next token and of a draft after it."""
+
+    scheduler: Scheduler
+    known: Microbatch
+    draft: Microbatch
+
+
+def planned_steps() -> PlannedSteps:
     scheduler = Scheduler(
         SchedulerLimits(num_slots=1, context_tokens=50, chunk_tokens=50, num_stages=2),
         UNCHUNKED,
@@ -32,7 +40,7 @@ def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
     draft = scheduler.next_microbatch()
     assert known is not None
     assert draft is not None
-    return scheduler, known, draft
+    return PlannedSteps(scheduler, known, draft)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +56,23 @@ def plans() -> tuple[Scheduler, Microbatch, Microbatch]:
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:
-    _, known, _ = plans()
-    assert find_draft_problem(message, known, vocab_size=VOCAB_SIZE) == problem
+    assert find_draft_problem(message, planned_steps().known, vocab_size=VOCAB_SIZE) == problem
 
 
 def test_a_stage_skips_drafts_only_and_the_last_one_only_those_that_are_wrong() -> None:
-    scheduler, known, draft = plans()
+    scheduler, known, draft = planned_steps()
 
-    def problem(plan: Microbatch, *, is_last: bool) -> str | None:
-        skipped = StepDone(plan.number, 0.0, is_skipped=True)
-        return find_problem(skipped, plan, is_last=is_last, vocab_size=VOCAB_SIZE)
+    def problem_of_skipping(step: Microbatch, *, is_last: bool) -> str | None:
+        report = StepDone(step.number, 0.0, is_skipped=True)
+        return find_problem(report, step, is_last=is_last, vocab_size=VOCAB_SIZE)
 
-    assert problem(known, is_last=False) == "skipped step 1, which is not a draft"
-    assert problem(draft, is_last=True) == "skipped step 2, whose draft is right"
-    assert problem(draft, is_last=False) is None
-    scheduler.complete(known.number, [SampledToken(9)])
-    assert problem(draft, is_last=True) is None
+    assert problem_of_skipping(known, is_last=False) == "skipped step 1, which is not a draft"
+    assert problem_of_skipping(draft, is_last=True) == "skipped step 2, whose draft is right"
+    assert problem_of_skipping(draft, is_last=False) is None
+    scheduler.complete(known.number, [SampledToken(9)])  # the draft is 4
+    assert problem_of_skipping(draft, is_last=True) is None
 
 
-def test_drafts_between_steps_are_due_only_where_a_row_requests_them() -> None:
-    _, known, _ = plans()
-    found = find_problem(Drafted(1, (4,), 0.0), known, is_last=True, vocab_size=VOCAB_SIZE)
-    assert found == "sent a Drafted between steps"
+def test_drafts_where_a_steps_report_is_due_are_refused() -> None:
+    problem = find_problem(Drafted(1, (4,), 0.0), planned_steps().known, is_last=True, vocab_size=VOCAB_SIZE)
+    assert problem == "sent a Drafted between steps"

@@ -16,9 +16,9 @@ from tests.coordinator.constrained import COMPILER, policy_of, random_choice, wr
 from tests.coordinator.schemas import SCHEMAS, TOOL, answer_of, as_parameters, call_of
 
 ENDING = 0.999
-"""Fraction of steps at which a token that ends values is taken if one is allowed, as with a logit bias of +20."""
+"""Fraction of steps at which a token that ends values is chosen if one is allowed, as with a logit bias of +20."""
 NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 1
-FORMS: list[tuple[Callable[[Any], Constraint], Callable[[Any], Any]]] = [
+FORMS: list[tuple[Callable[[Any], Constraint], Callable[[Any], Any]]] = [  # a constraint of a schema; that schema
     (answer_of, lambda schema: schema),
     (call_of, as_parameters),
 ]

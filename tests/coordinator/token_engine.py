@@ -33,7 +33,7 @@ def request(
 
 @dataclass
 class TokenEngine:
-    """An engine, its present stages, and the plans that were sent to them."""
+    """An engine, its present stages, and the plans, reports and restarts so far."""
 
     limits: SchedulerLimits
     draft_mode: DraftMode = DraftMode.OFF
@@ -60,7 +60,7 @@ class TokenEngine:
         )
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Execute plans until ``until`` is true. The engine must have something to do until then."""
+        """Execute plans until ``until`` returns True."""
         while True:
             assert self.stages.wait_until_waiting(WAIT_S), "the engine does not wait for its stages"
             if until():
@@ -88,7 +88,7 @@ class TokenEngine:
         self.restarts.append(Restart(str(error), len(self.restarts) + 1, 99, 0.0))
         on_restart(self.restarts[-1], WAITING)
         self.is_restarting.set()
-        assert self.may_restart.wait(WAIT_S), "the test forgot a restart"
+        assert self.may_restart.wait(WAIT_S), "the test does not end the restart"
         self.may_restart.clear()
         if self._is_cancelled:
             raise Cancelled("the restart was cancelled")
@@ -114,6 +114,6 @@ def token_engine(
 ) -> Iterator[TokenEngine]:
     """Yield a running engine."""
     limits = SchedulerLimits(num_slots, context_tokens, chunk_tokens, num_stages)
-    found = TokenEngine(limits, draft_mode, can_restart, max_queued, make_stages)
-    with found.engine:
-        yield found
+    tested = TokenEngine(limits, draft_mode, can_restart, max_queued, make_stages)
+    with tested.engine:
+        yield tested

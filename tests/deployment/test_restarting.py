@@ -21,7 +21,7 @@ from mlx_k2.weights.model_files import read_model_files
 from tests.local_cluster import local_host, local_request, marked_host, request, stage_process, together, write_model
 from tests.processes import started_processes
 
-ASKED = (request(90, 60, seed=5), request(7, 80, temperature=0))
+REQUESTS = (request(90, 60, seed=5), request(7, 80, temperature=0))
 Tokens = list[list[int]]
 
 
@@ -70,13 +70,13 @@ def restarting(
 
 
 def answers(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
-    """Return the tokens of ASKED. Call ``breaking[i]`` after token i, counted from 0."""
-    tokens: dict[Request, list[int]] = {asked: [] for asked in ASKED}
-    for count, (asked, token) in enumerate(together(run.engine, *ASKED)):
+    """Return the tokens of REQUESTS. Call ``breaking[i]`` after token i, counted from 0."""
+    tokens: dict[Request, list[int]] = {asked: [] for asked in REQUESTS}
+    for count, (asked, token) in enumerate(together(run.engine, *REQUESTS)):
         tokens[asked].append(token.token_id)
         if breaking and count in breaking:
             breaking[count]()
-    return [tokens[asked] for asked in ASKED]
+    return [tokens[asked] for asked in REQUESTS]
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_with_no_restarts_allowed_a_fault_is_raised(model: Path, tmp_path: Path)
 
 def test_a_stage_that_cannot_start_again_is_named_after_the_restart_limit(model: Path, tmp_path: Path) -> None:
     with restarting(model, tmp_path, 2, limit=2) as run:
-        events = together(run.engine, *ASKED)
+        events = together(run.engine, *REQUESTS)
         next(events)
         (tmp_path / "python-1").unlink()
         stage_process(1).kill()
@@ -133,7 +133,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
                 threading.Event().wait(0.01)
             marked_host(tmp_path, 1, sys.executable)
 
-        events = together(run.engine, *ASKED)
+        events = together(run.engine, *REQUESTS)
         next(events)
         script.unlink()
         stage_process(1).kill()

@@ -29,13 +29,13 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
-_out = os.fdopen(os.dup(1), "wb")
+_frames = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
 
-def notify(message: FromStage) -> None:
-    _out.write(encode_frame(Kind.MESSAGE, encode_message(message)))
-    _out.flush()
+def send(message: FromStage) -> None:
+    _frames.write(encode_frame(Kind.MESSAGE, encode_message(message)))
+    _frames.flush()
 
 
 def read_messages() -> Iterator[ToStage]:
@@ -48,26 +48,26 @@ def read_messages() -> Iterator[ToStage]:
 
 def echo() -> None:
     """Answer each step at once."""
-    sys.stderr.write("the echo stage is up\n")
-    notify(Connected())
+    sys.stderr.write("the echo stage has started\n")
+    send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
-        notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+        send(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def report_phase(update: PhaseUpdate) -> None:
-    _out.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
-    _out.flush()
+    _frames.write(encode_frame(Kind.STAGE_STATUS, update.to_json()))
+    _frames.flush()
 
 
 def has_sent() -> None:
-    """Report that step 5 is done, then answer each step."""
+    """Report that the stage is idle after step 5, then answer each step."""
     report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
-    """Report a wait for the hidden states of step 5, then answer each step."""
+    """Report that the stage receives the hidden states of step 5, then answer each step."""
     report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
@@ -80,7 +80,7 @@ def exceeds_its_limit() -> None:
 
 def reads_nothing() -> None:
     """Read nothing and hold the GIL, as mlx.distributed.init does, for 1000 s."""
-    notify(Connected())
+    send(Connected())
     ctypes.PyDLL(None).sleep(1000)
 
 
@@ -88,7 +88,7 @@ def ignores_signals() -> None:
     """Ignore the end of the input and every signal that can be ignored."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    notify(Connected())
+    send(Connected())
     time.sleep(1000)
 
 
@@ -99,25 +99,28 @@ def with_child() -> None:
 
 
 def failing() -> None:
-    notify(Connected())
+    """Write an error to stderr and exit with code 3."""
+    send(Connected())
     sys.stderr.write("ValueError: no such layer\n")
     sys.exit(3)
 
 
 def crashing() -> None:
-    notify(Connected())
+    """End by SIGSEGV."""
+    send(Connected())
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def writes_garbage() -> None:
-    notify(Connected())
-    _out.write(b"this is not a frame")
-    _out.flush()
+    """Write bytes that are no frame, and run for 1000 s."""
+    send(Connected())
+    _frames.write(b"this is not a frame")
+    _frames.flush()
     time.sleep(1000)
 
 
 def flooding() -> None:
-    """Write 10 MB of log in lines of up to 100,000 characters, then answer each step."""
+    """Write 10 MB to stderr in lines of up to 100,000 characters, then answer each step."""
     for _ in range(100):
         sys.stderr.write("x" * 1000 + "\n" + "y" * 99_000)
     sys.stderr.write("\n")
@@ -126,11 +129,11 @@ def flooding() -> None:
 
 def repeats_answers() -> None:
     """Answer each step a thousand times without a pause."""
-    notify(Connected())
+    send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
         for _ in range(1000):
-            notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+            send(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
 
 
 def ring() -> None:
@@ -147,7 +150,7 @@ def ring() -> None:
         if isinstance(message, Prepare):
             rank, num_stages = message.rank, message.num_stages
             ports = HeldPorts(message.listen)
-            notify(Prepared(addresses=ports.addresses, model_digest=""))
+            send(Prepared(addresses=ports.addresses, model_digest=""))
         elif isinstance(message, Connect):
             assert isinstance(message.links, RingLinks)
             ports.release()
@@ -156,21 +159,21 @@ def ring() -> None:
                 file.flush()
                 os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=file.name)
                 mx.distributed.init(backend="ring", strict=True)
-            notify(Connected())
+            send(Connected())
         elif isinstance(message, Step):
             num_tokens = sum(len(row.token_ids) for row in message.rows)
             num_sampled = sum(row.sampling is not None for row in message.rows) if message.rows else 1
-            x = mx.zeros((num_tokens or 8, 7168), dtype=mx.bfloat16 if message.rows else mx.float32)
+            states = mx.zeros((num_tokens or 8, 7168), dtype=mx.bfloat16 if message.rows else mx.float32)
             if rank > 0:
-                x = mx.distributed.recv_like(x, rank - 1)
-                mx.eval(x)
-            x = x + message.number
+                states = mx.distributed.recv_like(states, rank - 1)
+                mx.eval(states)
+            states = states + message.number
             if rank < num_stages - 1:
-                mx.eval(mx.distributed.send(x, rank + 1))
-                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
+                mx.eval(mx.distributed.send(states, rank + 1))
+                send(StepDone(number=message.number, busy_s=0.0, receive_s=0.0))
             else:
-                tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
-                notify(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
+                tokens = (SampledToken(token_id=int(float(states[:8].mean()))),) * num_sampled
+                send(StepDone(number=message.number, busy_s=0.0, receive_s=0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

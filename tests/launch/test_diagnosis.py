@@ -1,3 +1,5 @@
+"""Tests of the explanations for stages that did not start or were lost."""
+
 import signal
 
 import pytest
@@ -51,7 +53,7 @@ def test_a_python_older_than_3_11_is_named_and_another_command_is_tried() -> Non
 
 
 @pytest.mark.parametrize(
-    ("stderr", "meaning"),
+    ("stderr", "explanation"),
     [
         ("ssh: connect to host mac-2 port 22: Operation timed out", "cannot be reached"),
         ("Connection timed out during banner exchange", "cannot be reached"),
@@ -61,9 +63,9 @@ def test_a_python_older_than_3_11_is_named_and_another_command_is_tried() -> Non
         ("", "ssh failed: it printed no reason; try `ssh mac-2 true`"),
     ],
 )
-def test_known_ssh_errors_are_explained_and_others_quoted(stderr: str, meaning: str) -> None:
+def test_known_ssh_errors_are_explained_and_others_quoted(stderr: str, explanation: str) -> None:
     failure = explain_start_failure(LOCATION, 255, stderr, NO_MARK)
-    assert meaning in failure.reason
+    assert explanation in failure.reason
     assert not failure.another_may_work
 
 
@@ -73,7 +75,7 @@ def test_any_other_start_failure_quotes_the_last_line() -> None:
     assert not failure.another_may_work
 
 
-def test_a_lost_connection_names_ssh_or_the_guard_as_the_cause() -> None:
+def test_the_explanation_of_a_lost_connection_names_ssh_or_the_guard() -> None:
     assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
     assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
     assert explain_lost_connection(StageLocation(), None) == "the connection ended without its guard's last frame"

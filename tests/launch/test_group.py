@@ -1,4 +1,4 @@
-"""Tests of groups of real local processes over small stages."""
+"""Tests of groups of local processes: guards over the small stages of stage_programs.py."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ MakeGroup = Callable[..., StageGroup]
 RECEIVE_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 
-KILLED_BY_THE_GROUP = "has not ended: sending"
+SIGNAL_LINE = "has not ended: sending"
 """Part of the line that the group logs before it signals a process that did not end in time."""
 
 
@@ -41,6 +41,7 @@ def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
 
 
 def receive(group: StageGroup, count: int) -> list[StageEvent]:
+    """Return the next ``count`` events."""
     events: list[StageEvent] = []
     for _ in range(count):
         event = group.receive(RECEIVE_S)
@@ -49,12 +50,13 @@ def receive(group: StageGroup, count: int) -> list[StageEvent]:
     return events
 
 
-def ended(events: Sequence[StageEvent]) -> StageEnded:
+def only_end(events: Sequence[StageEvent]) -> StageEnded:
+    """Return the one StageEnded of ``events``."""
     (end,) = [event for event in events if isinstance(event, StageEnded)]
     return end
 
 
-def children() -> list[psutil.Process]:
+def running_children() -> list[psutil.Process]:
     return [
         process for process in started_processes() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
@@ -69,9 +71,9 @@ def test_stages_start_together_and_answer_in_order_and_no_process_is_left(make_g
         group.send(1, Step(99, ()))
         assert receive(group, 1) == [StageMessage(1, StepDone(number=99, busy_s=0.0, receive_s=0.0))]
     for rank in range(3):
-        reported = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
-        assert reported == [StepDone(number=number, busy_s=0.0, receive_s=0.0) for number in range(50)]
-    assert children() == []
+        messages = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
+        assert messages == [StepDone(number=number, busy_s=0.0, receive_s=0.0) for number in range(50)]
+    assert running_children() == []
 
 
 def test_receive_returns_none_at_the_timeout(make_group: MakeGroup) -> None:
@@ -98,7 +100,7 @@ def test_guards_answer_repeatedly_while_their_stages_hold_the_gil(make_group: Ma
 
 def test_a_failed_stage_is_reported_with_exit_code_and_stderr_tail(make_group: MakeGroup) -> None:
     with make_group("echo", "failing") as group:
-        end = ended(receive(group, 3))
+        end = only_end(receive(group, 3))
         assert (end.rank, end.has_started, end.exit_code, end.signal) == (1, True, 3, None)
         assert end.stderr_tail == ("ValueError: no such layer",)
         error = end.as_error()
@@ -117,16 +119,16 @@ def test_a_killed_guard_is_detected(make_group: MakeGroup) -> None:
         receive(group, 1)
         (guard,) = started_processes(recursive=False)
         guard.kill()
-        end = ended(receive(group, 1))
+        end = only_end(receive(group, 1))
         assert end.reason == "its guard was ended by signal 9"
 
 
 def test_a_stage_that_writes_garbage_ends_with_a_stage_ended_event(make_group: MakeGroup) -> None:
     with make_group("writes_garbage") as group:
-        assert "bytes that are not frames" in ended(receive(group, 2)).reason
+        assert "bytes that are not frames" in only_end(receive(group, 2)).reason
 
 
-def test_a_flood_of_log_output_does_not_block_stages_and_is_split_into_lines(
+def test_a_flood_of_log_output_does_not_block_stages_and_long_lines_are_split(
     make_group: MakeGroup, log: list[str]
 ) -> None:
     with make_group("flooding", "echo") as group:
@@ -157,8 +159,8 @@ def test_stopping_kills_unresponsive_stages_concurrently_and_logs_which_it_waits
         began = time.monotonic()
         group.stop(log.append)
         assert time.monotonic() - began >= 6  # 5 s, plus 1 s for each 10 GB
-        assert children() == []
-    assert not any(KILLED_BY_THE_GROUP in line for line in log)  # the guards killed both at the same time
+        assert running_children() == []
+    assert not any(SIGNAL_LINE in line for line in log)  # the guards killed both at the same time
     assert "waiting for stage 0 on this machine, which holds 10.0 GB, at most 8 s" in log
     assert not any("stage 2" in line for line in log if line.startswith("waiting"))
 
@@ -167,7 +169,7 @@ def test_stopping_kills_unresponsive_stages_concurrently_and_logs_which_it_waits
 def test_a_suspended_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         receive(group, 1)
-        processes = children()
+        processes = running_children()
         (guard,) = started_processes(recursive=False)
         guard.suspend()
     _, alive = psutil.wait_procs(processes, timeout=RECEIVE_S)
@@ -177,7 +179,7 @@ def test_a_suspended_guard_is_killed_and_its_stage_ends(make_group: MakeGroup) -
 def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) -> None:
     with pytest.raises(RuntimeError), make_group("reads_nothing", "echo"):
         raise RuntimeError
-    assert children() == []
+    assert running_children() == []
 
 
 @pytest.mark.parametrize("is_started", [True, False], ids=["after", "before"])
@@ -196,13 +198,13 @@ def test_an_exception_while_stages_are_started_ends_those_that_were_started(
     threads = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt), make_group("echo", "ignores_signals", "echo"):
         pytest.fail("the body ran")
-    assert children() == []
+    assert running_children() == []
     assert set(threading.enumerate()) <= threads
 
 
 def test_a_missing_python_raises_a_start_error_that_names_its_path() -> None:
     with StageGroup([StageLocation(python="/nowhere/python")], 20.0, lambda _: None) as group:
-        error = ended(receive(group, 1)).as_error()
+        error = only_end(receive(group, 1)).as_error()
     assert isinstance(error, StageStartError)
     assert str(error) == (
         "stage 0 on this machine did not start: /nowhere/python cannot be started here: No such file or directory"
@@ -211,20 +213,20 @@ def test_a_missing_python_raises_a_start_error_that_names_its_path() -> None:
 
 @pytest.mark.slow
 def test_fifteen_closed_groups_leak_no_descriptor_and_no_thread(make_group: MakeGroup) -> None:
-    def run_once() -> None:
+    def start_and_stop() -> None:
         with make_group("echo", "failing") as group:
             events = receive(group, 3)
             assert StageMessage(0, Connected()) in events
 
-    run_once()
-    num_files, num_threads = psutil.Process().num_fds(), threading.active_count()
+    start_and_stop()
+    num_descriptors, num_threads = psutil.Process().num_fds(), threading.active_count()
     for _ in range(15):
-        run_once()
-    assert psutil.Process().num_fds() == num_files
+        start_and_stop()
+    assert psutil.Process().num_fds() == num_descriptors
     assert threading.active_count() == num_threads
 
 
-def test_messages_sent_before_a_stage_is_up_are_delivered_later(make_group: MakeGroup) -> None:
+def test_messages_sent_before_the_guard_has_started_are_delivered_later(make_group: MakeGroup) -> None:
     with make_group("echo") as group:
         group.send(0, Step(1, ()))
         group.send(0, Step(2, ()))

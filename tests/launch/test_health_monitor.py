@@ -1,4 +1,4 @@
-"""Tests of the health monitor over real processes: what it reports as stopped, silent or stuck, and when it waits."""
+"""Tests of the health monitor over real processes: it reports stopped stages, silent guards and stuck hops."""
 
 import os
 import re
@@ -17,12 +17,12 @@ from mlx_k2.launch.health_monitor import HealthMonitor
 from mlx_k2.launch.stage_events import StageMessage
 from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connected, Step, StepDone
-from tests.launch.guarded import stand_in_python
+from tests.launch.guarded import STAGE_PROGRAMS, stand_in_python
 from tests.processes import started_processes
 
 STALL_TIMEOUT_S = 1.0
-WATCHED_S = 60.0
-"""Deadline for a report of the health monitor, long enough for a busy machine."""
+DEADLINE_S = 60.0
+"""Time limit for a report of the health monitor, long enough for a busy machine."""
 
 MakeGroup = Callable[..., StageGroup]
 
@@ -36,80 +36,77 @@ def make_group(tmp_path: Path) -> MakeGroup:
     return make_group
 
 
-def wait_until_up(group: StageGroup) -> HealthMonitor:
+def monitor_of_started(group: StageGroup) -> HealthMonitor:
+    """Wait until all stages have started; return a monitor of the group."""
     for _ in range(group.size):
-        event = group.receive(WATCHED_S)
+        event = group.receive(DEADLINE_S)
         assert isinstance(event, StageMessage) and event.message == Connected()
     return HealthMonitor(group)
 
 
 def error_of(monitor: HealthMonitor) -> str:
+    """Return the message of the error that the monitor raises."""
     with pytest.raises(StageSilent) as caught:
-        monitor.receive(time.monotonic() + WATCHED_S)
+        monitor.receive(time.monotonic() + DEADLINE_S)
     return str(caught.value)
 
 
 def process_of(program: str) -> psutil.Process:
     """Return the stage process (not its guard) that runs ``program``."""
-    (found,) = [
-        process
-        for process in started_processes()
-        if process.cmdline()[1:2]
-        and process.cmdline()[1].endswith("stage_programs.py")
-        and process.cmdline()[2] == program
-    ]
-    return found
+    command_end = [str(STAGE_PROGRAMS), program]
+    (process,) = [process for process in started_processes() if process.cmdline()[1:] == command_end]
+    return process
 
 
 def test_only_the_suspended_stage_is_named(make_group: MakeGroup) -> None:
     with make_group("echo", "has_sent") as group:
-        monitor = wait_until_up(group)
+        monitor = monitor_of_started(group)
         process_of("echo").suspend()
-        reported = error_of(monitor)
-    assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", reported)
-    assert "stage 1" not in reported
+        error = error_of(monitor)
+    assert re.match(r"stage 0 on this machine \(starting for \d+ s\) is stopped: its process was suspended", error)
+    assert "stage 1" not in error
 
 
 @pytest.mark.slow
 def test_a_stage_suspended_for_less_than_the_stall_timeout_continues(make_group: MakeGroup) -> None:
     with make_group("echo", stall_timeout_s=6.0) as group:
-        monitor = wait_until_up(group)
+        monitor = monitor_of_started(group)
         stage = process_of("echo")
         stage.suspend()
         assert monitor.receive(time.monotonic() + 2.5) is None
         stage.resume()
         assert monitor.receive(time.monotonic() + 3.0) is None
         group.send(0, Step(1, ()))
-        assert monitor.receive(time.monotonic() + WATCHED_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
+        assert monitor.receive(time.monotonic() + DEADLINE_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
 
 
 def test_only_the_stage_of_a_suspended_guard_is_named(make_group: MakeGroup) -> None:
     with make_group("has_sent", "echo", stall_timeout_s=2.0) as group:
-        monitor = wait_until_up(group)
+        monitor = monitor_of_started(group)
         guard = process_of("echo").parent()
         assert guard is not None
         guard.suspend()
-        reported = error_of(monitor)
+        error = error_of(monitor)
         guard.resume()
-    assert re.match(r"stage 1 on this machine \(.*\) does not answer: its host is off, asleep or unreachable", reported)
-    assert "stage 0" not in reported
+    assert re.match(r"stage 1 on this machine \(.*\) does not answer: its host is off, asleep or unreachable", error)
+    assert "stage 0" not in error
 
 
 def test_a_stage_that_waits_for_data_already_sent_is_reported_as_a_stuck_hop(make_group: MakeGroup) -> None:
     with make_group("has_sent", "receives") as group:
-        reported = error_of(wait_until_up(group))
+        error = error_of(monitor_of_started(group))
     assert re.match(
         r"stage 1 on this machine \(receiving hidden states of step 5 for \d+ s\) does not receive what "
         r"stage 0 on this machine \(waiting for the next step after step 5 for \d+ s\) has sent: "
         r"the hop between them is stuck",
-        reported,
+        error,
     )
 
 
 @pytest.mark.slow
 def test_a_stage_that_waits_for_data_not_yet_sent_is_no_fault(make_group: MakeGroup) -> None:
     with make_group("echo", "receives") as group:
-        assert wait_until_up(group).receive(time.monotonic() + 3.5) is None
+        assert monitor_of_started(group).receive(time.monotonic() + 3.5) is None
 
 
 @pytest.mark.slow
@@ -118,11 +115,11 @@ def test_a_health_monitor_suspended_past_the_stall_timeout_reads_messages_before
 ) -> None:
     """Suspend this process for longer than the stall timeout while a stage answers."""
     with make_group("echo") as group:
-        monitor = wait_until_up(group)
+        monitor = monitor_of_started(group)
         group.send(0, Step(1, ()))
-        waker = subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+        resuming = subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
-        waker.wait()
+        resuming.wait()
         assert monitor.receive(time.monotonic()) == StageMessage(0, StepDone(1, 0.0, 0.0))
         assert monitor.receive(time.monotonic() - 1) is None
 
@@ -131,6 +128,6 @@ def test_the_guard_ends_a_stage_past_its_phase_limit_even_while_it_holds_the_gil
     make_group: MakeGroup,
 ) -> None:
     with make_group("exceeds_its_limit") as group:
-        monitor = wait_until_up(group)
+        monitor = monitor_of_started(group)
         with pytest.raises(StageFault, match=r"connecting to its neighbours for \d+ s, longer than its limit of 0 s"):
-            monitor.receive(time.monotonic() + WATCHED_S)
+            monitor.receive(time.monotonic() + DEADLINE_S)

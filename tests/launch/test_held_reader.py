@@ -1,4 +1,4 @@
-"""Tests of a 200,000-token prompt while the coordinator's readers are blocked: no deadlock, no lost message."""
+"""Tests of many plans while the threads that read from the stages are blocked: no deadlock, no lost message."""
 
 import threading
 from collections.abc import Iterator
@@ -26,42 +26,42 @@ from tests.scheduling.simulation import k2_stages
 
 PROMPT_TOKENS = 200_000
 CHUNK_TOKENS = 2048
-HELD_S = 1.0
+BLOCKED_S = 1.0
 NUM_STAGES = 2
 
 
-class HeldReaders:
-    """A block for readers: after ``hold`` each waits at its next message until HELD_S after all of them wait."""
+class BlockedReaders:
+    """A block for reading threads: after ``block`` each waits at its next message until BLOCKED_S after all wait."""
 
     def __init__(self) -> None:
         self._may_read = threading.Event()
         self._may_read.set()
         self._lock = threading.Lock()
-        self.num_held = 0
+        self.num_blocked = 0
 
-    def hold(self) -> None:
+    def block(self) -> None:
         self._may_read.clear()
 
     def decode(self, payload: bytes) -> FromStage:
         if not self._may_read.is_set():
             with self._lock:
-                self.num_held += 1
-                if self.num_held == NUM_STAGES:
-                    threading.Timer(HELD_S, self._may_read.set).start()
+                self.num_blocked += 1
+                if self.num_blocked == NUM_STAGES:
+                    threading.Timer(BLOCKED_S, self._may_read.set).start()
             self._may_read.wait()
         return decode(payload)
 
 
 @pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> HeldReaders:
-    readers = HeldReaders()
+def readers(monkeypatch: pytest.MonkeyPatch) -> BlockedReaders:
+    readers = BlockedReaders()
     monkeypatch.setattr(stage_process, "decode_from_stage", readers.decode)
     return readers
 
 
 @contextmanager
 def connected_stages(folder: Path) -> Iterator[StageGroup]:
-    """Yield stages that pass arrays of Kimi K2's width along a real ring."""
+    """Yield stages that send arrays of Kimi K2's width along a real ring."""
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
@@ -74,26 +74,28 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 
 
 @pytest.mark.slow
-def test_a_prompt_of_200_000_tokens_completes_while_readers_are_held_back(readers: HeldReaders, tmp_path: Path) -> None:
-    limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
+def test_a_prompt_of_200_000_tokens_completes_while_readers_are_blocked(
+    readers: BlockedReaders, tmp_path: Path
+) -> None:
+    limits = SchedulerLimits(num_slots=1, context_tokens=262_144, chunk_tokens=CHUNK_TOKENS, num_stages=NUM_STAGES)
     policy = StepPolicy(k2_stages(NUM_STAGES))
     prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)
-        readers.hold()
+        readers.block()
         with Engine(Pipeline(group, scheduler, policy, PROMPT_TOKENS), scheduler) as engine:
             assert len(tokens_of(engine, prompt)[prompt]) == 3
-            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
-    assert readers.num_held == NUM_STAGES
+            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2  # no token follows the third one
+    assert readers.num_blocked == NUM_STAGES
 
 
-def test_two_thousand_plans_and_reports_are_kept_while_readers_are_held_back(
-    readers: HeldReaders, tmp_path: Path
+def test_two_thousand_plans_and_reports_are_kept_while_readers_are_blocked(
+    readers: BlockedReaders, tmp_path: Path
 ) -> None:
     with connected_stages(tmp_path) as group:
-        readers.hold()
+        readers.block()
         for number in range(2000):
             group.send_all(Step(number, ()))
-        done = [group.receive(30) for _ in range(2000 * NUM_STAGES)]
-    assert None not in done
-    assert readers.num_held == NUM_STAGES
+        reports = [group.receive(30) for _ in range(2000 * NUM_STAGES)]
+    assert None not in reports
+    assert readers.num_blocked == NUM_STAGES

@@ -20,11 +20,11 @@ ROOT = Path(mlx_k2.__file__).parents[1]
 
 
 def test_the_wheel_has_the_packages_files_and_a_record_of_all(tmp_path: Path) -> None:
-    listed = subprocess.run(["git", "ls-files", "mlx_k2"], cwd=ROOT, capture_output=True, text=True, check=True)
+    git = subprocess.run(["git", "ls-files", "mlx_k2"], cwd=ROOT, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(write_wheel(tmp_path)) as archive:
         names = archive.namelist()
         info = f"mlx_k2-{mlx_k2.__version__}.dist-info"
-        assert {name for name in names if not name.startswith(info)} >= set(listed.stdout.splitlines())
+        assert {name for name in names if not name.startswith(info)} >= set(git.stdout.splitlines())
         assert b"\nRequires-Dist: msgspec" in archive.read(f"{info}/METADATA")
         assert b"mlx-k2 = mlx_k2.cli.main:main" in archive.read(f"{info}/entry_points.txt")
         record = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
@@ -36,17 +36,18 @@ def test_the_wheel_has_the_packages_files_and_a_record_of_all(tmp_path: Path) ->
 
 
 def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
+    digests = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
         folder.mkdir()
-    first, second = (wheel_digest(write_wheel(folder)) for folder in folders)
-    assert first == second
+        digests.append(wheel_digest(write_wheel(folder)))
+    assert digests[0] == digests[1]
 
 
 @follows_advice(
     "mlx-k2 runs from a folder here and is not installed: install it first (README)",
 )
-def test_a_program_that_was_installed_writes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_installed_program_writes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = write_wheel(tmp_path)
     monkeypatch.setattr("sys.path", [str(ROOT / "mlx_k2")])
     with pytest.raises(SetupError, match="is not installed: install it first"):

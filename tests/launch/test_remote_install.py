@@ -1,4 +1,4 @@
-"""Tests of what a survey of a host says about its Pythons. tests/emulated_hosts/test_setup.py installs over ssh."""
+"""Tests of surveys of hosts: their problems with the way out. tests/emulated_hosts/test_setup.py installs over ssh."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,8 @@ from tests.stand_in_ssh import write_ssh
 from tests.stub_wheels import write_stub_wheels
 
 
-def survey_of(*pythons: tuple[tuple[int, ...], str], python: str | None = None) -> HostSurvey:
+def survey_with(*pythons: tuple[tuple[int, ...], str], python: str | None = None) -> HostSurvey:
+    """Return the survey of a Mac with these Pythons, of which ``python`` is usable."""
     return HostSurvey(
         host="mac-2",
         home="/Users/kim",
@@ -43,15 +44,15 @@ def survey_of(*pythons: tuple[tuple[int, ...], str], python: str | None = None) 
 def test_a_host_without_a_usable_python_is_named_with_the_way_out(
     pythons: tuple[tuple[tuple[int, ...], str], ...], words: str
 ) -> None:
-    problem = survey_of(*pythons).problem
+    problem = survey_with(*pythons).problem
     assert problem is not None
     assert words in problem
 
 
 def test_a_host_with_a_usable_python_has_no_problem_and_an_environment_in_its_home() -> None:
-    found = survey_of(((3, 13, 1), "/opt/homebrew/bin/python3.13"), python="/opt/homebrew/bin/python3.13")
-    assert found.problem is None
-    assert found.environment_python == "/Users/kim/.local/share/mlx-k2/env/bin/python"
+    usable = survey_with(((3, 13, 1), "/opt/homebrew/bin/python3.13"), python="/opt/homebrew/bin/python3.13")
+    assert usable.problem is None
+    assert usable.environment_python == "/Users/kim/.local/share/mlx-k2/env/bin/python"
 
 
 @pytest.fixture
@@ -79,22 +80,22 @@ def write_python(path: Path, facts: str) -> str:
     "its /no/python is no Python that runs there: leave --python out, or name another",
 )
 def test_a_host_that_follows_the_advice_of_a_survey_can_be_used(home: Path) -> None:
-    """Homebrew puts python3.13 in a folder that a survey looks at, as it does at ~/.local/bin."""
-    nowhere, old = home / "python", write_python(home / "python3.9", "3.9.6 pip")
-    with pytest.raises(SetupError, match=f"its {nowhere} is no Python that runs there: leave --python out, or name"):
-        survey("mac-2", str(nowhere))
+    """A new Python in ~/.local/bin is found as that of Homebrew is."""
+    missing, old = home / "python", write_python(home / "python3.9", "3.9.6 pip")
+    with pytest.raises(SetupError, match=f"its {missing} is no Python that runs there: leave --python out, or name"):
+        survey("mac-2", str(missing))
     assert "or name one with --python" in str(survey("mac-2", old).problem)
-    assert "or name one with --python" in str(survey_of().problem)
+    assert "or name one with --python" in str(survey_with().problem)
     assert survey("mac-2", sys.executable).python == sys.executable
 
-    lacking = write_python(home / "python3.12", "3.12.3 -")
-    assert "install its venv package (python3-venv)" in str(survey("mac-2", lacking).problem)
+    without_venv = write_python(home / "python3.12", "3.12.3 -")
+    assert "install its venv package (python3-venv)" in str(survey("mac-2", without_venv).problem)
     assert survey("mac-2", write_python(home / "python3.12", "3.12.3 pip")).problem is None
 
     newer = write_python(home / ".local" / "bin" / "python3.13", "3.13.1 pip")
-    found = survey("mac-2")
-    assert found.problem is None
-    assert newer in {path for _, path in found.pythons}
+    with_newer = survey("mac-2")
+    assert with_newer.problem is None
+    assert newer in {path for _, path in with_newer.pythons}
 
 
 @follows_advice(
@@ -112,8 +113,8 @@ def test_the_printed_command_shows_why_a_host_runs_no_command(
     with pytest.raises(SetupError, match="mac-2 ran no command: see what") as refused:
         survey("mac-2")
     command = str(refused.value).split("`")[1]
-    ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20, check=True)
-    assert ran.stdout == "This account is currently not available.\n"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20, check=True)
+    assert result.stdout == "This account is currently not available.\n"
 
 
 @pytest.mark.slow
@@ -124,9 +125,9 @@ def test_a_host_without_a_package_index_installs_from_a_folder_of_wheels(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    found, wheel = survey("mac-2", sys.executable), write_wheel(tmp_path)
+    host_survey, wheel = survey("mac-2", sys.executable), write_wheel(tmp_path)
     pins = [f"mlx=={importlib.metadata.version('mlx')}"]
     with pytest.raises(SetupError, match="if it reaches no package index, give --wheels DIR with the wheels of all"):
-        install(found, wheel, pins, None)
-    install(found, wheel, pins, write_stub_wheels(tmp_path / "wheels"))
+        install(host_survey, wheel, pins, None)
+    install(host_survey, wheel, pins, write_stub_wheels(tmp_path / "wheels"))
     assert survey("mac-2", sys.executable).installed == (home / FOLDER / "installed").read_text()

@@ -1,3 +1,5 @@
+"""Tests of the threads that read and write frames, over pipes."""
+
 import gc
 import os
 import queue
@@ -27,11 +29,12 @@ class Pipe:
         self.frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self.ends: queue.SimpleQueue[ProtocolError | None] = queue.SimpleQueue()
 
-    def read(self) -> FrameReader:
+    def start_reader(self) -> FrameReader:
         return FrameReader(self.read_end, "test", self.frames.put, self.ends.put)
 
 
-def fill(writer: FrameWriter) -> None:
+def overfill(writer: FrameWriter) -> None:
+    """Queue one frame more than the queue may have."""
     writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread blocks
     for _ in range(MAX_QUEUED_FRAMES + 1):
         writer.put(Kind.MESSAGE, b"")
@@ -43,12 +46,12 @@ def test_frames_arrive_in_order_followed_by_the_end_of_the_stream() -> None:
     for i in range(100):
         writer.put(Kind.MESSAGE, bytes([i]))
     writer.close(5)
-    pipe.read().join(30)
+    pipe.start_reader().join(30)
     assert [pipe.frames.get(timeout=30).payload for _ in range(100)] == [bytes([i]) for i in range(100)]
     assert pipe.ends.get(timeout=30) is None
 
 
-def test_flush_returns_when_the_frames_so_far_are_written_or_its_time_is_over() -> None:
+def test_flush_returns_when_all_queued_frames_are_written_or_at_its_timeout() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     writer.put(Kind.MESSAGE, b"first")
@@ -63,7 +66,7 @@ def test_put_does_not_block_and_a_full_queue_raises_with_the_peers_name() -> Non
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "stage 1 on mac-2")
     with pytest.raises(ProtocolError, match="stage 1 on mac-2 has stopped reading"):
-        fill(writer)
+        overfill(writer)
 
 
 def test_close_returns_after_its_timeout_and_the_stream_closes_once_the_peer_reads() -> None:
@@ -73,7 +76,7 @@ def test_close_returns_after_its_timeout_and_the_stream_closes_once_the_peer_rea
         writer.put(Kind.MESSAGE, bytes(100_000))
     writer.close(0.05)
     assert not pipe.write_end.closed
-    pipe.read()
+    pipe.start_reader()
     assert pipe.ends.get(timeout=30) is None
     assert pipe.frames.qsize() == 10
 
@@ -82,9 +85,9 @@ def test_a_full_queue_does_not_prevent_closing_the_stream() -> None:
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     with pytest.raises(ProtocolError):
-        fill(writer)
+        overfill(writer)
     writer.close(0)
-    pipe.read()
+    pipe.start_reader()
     assert pipe.ends.get(timeout=30) is None
 
 
@@ -99,7 +102,7 @@ def test_frames_for_a_closed_peer_are_dropped_and_the_stream_is_closed() -> None
 
 
 class _Interrupted(BaseException):
-    """Exception that the signal handler of the test below raises."""
+    """An exception that a signal handler raises."""
 
 
 @pytest.mark.slow
@@ -110,19 +113,19 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
     def send_signals() -> None:
         main = threading.main_thread().ident or 0
         for _ in range(NUM_INTERRUPTS):
-            putting.get()
-            time.sleep(moments.uniform(0, 2e-4))
+            rounds.get()
+            time.sleep(rng.uniform(0, 2e-4))
             signal.pthread_kill(main, signal.SIGUSR1)
 
-    def put_until_stopped() -> NoReturn:
+    def put_until_interrupted() -> NoReturn:
         while True:
-            with suppress(ProtocolError):  # the reader is slower
+            with suppress(ProtocolError):  # the queue is full: the reader is slower
                 writer.put(Kind.MESSAGE, b"")
 
-    moments = random.Random(0)
-    putting: queue.SimpleQueue[None] = queue.SimpleQueue()
+    rng = random.Random(0)
+    rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
     pipe = Pipe()
-    pipe.read()
+    pipe.start_reader()
     writer = FrameWriter(pipe.write_end, "test")
     before = signal.signal(signal.SIGUSR1, interrupt)
     sender = threading.Thread(target=send_signals)
@@ -130,8 +133,8 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
     gc.disable()  # exceptions in a callback of the collector, such as Hypothesis's, are dropped
     for _ in range(NUM_INTERRUPTS):
         with suppress(_Interrupted):
-            putting.put(None)
-            put_until_stopped()
+            rounds.put(None)
+            put_until_interrupted()
     gc.enable()
     sender.join()
     signal.signal(signal.SIGUSR1, before)

@@ -1,3 +1,5 @@
+"""Tests of frames and of the opening mark, read from byte streams."""
+
 import io
 import re
 import struct
@@ -25,35 +27,35 @@ frames = st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=50)
 
 
 class ShortReads(io.RawIOBase):
-    """A stream that returns at most ``most`` bytes at a time, as an unbuffered pipe may."""
+    """A stream that returns at most ``max_bytes`` at a time, as an unbuffered pipe may."""
 
-    def __init__(self, data: bytes, most: int) -> None:
+    def __init__(self, data: bytes, max_bytes: int) -> None:
         self._data = io.BytesIO(data)
-        self._most = most
+        self._max_bytes = max_bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        part = self._data.read(min(len(buffer), self._most))
+        part = self._data.read(min(len(buffer), self._max_bytes))
         buffer[: len(part)] = part
         return len(part)
 
 
 @given(frames, st.integers(1, 9))
-def test_frames_are_read_back_from_a_stream_in_pieces_of_any_size(sent: list[Frame], most: int) -> None:
-    stream = cast(IO[bytes], ShortReads(b"".join(encode_frame(*frame) for frame in sent), most))
-    read = []
+def test_frames_are_read_back_from_a_stream_in_pieces_of_any_size(sent: list[Frame], max_bytes: int) -> None:
+    stream = cast(IO[bytes], ShortReads(b"".join(encode_frame(*frame) for frame in sent), max_bytes))
+    received = []
     while (frame := read_frame(stream)) is not None:
-        read.append(frame)
-    assert read == sent
+        received.append(frame)
+    assert received == sent
 
 
 @given(frames, st.data())
 def test_a_stream_that_ends_inside_a_frame_is_refused(sent: list[Frame], data: st.DataObject) -> None:
-    last = encode_frame(Kind.MESSAGE, b"the last frame")
-    whole = b"".join(encode_frame(*frame) for frame in sent)
-    stream = io.BytesIO(whole + last[: data.draw(st.integers(1, len(last) - 1))])
+    last_frame = encode_frame(Kind.MESSAGE, b"the last frame")
+    part = last_frame[: data.draw(st.integers(1, len(last_frame) - 1))]
+    stream = io.BytesIO(b"".join(encode_frame(*frame) for frame in sent) + part)
     for _ in sent:
         read_frame(stream)
     with pytest.raises(ProtocolError, match="middle of a frame"):
@@ -95,7 +97,7 @@ def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "found"),
+    ("mark", "version"),
     [
         (b"mlx-k2 control 0.0.9\n", "0.0.9"),
         (b"mlx-k2 control 9.1.dev3+g1234\n" + b"\xff" * 50, "9.1.dev3+g1234"),
@@ -104,7 +106,7 @@ def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
         (b"mlx-k2 control \x1b[31m\n", "of another version"),
     ],
 )
-def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, found: str) -> None:
-    words = f"its mlx-k2 is {found}, and that of this machine is {__version__}: install the same on both"
-    with pytest.raises(ProtocolError, match=re.escape(words)):
+def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, version: str) -> None:
+    message = f"its mlx-k2 is {version}, and that of this machine is {__version__}: install the same on both"
+    with pytest.raises(ProtocolError, match=re.escape(message)):
         skip_to_mark(io.BytesIO(b"Welcome!\n" + mark))

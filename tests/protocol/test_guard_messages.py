@@ -1,3 +1,5 @@
+"""Tests of the payloads of the guard's frames."""
+
 import signal
 
 import pytest
@@ -31,6 +33,6 @@ def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
 @example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')
 @example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')
 def test_an_invalid_guard_message_is_refused(payload: bytes) -> None:
-    for kind in (GuardSettings, StageExit):
+    for payload_class in (GuardSettings, StageExit):
         with pytest.raises(ProtocolError):
-            kind.from_json(payload)
+            payload_class.from_json(payload)
