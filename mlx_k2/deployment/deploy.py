@@ -230,8 +230,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
 
 def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
     """Refuse hosts whose files have different known checksums: they are not of one revision."""
-    first_known: dict[str, tuple[int, str]] = {}
-    """For each file the first stage that knows its checksum, and the checksum."""
+    first_known: dict[str, tuple[int, str]] = {}  # by file: the first stage that knows its checksum, and the checksum
     for plan, answer in zip(started.plans, loaded, strict=True):
         for name, checksum in answer.checksums.items():
             if checksum is None:

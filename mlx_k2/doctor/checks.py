@@ -150,8 +150,7 @@ def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
 
     Of more than two hosts, those fail whose checksum is not the most frequent one.
     """
-    digests_of: dict[str, dict[str, str]] = {}
-    """For each file the checksums by host."""
+    digests_of: dict[str, dict[str, str]] = {}  # by file: the checksums by host
     for host, model in facts.items():
         for name, digest in model.found.items():
             digests_of.setdefault(name, {})[host] = digest

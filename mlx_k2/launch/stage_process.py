@@ -127,7 +127,10 @@ class StageProcess:
                 self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s``; return whether the process has ended and this is posted, or never started."""
+        """Wait at most ``timeout_s`` until the process has ended and its end is posted; return whether this is so.
+
+        Return True if the process was never started.
+        """
         if self._thread.ident is None:
             return True
         deadline = time.monotonic() + timeout_s
@@ -141,6 +144,7 @@ class StageProcess:
         return True
 
     def _put(self, kind: Kind, payload: bytes) -> None:
+        """Queue a frame. End the process if it has stopped reading."""
         with self._lock:
             if self._writer is None:
                 return

@@ -58,7 +58,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
         RequestError: a sampling parameter has the wrong type, the prompt is empty or too long, a token id of the prompt
             or of a logit bias is outside the vocabulary, or ``max_tokens`` or ``timeout_s`` is not above 0.
     """
-    try:
+    try:  # encode and decode them as for a stage
         _sampling_decoder.decode(msgspec.msgpack.encode(request.sampling))
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"a sampling parameter has the wrong type: {error}") from None

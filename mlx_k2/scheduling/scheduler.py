@@ -1,6 +1,6 @@
 """Scheduler: picks the next microbatch. Knows no arrays and no machines; all timing comes from the step policy.
 
-Decoding sequences alternate in the number of microbatches that is predicted to be fastest. Prompts run in order of
+Decoding sequences are divided into the number of microbatches that is predicted to be fastest. Prompts run in order of
 arrival, in chunks that do not wait for each other, so that they overlap across stages. While other sequences decode,
 chunks are short enough to limit the decode rounds' delay. While one sequence runs alone, idle stages compute its draft
 tokens, if drafts are enabled. Background sequences are planned only while no interactive one waits and no other runs,
@@ -101,18 +101,18 @@ class Scheduler:
         """Return the next microbatch to send; None if no row can run or enough microbatches are in flight."""
         active = self._active()
         decoding = [sequence for sequence in active if sequence.num_prompt_left == 0]
-        prompts_left = len(decoding) < len(active) or self._next_waiting() is not None
-        decode_waits = prompts_left and self.limits.prompts_first
+        has_prompts = len(decoding) < len(active) or self._next_waiting() is not None
+        decode_waits = has_prompts and self.limits.prompts_first
         decode_round = None
         if decoding and not decode_waits:
             mean_context = sum(len(sequence.token_ids) for sequence in decoding) // len(decoding)
             decode_round = self._policy.decode_round(len(decoding), mean_context)
-        if len(self._in_flight) >= self._max_in_flight(active, decode_round, prompts_left):
+        if len(self._in_flight) >= self._max_in_flight(active, decode_round, has_prompts):
             return None
         rows = [] if decode_round is None else self._decode_rows(decoding, decode_round)
-        if prompts_left:
+        if has_prompts:
             self._add_prompt_rows(rows, decode_round)
-        if not rows and len(decoding) == 1 and not prompts_left:
+        if not rows and len(decoding) == 1 and not has_prompts:
             rows = self._draft_rows(decoding[0])
         return self._send(rows) if rows else None
 
@@ -172,7 +172,7 @@ class Scheduler:
     def _active(self) -> list[Sequence]:
         """Return the running sequences that may be planned now.
 
-        While any other sequence runs, or an interactive one waits, background sequences are left out.
+        Background sequences are left out while any other sequence runs or an interactive one waits.
         """
         others = [sequence for sequence in self._running if not sequence.is_background]
         return others if others or self._waiting[Priority.INTERACTIVE] else self._running
@@ -204,7 +204,7 @@ class Scheduler:
         max_tokens = sequence.num_prompt + sequence.request.max_tokens
         return self._slots.choose(sequence.prompt_ids, use_ages=False).num_lost > max_tokens
 
-    def _max_in_flight(self, active: SequenceOf[Sequence], decode_round: DecodeRound | None, prompts_left: bool) -> int:
+    def _max_in_flight(self, active: SequenceOf[Sequence], decode_round: DecodeRound | None, has_prompts: bool) -> int:
         """Return how many microbatches may be in flight, at most ``limits.max_in_flight``.
 
         With a decode round: its number of microbatches, but at least one per stage while prompts run or with drafts.
@@ -213,7 +213,7 @@ class Scheduler:
         num_stages = self.limits.num_stages
         if decode_round is None:
             limit = num_stages + 1
-        elif prompts_left or self._is_drafting:
+        elif has_prompts or self._is_drafting:
             limit = max(decode_round.num_microbatches, num_stages)
         else:
             limit = decode_round.num_microbatches
@@ -243,6 +243,7 @@ class Scheduler:
 
     @property
     def _is_drafting(self) -> bool:
+        """True if a lone sequence gets drafts now."""
         if self._draft_switch is not None:
             return self._draft_switch.is_on
         return self._draft_mode is not DraftMode.OFF
@@ -333,12 +334,13 @@ class Scheduler:
 
         With prompt tokens a decode round may take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
         """
-        per_round = max(decode_round.num_microbatches, self.limits.num_stages)
-        limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / per_round
+        num_microbatches = max(decode_round.num_microbatches, self.limits.num_stages)
+        limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / num_microbatches
         load = sum((planned.load for planned in rows), StepLoad())
         return self._policy.chunk_beside(load, sequence.num_planned, longest, limit_s)
 
     def _send(self, rows: list[PlannedRow]) -> Microbatch:
+        """Return the microbatch of ``rows``, which is in flight from now on."""
         if self._needs_draft_request(rows):
             rows = [rows[0].with_draft_request(self.limits.num_stages - 1)]
         microbatch = Microbatch(self._next_number, tuple(rows))

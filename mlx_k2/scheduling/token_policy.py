@@ -33,7 +33,10 @@ class TokenPolicy:
         return _NOTHING
 
     def forced(self) -> Sequence[int]:
-        """Return tokens that follow without sampling. Called at the start, after a sampled token, and after these."""
+        """Return tokens that follow without sampling; empty if the next token is sampled.
+
+        Called at the start, after each sampled token, and again after the returned tokens.
+        """
         return ()
 
     def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - for subclasses

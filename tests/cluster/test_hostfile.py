@@ -13,16 +13,16 @@ EXAMPLES = Path(__file__).parents[2] / "hostfiles"
 
 MAC_1: dict[str, Any] = {"ssh": "mac-1", "ips": ["192.168.0.1"]}
 MAC_2: dict[str, Any] = {"ssh": "mac-2", "ips": ["192.168.0.2"]}
-MAC_3: dict[str, Any] = {"ssh": "mac-3", "ips": ["192.168.0.3"]}
 
 
 def parse(content: Any) -> Hostfile:
     return parse_hostfile(json.dumps(content).encode(), "macs.json")
 
 
-def jaccl(*rdma: list[Any], backend: str = "jaccl") -> dict[str, Any]:
-    hosts = [host | {"rdma": row} for host, row in zip((MAC_1, MAC_2, MAC_3), rdma, strict=False)]
-    return {"backend": backend, "hosts": hosts}
+def jaccl(*rdma: list[Any]) -> dict[str, Any]:
+    """Return a hostfile with RDMA between two Macs. ``rdma`` are the rows of the matrix of devices."""
+    hosts = [host | {"rdma": row} for host, row in zip((MAC_1, MAC_2), rdma, strict=True)]
+    return {"backend": "jaccl", "hosts": hosts}
 
 
 @pytest.mark.parametrize(
@@ -68,17 +68,17 @@ def test_several_rdma_devices_between_two_hosts_are_read() -> None:
 
 
 def test_a_jaccl_ring_needs_devices_only_between_neighbours() -> None:
-    four = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
-    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(four)]
+    devices = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
+    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(devices)]
     assert parse({"backend": "jaccl-ring", "hosts": hosts}).backend is Backend.JACCL_RING
     with pytest.raises(HostfileError, match=r"host 0 \(mac-0\): rdma\[2\] names no device towards host 2 \(mac-2\)"):
         parse({"backend": "jaccl", "hosts": hosts})
 
 
 def test_the_keys_specific_to_mlx_k2_are_read() -> None:
-    own = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
-    host = parse([MAC_1 | own]).hosts[0]
-    assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(own.values())
+    own_keys = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
+    host = parse([MAC_1 | own_keys]).hosts[0]
+    assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(own_keys.values())
 
 
 def test_unknown_keys_are_ignored_with_a_warning() -> None:

@@ -40,10 +40,8 @@ from tests.advice import follows_advice
 
 THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
-pieces = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
-models = st.builds(
-    ModelCosts, embedding=pieces, layers=st.lists(pieces, min_size=1, max_size=8).map(tuple), head=pieces
-)
+costs = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
+models = st.builds(ModelCosts, embedding=costs, layers=st.lists(costs, min_size=1, max_size=8).map(tuple), head=costs)
 hosts_of_a_cluster = st.lists(
     st.builds(
         HostCapacity,
@@ -58,9 +56,10 @@ hosts_of_a_cluster = st.lists(
 
 @functools.cache
 def thinking_costs(context_tokens: int = 0) -> ModelCosts:
-    cache = layer_cache_bytes(THINKING, 1, context_tokens, 2)
+    """Return the costs of K2 Thinking in bfloat16, with the cache of one slot."""
+    cache_bytes = layer_cache_bytes(THINKING, 1, context_tokens, 2)
     layers = tuple(
-        LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache, layer_read_bytes_per_token(THINKING, layer))
+        LayerCost(held_bytes(layer_specs(THINKING, layer)) + cache_bytes, layer_read_bytes_per_token(THINKING, layer))
         for layer in range(61)
     )
     return ModelCosts(
@@ -77,16 +76,26 @@ def macs(*memory_gb: float, gb_per_s: Iterable[float | None] = itertools.repeat(
     ]
 
 
+def layers_of(assignments: tuple[StageAssignment, ...]) -> list[int]:
+    """Return the layers of all stages, in order."""
+    return [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
+
+
 def layer_counts(assignments: tuple[StageAssignment, ...]) -> list[int]:
     return [assignment.num_layers for assignment in assignments]
 
 
 def every_split(num_layers: int, num_hosts: int) -> list[tuple[int, ...]]:
-    inner = itertools.combinations(range(1, num_layers), num_hosts - 1)
-    return [tuple(b - a for a, b in itertools.pairwise((0, *cuts, num_layers))) for cuts in inner]
+    """Return the layer counts of each possible split."""
+    splits = []
+    for cuts in itertools.combinations(range(1, num_layers), num_hosts - 1):
+        boundaries = itertools.pairwise((0, *cuts, num_layers))
+        splits.append(tuple(end - first for first, end in boundaries))
+    return splits
 
 
-def slowest_stage(assignments: tuple[StageAssignment, ...], hosts: list[HostCapacity]) -> float:
+def slowest_stage_s(assignments: tuple[StageAssignment, ...], hosts: list[HostCapacity]) -> float:
+    """Return the seconds per token of the slowest stage."""
     slowest_known = min((host.gb_per_s for host in hosts if host.gb_per_s), default=1.0)
     return max(
         assignment.read_bytes / (1e9 * (host.gb_per_s or slowest_known))
@@ -110,7 +119,7 @@ def test_the_chosen_split_has_the_fastest_slowest_stage_of_all_that_fit(
         return
     assignments = divide_layers(model, hosts)
     assert assignments in fitting
-    assert slowest_stage(assignments, hosts) == min(slowest_stage(other, hosts) for other in fitting)
+    assert slowest_stage_s(assignments, hosts) == min(slowest_stage_s(other, hosts) for other in fitting)
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
@@ -119,14 +128,13 @@ def test_each_layer_is_assigned_exactly_once_within_host_memory(model: ModelCost
         assignments = divide_layers(model, hosts)
     except PartitionError:
         return
-    owned = [layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)]
-    assert owned == list(range(len(model.layers)))
+    assert layers_of(assignments) == list(range(len(model.layers)))
     for assignment, host in zip(assignments, hosts, strict=True):
         assert assignment.num_layers >= 1
         assert host.memory_bytes is None or assignment.held_bytes <= host.memory_bytes
-    whole = model.shard(0, len(model.layers))
-    assert sum(assignment.held_bytes for assignment in assignments) == whole.held_bytes
-    assert sum(assignment.read_bytes for assignment in assignments) == whole.read_bytes
+    total = model.shard(0, len(model.layers))
+    assert sum(assignment.held_bytes for assignment in assignments) == total.held_bytes
+    assert sum(assignment.read_bytes for assignment in assignments) == total.read_bytes
 
 
 def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
@@ -138,9 +146,7 @@ def test_kimi_k2_thinking_on_two_equal_hosts_is_32_and_29_layers() -> None:
 @pytest.mark.parametrize("num_hosts", range(1, 17))
 def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hosts: int) -> None:
     assignments = divide_layers(thinking_costs(), macs(*[600] * num_hosts))
-    assert [
-        layer for assignment in assignments for layer in range(assignment.first_layer, assignment.end_layer)
-    ] == list(range(61))
+    assert layers_of(assignments) == list(range(61))
     assert len(assignments) == num_hosts
 
 
@@ -160,11 +166,11 @@ def test_a_host_with_twice_the_bandwidth_reads_about_twice_as_much() -> None:
 
 
 def test_held_bytes_include_the_cache() -> None:
-    without, with_cache = (
-        sum(assignment.held_bytes for assignment in divide_layers(thinking_costs(n), macs(480, 480)))
-        for n in (0, 32_768)
+    without_cache, with_cache = (
+        sum(assignment.held_bytes for assignment in divide_layers(thinking_costs(context_tokens), macs(480, 480)))
+        for context_tokens in (0, 32_768)
     )
-    assert with_cache - without == 32_768 * 70_272
+    assert with_cache - without_cache == 32_768 * 70_272  # bytes per token, as published
 
 
 def test_a_model_larger_than_the_hosts_memory_is_refused_with_the_sizes() -> None:
@@ -210,7 +216,7 @@ def test_an_impossible_split_is_refused(split: tuple[int, ...], reason: str) -> 
         divide_as_requested(thinking_costs(), macs(480, 480), split)
 
 
-def test_the_drivers_memory_limit_overrides_the_hostfiles() -> None:
+def test_the_memory_of_a_host_is_the_smaller_of_the_drivers_and_the_hostfiles_limit() -> None:
     assert memory_bound_bytes(500, 400 * GB, 512 * GB) == 400 * GB
     assert memory_bound_bytes(300, 400 * GB, 512 * GB) == 300 * GB
     assert memory_bound_bytes(None, 400 * GB, 512 * GB) == 400 * GB
@@ -228,13 +234,13 @@ def test_the_cache_bytes_per_token_equal_the_published_size() -> None:
 
 
 def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
-    layer = held_bytes(layer_specs(THINKING, 1))
+    layer_bytes = held_bytes(layer_specs(THINKING, 1))
 
-    def needed(chunk: int, largest: int, *, on_gpu: bool) -> int:
-        block = attention_block_bytes(THINKING, 32768, 2, on_gpu=on_gpu)
-        return working_bytes(THINKING, chunk, 2, largest, block_bytes=block, on_gpu=on_gpu)
+    def needed(chunk_tokens: int, largest_part_bytes: int, *, on_gpu: bool) -> int:
+        block_bytes = attention_block_bytes(THINKING, 32768, 2, on_gpu=on_gpu)
+        return working_bytes(THINKING, chunk_tokens, 2, largest_part_bytes, block_bytes=block_bytes, on_gpu=on_gpu)
 
-    assert needed(2048, layer, on_gpu=False) == needed(2048, layer, on_gpu=True) == layer
+    assert needed(2048, layer_bytes, on_gpu=False) == needed(2048, layer_bytes, on_gpu=True) == layer_bytes
     assert 2**29 < needed(2048, 0, on_gpu=False) < 2 * GB
     assert 5 * GB < needed(4096, 0, on_gpu=True) < 8 * GB
     assert needed(4096, 0, on_gpu=False) > needed(2048, 0, on_gpu=False)

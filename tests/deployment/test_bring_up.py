@@ -1,4 +1,4 @@
-"""Tests of stages that start with another version, or do not start."""
+"""Tests of stages that have another version, or do not answer in time."""
 
 import re
 import sys
@@ -57,11 +57,11 @@ def test_a_host_whose_mlx_k2_has_another_version_is_named_with_both(tmp_path: Pa
         handshake(group, (__version__, MLX))
 
 
-def test_a_stage_that_sends_nothing_in_time_is_named_with_the_pending_action(tmp_path: Path) -> None:
+def test_a_stage_that_sends_nothing_in_time_is_named_with_its_task(tmp_path: Path) -> None:
     locations = [StageLocation(python=stand_in_python(tmp_path, "reads_nothing")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
-        collected = [group.receive(20), group.receive(20)]
-        assert None not in collected
+        first_messages = [group.receive(20), group.receive(20)]
+        assert None not in first_messages
         with pytest.raises(
             StageSilent, match=r"no message for 0 s from stage 1 on this machine .starting for . s., which had to"
         ):

@@ -1,4 +1,4 @@
-"""Tests that the two ends of each connection of a ring are compared: a process between two stages is found."""
+"""Tests that the two ends of each connection of a ring are compared: a process between two stages is detected."""
 
 import re
 import socket
@@ -18,7 +18,7 @@ from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.protocol.messages import Connect, Connected, Hello, RingLinks
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
-PROOF = bytes(range(32))
+HOP_SECRET = bytes(range(32))
 RETRY_S = 0.1
 TWO_LOOPBACK_ADDRESSES = pytest.mark.skipif(
     sys.platform != "linux", reason="needs Linux: 127.0.0.2 is an address of loopback there"
@@ -32,24 +32,24 @@ def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[Stag
     with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
         collect(group, Hello, range(2), 60.0, "start")
         answers = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * 2)
-        found = links(hostfile, answers)
-        assert isinstance(found, RingLinks)
-        yield group, found
+        ring = links(hostfile, answers)
+        assert isinstance(ring, RingLinks)
+        yield group, ring
 
 
 def test_stages_that_are_connected_to_each_other_are_accepted() -> None:
-    with prepared_group() as (group, found):
-        connect(group, found)
+    with prepared_group() as (group, ring):
+        connect(group, ring)
 
 
-def pass_on(source: socket.socket, target: socket.socket) -> None:
+def forward(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
             target.sendall(data)
 
 
 def relay(listener: socket.socket, address: str) -> None:
-    """Pass everything on between the first connection to ``listener`` and ``address``."""
+    """Forward everything between the first connection to ``listener`` and ``address``."""
     ip, _, port = address.partition(":")
     near, _ = listener.accept()
     while True:
@@ -58,7 +58,7 @@ def relay(listener: socket.socket, address: str) -> None:
             break
         threading.Event().wait(RETRY_S)  # until the stage listens
     for source, target in ((near, far), (far, near)):
-        threading.Thread(target=pass_on, args=(source, target), daemon=True).start()
+        threading.Thread(target=forward, args=(source, target), daemon=True).start()
 
 
 @pytest.mark.slow
@@ -67,17 +67,17 @@ def relay(listener: socket.socket, address: str) -> None:
     [("127.0.0.1",), pytest.param(("127.0.0.1", "127.0.0.2"), marks=TWO_LOOPBACK_ADDRESSES)],
     ids=["one cable", "the second of two cables"],
 )
-def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_is_loaded(
+def test_a_process_that_forwards_what_two_stages_send_is_detected_before_anything_is_loaded(
     ips: tuple[str, ...],
 ) -> None:
-    """MLX sends the proof of a hop over the first connection only."""
-    with prepared_group(ips) as (group, found), socket.create_server((ips[-1], 0)) as listener:
-        (first, second) = found.addresses
+    """MLX sends the hop's 32 bytes over the first connection only."""
+    with prepared_group(ips) as (group, ring), socket.create_server((ips[-1], 0)) as listener:
+        (first, second) = ring.addresses
         threading.Thread(target=relay, args=(listener, second[-1]), daemon=True).start()
         redirected = RingLinks((first, (*second[:-1], f"{ips[-1]}:{listener.getsockname()[1]}")))
-        group.send(0, Connect(redirected, PROOF, None))
-        group.send(1, Connect(found, None, PROOF))
-        answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the proof itself was passed on
+        group.send(0, Connect(redirected, HOP_SECRET, None))
+        group.send(1, Connect(ring, None, HOP_SECRET))
+        answers = collect(group, Connected, range(2), CONNECT_S, "connect")  # the hop's bytes were forwarded
         with pytest.raises(
             StageStartError, match=r"stage 0 on this machine is connected to a process that is no stage: the"
         ):
@@ -89,12 +89,14 @@ def test_a_process_that_passes_on_what_two_stages_send_is_found_before_anything_
 @pytest.mark.parametrize("rank", [0, 1])
 def test_another_process_that_connects_first_and_sends_nothing_is_named_at_once(rank: int) -> None:
     """Rank 0 accepts the process and then cannot reach its neighbour. Rank 1 reaches its own neighbour first."""
-    with prepared_group() as (group, found), socket.create_server(("127.0.0.2", 0)) as neighbour:
+    with prepared_group() as (group, ring), socket.create_server(("127.0.0.2", 0)) as neighbour:
         addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour.getsockname()[1] if rank else 9}",)] * 2
-        addresses[rank] = found.addresses[rank]
+        addresses[rank] = ring.addresses[rank]
         ip, _, port = addresses[rank][0].partition(":")
         began = time.monotonic()
-        group.send(rank, Connect(RingLinks(tuple(addresses)), PROOF if rank == 0 else None, PROOF if rank else None))
+        group.send(
+            rank, Connect(RingLinks(tuple(addresses)), HOP_SECRET if rank == 0 else None, HOP_SECRET if rank else None)
+        )
         while True:
             with suppress(ConnectionRefusedError):
                 other = socket.create_connection((ip, int(port)), timeout=10)

@@ -1,4 +1,4 @@
-"""Tests of a draft head on real stages whose hosts have different files: refused, if they are read, before loading."""
+"""Tests of a draft head on stages whose hosts have different files of it: refused before loading, if they are read."""
 
 import shutil
 import sys
@@ -67,7 +67,9 @@ def test_a_stage_between_the_layers_that_a_head_reads_starts_without_the_heads_f
 
 
 @pytest.mark.slow
-def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path, tmp_path: Path) -> None:
+def test_hosts_load_the_head_of_one_commit_also_if_the_coordinator_cannot_reach_the_hub(
+    model: Path, tmp_path: Path
+) -> None:
     write_head(tmp_path / "hub", model, 1)
     with serve_hub("someone/head", tmp_path / "hub" / "head") as hub:
         hosts = [
@@ -77,9 +79,9 @@ def test_hosts_that_alone_reach_the_hub_load_the_head_of_one_commit(model: Path,
         head = DraftHead(source=ModelSource(path_or_repo="someone/head"))
         request = replace(local_request(model, hosts), draft_head=head)
         with deploy(request, None, DeploymentListener()) as deployment:
-            used = deployment.request.draft_head
-    assert used is not None
-    assert used.source.revision == COMMIT
+            loaded_head = deployment.request.draft_head
+    assert loaded_head is not None
+    assert loaded_head.source.revision == COMMIT
     assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors"}
 
 

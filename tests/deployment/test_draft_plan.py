@@ -1,4 +1,4 @@
-"""Tests of planning with a draft head: its bytes, its time, and what is said if it does not fit."""
+"""Tests of planning with a draft head: its bytes, its time, and the error if it does not fit."""
 
 import json
 from dataclasses import replace
@@ -20,19 +20,22 @@ from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.known_layout import thinking_config_fields
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
-from tests.deployment.test_plan import GB, SHAPE, THINKING, studios
+from tests.deployment.test_plan import GB, K2_THINKING, SHAPE, studios
 
 HEAD = DraftHead(source=ModelSource(path_or_repo="nvidia/head"), bits=8)
-AUX = [1, 29, 57]
+AUX_LAYERS = [1, 29, 57]
+"""The layers whose outputs the head reads: two on the first stage, one on the second."""
 
 
 def with_head(vocab_size: int | None = None) -> ModelDescription:
     """Return Kimi K2 Thinking with a head that shares the embedding."""
-    fields = draft_config_fields(thinking_config_fields(), eagle_config={"eagle_aux_hidden_state_layer_ids": AUX})
+    fields = draft_config_fields(
+        thinking_config_fields(), eagle_config={"eagle_aux_hidden_state_layer_ids": AUX_LAYERS}
+    )
     names = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
     files = {CONFIG_NAME: json.dumps(fields).encode(), INDEX_NAME: json.dumps({"weight_map": names}).encode()}
     head = msgspec.structs.replace(HEAD, vocab_size=vocab_size)
-    return replace(THINKING, draft=describe_draft(files, head, THINKING.config, check_names=False))
+    return replace(K2_THINKING, draft=describe_draft(files, head, K2_THINKING.config, check_names=False))
 
 
 def plan(model: ModelDescription, memory_gb: float, head: DraftHead | None = HEAD) -> tuple[StagePlan, ...]:
@@ -44,13 +47,13 @@ def test_a_heads_slices_are_on_the_stages_of_their_layers_and_the_rest_on_the_la
     model = with_head()
     assert model.draft is not None
     plain, drafting = plan(model, 460, None), plan(model, 460)
-    added = [ours.shard_bytes - theirs.shard_bytes for ours, theirs in zip(drafting, plain, strict=True)]
+    added = [with_head.shard_bytes - without.shard_bytes for with_head, without in zip(drafting, plain, strict=True)]
     slice_bytes = model.draft.slice_bytes(2, 8)
     head_bytes = model.draft.layer_bytes(2, 8) + model.draft.projection_bytes(2, 8) + model.draft.embedding_bytes(2)
     assert added == [2 * slice_bytes, slice_bytes + head_bytes]
-    assert sum(added) / GB == pytest.approx(1.96 + 2.35, abs=0.01)
+    assert sum(added) / GB == pytest.approx(1.96 + 2.35, abs=0.01)  # the head's matrices, the target's embedding
     cache_bytes = 576 * 2 * SHAPE.context_tokens
-    needed = [ours.needed_bytes - theirs.needed_bytes for ours, theirs in zip(drafting, plain, strict=True)]
+    needed = [with_head.needed_bytes - without.needed_bytes for with_head, without in zip(drafting, plain, strict=True)]
     assert needed == [added[0], added[1] + cache_bytes]
     assert "ends.safetensors" in drafting[1].files  # the target's embedding
 
@@ -97,9 +100,9 @@ def test_a_head_for_one_stage_is_refused() -> None:
         deployment_request(ClusterOptions(num_stages=1), draft_mode=DraftMode.MODEL)
 
 
-@pytest.mark.parametrize("given", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
-def test_options_of_a_draft_model_without_one_are_refused(given: dict[str, Any]) -> None:
-    ClusterOptions(**given)  # the built-in model has one
-    ClusterOptions(model="k2", draft_model="nvidia/head", **given)
+@pytest.mark.parametrize("options", [{"draft_aux": (1, 2, 3)}, {"draft_bits": 4}, {"draft_vocab": 1000}])
+def test_options_of_a_draft_model_without_one_are_refused(options: dict[str, Any]) -> None:
+    ClusterOptions(**options)  # the built-in model has a draft head
+    ClusterOptions(model="k2", draft_model="nvidia/head", **options)
     with pytest.raises(RequestError, match="give --draft-model"):
-        ClusterOptions(model="k2", **given)
+        ClusterOptions(model="k2", **options)

@@ -16,7 +16,7 @@ from tests.local_cluster import local_host, local_request, write_model
 pytestmark = pytest.mark.timeout(60)
 
 
-class RecordedNotifications(DeploymentListener):
+class RecordingListener(DeploymentListener):
     """Listener that collects the notifications."""
 
     def __init__(self) -> None:
@@ -36,6 +36,6 @@ def test_a_stages_warnings_are_shown_with_its_name(tmp_path: Path, monkeypatch: 
         return (answer,)
 
     monkeypatch.setattr(bring_up, "ask", ask_with_warning)
-    listener = RecordedNotifications()
+    listener = RecordingListener()
     with deploy(local_request(write_model(tmp_path / "model"), [local_host()]), None, listener):
         assert listener.lines == ["stage 0 on this machine: a kernel is not used"]

@@ -23,7 +23,8 @@ from tests.local_cluster import VOCAB_SIZE, local_host, local_request
 
 pytestmark = pytest.mark.timeout(100)
 
-LONG_CONTEXT = 262_144  # a cache of 587 MB per slot, which is reserved but never filled here
+LONG_CONTEXT = 262_144
+"""A context with a cache of 587 MB per slot, which is reserved but never filled here."""
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,17 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 def running(
     model: Path, num_stages: int, num_slots: int, context_tokens: int, address: str | None = None
 ) -> Iterator[Deployment]:
+    """Yield running stages of this process."""
     request = local_request(model, [local_host()] * num_stages).with_options(context_tokens=context_tokens)
-    shaped = replace(request, num_slots=num_slots, address=address)
-    with deploy(shaped, None, DeploymentListener()) as deployment:
+    with deploy(replace(request, num_slots=num_slots, address=address), None, DeploymentListener()) as deployment:
         yield deployment
 
 
 def generate(user: CommandLine, model: Path, context_tokens: int) -> tuple[int, str]:
+    """Run `mlx-k2 generate`; return its exit code and stderr."""
     arguments = ("--model", str(model), "--context", str(context_tokens), "--max-tokens", "1")
-    done = user.run("generate", "hi", *arguments)
-    return done.returncode, done.stderr
+    result = user.run("generate", "hi", *arguments)
+    return result.returncode, result.stderr
 
 
 @pytest.mark.slow
@@ -86,7 +88,7 @@ def test_a_server_is_named_with_the_address_for_connect(user: CommandLine, model
         ("mac2", None, False),
     ],
 )
-def test_an_address_is_named_where_it_can_be_reached(host: str, address: str | None, is_named: bool) -> None:
+def test_a_servers_address_is_named_if_this_host_can_reach_it(host: str, address: str | None, is_named: bool) -> None:
     own, other = Command("mac1", 1, "mlx-k2 chat", 0.0), Command(host, 2, "mlx-k2 serve", 0.0, address)
     hello = Hello(
         mlx_k2_version="1",
@@ -113,7 +115,7 @@ def test_a_command_that_holds_less_than_1_gb_or_has_ended_is_not_named(user: Com
 
 
 @pytest.mark.slow
-def test_memory_of_another_command_is_not_planned_again_and_the_error_names_it(user: CommandLine, model: Path) -> None:
+def test_memory_of_another_command_is_not_used_and_the_error_names_the_command(user: CommandLine, model: Path) -> None:
     with running(model, num_stages=1, num_slots=1, context_tokens=LONG_CONTEXT) as deployment:
         hello, (plan,) = deployment.hellos[0], deployment.plans
     available_bytes = memory_bound_bytes(None, hello.working_set_bytes, hello.memory_bytes)

@@ -1,4 +1,4 @@
-"""Tests of streams that continue on new stages after a fault: the same tokens, none lost and none repeated."""
+"""Tests of answers that continue on new stages after a fault: the same tokens, none lost and none repeated."""
 
 import re
 import sys
@@ -38,7 +38,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens
 
 @dataclass
 class Run:
-    """Stages that restart after a fault, and the restarts so far."""
+    """An engine on stages that restart after a fault, and the restarts so far."""
 
     deployment: RestartingDeployment
     engine: Engine
@@ -50,8 +50,8 @@ def restarting(
     model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
 ) -> Iterator[Run]:
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
-    asked = local_request(model, hosts).with_options(stall_timeout_s=1.5)
-    description = describe_model(read_model_files(asked.source).files, str(model))
+    deployment_request = local_request(model, hosts).with_options(stall_timeout_s=1.5)
+    description = describe_model(read_model_files(deployment_request.source).files, str(model))
     restarts: list[Restart] = []
 
     def on_restart(restart: Restart, phase: str) -> None:
@@ -60,7 +60,7 @@ def restarting(
 
     with (
         RestartingDeployment(
-            asked, description, listener or DeploymentListener(), limit, first_wait_s=0.05
+            deployment_request, description, listener or DeploymentListener(), limit, first_wait_s=0.05
         ) as deployment,
         engine_on(
             deployment.deployment, draft_mode=DraftMode.NGRAM, restarts=deployment, on_restart=on_restart
@@ -69,33 +69,33 @@ def restarting(
         yield Run(deployment, engine, restarts)
 
 
-def answers(run: Run, breaking: dict[int, Callable[[], None]] | None = None) -> Tokens:
-    """Return the tokens of REQUESTS. Call ``breaking[i]`` after token i, counted from 0."""
-    tokens: dict[Request, list[int]] = {asked: [] for asked in REQUESTS}
-    for count, (asked, token) in enumerate(together(run.engine, *REQUESTS)):
-        tokens[asked].append(token.token_id)
-        if breaking and count in breaking:
-            breaking[count]()
-    return [tokens[asked] for asked in REQUESTS]
+def answers(run: Run, faults: dict[int, Callable[[], None]] | None = None) -> Tokens:
+    """Return the tokens of the answers to REQUESTS. Call ``faults[i]`` after token i of both together, from 0."""
+    tokens: dict[Request, list[int]] = {each: [] for each in REQUESTS}
+    for count, (answered, token) in enumerate(together(run.engine, *REQUESTS)):
+        tokens[answered].append(token.token_id)
+        if faults and count in faults:
+            faults[count]()
+    return [tokens[each] for each in REQUESTS]
 
 
 @pytest.mark.slow
 def test_two_streams_resume_with_the_same_tokens_after_a_stage_is_killed_or_suspended(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
-    breaking = {
+    faults = {
         10: lambda: stage_process(0).kill(),
         40: lambda: stage_process(1).kill(),
         70: lambda: stage_process(2).kill(),
         100: lambda: stage_process(1).suspend(),
     }
     with restarting(model, tmp_path, 3) as run:
-        assert answers(run, breaking) == undisturbed
+        assert answers(run, faults) == undisturbed
     for rank, restart in enumerate(run.restarts[:3]):
         assert re.match(rf"stage {rank} on this machine \(.+\) ended with signal 9", restart.reason), restart.reason
-    stopped = run.restarts[3]
-    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d+ s\) is stopped", stopped.reason), (
-        stopped.reason
+    last_reason = run.restarts[3].reason
+    assert re.match(r"stage 1 on this machine \(.* (of|after) step \d+ for \d+ s\) is stopped", last_reason), (
+        last_reason
     )
     assert [(restart.number, restart.wait_s) for restart in run.restarts] == [(1, 0.05), (2, 0.1), (3, 0.2), (4, 0.4)]
 
@@ -137,17 +137,17 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
         next(events)
         script.unlink()
         stage_process(1).kill()
-        mending = threading.Thread(target=repair, daemon=True)
-        mending.start()
-        assert len(list(events)) == 60 + 80 - 1
-        mending.join(10)
+        repairing = threading.Thread(target=repair, daemon=True)
+        repairing.start()
+        assert len(list(events)) == sum(each.max_tokens for each in REQUESTS) - 1
+        repairing.join(10)
         assert script.read_text() == text
     assert [restart.limit for restart in run.restarts] == [None] * len(run.restarts)
     assert [restart.count for restart in run.restarts][:4] == ["1", "2", "3", "4"]
 
 
 @dataclass
-class Failing(DeploymentListener):
+class FailingListener(DeploymentListener):
     """Listener that, once armed, raises each of ``errors`` at the beginning of a restart, in their order."""
 
     errors: list[Exception]
@@ -162,9 +162,9 @@ class Failing(DeploymentListener):
 def test_without_a_limit_any_error_of_a_restart_is_tried_again(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
-    failing = Failing([RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
-    with restarting(model, tmp_path, 1, limit=None, listener=failing) as run:
-        failing.is_armed = True
+    listener = FailingListener([RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
+    with restarting(model, tmp_path, 1, limit=None, listener=listener) as run:
+        listener.is_armed = True
         assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
     assert [restart.reason for restart in run.restarts[1:]] == [
         "can't start new thread",
@@ -173,11 +173,13 @@ def test_without_a_limit_any_error_of_a_restart_is_tried_again(
 
 
 @pytest.mark.slow
-def test_nan_is_restarted_once_also_after_another_fault_and_is_then_final(model: Path) -> None:
+def test_after_nan_the_stages_restart_once_and_a_second_nan_is_final(model: Path) -> None:
     restarts: set[tuple[int, str]] = set()
-    asked = local_request(model, [local_host()])
-    description = describe_model(read_model_files(asked.source).files, str(model))
-    with RestartingDeployment(asked, description, DeploymentListener(), limit=5, first_wait_s=0.05) as deployment:
+    deployment_request = local_request(model, [local_host()])
+    description = describe_model(read_model_files(deployment_request.source).files, str(model))
+    with RestartingDeployment(
+        deployment_request, description, DeploymentListener(), limit=5, first_wait_s=0.05
+    ) as deployment:
         for error in (StageFault("killed", 0), NotFinite("NaN in step 3", 0)):
             deployment.restart(error, lambda restart, _: restarts.add((restart.number, restart.reason)))
         with pytest.raises(NotFinite, match=r"NaN in step 9 \(given up after 2 restarts\)"):
@@ -186,7 +188,7 @@ def test_nan_is_restarted_once_also_after_another_fault_and_is_then_final(model:
 
 
 @dataclass
-class Breaker(DeploymentListener):
+class KillingListener(DeploymentListener):
     """Listener that, once armed, kills stage 1 at the start of each of ``phases``, in their order."""
 
     phases: list[str]
@@ -202,9 +204,9 @@ class Breaker(DeploymentListener):
 def test_a_stage_killed_during_a_restart_causes_one_more_restart(
     model: Path, tmp_path: Path, undisturbed: Tokens
 ) -> None:
-    breaker = Breaker(["connecting", "loading"])
-    with restarting(model, tmp_path, 2, listener=breaker) as run:
-        breaker.is_armed = True
+    listener = KillingListener(["connecting", "loading"])
+    with restarting(model, tmp_path, 2, listener=listener) as run:
+        listener.is_armed = True
         assert answers(run, {10: lambda: stage_process(0).kill()}) == undisturbed
     assert [restart.number for restart in run.restarts] == [1, 2, 3]
     for restart in run.restarts[1:]:

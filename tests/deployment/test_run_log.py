@@ -44,7 +44,7 @@ def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path
     ]
 
 
-def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_report_has_the_last_lines_of_each_stage_and_is_never_overwritten(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
     for rank, count in ((0, 3), (1, run_log.MAX_LINES + 50)):
         for number in range(count):
@@ -61,9 +61,9 @@ def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_p
     assert "[stage 1 mac-1] line 49\n" not in first
 
 
-def test_the_last_reports_of_a_run_are_kept(tmp_path: Path) -> None:
+def test_only_the_oldest_reports_of_the_same_run_are_deleted(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
     (tmp_path / "report-of-another-run.txt").touch()
-    written = [log.write_report(f"fault {number}", ()) for number in range(run_log.MAX_REPORTS + 5)]
-    kept = written[5:]
-    assert sorted(tmp_path.glob("report-*")) == sorted([tmp_path / "report-of-another-run.txt", *filter(None, kept)])
+    reports = [log.write_report(f"fault {number}", ()) for number in range(run_log.MAX_REPORTS + 5)]
+    remaining = [path for path in reports[5:] if path is not None]
+    assert sorted(tmp_path.glob("report-*")) == sorted([tmp_path / "report-of-another-run.txt", *remaining])

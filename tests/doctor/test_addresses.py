@@ -4,7 +4,7 @@ import pytest
 
 from mlx_k2.doctor.addresses import address_choices
 
-LO = {"127.0.0.1": "lo0"}
+LOOPBACK = {"127.0.0.1": "lo0"}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ LO = {"127.0.0.1": "lo0"}
     ],
     ids=["two networks", "link-local last", "no network", "cables between neighbours"],
 )
-def test_hosts_connect_over_their_common_networks(
+def test_the_choices_are_the_common_networks_or_those_between_neighbours(
     interfaces: list[dict[str, str]], choices: list[tuple[str, ...]]
 ) -> None:
-    assert address_choices([LO | host for host in interfaces]) == choices
+    assert address_choices([LOOPBACK | host for host in interfaces]) == choices

@@ -1,4 +1,4 @@
-"""Tests of the doctor's checks: a host's facts give ok, a warning or a failure; the last two state a remedy."""
+"""Tests of the doctor's checks: a host's facts give ok, a warning or a failure, and the last two have a remedy."""
 
 import re
 from dataclasses import replace
@@ -55,7 +55,7 @@ def facts(**changes: object) -> HostFacts:
     return msgspec.structs.replace(FACTS, **changes)
 
 
-def settings(**changes: str) -> HostFacts:
+def facts_with_settings(**changes: str) -> HostFacts:
     return facts(settings=FACTS.settings | changes)
 
 
@@ -67,11 +67,11 @@ def hello(**changes: object) -> Hello:
     return msgspec.structs.replace(HELLO, **changes)
 
 
-def backend(seen: HostFacts, system: str = "macOS 26.4") -> list[Check]:
-    return [check_backend(HOST, Backend.JACCL, hello(system=system), seen)]
+def backend_check(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
+    return [check_backend(HOST, Backend.JACCL, hello(system=system), host_facts)]
 
 
-JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
+CASES: dict[str, tuple[list[Check], CheckResult, str]] = {
     "an old package": (
         list(check_versions(HOST, hello(mlx_version="0.31.0"), HERE, Backend.RING, {"macOS 26.4"}))[:1],
         FAILURE,
@@ -120,15 +120,23 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     ),
     "its addresses": (list(check_addresses(HOST, FACTS)), OK, "192.168.0.2 on en5"),
     "jaccl on an old macOS": (
-        backend(facts(backends=("ring",)), "macOS 15.5"),
+        backend_check(facts(backends=("ring",)), "macOS 15.5"),
         FAILURE,
         "update macOS 15.5 to macOS 26.2",
     ),
-    "RDMA off": (backend(settings(rdma_ctl="disabled\n")), FAILURE, "Recovery and run `rdma_ctl enable`"),
-    "no RDMA device": (backend(settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
-    "the bridge": (backend(settings(bridge0=BRIDGE.format(status="active"))), FAILURE, "`sudo networksetup"),
-    "small RDMA": (backend(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
-    "RDMA": (backend(FACTS), OK, "jaccl over rdma_en5"),
+    "RDMA off": (
+        backend_check(facts_with_settings(rdma_ctl="disabled\n")),
+        FAILURE,
+        "Recovery and run `rdma_ctl enable`",
+    ),
+    "no RDMA device": (backend_check(facts_with_settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
+    "the bridge": (
+        backend_check(facts_with_settings(bridge0=BRIDGE.format(status="active"))),
+        FAILURE,
+        "`sudo networksetup",
+    ),
+    "small RDMA": (backend_check(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
+    "RDMA": (backend_check(FACTS), OK, "jaccl over rdma_en5"),
     "fast synch there": (
         [check_environment(facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())],
         WARNING,
@@ -164,7 +172,7 @@ JUDGED: dict[str, tuple[list[Check], CheckResult, str]] = {
     "A is set there, which can wedge a GPU until it is restarted: `unset A`",
     "a: `sudo pmset -a sleep 0 disksleep 0` there",
 )
-@pytest.mark.parametrize(("checks", "result", "words"), JUDGED.values(), ids=JUDGED.keys())
+@pytest.mark.parametrize(("checks", "result", "words"), CASES.values(), ids=CASES.keys())
 def test_each_state_of_a_host_gives_the_right_check_result_and_remedy(
     checks: list[Check], result: CheckResult, words: str
 ) -> None:
@@ -179,11 +187,11 @@ def test_a_host_without_sleep_settings_has_no_sleep_check() -> None:
     assert list(check_sleep(facts(settings={}))) == []
 
 
-def test_hosts_whose_copies_of_a_file_differ_are_all_named() -> None:
+def test_of_two_different_copies_of_a_file_both_fail_and_of_three_the_one_that_differs() -> None:
     copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
     assert [(check.host, check.result) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
-    third = copies | {"mac-3": model(found={"b": "2"})}
-    assert [check.host for check in check_copies(third)] == ["mac-2"]
+    with_a_third = copies | {"mac-3": model(found={"b": "2"})}
+    assert [check.host for check in check_copies(with_a_third)] == ["mac-2"]
 
 
 def test_commands_are_the_texts_between_backticks() -> None:

@@ -22,7 +22,7 @@ def reference(sampling: Sampling, generated: list[int]) -> list[float]:
 
 
 def dense(bias: LogitBias | None) -> list[float]:
-    """Return the bias of each logit."""
+    """Return the bias of each logit of the vocabulary."""
     biases = np.zeros(VOCAB_SIZE, np.float32)
     if bias is not None:
         biases[np.frombuffer(bias.token_ids, np.uint32)] = np.frombuffer(bias.values, np.float32)
@@ -69,7 +69,7 @@ def test_bias_and_penalties_count_the_tokens_of_the_answer_as_a_plain_reference_
                 sequence.num_planned = end + count
                 assert sequence.draft() == drafts[count]
         before = dense(sequence.logit_bias(end))
-        sequence.reset(100)
+        sequence.reset(next_plan=100)
         assert dense(sequence.logit_bias(end)) == before
         np.testing.assert_allclose(dense(sequence.logit_bias(end)), reference(sampling, generated), atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_the_last_stage_gets_the_sum_of_bias_and_penalties_and_not_the_parameter
     assert dense(sequence.logit_bias(1))[3] == 1.0
 
 
-def test_without_bias_and_penalties_nothing_is_sent() -> None:
+def test_without_bias_and_penalties_a_row_has_no_logit_bias() -> None:
     sequence = Sequence(Request((1,), 5, Sampling(seed=1), frozenset()), 100)
     sequence.append_sampled(0, SampledToken(7), 1)
     assert sequence.logit_bias(2) is None
