@@ -87,7 +87,7 @@ class _Batch:
         """Each handle once for each of its events."""
 
     def submit(self, num_new: int) -> None:
-        """Submit those that wait, and up to ``num_new`` new ones, as many as fit. If none runs, wait until one fits."""
+        """Submit waiting requests and up to ``num_new`` new ones, as many as fit. If none runs, wait until one fits."""
         self._waiting += islice(self._unread, num_new)
         size = len(self._waiting)
         while size:
@@ -112,7 +112,7 @@ class _Batch:
 
 
 def _add_event(answer: _Answer) -> BatchResult | None:
-    """Add the next event to an answer; return the result if the event was the last one. There must be an event."""
+    """Add the next event to an answer, for which an event is ready; return the result if it was the last event."""
     try:
         event = next(answer.events)
     except RequestFailed as failure:

@@ -111,7 +111,7 @@ class RestartingDeployment:
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
             self._was_not_finite = False
-        status: Sequence[str] = HealthMonitor(self.deployment.group).describe_all()
+        statuses: Sequence[str] = HealthMonitor(self.deployment.group).describe_all()
         while self._may_restart(error):
             wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MAX_DOUBLINGS))
             self._num_restarts += 1
@@ -120,7 +120,7 @@ class RestartingDeployment:
             on_restart(restart, WAITING)
             listener = _RestartListener(self._listener, self.deployment.plans, partial(on_restart, restart))
             try:
-                self._end(error, status)
+                self._end(error, statuses)
                 if self._cancelled.wait(wait_s):
                     raise Cancelled("the restart was cancelled")
                 self._start(self.deployment.model, listener, self.deployment)
@@ -128,15 +128,15 @@ class RestartingDeployment:
                 error = next_error
             except Cancelled:
                 raise
-            except Exception as other:
+            except Exception as unexpected:
                 if self._limit is not None:
                     raise
-                error = ClusterError(str(other) or type(other).__name__)
+                error = ClusterError(str(unexpected) or type(unexpected).__name__)
             else:
                 return self.deployment.group
-            status = ()
-        self._end(error, status)
-        if self._limit:
+            statuses = ()
+        self._end(error, statuses)
+        if self._num_restarts:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)", error.rank)
         raise error
 
@@ -149,13 +149,13 @@ class RestartingDeployment:
             return True
         return self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite))
 
-    def _end(self, error: ClusterError, status: Sequence[str]) -> None:
+    def _end(self, error: ClusterError, statuses: Sequence[str]) -> None:
         """End the stages, then write the report, which then has the lines about how each stage ended."""
         self._stack.close()
-        self._report(error, status)
+        self._report(error, statuses)
 
-    def _report(self, error: ClusterError, status: Sequence[str]) -> None:
-        if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
+    def _report(self, error: ClusterError, statuses: Sequence[str]) -> None:
+        if self._log is not None and (path := self._log.write_report(str(error), statuses)) is not None:
             self._listener.notify(f"a report is in {path}")
 
     def _start(
