@@ -4,21 +4,17 @@ from mlx_k2.config import ModelConfig
 
 GB = 10**9
 
-CPU_BLOCK_BYTES = 128 * 2**20
-"""Limit of a block of attention on a CPU. A block of one head may exceed it."""
+CPU_BLOCK_BYTES = 128 * 2**20  # limit of a block of attention on a CPU. A block of one head may exceed it
 LARGEST_BLOCK_BYTES = 4 * 2**30
 """Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of dispatches."""
 GPU_MIN_HEADS = 8
 """Minimum number of heads per dispatch. One head gives 64 threadgroups, fewer than the 80 GPU cores of an Ultra."""
-BLOCKS_AT_A_TIME = 2
-"""Number of blocks of attention that are in memory at a time."""
-_MIN_QUERIES = 256
-"""Minimum number of queries per block, as in model/attention.py."""
+BLOCKS_AT_A_TIME = 2  # number of blocks of attention that are in memory at a time
+_MIN_QUERIES = 256  # minimum number of queries per block, as in model/attention.py
 _LAYERS_IN_FLIGHT = 3
 """Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
 
-_FRACTION_WITHOUT_GPU = 0.8
-"""Fraction of the RAM that stages may use if no GPU driver sets a limit."""
+_FRACTION_WITHOUT_GPU = 0.8  # fraction of the RAM that stages may use if no GPU driver sets a limit
 
 
 def memory_bound_bytes(

@@ -54,10 +54,7 @@ class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``.
-
-    ``held_bytes`` and ``read_bytes`` are those of its LayerCost.
-    """
+    """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``, and their cost."""
 
     first_layer: int
     end_layer: int
@@ -71,9 +68,7 @@ class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
-    """Return the split of ``model`` over ``hosts``, a stage for each, whose slowest stage is the fastest.
-
-    Among equally good splits it is the most even one.
+    """Return the split of ``model`` over ``hosts``, a stage for each, that is fastest, and of those the most even.
 
     Raises:
         PartitionError: there are more hosts than layers, or no split fits; states the numbers.
@@ -128,8 +123,7 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
         )
 
 
-_Cost = Callable[[int, int, int], float]
-"""The cost of an assignment as a function of host, first layer and end layer."""
+_Cost = Callable[[int, int, int], float]  # the cost of an assignment: host, first layer, end layer
 
 
 def _read_seconds(model: ModelCosts, hosts: Sequence[HostCapacity]) -> _Cost:
@@ -176,11 +170,10 @@ def _assignments(model: ModelCosts, cuts: Sequence[int]) -> tuple[StageAssignmen
 
 def _why_nothing_fits(model: ModelCosts, hosts: Sequence[HostCapacity]) -> str:
     needed_bytes = model.shard(0, len(model.layers)).held_bytes
-    limits = [f"{host.name} {_gb(host.memory_bytes)}" for host in hosts if host.memory_bytes is not None]
-    limit_bytes = sum(host.memory_bytes for host in hosts if host.memory_bytes is not None)
-    numbers = (
-        f"weights and cache need {_gb(needed_bytes)}, and the hosts can hold {_gb(limit_bytes)} ({', '.join(limits)})"
-    )
+    limits = [(host.name, host.memory_bytes) for host in hosts if host.memory_bytes is not None]
+    limit_bytes = sum(memory_bytes for _, memory_bytes in limits)
+    listed = ", ".join(f"{name} {_gb(memory_bytes)}" for name, memory_bytes in limits)
+    numbers = f"weights and cache need {_gb(needed_bytes)}, and the hosts can hold {_gb(limit_bytes)} ({listed})"
     if needed_bytes > limit_bytes:
         return f"the model does not fit: {numbers}: add a host or memory"
     largest_bytes = max(layer.held_bytes for layer in model.layers)

@@ -13,8 +13,7 @@ from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.errors import ClusterError, EngineBusy, RequestFailed
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 
-_RETRY_S = 0.1
-"""Time after which the engine is tried again when its queue is full."""
+_RETRY_S = 0.1  # time after which the engine is tried again when its queue is full
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ def answer_all(engine: Engine, requests: Iterable[tuple[int, Submission]]) -> Ge
     """Run all requests, each with its key; yield each answer when it ends. Closing the generator cancels the others.
 
     At most twice as many requests as slots are in the engine at a time; ``requests`` is read when it has room for more.
-    While requests of others fill the engine's queue, those of the batch wait here.
 
     Raises:
         ClusterError: the stages failed and are not restarted.
@@ -76,15 +74,14 @@ def answer_all(engine: Engine, requests: Iterable[tuple[int, Submission]]) -> Ge
 
 
 class _Batch:
-    """The requests of a batch: those that are not read yet, those that wait here, and those in the engine."""
+    """The requests of a batch: not read yet, waiting for room in the engine's queue, or in the engine."""
 
     def __init__(self, engine: Engine, requests: Iterable[tuple[int, Submission]]) -> None:
         self._engine = engine
         self._unread = iter(requests)
         self._waiting: list[tuple[int, Submission]] = []
         self.running: dict[Handle, _Answer] = {}
-        self.handles_with_event: SimpleQueue[Handle] = SimpleQueue()
-        """Each handle once for each of its events."""
+        self.handles_with_event: SimpleQueue[Handle] = SimpleQueue()  # each handle once for each of its events
 
     def submit(self, num_new: int) -> None:
         """Submit waiting requests and up to ``num_new`` new ones, as many as fit. If none runs, wait until one fits."""

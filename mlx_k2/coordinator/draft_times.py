@@ -34,8 +34,7 @@ class DraftTimer:
     """Collector of the reports of steps that carry one generated token."""
 
     def __init__(self, num_stages: int) -> None:
-        self._busy_s: list[list[float]] = [[] for _ in range(num_stages)]
-        """Computing times, by rank."""
+        self._busy_s: list[list[float]] = [[] for _ in range(num_stages)]  # computing times, by rank
         self._between_s: dict[bool, list[float]] = {True: [], False: []}
         """Times between two sampled tokens, by whether the second was computed as a draft."""
         self._sampled_at: float | None = None

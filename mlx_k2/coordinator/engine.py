@@ -26,13 +26,11 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.scheduling.token_policy import TokenPolicy
 
-MAX_QUEUED = 256
-"""Default maximum number of requests that wait for their first step."""
+MAX_QUEUED = 256  # default maximum number of requests that wait for their first step
 SWITCH_INTERVAL_S = 0.0002
 """Python's switch interval while an engine runs. A token passes through three threads before the next plan is sent, and
 each may wait this long for a thread that computes."""
-_NUM_DURATIONS = 32
-"""The expected wait is computed from the durations of this many requests that ended last."""
+_NUM_DURATIONS = 32  # the expected wait is computed from the durations of this many requests that ended last
 _MIN_WAIT_S = 1.0
 
 
@@ -140,10 +138,7 @@ class Engine:
         return self.submit_all([Submission(request, policy, notify)])[0]
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
-        """Queue several requests, all or none; return their handles. The first plan can then have all of them.
-
-        Errors are those of ``submit``.
-        """
+        """Queue several requests, all or none, so that the first plan can have all. Errors are those of ``submit``."""
         now = time.perf_counter()
         jobs = []
         for submission in submissions:
@@ -229,10 +224,8 @@ def engine_on(
     num_stages = deployment.group.size
     limits = SchedulerLimits(shape.num_slots, shape.context_tokens, shape.chunk_tokens, num_stages, prompts_first)
     policy = StepPolicy(deployment.costs)
-    if num_stages == 1:
-        mode = DraftMode.OFF  # the only stage is never idle
-    else:
-        mode = effective_mode(draft_mode, has_head=deployment.request.draft_head is not None)
+    has_head = deployment.request.draft_head is not None
+    mode = DraftMode.OFF if num_stages == 1 else effective_mode(draft_mode, has_head=has_head)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)

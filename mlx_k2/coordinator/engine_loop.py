@@ -23,8 +23,7 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.scheduling.scheduler import AppendedTokens, Scheduler
 from mlx_k2.scheduling.sequence import Sequence
 
-_MAX_WAIT_S = 3600.0
-"""Limit of one wait for a command: ``queue.get`` rejects an infinite one."""
+_MAX_WAIT_S = 3600.0  # limit of one wait for a command: ``queue.get`` takes no infinite timeout
 
 
 class Restarts(Protocol):
@@ -61,12 +60,9 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Sequence, Job] = {}
         self._outbox: list[tuple[Handle, Token | Progress | Finished | MlxK2Error]] = []
-        """Events that are put into their handles after the next plans are sent."""
-        self._last_waiting: list[Sequence] = []
-        """The waiting sequences whose Queued events were delivered last, in order."""
+        self._last_waiting: list[Sequence] = []  # the waiting sequences whose positions were reported last, in order
         self._restart_thread: threading.Thread | None = None
-        self._restarting: Restarting | None = None
-        """The last event of the restart that runs; None before its first one and without a restart."""
+        self._restarting: Restarting | None = None  # the last event of the restart that runs, if any
         self._suspects: dict[tuple[Sequence, int], range] = {}
         """For each sequence in the step in which a stage failed last: its positions, by the sequence and the rank."""
         self._is_closing = False
@@ -79,8 +75,7 @@ class EngineLoop:
     def put(self, command: Callable[[], None]) -> None:
         """Let the engine thread execute a command soon. Any thread may call this, also a signal handler."""
         self._commands.put(command)
-        # if the group is just being replaced, nobody is woken: the loop reads all commands after that anyway
-        self._pipeline.group.wake()
+        self._pipeline.group.wake()  # if the group is just being replaced, the loop reads all commands afterwards
 
     def run(self) -> None:
         """Run until ``close``.
@@ -102,7 +97,8 @@ class EngineLoop:
     def _step(self) -> None:
         """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
         try:
-            self._run_commands()
+            while not self._commands.empty():
+                self._run_command(self._commands.get())
             if self._is_closing:
                 return
             for microbatch in self._pipeline.send_plans():
@@ -128,10 +124,6 @@ class EngineLoop:
         self._deliver()
 
     # ---- commands, each for ``put``
-
-    def _run_commands(self) -> None:
-        while not self._commands.empty():
-            self._run_command(self._commands.get())
 
     def _run_command(self, command: Callable[[], None]) -> None:
         command()

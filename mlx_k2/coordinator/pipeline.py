@@ -34,9 +34,6 @@ class StepTimeout:
     times_expected: float = 20.0
 
 
-_STEP_TIMEOUT = StepTimeout()
-
-
 @dataclass
 class StageUse:
     """Totals of one stage so far: steps, tokens, seconds of computing, receiving and sending, and peak memory.
@@ -86,7 +83,7 @@ class Pipeline:
         self.vocab_size = vocab_size
         self._scheduler = scheduler
         self._policy = policy
-        self._step_timeout = step_timeout or _STEP_TIMEOUT
+        self._step_timeout = step_timeout or StepTimeout()
         self._on_report = on_report
         self._sent: dict[int, _Sent] = {}
         self._awaits_drafts: Microbatch | None = None

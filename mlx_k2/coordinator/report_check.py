@@ -1,6 +1,7 @@
 """Checks of a stage's reports of steps and drafts, before anything is computed from them. Pure."""
 
 import math
+from collections.abc import Sequence
 
 from mlx_k2.protocol.messages import Drafted, FromStage, StepDone
 from mlx_k2.scheduling.microbatch import Microbatch
@@ -16,9 +17,8 @@ def find_problem(message: FromStage, expected: Microbatch | None, *, is_last: bo
     if expected is None or message.number != expected.number:
         due = "nothing" if expected is None else f"step {expected.number}"
         return f"reported step {message.number}, and {due} is due"
-    for seconds in (message.busy_s, message.receive_s, message.send_s):
-        if not 0 <= seconds < math.inf:  # false for NaN, too
-            return f"reported {seconds} s as a time of step {message.number}"
+    if not all(0 <= seconds < math.inf for seconds in (message.busy_s, message.receive_s, message.send_s)):
+        return f"reported an impossible time of step {message.number}"
     if message.is_skipped and not all(planned.row.is_draft for planned in expected.rows):
         return f"skipped step {message.number}, which is not a draft"
     if message.is_skipped and is_last and any(planned.sequence.counts(message.number) for planned in expected.rows):
@@ -27,26 +27,23 @@ def find_problem(message: FromStage, expected: Microbatch | None, *, is_last: bo
     num_sampled = sum(planned.row.needs_logits for planned in expected.rows) if is_sampling else 0
     if len(message.tokens) != num_sampled:
         return f"sent {len(message.tokens)} tokens in step {message.number}, in which it samples {num_sampled}"
-    for token in message.tokens:
-        for token_id in (token.token_id, *(top_id for top_id, _ in token.top)):
-            if not 0 <= token_id < vocab_size:
-                return f"sent the token id {token_id}, and the vocabulary has {vocab_size}"
-    return None
+    token_ids = [token.token_id for token in message.tokens]
+    token_ids += [token_id for token in message.tokens for token_id, _ in token.top]
+    return _find_wrong_token(token_ids, vocab_size)
 
 
 def find_draft_problem(message: FromStage, expected: Microbatch, *, vocab_size: int) -> str | None:
-    """Return what is wrong with the last stage's message after step ``expected``, which requests drafts.
-
-    The result is as that of ``find_problem``.
-    """
+    """Return what is wrong, as ``find_problem``, with the last stage's message after a step that requests drafts."""
     if not isinstance(message, Drafted) or message.number != expected.number:
         return f"sent a {type(message).__name__} where the drafts after step {expected.number} are due"
-    if not 0 <= message.busy_s < math.inf:  # false for NaN, too
-        return f"reported {message.busy_s} s as the time of the drafts after step {message.number}"
+    if not 0 <= message.busy_s < math.inf:
+        return f"reported an impossible time of the drafts after step {message.number}"
     request = expected.rows[0].row.draft
     if request is None or len(message.token_ids) > request.num_tokens:
         return f"sent {len(message.token_ids)} drafts after step {message.number}, more than requested"
-    for token_id in message.token_ids:
-        if not 0 <= token_id < vocab_size:
-            return f"sent the draft {token_id}, and the vocabulary has {vocab_size} tokens"
-    return None
+    return _find_wrong_token(message.token_ids, vocab_size)
+
+
+def _find_wrong_token(token_ids: Sequence[int], vocab_size: int) -> str | None:
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    return None if wrong is None else f"sent the token id {wrong}, and the vocabulary has {vocab_size}"

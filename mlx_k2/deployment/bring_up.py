@@ -37,8 +37,7 @@ HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
-LAYER_S = 600.0
-"""For loading and downloading: a layer is 10 GB, and a disk may be slow."""
+LAYER_S = 600.0  # for loading and downloading: a layer is 10 GB, and a disk may be slow
 
 JACCL_PORT = 32323
 """Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""

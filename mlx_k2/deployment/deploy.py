@@ -56,9 +56,9 @@ class Deployment(StartedStages):
     """Stages that are ready to run steps."""
 
     loaded: tuple[Loaded, ...]
-    """The answer of each stage to Load, by rank."""
+    """The answers to Load, by rank."""
     load_s: float
-    """Seconds from the start of the processes until all were loaded."""
+    """Seconds from the start of the processes."""
 
     @property
     def costs(self) -> tuple[StageCost, ...]:
@@ -135,10 +135,7 @@ def _start(
     before: StartedStages | None = None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[StartedStages]:
-    """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report.
-
-    The parameters and errors are those of ``deploy``.
-    """
+    """Start a stage on every host, and divide the layers by the memory and GPUs that the hosts report."""
     with bring_up.stage_group(request, listener, cancelled) as group:
         listener.phase(f"starting {group.size} stages" if group.size > 1 else "starting the stage")
         hellos = bring_up.handshake(group, (__version__, version("mlx")))
@@ -165,10 +162,7 @@ def _start(
 
 
 def _fetch_description(group: StageGroup, request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription]:
-    """Fetch the small files of the model and its draft head from the first host.
-
-    Return the model's description, and the request with the revisions that the first host has.
-    """
+    """Fetch the small files of model and draft head from the first host; pin its revisions in the returned request."""
     source, head = source_on(request.hostfile.hosts[0], request.source), request.draft_head
     model_files = _fetch_files(group, source)
     model = describe_model(model_files.files, f"{source.path_or_repo} on {group.host(0)}")

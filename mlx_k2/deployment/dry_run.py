@@ -15,8 +15,7 @@ from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_source import is_repo, model_folder
 
-MAX_HALVINGS = 7
-"""Contexts down to 1/128 of the requested one are proposed."""
+MAX_HALVINGS = 7  # contexts down to 1/128 of the requested one are proposed
 _IS_MAC = sys.platform == "darwin"
 
 

@@ -13,8 +13,7 @@ from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.cluster.memory import GB
 from mlx_k2.protocol.messages import Hello
 
-MIN_NAMED_BYTES = GB
-"""Commands that hold less memory on a host are not named to the user."""
+MIN_NAMED_BYTES = GB  # commands that hold less memory on a host are not named to the user
 _LOOPBACK_STARTS = tuple(
     f"{scheme}://{name}" for scheme in ("http", "https") for name in ("127.", "localhost", "[::1]")
 )
@@ -55,7 +54,7 @@ def _stages_of_others(hello: Hello, own: Command) -> list[RunningStage]:
 
 
 def _describe(host: str, command: Command, num_stages: int, held_bytes: int, own: Command) -> str:
-    """Return the line about ``command``, with the option that uses its model if this machine can reach its server."""
+    """Return the line about ``command``, with its server's address if this machine can reach it."""
     stages = "1 stage" if num_stages == 1 else f"{num_stages} stages"
     is_here = command.host == own.host
     on_its_host = "" if is_here else f" on {command.host}"

@@ -45,20 +45,17 @@ GPU_CHUNK_TOKENS = 4096
 """Each expert of K2 then has 85 pairs on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
 CPU_CHUNK_TOKENS = 128
 
-CAREFUL_BITS = 8
-"""Fewer bits per weight than this for dense matrices cause a warning."""
+CAREFUL_BITS = 8  # fewer bits per weight than this for dense matrices cause a warning
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of one host, as far as it is known."""
+    """Memory of one host. None: not known yet, or for ``working_set_bytes``, the GPU's limit, also no GPU."""
 
     working_set_bytes: int | None
-    """Memory that the GPU may hold; None: not known yet, or no GPU."""
     ram_bytes: int | None
-    """None: not known yet."""
     other_bytes: int = 0
     """Memory that stages of other commands hold."""
 
@@ -119,11 +116,8 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     """Return the warnings for the user about ``dense_bits``."""
     if dense_bits is None:
         return ()
-    warnings = []
-    if dense_bits < CAREFUL_BITS:
-        warnings.append(
-            f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
-        )
+    careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
+    warnings = [careful] if dense_bits < CAREFUL_BITS else []
     specs = [spec for part in _distinct_parts(config) for spec in part]
     matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
     for group, description in ((32, "in groups of 32"), (None, "unquantized")):
@@ -230,11 +224,9 @@ def _add_draft(
         layers[layer] += LayerCost(slice_bytes, slice_bytes)
     layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
     cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
-    draft_cost = LayerCost(
-        held_bytes=layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes),
-        read_bytes=layer_bytes + (projection_bytes or costs.head.read_bytes),  # without its own it uses the target's
-    )
-    return msgspec.structs.replace(costs, layers=tuple(layers), head=costs.head + draft_cost)
+    held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
+    read = layer_bytes + (projection_bytes or costs.head.read_bytes)  # without its own it uses the target's
+    return msgspec.structs.replace(costs, layers=tuple(layers), head=costs.head + LayerCost(held, read))
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
@@ -244,8 +236,7 @@ def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
 
 def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
     """Return the number of one layer of each kind (dense, MoE). All layers of a kind have the same size."""
-    layer_by_kind = {config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}
-    return tuple(layer_by_kind.values())
+    return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
 
 
 def _capacities(

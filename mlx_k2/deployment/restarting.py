@@ -24,10 +24,8 @@ OnRestart = Callable[["Restart", str], None]
 WAITING = "waiting"
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
-_MAX_DOUBLINGS = 16
-"""Limit of the exponent in the computation of a wait."""
-HEALTHY_S = 600.0
-"""After this time without a fault, restarts are counted from 0 again."""
+_MAX_DOUBLINGS = 16  # limit of the exponent in the computation of a wait
+HEALTHY_S = 600.0  # after this time without a fault, restarts are counted from 0 again
 
 
 @dataclass(frozen=True)

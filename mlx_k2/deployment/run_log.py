@@ -19,10 +19,8 @@ from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
 MAX_FILE_BYTES = 4_000_000
-MAX_STEPS = 300
-"""Number of last steps in a report."""
-MAX_LINES = 200
-"""Number of last lines of each stage in a report."""
+MAX_STEPS = 300  # number of last steps in a report
+MAX_LINES = 200  # number of last lines of each stage in a report
 MAX_REPORTS = 20
 """Older reports of the same run are deleted."""
 

@@ -49,10 +49,7 @@ def _add_draft(
     compute_bytes: int,
     bits: int | None,
 ) -> StageSizes:
-    """Add what a draft head costs on a stage.
-
-    Each token costs the slices of its projection ``fc``; on the last stage each draft also costs the head itself.
-    """
+    """Add a draft head: slices of its projection ``fc`` for each token, the rest for each draft on the last stage."""
     num_slices = sum(assignment.first_layer <= layer < assignment.end_layer for layer in draft.aux_layers)
     hidden = draft.layer.hidden_size
     sizes = replace(
@@ -80,10 +77,7 @@ def stage_sizes(
     *,
     tile_rows: int = 1,
 ) -> StageSizes:
-    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``, with the head after the last one.
-
-    ``tile_rows`` is that of StageSizes.
-    """
+    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``, and of a head that follows."""
     dense_bytes = dense_weights = routed_bytes = routed_weights = 0
     for is_moe in (False, True):
         layers = [layer for layer in range(first_layer, end_layer) if config.is_moe(layer) is is_moe]

@@ -16,8 +16,7 @@ from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
-ANSWER_S = 60.0
-"""Seconds without an answer of any stage."""
+ANSWER_S = 60.0  # seconds without an answer of any stage
 
 
 def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:

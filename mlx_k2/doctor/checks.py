@@ -19,8 +19,7 @@ from mlx_k2.cluster.mac_settings import (
 from mlx_k2.launch.ssh import install_versions
 from mlx_k2.protocol.messages import Hello
 
-MAX_ROUND_TRIP_S = 0.02
-"""Limit of the control connection's round trip, which takes place for every token."""
+MAX_ROUND_TRIP_S = 0.02  # limit of the control connection's round trip, which takes place for every token
 MAX_CLOCK_SKEW_S = 5.0
 MAX_HOP_S = 0.005
 MIN_HOP_BYTES_PER_S = 100e6
@@ -77,10 +76,7 @@ def check_answer(round_trip_s: float, clock_ahead_s: float) -> Iterator[Check]:
 def check_versions(
     host: Host, hello: Hello, here: Mapping[str, str], backend: Backend, systems: set[str]
 ) -> Iterator[Check]:
-    """Check that a host has the package versions of this machine (``here``), and the same system as all other hosts.
-
-    ``systems`` are those of all hosts. With RDMA they must be the same.
-    """
+    """Check that a host has the package versions of this machine (``here``), and that all ``systems`` are the same."""
     there = {"mlx-k2": hello.mlx_k2_version, "mlx": hello.mlx_version}
     differing = {name: here[name] for name in here if there[name] != here[name]}
     listed = ", ".join(f"{name} {there[name]}" for name in there)
@@ -116,10 +112,7 @@ def check_memory(hello: Hello, free_bytes: int, needed_bytes: int | None) -> Che
 
 
 def check_model(facts: ModelFacts, download: str) -> Check:
-    """Check that a stage's files are present and correct.
-
-    ``download`` is the command that fetches them from the Hub; '' if the model is a folder.
-    """
+    """Check that a stage's files are present and correct. ``download`` fetches them; '' if the model is a folder."""
     if facts.problem is not None:
         return Check("model", FAILURE, facts.problem)
     if facts.missing_bytes:
@@ -146,10 +139,7 @@ def check_model(facts: ModelFacts, download: str) -> Check:
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
-    """Check that hosts that have the same file have the same bytes, by its computed checksums. ``facts`` is by host.
-
-    Of more than two hosts, those fail whose checksum is not the most frequent one.
-    """
+    """Check by computed checksums that a file is the same on all hosts that have it. ``facts`` is by host."""
     digests_of: dict[str, dict[str, str]] = {}  # by file: the checksums by host
     for host, model in facts.items():
         for name, digest in model.found.items():

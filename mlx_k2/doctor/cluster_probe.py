@@ -48,8 +48,7 @@ from mlx_k2.weights.model_source import is_repo
 ALL_HOSTS = "all hosts"
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
-DEEP_PROBE_S = 900.0
-"""Seconds without a message of any stage; within them the checksum of one file is computed."""
+DEEP_PROBE_S = 900.0  # seconds without a message of any stage; within them the checksum of one file is computed
 
 Wanted = TypeVar("Wanted", bound=FromStage)
 
@@ -106,10 +105,7 @@ class _ClusterProbe:
     def collect(
         self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, check_name: str
     ) -> dict[int, Wanted]:
-        """Return the ``wanted`` message of each of ``ranks``; add a failed check for each stage that sends none.
-
-        ``silence_s`` is the limit of the time without a message of any stage.
-        """
+        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none."""
         answers: dict[int, Wanted] = {}
         pending = set(ranks)
         while pending:

@@ -29,10 +29,8 @@ from mlx_k2.protocol.guard_messages import (
     kill_after_s,
 )
 
-TICK_S = 0.25
-"""Time between two checks of the stage."""
-FIRST_FRAME_S = 20
-"""Time limit for the coordinator's first frame. The stage is started after it."""
+TICK_S = 0.25  # time between two checks of the stage
+FIRST_FRAME_S = 20  # time limit for the coordinator's first frame. The stage is started after it
 LAST_FRAMES_S = 1.0
 """Time limit for reading the stage's last frames, and again for writing the guard's own."""
 AFTER_KILL_S = 60.0
@@ -60,21 +58,14 @@ def run_guard(child_command: Sequence[str]) -> int:
 
 
 class _Guard:
-    """The guard's child (the stage) and watchdog, and the threads that read and write the frames of both sides."""
-
     def __init__(
-        self,
-        child_command: Sequence[str],
-        from_coordinator: IO[bytes],
-        to_coordinator: IO[bytes],
-        settings: GuardSettings,
+        self, command: Sequence[str], from_coordinator: IO[bytes], to_coordinator: IO[bytes], settings: GuardSettings
     ) -> None:
         self._settings = settings
-        self._has_received = True
-        """Whether a frame came from the coordinator since the last tick."""
+        self._has_received = True  # a frame came from the coordinator since the last tick
         self._clock = _StageClock()
-        self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # its put is safe in a signal handler
-        """Reasons to end the stage; None: the stage has ended."""
+        # reasons to end the stage; None: the stage has ended. SimpleQueue.put is safe in a signal handler
+        self._reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._reasons.put(f"{signal.Signals(number).name} on its host"))
         # Start processes before threads, so that no fork happens in a process that has threads.
@@ -82,7 +73,7 @@ class _Guard:
             [sys.executable, "-P", "-m", "mlx_k2.guard.watchdog"], stdin=subprocess.PIPE, process_group=0
         )
         self._child = subprocess.Popen(
-            child_command,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=self._watchdog.pid,
@@ -138,10 +129,9 @@ class _Guard:
 
     def _queued_reason(self) -> str | None:
         """Return the first reason in the queue; None if it has none."""
-        with suppress(queue.Empty):
-            while (reason := self._reasons.get_nowait()) is None:
-                pass
-            return reason
+        while not self._reasons.empty():
+            if (reason := self._reasons.get()) is not None:
+                return reason
         return None
 
     def _end_child(self) -> None:

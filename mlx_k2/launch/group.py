@@ -13,8 +13,7 @@ from mlx_k2.protocol.guard_messages import GuardSettings, StageStatus, kill_afte
 from mlx_k2.protocol.messages import Stop, ToStage
 
 HEARTBEAT_S = 1.0
-NOTIFY_AFTER_S = 1.0
-"""Time after which the user is told for which stages the exit waits."""
+NOTIFY_AFTER_S = 1.0  # time after which the user is told for which stages the exit waits
 GUARD_MARGIN_S = 2.0
 """Time that the guard and ssh may take beyond the time that the guard gives the stage to end."""
 STALL_TIMEOUT_S = 7.0

@@ -14,8 +14,7 @@ from mlx_k2.protocol.guard_messages import Phase, StageStatus
 from mlx_k2.protocol.messages import Fault
 
 CHECK_INTERVAL_S = 0.5
-PAUSE_S = 2.0
-"""If a wait takes this much longer than it should, this process was suspended or its machine slept."""
+PAUSE_S = 2.0  # if a wait takes this much longer than it should, this process was suspended or its machine slept
 CAUSE_WAIT_S = 2.0
 """After a stage reported a lost neighbour, time to wait for the end of another stage, which is the cause."""
 SILENT_S = 3.0
@@ -31,7 +30,7 @@ class HealthMonitor:
     def __init__(self, group: StageGroup) -> None:
         self._group = group
         self._stall_timeout_s = group.stall_timeout_s
-        self._late_hops: dict[int, tuple[int, float]] = {}
+        self._late_hops: dict[int, tuple[int | None, float]] = {}
         """For each rank that waits for a step which the stage before has sent: the step, and the start of the wait."""
         self._checked_at = self._reports_from = time.monotonic()
 
@@ -85,9 +84,9 @@ class HealthMonitor:
                 rank, fault = event.rank, event.message
                 without_neighbour.add(rank)
         if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(without_neighbour)) is not None:
-            silence_s = self._group.silence_s(silent)
             return StageSilent(
-                f"stage {silent} on {self._group.host(silent)} has not answered for {silence_s:.0f} s, "
+                f"stage {silent} on {self._group.host(silent)} has not answered for "
+                f"{self._group.silence_s(silent):.0f} s, "
                 f"and stage {rank} on {self._group.host(rank)} lost a neighbour: {fault.message}",
                 silent,
             )
@@ -143,13 +142,10 @@ class HealthMonitor:
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
         """Return the seconds for which a stage has waited for what the stage before it has sent; 0 if it does not."""
         step, step_before = status.update.step, before.update.step
-        if (
-            status.update.phase is not Phase.RECEIVING
-            or step is None
-            or step_before is None
-            or step_before < step
-            or (step_before == step and before.update.phase is not Phase.IDLE)  # not sent yet
-        ):
+        is_late = False
+        if status.update.phase is Phase.RECEIVING and step is not None and step_before is not None:
+            is_late = step_before > step or (step_before == step and before.update.phase is Phase.IDLE)
+        if not is_late:
             self._late_hops.pop(rank, None)
             return 0.0
         if rank not in self._late_hops or self._late_hops[rank][0] != step:

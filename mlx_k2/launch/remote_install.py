@@ -18,13 +18,11 @@ from typing import IO
 from mlx_k2.errors import SetupError
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, ssh_command
 
-FOLDER = ".local/share/mlx-k2"
-"""The folder of the Python environment, below the home folder of a host."""
+FOLDER = ".local/share/mlx-k2"  # the folder of the Python environment, below the home folder of a host
 OLDEST_PYTHON = (3, 11)
 SURVEY_TIMEOUT_S = 60.0
 INSTALL_TIMEOUT_S = 1800.0
-_MARK = "mlx-k2: "
-"""The start of each line of the survey's output; other lines are of the login shell."""
+_MARK = "mlx-k2: "  # the start of each line of the survey's output; other lines are of the login shell
 _MINOR_VERSIONS = " ".join(str(minor) for minor in range(20, OLDEST_PYTHON[1] - 1, -1))
 
 # Only macOS has sw_vers. There /usr/bin/python3 opens a window that offers Xcode's tools, unless they are installed.

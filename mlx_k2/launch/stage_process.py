@@ -32,18 +32,14 @@ STDERR_WAIT_S = 0.5
 
 @dataclass
 class _Output:
-    """What came from a process: whether it sent the opening mark, the guard's last frame, and the error of reading."""
+    """The guard's last frame, and the error of reading, if any."""
 
-    has_started: bool = False
     stage_exit: StageExit | None = None
     error: str = ""
 
 
 class StageProcess:
-    """A stage's process and the threads that read from it.
-
-    ``post`` receives the stage's events and ``log`` its lines of stderr, both on these threads; they must not block.
-    """
+    """A stage's process, and the threads that read from it. They call ``post`` and ``log``, which must not block."""
 
     def __init__(
         self,
@@ -58,7 +54,7 @@ class StageProcess:
         self.received_at = time.monotonic()
         """The time of the guard's last frame (time.monotonic); at first the time of creation."""
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
-        """The status that the guard reported last; it does so every second."""
+        """The guard's last report; one comes every second."""
         self._settings = settings
         self._post = post
         self._log = log
@@ -177,8 +173,7 @@ class StageProcess:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             )
         except OSError as error:
-            reason = f"{command[0]} cannot be started here: {error.strerror}"
-            return self._log_end(reason, has_started=False), False
+            return self._log_end(f"{command[0]} cannot be started here: {error.strerror}"), False
         assert process.stdin and process.stdout and process.stderr
         drain = threading.Thread(target=self._drain, args=[process.stderr], name=f"log {self.rank}", daemon=True)
         drain.start()
@@ -196,11 +191,11 @@ class StageProcess:
         with suppress(subprocess.TimeoutExpired):
             exit_code = process.wait(EXIT_WAIT_S)
         drain.join(STDERR_WAIT_S)
-        if not output.has_started:
+        if not self.has_started:
             failure = explain_start_failure(self.location, exit_code, "\n".join(self._stderr_tail), output.error)
-            return self._log_end(failure.reason, has_started=False), failure.another_may_work
+            return self._log_end(failure.reason), failure.another_may_work
         if output.stage_exit is not None:
-            return self._log_end(output.stage_exit.reason, stage_exit=output.stage_exit), False
+            return self._log_end(output.stage_exit.reason, output.stage_exit), False
         reason = self._write_error or output.error or explain_lost_connection(self.location, exit_code)
         return self._log_end(reason), False
 
@@ -210,7 +205,6 @@ class StageProcess:
         with stream:
             try:
                 self._log_shell_output(skip_to_mark(stream))
-                output.has_started = True
                 self._send_early_messages()
                 while (frame := read_frame(stream)) is not None:
                     self.received_at = time.monotonic()
@@ -256,18 +250,13 @@ class StageProcess:
     def _prefix(self) -> str:
         return f"[stage {self.rank} {self.location.host}]"
 
-    def _log_end(self, reason: str, *, has_started: bool = True, stage_exit: StageExit | None = None) -> StageEnded:
+    def _log_end(self, reason: str, stage_exit: StageExit | None = None) -> StageEnded:
         """Log and return the end. Without ``stage_exit`` the stage's last status may be outdated."""
-        status = str(self.status.update) if stage_exit is not None else f"last status: {self.status.update}"
-        end = StageEnded(
-            self.rank,
-            self.location.host,
-            has_started,
-            reason,
-            exit_code=None if stage_exit is None else stage_exit.exit_code,
-            signal=None if stage_exit is None else stage_exit.signal,
-            status=status if has_started else None,
-            stderr_tail=tuple(self._stderr_tail),
-        )
+        exit_code, number = (None, None) if stage_exit is None else (stage_exit.exit_code, stage_exit.signal)
+        status = None
+        if self.has_started:
+            status = f"last status: {self.status.update}" if stage_exit is None else str(self.status.update)
+        tail = tuple(self._stderr_tail)
+        end = StageEnded(self.rank, self.location.host, self.has_started, reason, exit_code, number, status, tail)
         self._log(f"{self._prefix} {end.description}")
         return end

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from mlx_k2.protocol.framing import JsonPayload
 
-TERMINATE_AFTER_S = 1.0
-"""Time from the end of a stage's input, which asks it to end, to SIGTERM."""
+TERMINATE_AFTER_S = 1.0  # time from the end of a stage's input, which asks it to end, to SIGTERM
 
-ENDED_BY_ITSELF = "it ended by itself"
-"""``StageExit.reason`` if the guard did not end the stage."""
+ENDED_BY_ITSELF = "it ended by itself"  # ``StageExit.reason`` if the guard did not end the stage
 
 _KILL_AFTER_S = 5.0
 _HELD_BYTES_PER_SECOND = 10e9

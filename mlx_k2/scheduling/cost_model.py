@@ -10,8 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TILES_FROM_TOKENS = 17
-"""Steps of fewer tokens compute each token's experts one by one, without tiles."""
+_TILES_FROM_TOKENS = 17  # steps of fewer tokens compute each token's experts one by one, without tiles
 
 
 @dataclass(frozen=True, kw_only=True)

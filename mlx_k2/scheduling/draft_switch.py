@@ -6,17 +6,12 @@ faster setting is used. The other one is measured again from time to time, since
 
 from collections.abc import Callable
 
-_FIRST_TOKENS = 16
-"""Number of tokens of the first measurement of each setting."""
-_TRIAL_TOKENS = 8
-"""Number of tokens of each later measurement of the setting that is not used."""
+_FIRST_TOKENS = 16  # number of tokens of the first measurement of each setting
+_TRIAL_TOKENS = 8  # number of tokens of each later measurement of the setting that is not used
 _TOKENS_BETWEEN_TRIALS = 512
-_FADE = 0.9
-"""Factor on a time's weight in its mean after each later time: about the last 10 times count."""
-_MIN_GAIN = 1.02
-"""Drafts stay on only if they are measured to be faster by this factor."""
-EXPECTED_ACCEPTANCE = 0.6
-"""Fraction of right drafts that the cost model assumes until drafts were measured."""
+_FADE = 0.9  # factor on a time's weight in its mean after each later time: about the last 10 times count
+_MIN_GAIN = 1.02  # drafts stay on only if they are measured to be faster by this factor
+EXPECTED_ACCEPTANCE = 0.6  # fraction of right drafts that the cost model assumes until drafts were measured
 
 
 class DraftSwitch:
@@ -25,13 +20,10 @@ class DraftSwitch:
     def __init__(self, predict: Callable[[], bool]) -> None:
         """``predict`` returns whether the cost model expects drafts to be faster."""
         self._predict = predict
-        self._mean_s: dict[bool, float] = {}
-        """Mean seconds of a token, by whether drafts were on."""
+        self._mean_s: dict[bool, float] = {}  # by whether drafts were on
         self._is_on: bool | None = None
-        self._is_trial = True
-        """Whether the present setting is used only to measure it."""
-        self._num_left = _FIRST_TOKENS
-        """Number of tokens until the next decision."""
+        self._is_trial = True  # the present setting is used only to measure it
+        self._num_left = _FIRST_TOKENS  # tokens until the next decision
         self._has_just_switched = True
 
     @property

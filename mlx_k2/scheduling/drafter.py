@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from mlx_k2.errors import RequestError
 
-_LENGTHS = (4, 3, 2)
-"""Lengths of the n-grams, in tokens. The longest one that matches is used."""
+_LENGTHS = (4, 3, 2)  # lengths of the n-grams, in tokens. The longest one that matches is used
 
 
 class DraftMode(enum.Enum):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 
-_MIN_MATCH_TOKENS = 4
-"""Length of the n-gram that must match for its draft to be used instead of the draft head's."""
+_MIN_MATCH_TOKENS = 4  # length of the n-gram that must match for its draft to be used instead of the draft head's
 _FADE = 0.95
 """Factor on a draft's weight in its source's acceptance after each later draft: about the last 20 drafts count."""
 
@@ -99,10 +98,7 @@ class Drafts:
         )
 
     def propose(self, token_ids: Sequence[int]) -> None:
-        """Store the draft head's tokens for the positions after the known tokens.
-
-        The first of them must equal the drafts in plans; otherwise none is stored.
-        """
+        """Store the draft head's tokens after the known ones, unless they differ from the drafts in plans."""
         planned_ids = self.planned_ids
         is_usable = list(token_ids[: len(planned_ids)]) == planned_ids
         self._proposed_ids = deque(token_ids[len(planned_ids) :] if is_usable else ())
@@ -126,10 +122,7 @@ class Drafts:
         self._drop_proposed(draft.token_id)
 
     def accept(self, token_id: int) -> bool:
-        """Compare the first draft in a plan with the token that was sampled for its position.
-
-        Return True if they are equal. Otherwise, also if no draft is in a plan, drop the drafts that do not follow.
-        """
+        """Return whether the first draft in a plan is the token of its position; drop drafts that cannot follow it."""
         if not self._in_plans:
             self._drop_proposed(token_id)
             return False

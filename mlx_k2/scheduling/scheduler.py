@@ -62,8 +62,8 @@ class Scheduler:
         self._policy = policy
         self._draft_mode = draft_mode
         self._draft_switch = DraftSwitch(policy.drafts_are_faster) if draft_mode is DraftMode.AUTO else None
-        self._last_sampled: tuple[Sequence, float] | None = None
-        """The sequence of the last sampled token, and the token's time of arrival in seconds."""
+        self._last_sampled: tuple[Sequence | None, float] = (None, 0.0)
+        """The sequence of the last sampled token, if any, and the token's time of arrival in seconds."""
         self._waiting: dict[Priority, deque[Sequence]] = {priority: deque() for priority in Priority}
         self._slots = SlotPool(limits.num_slots)
         self._running: list[Sequence] = []
@@ -125,14 +125,13 @@ class Scheduler:
         """
         microbatch = self._in_flight.popleft()
         assert microbatch.number == number, f"step {number} was reported before step {microbatch.number}"
-        sampling_rows = [] if is_skipped else [planned for planned in microbatch.rows if planned.row.needs_logits]
-        assert len(sampling_rows) == len(tokens), (
-            f"step {number} sampled {len(tokens)} tokens, not {len(sampling_rows)}"
-        )
-        appended = []
-        for planned, token in zip(sampling_rows, tokens, strict=True):
-            added = planned.sequence.append_sampled(number, token, self._next_number)
-            appended.append(AppendedTokens(planned.sequence, tuple(added)))
+        rows = () if is_skipped else microbatch.rows
+        sequences = [planned.sequence for planned in rows if planned.row.needs_logits]
+        assert len(sequences) == len(tokens), f"step {number} sampled {len(tokens)} tokens, not {len(sequences)}"
+        appended = [
+            AppendedTokens(sequence, tuple(sequence.append_sampled(number, token, self._next_number)))
+            for sequence, token in zip(sequences, tokens, strict=True)
+        ]
         if any(each.tokens for each in appended):
             self._observe_token_time(microbatch, now)
         self._remove_ended()
@@ -151,7 +150,7 @@ class Scheduler:
     def reset(self) -> None:
         """Plan every running sequence again from its first token. Call this when new stages with empty caches start."""
         self._in_flight.clear()
-        self._last_sampled = None
+        self._last_sampled = (None, 0.0)
         self._slots.clear_caches()
         for sequence in self._running:
             sequence.reset(self._next_number)
@@ -170,18 +169,12 @@ class Scheduler:
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
     def _active(self) -> list[Sequence]:
-        """Return the running sequences that may be planned now.
-
-        Background sequences are left out while any other sequence runs or an interactive one waits.
-        """
+        """Return the running sequences; no background ones while any other runs or an interactive one waits."""
         others = [sequence for sequence in self._running if not sequence.is_background]
         return others if others or self._waiting[Priority.INTERACTIVE] else self._running
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the waiting sequence that can start now; None if there is none.
-
-        An interactive or brief one may start in the slot of a background sequence.
-        """
+        """Return the waiting sequence that can start now, if any. It may use the slot of a background sequence."""
         interactive, brief, background = (self._waiting[priority] for priority in Priority)
         num_background = sum(sequence.is_background for sequence in self._running)
         if interactive or brief:
@@ -193,10 +186,7 @@ class Scheduler:
         return None
 
     def _waits_for_brief(self, sequence: Sequence) -> bool:
-        """Return whether a brief sequence should wait for the slot of another brief one that runs.
-
-        It waits if each free slot would lose more cached tokens than this sequence will have.
-        """
+        """Return whether a brief sequence waits for the slot of a running brief one, since any free slot loses more."""
         if sequence.request.priority is not Priority.BRIEF or not self._slots.num_free:
             return False
         if all(running.request.priority is not Priority.BRIEF for running in self._running):
@@ -251,13 +241,10 @@ class Scheduler:
     def _observe_token_time(self, microbatch: Microbatch, now: float) -> None:
         """Pass the time since the last token to the draft switch, if a lone sequence's step computed one token."""
         sequence, row = microbatch.rows[0].sequence, microbatch.rows[0].row
-        last, self._last_sampled = self._last_sampled, (sequence, now)
-        if self._draft_switch is None or last is None:
+        (last_sequence, sampled_at), self._last_sampled = self._last_sampled, (sequence, now)
+        if self._draft_switch is None or last_sequence is not sequence or now <= sampled_at:
             return
-        if len(self._active()) > 1 or row.is_prompt or len(row.token_ids) > 1:
-            return
-        last_sequence, sampled_at = last
-        if last_sequence is sequence and now > sampled_at:
+        if len(self._active()) == 1 and not row.is_prompt and len(row.token_ids) == 1:
             self._draft_switch.observe(now - sampled_at)
 
     def _draft_rows(self, sequence: Sequence) -> list[PlannedRow]:
@@ -286,10 +273,7 @@ class Scheduler:
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
     def _next_prompt(self, rows: list[PlannedRow]) -> Sequence | None:
-        """Return the sequence whose prompt comes next after ``rows``; None if no prompt can run.
-
-        If the sequence is a waiting one, start it in a slot.
-        """
+        """Return the sequence whose prompt comes next after ``rows``, started if it waited; None without one."""
         planned_prompts = [planned.sequence for planned in rows if planned.row.is_prompt]
         for running in self._active():
             if running.num_prompt_left and running not in planned_prompts:
@@ -332,7 +316,7 @@ class Scheduler:
     ) -> int:
         """Return how many of the sequence's prompt tokens, at most ``longest``, may join ``rows``.
 
-        With prompt tokens a decode round may take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
+        With them a decode round takes at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
         """
         num_microbatches = max(decode_round.num_microbatches, self.limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / num_microbatches

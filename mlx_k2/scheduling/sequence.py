@@ -20,22 +20,15 @@ from mlx_k2.token_mask import TokenMask
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
-_NO_TOKENS: SequenceOf[int] = ()
-
-INDEX_TOKENS = 128
-"""Maximum number of tokens that one call indexes for n-gram drafts; takes about 0.2 ms."""
+INDEX_TOKENS = 128  # maximum number of tokens that one call indexes for n-gram drafts; takes about 0.2 ms
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prefix of a prompt that is already cached."""
+    """Prefix of a prompt that is already cached in slot ``copy_from``; None: in the sequence's own slot."""
 
     num_tokens: int = 0
     copy_from: int | None = None
-    """The slot that holds it; None: the sequence's own slot."""
-
-
-_NOTHING_SHARED = SharedPrefix()
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Sequence:
         """The prompt and the answer so far. An array, because slots compare long prefixes."""
         self.slot: int | None = None
         """The slot while the sequence runs; None while it waits."""
-        self.shared = _NOTHING_SHARED
+        self.shared = SharedPrefix()
         self.num_cached: int | None = None
         """Number of prompt tokens that were cached when the sequence first started; None before."""
         self.num_planned = 0
@@ -88,8 +81,7 @@ class Sequence:
         self._policy = policy or TokenPolicy()
         self._biases = dict(request.sampling.logit_bias)
         """Bias by token id: that of the request, less the penalties for the answer so far."""
-        self._answer_ids: set[int] = set()
-        """The distinct tokens of the answer, for the presence penalty."""
+        self._answer_ids: set[int] = set()  # the distinct tokens of the answer, for the presence penalty
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
         self._last_sampled_by: int | None = None
         """Number of the plan that sampled the last token; None if it was forced or belongs to the prompt."""
@@ -136,7 +128,7 @@ class Sequence:
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def logit_bias(self, end: int) -> LogitBias | None:
-        """Return the sum of bias and penalties for the token at position ``end``; drafts before it count, too."""
+        """Return the sum of bias and penalties for the token at position ``end``, also of the drafts before it."""
         biases, answer_ids = self._biases, self._answer_ids
         if self._has_penalties and (drafts := self._drafted_before(end)):
             biases, answer_ids = biases.copy(), answer_ids.copy()
@@ -159,7 +151,7 @@ class Sequence:
 
     def reset(self, next_plan: int) -> None:
         """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
-        self.shared = _NOTHING_SHARED
+        self.shared = SharedPrefix()
         self.num_planned = 0
         self.chunk_tokens = None
         self.drafts.clear()
@@ -196,10 +188,11 @@ class Sequence:
         appended: list[AppendedToken] = []
         if self.finish_reason is not None:
             return appended
-        forced = deque(self._call_policy(self._policy.forced, _NO_TOKENS))
+        no_tokens: SequenceOf[int] = ()
+        forced = deque(self._call_policy(self._policy.forced, no_tokens))
         while forced and self.finish_reason is None:
             appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))
-            forced = forced or deque(self._call_policy(self._policy.forced, _NO_TOKENS))
+            forced = forced or deque(self._call_policy(self._policy.forced, no_tokens))
         return appended
 
     def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[AppendedToken]:

@@ -18,8 +18,7 @@ _FADE = 0.98
 _PRIOR_WEIGHT = 5e-5
 """Weight of the expected speed relative to all steps: enough to decide what the steps leave open."""
 _STEPS_PER_FIT = 8
-_MIN_FACTOR = 1e-9
-"""Least factor on the expected time of a term: a speed is finite."""
+_MIN_FACTOR = 1e-9  # least factor on the expected time of a term: a speed is finite
 
 
 class SpeedEstimator:
@@ -28,9 +27,7 @@ class SpeedEstimator:
     def __init__(self, sizes: StageSizes, expected: StageSpeed) -> None:
         self._sizes = sizes
         self._expected = expected
-        self._products = np.zeros((3, 3))
-        """Normal equations of the fit: products @ factors = targets."""
-        self._targets = np.zeros(3)
+        self._products, self._targets = np.zeros((3, 3)), np.zeros(3)  # normal equations: products @ factors = targets
         self._num_steps = 0
         self.speed = expected
 
@@ -55,7 +52,7 @@ class SpeedEstimator:
     def _fit(self) -> StageSpeed:
         """Return the speed with the best three non-negative factors on the expected seconds of the terms.
 
-        A non-negative optimum is the plain optimum over some of the terms with the others 0, so all choices are tried.
+        The best non-negative factors solve the least squares over some of the terms, so all choices are tried.
         """
         prior = _PRIOR_WEIGHT * np.trace(self._products)
         products, targets = self._products + prior * np.eye(3), self._targets + prior

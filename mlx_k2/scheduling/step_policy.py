@@ -1,6 +1,7 @@
 """Step policy: chooses the fastest number of microbatches and chunk length by the cost model. Knows no sequences."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,8 @@ _TIE_FACTOR = 1.01
 cost model."""
 _MIN_CHUNK_TOKENS = 16
 _MAX_CHUNKS = 256
-_CHUNKS_GROWTH = 1.1
-"""Factor from one number of chunks that is tried to the next."""
-_CONTEXT_STEP_TOKENS = 256
-"""The decode round is chosen again when the mean context passes a multiple of this."""
+_CHUNKS_GROWTH = 1.1  # factor from one number of chunks that is tried to the next
+_CONTEXT_STEP_TOKENS = 256  # the decode round is chosen again when the mean context passes a multiple of this
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,8 @@ class StepPolicy:
         two stages give a speedup of 2C / (C + 1). But each chunk reads the weights again.
         """
         stages = self.stages
-        best, best_s = longest, math.inf
-        for chunk in _chunk_lengths(num_tokens, longest):
-            total_s = prefill_s(stages, position, num_tokens, chunk)
-            if total_s < best_s:
-                best, best_s = chunk, total_s
-        return best
+        lengths = _chunk_lengths(num_tokens, longest)
+        return min(lengths, key=lambda chunk: prefill_s(stages, position, num_tokens, chunk))
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         """Return how many prompt tokens may join ``load`` if a step may take at most ``limit_s`` on each stage.
@@ -76,15 +71,12 @@ class StepPolicy:
         They begin at ``position`` and are at most ``longest``. One token may join in any case.
         """
         stages = self.stages
-        fitting, too_long = 1, longest + 1
-        while too_long - fitting > 1:
-            count = (fitting + too_long) // 2
+
+        def slowest_s(count: int) -> float:
             joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
-            if max(stage.step_s(joined) for stage in stages) <= limit_s:
-                fitting = count
-            else:
-                too_long = count
-        return fitting
+            return max(stage.step_s(joined) for stage in stages)
+
+        return max(1, bisect_right(range(1, longest + 1), limit_s, key=slowest_s))
 
     def drafts_are_faster(self) -> bool:
         """Return whether a lone sequence is predicted to be faster with the draft head's tokens.
@@ -114,9 +106,8 @@ class StepPolicy:
 def drafted_token_s(stages_s: Sequence[float], draft_s: float, turnaround_s: float, acceptance: float) -> float:
     """Return the mean seconds per token if a draft is in flight for each stage but one.
 
-    ``stages_s`` are the stages' step times, and ``draft_s`` is the draft head's time after each token. After a right
-    draft the next token comes one cycle later: the time of the slowest stage, hop included, or of the last stage and
-    the draft head. After a wrong one it comes after the time through all stages.
+    After a right draft the next token comes one cycle later: after the time of the slowest stage with its hop, or of
+    the last stage with the draft head (``draft_s``). After a wrong one it comes after the time through all stages.
     """
     hop_s = turnaround_s / len(stages_s)
     cycle_s = max([*(seconds + hop_s for seconds in stages_s[:-1]), stages_s[-1] + draft_s])
@@ -145,11 +136,10 @@ def round_s(
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
     token_load = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
-    smaller_s = [stage.step_s(token_load * smaller) for stage in stages]
     larger_s = [stage.step_s(token_load * larger) for stage in stages]
     busy_s = [
-        stage_larger_s * num_larger + stage_smaller_s * (num_microbatches - num_larger)
-        for stage_larger_s, stage_smaller_s in zip(larger_s, smaller_s, strict=True)
+        num_larger * step_s + (num_microbatches - num_larger) * stage.step_s(token_load * smaller)
+        for stage, step_s in zip(stages, larger_s, strict=True)
     ]
     return max(*busy_s, sum(larger_s) + turnaround_s)
 

@@ -82,6 +82,7 @@ def write_reply(
             if reason is not None:
                 break
     parts += policy.finish().parts
+    assert reason in (FinishReason.STOP, FinishReason.LENGTH)
     return WrittenReply(token_ids, whole_reply(parts), reason)
 
 

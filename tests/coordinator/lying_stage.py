@@ -23,7 +23,7 @@ LIES = {
     "step": "reported step 12345, and step 3 is due",
     "again": "reported step 0, and step 3 is due",
     "message": "sent a Connected between steps",
-    "time": "reported nan s as a time of step 3",
+    "time": "reported an impossible time of step 3",
     "fewer": "sent 0 tokens in step 3, in which it samples 1",
     "more": "sent 2 tokens in step 3, in which it samples 1",
     "token": "sent the token id 768, and the vocabulary has 768",

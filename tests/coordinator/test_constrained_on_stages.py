@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -19,8 +19,9 @@ from mlx_k2.scheduling.request import FinishReason, Request
 from mlx_k2.text.constraint import AnswerForm, AnswerFormat, Constraint
 from mlx_k2.text.grammar import GrammarCompiler
 from mlx_k2.text.reply_grammar import compile_constraint
-from mlx_k2.text.reply_parts import Part, Reply, whole_reply
+from mlx_k2.text.reply_parts import Part, whole_reply
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
+from tests.coordinator.constrained import WrittenReply
 from tests.coordinator.schemas import answer_of, call_of
 from tests.coordinator.test_schemas import check
 from tests.local_cluster import VOCAB_SIZE, Cluster, local_cluster, local_host, write_model
@@ -37,14 +38,6 @@ LISTS = {
 }
 """A schema whose answers repeat themselves, so that some drafts are right."""
 ClusterOf = Callable[[int], Cluster]
-
-
-class Result(NamedTuple):
-    """The tokens of an answer, the reply that they spell, and why it ended."""
-
-    token_ids: list[int]
-    reply: Reply
-    reason: FinishReason
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def request_without_thinking(tokenizer: Tokenizer, seed: int, max_tokens: int, *
 
 def run(
     cluster: Cluster, compiler: GrammarCompiler, constraint: Constraint, *requests: Request, **limits: Any
-) -> list[Result]:
+) -> list[WrittenReply]:
     """Run constrained requests together; return the tokens, the reply and the finish reason of each."""
     grammar = compile_constraint(compiler, constraint)
     handles = cluster.engine.submit_all(
@@ -86,7 +79,7 @@ def run(
             for request in requests
         ]
     )
-    results: list[Result] = []
+    results: list[WrittenReply] = []
     for handle in handles:
         token_ids: list[int] = []
         parts: list[Part] = []
@@ -96,7 +89,7 @@ def run(
             if isinstance(event, Token | Finished):
                 parts += event.parts
         assert isinstance(event, Finished)
-        results.append(Result(token_ids, whole_reply(parts), event.reason))
+        results.append(WrittenReply(token_ids, whole_reply(parts), event.reason))
     return results
 
 
@@ -111,7 +104,7 @@ def test_tokens_are_the_same_with_drafts_and_over_1_2_and_3_stages(
         for request in (plain, replace(plain, sampling=penalized)):
             one, two, three = (run(cluster_of(stages), compiler, constraint, request) for stages in (1, 2, 3))
             assert one == two == three
-            assert one[0].reason is FinishReason.STOP
+            assert one[0].finish_reason is FinishReason.STOP
 
 
 def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:
@@ -146,7 +139,7 @@ def test_the_reasoning_of_a_required_call_is_closed_by_its_budget(
     with_thinking = replace(request, prompt_ids=request.prompt_ids[:-1])
     constraint = call_of(LISTS, is_parallel=False)
     (result,) = run(cluster_of(2), compiler, constraint, with_thinking, thinking_budget=9)
-    assert result.reason is FinishReason.STOP
+    assert result.finish_reason is FinishReason.STOP
     assert result.reply.reasoning
     assert result.token_ids.index(compiler.tokenizer.token_id("</think>")) == 9
     check(result.reply, constraint, LISTS)

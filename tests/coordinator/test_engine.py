@@ -28,14 +28,19 @@ def have_ended(*handles: Handle) -> bool:
     return all(handle.has_ended for handle in handles)
 
 
+def check_answers(*handles: Handle) -> None:
+    """Check that the tokens of each request are those that it gets when it runs alone."""
+    for handle in handles:
+        assert rest_of(handle)[0] == answer_alone(handle.request)
+
+
 def test_requests_join_while_others_run_and_each_gets_the_tokens_that_it_gets_alone() -> None:
     with token_engine() as tested:
         first = tested.engine.submit(request(1, 2, 3, max_tokens=30))
         tested.run(lambda: tested.engine.use[1].steps_done >= 5)
         second = tested.engine.submit(request(4, 5, max_tokens=20))
         tested.run(lambda: have_ended(first, second))
-        for handle in (first, second):
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(first, second)
 
 
 def test_progress_is_replaced_and_not_queued_while_nobody_reads() -> None:
@@ -105,7 +110,7 @@ def test_a_fault_is_detected_while_no_request_runs() -> None:
         tested.end_restart()
         handle = tested.engine.submit(request(1, 2))
         tested.run(lambda: have_ended(handle))
-        assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(handle)
     assert len(tested.restarts) == 1
 
 
@@ -118,8 +123,7 @@ def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() ->
         assert restarting.restart == tested.restarts[0]
         tested.end_restart()
         tested.run(lambda: have_ended(*handles))
-        for handle in handles:
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(*handles)
 
 
 def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after_it() -> None:
@@ -133,8 +137,7 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
         late = tested.engine.submit(request(3))
         tested.end_restart()
         tested.run(lambda: have_ended(other, late))
-        for handle in (other, late):
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(other, late)
 
 
 def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
@@ -164,8 +167,7 @@ def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_finish
         for handle in suspects:
             with pytest.raises(RequestFailed, match="request ended: it was running when stage 1 failed twice"):
                 rest_of(handle)
-        for handle in others:
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(*others)
 
 
 def run_to_a_step_with(tested: TokenEngine, handle: Handle, position: int) -> list[Request]:
@@ -194,8 +196,7 @@ def test_no_plan_exceeds_the_chunk_when_eight_slots_replay_their_answers_after_a
         tested.run(lambda: have_ended(*handles))
         sizes = [sum(len(row.token_ids) for row in plan.rows) for plan in tested.plans[num_before:]]
         assert max(sizes) == 128
-        for handle in handles:
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(*handles)
 
 
 def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests_over_three_slots() -> None:
@@ -247,7 +248,7 @@ def test_a_brief_request_starts_after_the_interactive_ones_that_wait() -> None:
         assert running.has_ended
         assert not brief.has_ended
         tested.run(lambda: have_ended(brief))
-        assert rest_of(brief)[0] == answer_alone(brief.request)
+        check_answers(brief)
 
 
 def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_afterwards() -> None:
@@ -258,8 +259,7 @@ def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_
         tested.run(lambda: have_ended(interactive))
         assert not background.has_ended
         tested.run(lambda: have_ended(background))
-        for handle in (interactive, background):
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(interactive, background)
 
 
 def test_a_reader_is_notified_of_every_event() -> None:
@@ -323,7 +323,7 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
             for rank in range(2):
                 tested.stages.execute(rank)
             threading.Event().wait(0.001)
-        assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(handle)
 
 
 def test_progress_of_a_prompt_comes_before_its_first_token_and_never_after() -> None:
@@ -346,8 +346,7 @@ def test_a_failing_callback_ends_neither_the_engine_nor_other_requests() -> None
         with_failing_callback = tested.engine.submit(request(1, 2), notify=fail)
         other = tested.engine.submit(request(3, 4))
         tested.run(lambda: have_ended(with_failing_callback, other))
-        for handle in (with_failing_callback, other):
-            assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(with_failing_callback, other)
 
 
 @pytest.mark.parametrize("prompt_ids", [(), (5,) * 200, (5, 100_000)])
@@ -366,7 +365,7 @@ def test_two_stages_that_fail_once_each_end_no_request() -> None:
             tested.fail(rank)
             tested.end_restart()
         tested.run(lambda: have_ended(handle))
-        assert rest_of(handle)[0] == answer_alone(handle.request)
+        check_answers(handle)
 
 
 def test_a_request_submitted_during_a_restart_reports_it() -> None:

@@ -1,7 +1,6 @@
 """Tests of the checks of reports about drafts. test_lying_stage.py has those of other reports."""
 
 import math
-from typing import NamedTuple
 
 import pytest
 
@@ -17,15 +16,8 @@ from tests.scheduling.fake_stages import UNCHUNKED
 VOCAB_SIZE = 100
 
 
-class PlannedSteps(NamedTuple):
-    """A scheduler that has completed a prompt, and its plans of the next token and of a draft after it."""
-
-    scheduler: Scheduler
-    known: Microbatch
-    draft: Microbatch
-
-
-def planned_steps() -> PlannedSteps:
+def planned_steps() -> tuple[Scheduler, Microbatch, Microbatch]:
+    """Return a scheduler that has completed a prompt, and its plans of the next token and of a draft after it."""
     scheduler = Scheduler(
         SchedulerLimits(num_slots=1, context_tokens=50, chunk_tokens=50, num_stages=2),
         UNCHUNKED,
@@ -40,7 +32,7 @@ def planned_steps() -> PlannedSteps:
     draft = scheduler.next_microbatch()
     assert known is not None
     assert draft is not None
-    return PlannedSteps(scheduler, known, draft)
+    return scheduler, known, draft
 
 
 @pytest.mark.parametrize(
@@ -51,12 +43,13 @@ def planned_steps() -> PlannedSteps:
         (Drafted(2, (4,), 0.001), "sent a Drafted where the drafts after step 1 are due"),
         (StepDone(2, 0.0), "sent a StepDone where the drafts after step 1 are due"),
         (Drafted(1, (4, 5), 0.001), "sent 2 drafts after step 1, more than requested"),
-        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the draft 100, and the vocabulary has 100 tokens"),
-        (Drafted(1, (4,), math.nan), "reported nan s as the time of the drafts after step 1"),
+        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the token id 100, and the vocabulary has 100"),
+        (Drafted(1, (4,), math.nan), "reported an impossible time of the drafts after step 1"),
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:
-    assert find_draft_problem(message, planned_steps().known, vocab_size=VOCAB_SIZE) == problem
+    _, known, _ = planned_steps()
+    assert find_draft_problem(message, known, vocab_size=VOCAB_SIZE) == problem
 
 
 def test_a_stage_skips_drafts_only_and_the_last_one_only_those_that_are_wrong() -> None:
@@ -74,5 +67,6 @@ def test_a_stage_skips_drafts_only_and_the_last_one_only_those_that_are_wrong() 
 
 
 def test_drafts_where_a_steps_report_is_due_are_refused() -> None:
-    problem = find_problem(Drafted(1, (4,), 0.0), planned_steps().known, is_last=True, vocab_size=VOCAB_SIZE)
+    _, known, _ = planned_steps()
+    problem = find_problem(Drafted(1, (4,), 0.0), known, is_last=True, vocab_size=VOCAB_SIZE)
     assert problem == "sent a Drafted between steps"

@@ -55,7 +55,7 @@ def facts(**changes: object) -> HostFacts:
     return msgspec.structs.replace(FACTS, **changes)
 
 
-def facts_with_settings(**changes: str) -> HostFacts:
+def with_settings(**changes: str) -> HostFacts:
     return facts(settings=FACTS.settings | changes)
 
 
@@ -67,7 +67,7 @@ def hello(**changes: object) -> Hello:
     return msgspec.structs.replace(HELLO, **changes)
 
 
-def backend_check(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
+def on_rdma(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
     return [check_backend(HOST, Backend.JACCL, hello(system=system), host_facts)]
 
 
@@ -120,23 +120,23 @@ CASES: dict[str, tuple[list[Check], CheckResult, str]] = {
     ),
     "its addresses": (list(check_addresses(HOST, FACTS)), OK, "192.168.0.2 on en5"),
     "jaccl on an old macOS": (
-        backend_check(facts(backends=("ring",)), "macOS 15.5"),
+        on_rdma(facts(backends=("ring",)), "macOS 15.5"),
         FAILURE,
         "update macOS 15.5 to macOS 26.2",
     ),
     "RDMA off": (
-        backend_check(facts_with_settings(rdma_ctl="disabled\n")),
+        on_rdma(with_settings(rdma_ctl="disabled\n")),
         FAILURE,
         "Recovery and run `rdma_ctl enable`",
     ),
-    "no RDMA device": (backend_check(facts_with_settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
+    "no RDMA device": (on_rdma(with_settings(ibv_devices=NO_DEVICES)), FAILURE, "it has none"),
     "the bridge": (
-        backend_check(facts_with_settings(bridge0=BRIDGE.format(status="active"))),
+        on_rdma(with_settings(bridge0=BRIDGE.format(status="active"))),
         FAILURE,
         "`sudo networksetup",
     ),
-    "small RDMA": (backend_check(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
-    "RDMA": (backend_check(FACTS), OK, "jaccl over rdma_en5"),
+    "small RDMA": (on_rdma(FACTS, "macOS 26.2"), WARNING, "update to macOS 26.3"),
+    "RDMA": (on_rdma(FACTS), OK, "jaccl over rdma_en5"),
     "fast synch there": (
         [check_environment(facts(environment={"MLX_METAL_FAST_SYNCH": "1"}), ())],
         WARNING,

@@ -58,8 +58,7 @@ class GuardedStage:
         return next(process for process in self.descendants if "mlx_k2.guard.watchdog" in process.cmdline())
 
     def write(self, kind: Kind, payload: bytes) -> None:
-        self._input.write(encode_frame(kind, payload))
-        self._input.flush()
+        self.write_raw(encode_frame(kind, payload))
 
     def write_raw(self, data: bytes) -> None:
         self._input.write(data)

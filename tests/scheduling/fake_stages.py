@@ -95,6 +95,8 @@ class Run:
     """The rows of each microbatch that was sent."""
     max_in_flight: int = 0
     """The largest number of microbatches in flight so far."""
+    submitted: list[Request] = field(default_factory=list)
+    """The requests of ``play``, in the order of submission."""
     _in_flight: deque[Microbatch] = field(default_factory=deque)
     _caches: dict[int, list[int]] = field(default_factory=dict)
 
@@ -137,7 +139,8 @@ class Run:
 
     def play(self, requests: Iterable[Request], actions: Iterable[str]) -> None:
         """Perform the actions, then submit the requests that are left and run to the end."""
-        not_submitted = deque(requests)
+        self.submitted = list(requests)
+        not_submitted = deque(self.submitted)
         for action in actions:
             if action == "submit" and not_submitted:
                 self.scheduler.submit(not_submitted.popleft())

@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,9 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from mlx_k2.scheduling.sequence import INDEX_TOKENS, Sequence, SharedPrefix
 from mlx_k2.scheduling.slots import SlotChoice, SlotPool, common_prefix
-from tests.scheduling.fake_stages import FixedStepPolicy, Run, request, requests
+from tests.scheduling.fake_stages import Run, request, requests
+
+LIMITS = SchedulerLimits(num_slots=1, context_tokens=2000, chunk_tokens=16, num_stages=2)
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -48,12 +51,7 @@ def test_drafting_continues_from_earlier_draft_tokens() -> None:
 
 
 def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -> None:
-    run = Run(
-        SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=16, num_stages=3),
-        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
-        drafts=True,
-        vocabulary=1,
-    )
+    run = Run(replace(LIMITS, num_stages=3), drafts=True, vocabulary=1)
     run.scheduler.submit(request(4, 60))
     run.finish()
     (sequence,) = run.sequences
@@ -119,29 +117,20 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
 
 
 def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_is_computing() -> None:
-    run = Run(
-        SchedulerLimits(num_slots=2, context_tokens=200, chunk_tokens=200, num_stages=2),
-        FixedStepPolicy(num_microbatches=2, chunk=200, beside=200),
-        vocabulary=1,
-    )
+    run = Run(replace(LIMITS, num_slots=2, chunk_tokens=200), vocabulary=1)
     for last_id in (7, 8):
         run.scheduler.submit(Request((*range(60), last_id), 3, Sampling(seed=0), frozenset()))
     run.finish()
     first, second = run.sequences
     assert [len(microbatch) for microbatch in run.sent[:2]] == [1, 1]
-    assert (second.shared.num_tokens, second.shared.copy_from) == (60, first.slot)
+    assert second.shared == SharedPrefix(60, first.slot)
 
 
 @given(requests, st.booleans(), st.integers(1, 4))
 def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
     first_request: Request, drafts: bool, vocabulary: int
 ) -> None:
-    run = Run(
-        SchedulerLimits(num_slots=1, context_tokens=45, chunk_tokens=8, num_stages=2),
-        FixedStepPolicy(num_microbatches=1, chunk=8, beside=8),
-        drafts,
-        vocabulary,
-    )
+    run = Run(LIMITS, drafts=drafts, vocabulary=vocabulary)
     run.play([first_request], [])
     (sequence,) = run.sequences
     run.scheduler.submit(Request((*sequence.token_ids, 0), 1, Sampling(seed=0), frozenset()))
@@ -150,12 +139,7 @@ def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
 
 
 def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() -> None:
-    run = Run(
-        SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=16, num_stages=2),
-        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
-        drafts=True,
-        vocabulary=1,
-    )
+    run = Run(LIMITS, drafts=True, vocabulary=1)
     run.scheduler.submit(request(60, 5))
     run.finish()
     (first,) = run.sequences
@@ -170,12 +154,7 @@ def test_a_conversation_that_continues_in_its_slot_keeps_the_index_for_drafts() 
 
 
 def test_a_lone_prompt_is_indexed_for_drafts_in_small_parts_while_it_is_computed() -> None:
-    run = Run(
-        SchedulerLimits(num_slots=1, context_tokens=2000, chunk_tokens=16, num_stages=2),
-        FixedStepPolicy(num_microbatches=1, chunk=16, beside=16),
-        drafts=True,
-        vocabulary=1,
-    )
+    run = Run(LIMITS, drafts=True, vocabulary=1)
     run.scheduler.submit(request(1000, 5))
     run.send()
     num_calls = 1

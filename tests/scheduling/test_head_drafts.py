@@ -13,7 +13,7 @@ from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.cost_model import StageCost, StageSpeed
 from mlx_k2.scheduling.draft_switch import DraftSwitch
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter, effective_mode
-from mlx_k2.scheduling.drafts import DraftCount, Drafts, DraftSource, merge_counts
+from mlx_k2.scheduling.drafts import Draft, DraftCount, Drafts, DraftSource, merge_counts
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -205,26 +205,29 @@ REPEATED = [1, 2, 3, 4, 5, 1, 2, 3, 4]
 """The last four tokens occurred before, and 5 followed them."""
 
 
-def test_an_ngram_wins_over_the_head_only_with_four_tokens_and_a_better_acceptance() -> None:
-    drafts = Drafts(DraftMode.AUTO)
+def next_draft(drafts: Drafts, known_ids: list[int]) -> Draft:
+    """Return the next draft after ``known_ids``, with a drafter that has indexed REPEATED."""
     drafter = NgramDrafter()
     drafter.index(REPEATED, 100)
+    draft = drafts.next(known_ids, drafter)
+    assert draft is not None
+    return draft
+
+
+def test_an_ngram_wins_over_the_head_only_with_four_tokens_and_a_better_acceptance() -> None:
+    drafts = Drafts(DraftMode.AUTO)
     drafts.propose([9])
-    before = drafts.next(REPEATED, drafter)
-    assert before is not None
+    before = next_draft(drafts, REPEATED)
     assert before.source is DraftSource.MODEL
     for _ in range(10):  # the head is wrong where the n-gram would be right
         drafts.propose([9])
-        draft = drafts.next(REPEATED, drafter)
-        assert draft is not None
+        draft = next_draft(drafts, REPEATED)
         drafts.plan(draft)
         drafts.accept(5)
     drafts.propose([9])
-    after = drafts.next(REPEATED, drafter)
-    assert after is not None
+    after = next_draft(drafts, REPEATED)
     assert (after.source, after.token_id) == (DraftSource.NGRAM, 5)
-    with_short_match = drafts.next([7, *REPEATED[1:4], 8, 2, 3, 4], drafter)
-    assert with_short_match is not None
+    with_short_match = next_draft(drafts, [7, *REPEATED[1:4], 8, 2, 3, 4])
     assert with_short_match.source is DraftSource.MODEL
 
 
@@ -232,13 +235,11 @@ def test_proposals_that_differ_from_the_drafts_in_plans_are_dropped() -> None:
     drafts = Drafts(DraftMode.MODEL)
     drafts.propose([4, 5])
     for _ in range(2):
-        draft = drafts.next([], NgramDrafter())
-        assert draft is not None
+        draft = next_draft(drafts, [])
         drafts.plan(draft)
     assert drafts.accept(4)
     drafts.propose([5, 6])
-    draft = drafts.next([], NgramDrafter())
-    assert draft is not None
+    draft = next_draft(drafts, [])
     assert draft.token_id == 6
     drafts.propose([7, 8])
     assert drafts.next([], NgramDrafter()) is None

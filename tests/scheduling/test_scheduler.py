@@ -1,5 +1,7 @@
 """Tests of single decisions of the scheduler."""
 
+from dataclasses import replace
+
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, request
@@ -45,11 +47,7 @@ def test_a_prompt_chunk_is_also_sent_while_the_decoding_sequence_is_in_flight() 
 
 
 def test_with_prompts_first_all_prefill_runs_before_decode() -> None:
-    run = run_of(
-        (4, 50),
-        (30, 50),
-        limits=SchedulerLimits(num_slots=2, context_tokens=64, chunk_tokens=8, num_stages=2, prompts_first=True),
-    )
+    run = run_of((4, 50), (30, 50), limits=replace(LIMITS, prompts_first=True))
     run.finish()
     are_prompts = [sent.row.is_prompt for sent in run.rows]
     assert are_prompts == sorted(are_prompts, reverse=True)
@@ -62,13 +60,7 @@ def test_short_prompts_are_combined_in_one_microbatch() -> None:
 
 
 def test_decoding_sequences_alternate_in_the_number_of_microbatches_of_the_policy() -> None:
-    run = run_of(
-        (1, 50),
-        (1, 50),
-        (1, 50),
-        (1, 50),
-        limits=SchedulerLimits(num_slots=4, context_tokens=64, chunk_tokens=8, num_stages=2),
-    )
+    run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=replace(LIMITS, num_slots=4))
     run.send()
     run.complete()
     assert [run.send() for _ in range(3)] == [True, True, False]
@@ -122,6 +114,6 @@ def test_a_rows_recent_ids_are_the_last_64_tokens() -> None:
     run = run_of((3, 50))
     run.finish()
     assert run.rows[-1].row.recent_ids == (100, 101, 102, *[0] * 49)  # the 50th token is sampled after this row
-    run = run_of((100, 3), limits=SchedulerLimits(num_slots=1, context_tokens=200, chunk_tokens=128, num_stages=1))
+    run = run_of((100, 3), limits=replace(LIMITS, context_tokens=200, chunk_tokens=128))
     run.finish()
     assert run.rows[-1].row.recent_ids == (*range(138, 200), 0, 0)

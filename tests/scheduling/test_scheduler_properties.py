@@ -13,17 +13,15 @@ from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, Run, actions,
 
 
 @st.composite
-def finished_runs(sample: st.DrawFn) -> tuple[Run, Sequence[Request]]:
-    """Generate a finished run, and its requests in the order of submission."""
-    submitted = sample(st.lists(requests, min_size=1, max_size=6))
+def finished_runs(sample: st.DrawFn) -> Run:
+    """Generate a finished run."""
     run = Run(sample(limits), sample(policies), vocabulary=sample(st.integers(1, STOP_ID + 1)))
-    run.play(submitted, sample(actions))
-    return run, submitted
+    run.play(sample(st.lists(requests, min_size=1, max_size=6)), sample(actions))
+    return run
 
 
 @given(finished_runs())
-def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, _ = finished
+def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(run: Run) -> None:
     for slot in range(run.limits.num_slots):
         owners = [id(sent.sequence) for sent in run.rows if sent.row.slot == slot]
         owners_in_turn = [owner for owner, _ in itertools.groupby(owners)]
@@ -33,10 +31,7 @@ def test_a_slot_belongs_to_one_sequence_until_that_sequence_finishes(finished: t
 
 
 @given(finished_runs())
-def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
-    finished: tuple[Run, Sequence[Request]],
-) -> None:
-    run, _ = finished
+def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(run: Run) -> None:
     for sequence in run.sequences:
         rows = [sent.row for sent in run.rows_of(sequence)]
         planned = [position for row in rows for position in range(row.position, row.end)]
@@ -48,8 +43,7 @@ def test_every_position_outside_the_reused_prefix_is_planned_once_and_in_order(
 
 
 @given(finished_runs())
-def test_the_prompt_tokens_of_a_microbatch_are_at_most_chunk_tokens(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, _ = finished
+def test_the_prompt_tokens_of_a_microbatch_are_at_most_chunk_tokens(run: Run) -> None:
     for microbatch in run.sent:
         prompt_lengths = [len(sent.row.token_ids) for sent in microbatch if sent.row.is_prompt]
         assert sum(prompt_lengths) <= run.limits.chunk_tokens
@@ -57,10 +51,7 @@ def test_the_prompt_tokens_of_a_microbatch_are_at_most_chunk_tokens(finished: tu
 
 
 @given(finished_runs())
-def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
-    finished: tuple[Run, Sequence[Request]],
-) -> None:
-    run, _ = finished
+def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(run: Run) -> None:
     for sent in run.rows:
         row = sent.row
         assert row.token_ids == sent.known_ids[row.position : row.end]
@@ -68,19 +59,15 @@ def test_a_row_has_only_known_tokens_and_needs_logits_only_after_the_last(
 
 
 @given(finished_runs())
-def test_prompts_are_scheduled_in_the_order_of_submission(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, submitted = finished
-    assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in submitted]
+def test_prompts_are_scheduled_in_the_order_of_submission(run: Run) -> None:
+    assert [id(sequence.request) for sequence in run.sequences] == [id(request) for request in run.submitted]
     prompt_owners = [id(sent.sequence) for sent in run.rows if sent.row.is_prompt]
     # no prompt is interrupted by another
-    assert len([owner for owner, _ in itertools.groupby(prompt_owners)]) == len(submitted)
+    assert len([owner for owner, _ in itertools.groupby(prompt_owners)]) == len(run.submitted)
 
 
 @given(finished_runs())
-def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prompt_tokens(
-    finished: tuple[Run, Sequence[Request]],
-) -> None:
-    run, _ = finished
+def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prompt_tokens(run: Run) -> None:
     assert run.max_in_flight <= run.limits.max_in_flight
     for microbatch in run.sent:
         are_prompts = [sent.row.is_prompt for sent in microbatch]
@@ -90,11 +77,10 @@ def test_in_flight_steps_stay_within_the_limit_and_generated_tokens_precede_prom
 
 @given(finished_runs(), limits, policies, st.booleans())
 def test_a_sequences_tokens_do_not_depend_on_other_sequences_chunks_or_drafts(
-    finished: tuple[Run, Sequence[Request]], bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
+    run: Run, bounds: SchedulerLimits, policy: FixedStepPolicy, drafts: bool
 ) -> None:
-    run, submitted = finished
     bounds = replace(bounds, context_tokens=run.limits.context_tokens)
-    for request in submitted:
+    for request in run.submitted:
         lone_run = Run(bounds, policy, drafts, run.vocabulary)
         lone_run.play([request], [])
         (expected,) = lone_run.sequences
@@ -120,9 +106,8 @@ def test_drafts_do_not_change_the_generated_tokens(
 
 
 @given(finished_runs())
-def test_every_finish_reason_agrees_with_the_sequences_tokens(finished: tuple[Run, Sequence[Request]]) -> None:
-    run, submitted = finished
-    assert len(run.sequences) == len(submitted)
+def test_every_finish_reason_agrees_with_the_sequences_tokens(run: Run) -> None:
+    assert len(run.sequences) == len(run.submitted)
     for sequence in run.sequences:
         generated = sequence.token_ids[sequence.num_prompt :]
         is_context_full = len(sequence.token_ids) == run.limits.context_tokens
