@@ -42,7 +42,7 @@ from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
-"""Each expert of K2 then has 85 pairs on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
+"""Each expert of K2 then gets 85 tokens on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
 CPU_CHUNK_TOKENS = 128
 
 CAREFUL_BITS = 8  # fewer bits per weight than this for dense matrices cause a warning
@@ -52,7 +52,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of one host. None: not known yet, or for ``working_set_bytes``, the GPU's limit, also no GPU."""
+    """Memory of one host; None: not known yet. ``working_set_bytes``, the GPU's limit, is None without a GPU, too."""
 
     working_set_bytes: int | None
     ram_bytes: int | None

@@ -58,7 +58,7 @@ class HealthMonitor:
                 raise event.as_error()
             if event is not None:
                 if isinstance(event.message, Fault):
-                    raise self._cause(event.rank, event.message)
+                    raise self._fault_error(event.rank, event.message)
                 return event
             self._check_for_pause()
             now = time.monotonic()
@@ -69,7 +69,7 @@ class HealthMonitor:
             if now >= wake_at:
                 return Woken()
 
-    def _cause(self, rank: int, fault: Fault) -> ClusterError:
+    def _fault_error(self, rank: int, fault: Fault) -> ClusterError:
         """Return the error for a fault. If a stage lost its neighbour, wait for a fault that is the cause."""
         deadline = time.monotonic() + CAUSE_WAIT_S
         without_neighbour = {rank}

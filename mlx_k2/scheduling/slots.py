@@ -59,9 +59,10 @@ class SlotPool:
         assert self._free, "no slot is free"
         cached_ids = {slot: free.token_ids for slot, free in self._free.items()}
         cached_ids |= {slot: owner.cached_ids for slot, owner in self._owners.items()}
-        prefixes = {slot: common_prefix(token_ids, prompt_ids[:-1]) for slot, token_ids in cached_ids.items()}
-        source = max(prefixes, key=lambda slot: (prefixes[slot], slot in self._free))
-        num_shared = prefixes[source]
+        longest_prefix = prompt_ids[:-1]
+        lengths = {slot: common_prefix(token_ids, longest_prefix) for slot, token_ids in cached_ids.items()}
+        source = max(lengths, key=lambda slot: (lengths[slot], slot in self._free))
+        num_shared = lengths[source]
         num_kept = _lengths_held_elsewhere(cached_ids)  # tokens of each slot that are not lost if it is overwritten
         num_kept[source] = max(num_kept[source], num_shared)
 

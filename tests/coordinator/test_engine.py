@@ -28,8 +28,9 @@ def have_ended(*handles: Handle) -> bool:
     return all(handle.has_ended for handle in handles)
 
 
-def check_answers(*handles: Handle) -> None:
-    """Check that the tokens of each request are those that it gets when it runs alone."""
+def finish_and_check(tested: TokenEngine, *handles: Handle) -> None:
+    """Run until all requests have ended. Check that each gets the tokens that it gets when it runs alone."""
+    tested.run(lambda: have_ended(*handles))
     for handle in handles:
         assert rest_of(handle)[0] == answer_alone(handle.request)
 
@@ -39,8 +40,7 @@ def test_requests_join_while_others_run_and_each_gets_the_tokens_that_it_gets_al
         first = tested.engine.submit(request(1, 2, 3, max_tokens=30))
         tested.run(lambda: tested.engine.use[1].steps_done >= 5)
         second = tested.engine.submit(request(4, 5, max_tokens=20))
-        tested.run(lambda: have_ended(first, second))
-        check_answers(first, second)
+        finish_and_check(tested, first, second)
 
 
 def test_progress_is_replaced_and_not_queued_while_nobody_reads() -> None:
@@ -109,8 +109,7 @@ def test_a_fault_is_detected_while_no_request_runs() -> None:
         tested.fail(0)
         tested.end_restart()
         handle = tested.engine.submit(request(1, 2))
-        tested.run(lambda: have_ended(handle))
-        check_answers(handle)
+        finish_and_check(tested, handle)
     assert len(tested.restarts) == 1
 
 
@@ -122,8 +121,7 @@ def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() ->
         restarting = next(event for event in handles[2].events() if isinstance(event, Restarting))
         assert restarting.restart == tested.restarts[0]
         tested.end_restart()
-        tested.run(lambda: have_ended(*handles))
-        check_answers(*handles)
+        finish_and_check(tested, *handles)
 
 
 def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after_it() -> None:
@@ -136,8 +134,7 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
         assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
         late = tested.engine.submit(request(3))
         tested.end_restart()
-        tested.run(lambda: have_ended(other, late))
-        check_answers(other, late)
+        finish_and_check(tested, other, late)
 
 
 def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
@@ -162,12 +159,11 @@ def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_finish
         suspects = [handle for handle in handles if handle.has_ended]
         assert {handle.request for handle in suspects} <= set(requests_in_step)
         others = [handle for handle in handles if handle not in suspects]
-        tested.run(lambda: have_ended(*others))
         assert handles[0] in suspects and others
         for handle in suspects:
             with pytest.raises(RequestFailed, match="request ended: it was running when stage 1 failed twice"):
                 rest_of(handle)
-        check_answers(*others)
+        finish_and_check(tested, *others)
 
 
 def run_to_a_step_with(tested: TokenEngine, handle: Handle, position: int) -> list[Request]:
@@ -196,7 +192,7 @@ def test_no_plan_exceeds_the_chunk_when_eight_slots_replay_their_answers_after_a
         tested.run(lambda: have_ended(*handles))
         sizes = [sum(len(row.token_ids) for row in plan.rows) for plan in tested.plans[num_before:]]
         assert max(sizes) == 128
-        check_answers(*handles)
+        finish_and_check(tested, *handles)
 
 
 def test_a_conversation_of_8000_tokens_stays_cached_through_fifty_short_requests_over_three_slots() -> None:
@@ -247,8 +243,7 @@ def test_a_brief_request_starts_after_the_interactive_ones_that_wait() -> None:
         tested.run(lambda: have_ended(waiting))
         assert running.has_ended
         assert not brief.has_ended
-        tested.run(lambda: have_ended(brief))
-        check_answers(brief)
+        finish_and_check(tested, brief)
 
 
 def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_afterwards() -> None:
@@ -259,7 +254,7 @@ def test_a_background_request_gives_its_slot_to_an_interactive_one_and_finishes_
         tested.run(lambda: have_ended(interactive))
         assert not background.has_ended
         tested.run(lambda: have_ended(background))
-        check_answers(interactive, background)
+        finish_and_check(tested, interactive, background)
 
 
 def test_a_reader_is_notified_of_every_event() -> None:
@@ -323,7 +318,7 @@ def test_a_request_whose_last_token_comes_as_the_engine_closes_still_ends() -> N
             for rank in range(2):
                 tested.stages.execute(rank)
             threading.Event().wait(0.001)
-        check_answers(handle)
+        assert rest_of(handle)[0] == answer_alone(handle.request)
 
 
 def test_progress_of_a_prompt_comes_before_its_first_token_and_never_after() -> None:
@@ -345,8 +340,7 @@ def test_a_failing_callback_ends_neither_the_engine_nor_other_requests() -> None
     with token_engine() as tested:
         with_failing_callback = tested.engine.submit(request(1, 2), notify=fail)
         other = tested.engine.submit(request(3, 4))
-        tested.run(lambda: have_ended(with_failing_callback, other))
-        check_answers(with_failing_callback, other)
+        finish_and_check(tested, with_failing_callback, other)
 
 
 @pytest.mark.parametrize("prompt_ids", [(), (5,) * 200, (5, 100_000)])
@@ -364,8 +358,7 @@ def test_two_stages_that_fail_once_each_end_no_request() -> None:
                 run_to_a_step_with(tested, handle, position=6)
             tested.fail(rank)
             tested.end_restart()
-        tested.run(lambda: have_ended(handle))
-        check_answers(handle)
+        finish_and_check(tested, handle)
 
 
 def test_a_request_submitted_during_a_restart_reports_it() -> None:
