@@ -1,6 +1,6 @@
 """A stage that sends one false message. As a program: lying_stage.py FOLDER is the stage, to be started by a guard.
 
-The kind of the false message, the lie, is the name of a file in FOLDER. The lies in LIES replace the report of step 3;
+The kind of the false message, the lie, is the name of a file in FOLDER. Each lie of LIES replaces the report of step 3;
 the file is removed first, so that the next stage sends no false message.
 """
 

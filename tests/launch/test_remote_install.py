@@ -1,4 +1,4 @@
-"""Tests of surveys of hosts: their problems with the way out. tests/emulated_hosts/test_setup.py installs over ssh."""
+"""Tests of surveys of hosts: each problem has a remedy. tests/emulated_hosts/test_setup.py installs over ssh."""
 
 import importlib.metadata
 import os
