@@ -31,7 +31,7 @@ LIES = {
     "top": "sent the token id 99999, and the vocabulary has 768",
     "nesting": "not a message from a stage: ",
 }
-"""The lies in place of the report of step 3, and the start of the error's text after the stage's name."""
+"""The false reports of step 3, and the start of the error's text after the stage's name."""
 
 START_LIES: dict[str, tuple[FromStage, str]] = {
     "before": (StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
