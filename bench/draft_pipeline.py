@@ -57,8 +57,8 @@ class SleepingStream:
                 scheduler.propose(sent[message.number], message.token_ids)
                 continue
             assert isinstance(message, StepDone)
-            results = scheduler.complete(message.number, message.tokens, is_skipped=message.is_skipped, now=now)
-            arrivals += [now] * sum(len(result.appended) for result in results)
+            appended = scheduler.complete(message.number, message.tokens, is_skipped=message.is_skipped, now=now)
+            arrivals += [now for added in appended for _ in added.tokens]
         stages.stop()
         return (len(arrivals) - 1 - NUM_SKIPPED) / (arrivals[-1] - arrivals[NUM_SKIPPED])
 

@@ -103,7 +103,7 @@ def weights_s(program: Program, model: str, mac: Mac) -> float:
 
 def attention_s(program: Program, model: str, context: int, mac: Mac) -> float:
     """Return the seconds of attention for one token: those of its operations or of the cache's bytes, if more."""
-    cache_s = sizes(model).key_bytes * context / constant("dense bandwidth") / mac.bandwidth
+    cache_s = sizes(model).position_bytes * context / constant("dense bandwidth") / mac.bandwidth
     if program.expanded_cache:
         return cache_s * _expansion(model)
     return max(cache_s, sizes(model).absorbed_operations * context / constant("dense operations") / mac.operations)
@@ -114,7 +114,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
     shape, count = sizes(model), end - first
     expert_speed = constant("expert operations") * program.prompt_factor
     tiles = expected_tiles(shape.num_experts, shape.experts_per_token, count, program.tile_rows)
-    experts_s = tiles * program.tile_rows * shape.operations_per_pair / expert_speed / mac.operations
+    experts_s = tiles * program.tile_rows * shape.operations_per_expert_token / expert_speed / mac.operations
     expert_bytes = shape.expert_bytes * shape.num_experts * program.expert_bits / 4.5
     experts_read_s = expert_bytes / constant("dense bandwidth") / mac.bandwidth
     dense_s = (shape.operations_per_token * count + shape.rebuild_operations * end) / constant("dense operations")

@@ -61,13 +61,13 @@ def show_checks(checks: tuple[Check, ...]) -> None:
     """Show a table of all checks without details, each problem with details, and the number of checks by result."""
     checks = tuple(sorted(checks, key=lambda check: check.host))
     rows = [
-        (check.host, check.what, Text(check.result.value, _STYLES[check.result]), check.found.partition(": ")[0])
+        (check.host, check.name, Text(check.result.value, _STYLES[check.result]), check.message.partition(": ")[0])
         for check in checks
     ]
     show_table(("host", "check", "", "found"), rows, left=["check", ""], folded=["host", "found"])
     for check in checks:
         if check.result is not CheckResult.OK:  # complete and on one line, so that its commands can be copied
-            console.print(f"{check.host}, {check.what}: {check.found}", soft_wrap=True)
+            console.print(f"{check.host}, {check.name}: {check.message}", soft_wrap=True)
     log(", ".join(f"{_count(checks, result)} {result.value}" for result in CheckResult))
 
 
@@ -75,9 +75,9 @@ def _print_json(checks: tuple[Check, ...]) -> None:
     for check in checks:
         line = {
             "host": check.host,
-            "check": check.what,
+            "check": check.name,
             "result": check.result.value,
-            "found": check.found,
+            "found": check.message,
             "commands": check.commands,
         }
         write_json_line(line)

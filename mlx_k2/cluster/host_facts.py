@@ -6,20 +6,19 @@ import msgspec
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage's files on its host. ``problem`` describes what is wrong with them, else None.
-
-    ``missing_bytes`` are still to be fetched from the Hub; if 0 and without a problem, all files are there and their
-    headers are checked. ``found`` and ``expected`` are SHA-256 checksums by file name: ``found`` is set on request,
-    ``expected`` holds those that the Hub's cache on the host has.
-    """
+    """Facts about one stage's files on its host."""
 
     folder: str
     num_files: int
     disk_free_bytes: int
     missing_bytes: int = 0
+    """Bytes that are still to be fetched from the Hub. If 0 and without a problem, all files are there and usable."""
     problem: str | None = None
+    """What is wrong with the files; None if nothing is."""
     found: dict[str, str] = {}
+    """Computed SHA-256 checksums by file name, on request."""
     expected: dict[str, str] = {}
+    """SHA-256 checksums by file name that the Hub's cache on the host has."""
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -40,13 +39,13 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """A running mlx-k2 command, or another program that starts stages: its own host, process id, name and start."""
+    """A running mlx-k2 command, or another program that starts stages: its host, process id, name and start."""
 
     host: str
     pid: int
     name: str
     began_unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
-    """In seconds since 1970, within the range of datetime."""
+    """The time of its start, in seconds since 1970."""
     address: str | None = None
     """The URL of a server; None for other commands."""
 

@@ -1,11 +1,13 @@
 """The hostfile: the hosts and their links, in MLX's own format. Contacts no host.
 
-Both forms that ``mlx.distributed_config`` writes are read: a list of hosts, or an object with ``backend``, ``envs`` and
-``hosts``. mlx-k2's own keys for a host are ``python``, ``model``, ``memory_gb`` and ``gb_per_s``.
+A hostfile is JSON in one of the two forms that ``mlx.distributed_config`` writes: a list of hosts, or an object with
+``backend``, ``envs`` and ``hosts``. mlx-k2's own keys of a host are ``python``, ``model``, ``memory_gb`` and
+``gb_per_s``.
 """
 
 import enum
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +23,7 @@ RdmaCell: TypeAlias = str | tuple[str, ...] | None
 
 _LOCAL_NAMES = ("127.0.0.1", "localhost")
 _FILE_KEYS = ("backend", "envs", "hosts")
+_ENV_LINE = re.compile(r"[^\W\d]\w*=")
 _EXAMPLE = 'for instance [{"ssh": "mac-1", "ips": ["192.168.0.1"]}, {"ssh": "mac-2", "ips": ["192.168.0.2"]}]'
 
 
@@ -35,9 +38,9 @@ class Backend(enum.Enum):
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """One host; its rank is its index in the list.
 
-    ``ips`` are addresses to listen on, each ``ip`` (a free port is picked) or ``ip:port``. ``memory_gb`` (10^9 bytes)
-    limits the memory that mlx-k2 may use. ``gb_per_s`` is the memory bandwidth. ``python`` and ``model`` are paths on
-    the host.
+    ``ips`` are addresses to listen on, each ``ip`` (a free port is picked) or ``ip:port``. ``rdma[i]`` is for the link
+    to host i. ``memory_gb`` (10^9 bytes) limits the memory that mlx-k2 may use. ``gb_per_s`` is the memory bandwidth.
+    ``python`` and ``model`` are paths on the host.
     """
 
     ssh: str
@@ -55,7 +58,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hostfile(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked hostfile. ``envs`` are ``NAME=value`` lines; ``warnings`` are lines about it for the user."""
+    """A checked hostfile. ``envs`` are ``NAME=value`` lines; ``warnings`` are lines for the user about the hostfile."""
 
     hosts: tuple[Host, ...]
     backend: Backend
@@ -67,7 +70,7 @@ def read_hostfile(path: Path) -> Hostfile:
     """Read and check the hostfile at ``path``.
 
     Raises:
-        HostfileError: it is missing, or not a usable hostfile; names the host and the fix.
+        HostfileError: the file is missing, or is not a usable hostfile; names the host and the fix.
     """
     try:
         data = path.read_bytes()
@@ -77,7 +80,7 @@ def read_hostfile(path: Path) -> Hostfile:
 
 
 def parse_hostfile(data: bytes, source: str) -> Hostfile:
-    """Parse and check a hostfile's bytes; ``source`` names them in errors.
+    """Parse and check a hostfile's bytes; ``source`` is the name of the hostfile in errors.
 
     Raises:
         HostfileError: the bytes are not a usable hostfile; names the host and the fix.
@@ -102,12 +105,13 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
 
 
 def local_hostfile(num_stages: int) -> Hostfile:
-    """Return a hostfile of ``num_stages`` stages on this machine over loopback, for runs without a hostfile."""
+    """Return the hostfile of a run without one: ``num_stages`` stages on this machine, connected over loopback."""
     assert num_stages >= 1
     return Hostfile(hosts=(Host(ssh="127.0.0.1", ips=("127.0.0.1",)),) * num_stages, backend=Backend.RING)
 
 
 def _host(entry: object, where: str) -> Host:
+    """Return a checked host. ``where`` is the start of errors: the hostfile and the host's rank."""
     name = entry.get("ssh") if isinstance(entry, dict) else None
     where = f"{where} ({name})" if isinstance(name, str) else where
     try:
@@ -145,16 +149,14 @@ def _backend(name: object, source: str) -> Backend:
 
 
 def _envs(envs: object, source: str) -> tuple[str, ...]:
-    try:
-        lines = convert(envs or (), tuple[str, ...])
-    except JsonError:
-        lines = ("",)
-    if not all(line.partition("=")[0].isidentifier() and "=" in line for line in lines):
+    lines = envs or []
+    if not isinstance(lines, list) or not all(isinstance(line, str) and _ENV_LINE.match(line) for line in lines):
         raise HostfileError(f'{source}: envs must be a list of lines like "NAME=value"')
-    return lines
+    return tuple(lines)
 
 
 def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -> list[str]:
+    """Return a warning that names the keys that are not ``known``, if there are any."""
     unknown = sorted(fields.keys() - set(known))
     return [f"{where}: ignored unknown keys: {', '.join(unknown)}"] if unknown else []
 

@@ -1,4 +1,4 @@
-"""Parsers of the output of macOS's own tools. Runs none of them."""
+"""Parsers of the output of macOS's own tools. They run none of the tools."""
 
 import re
 

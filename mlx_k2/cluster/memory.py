@@ -4,18 +4,17 @@ from mlx_k2.config import ModelConfig
 
 GB = 10**9
 
-CPU_BLOCK_BYTES = 128 * 2**20
-"""Limit of a block of attention on a CPU. Two are in memory at a time, and a head may need more."""
+CPU_BLOCK_BYTES = 128 * 2**20  # limit of a block of attention on a CPU. A block of one head may exceed it
 LARGEST_BLOCK_BYTES = 4 * 2**30
 """Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of dispatches."""
 GPU_MIN_HEADS = 8
 """Minimum number of heads per dispatch. One head gives 64 threadgroups, fewer than the 80 GPU cores of an Ultra."""
-BLOCKS_AT_A_TIME = 2
-_MIN_BLOCK_QUERIES = 256  # as in model/attention.py
+BLOCKS_AT_A_TIME = 2  # number of blocks of attention that are in memory at a time
+_MIN_QUERIES = 256  # minimum number of queries per block, as in model/attention.py
 _LAYERS_IN_FLIGHT = 3
 """Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
 
-_FRACTION_WITHOUT_GPU = 0.8  # of the RAM, if no GPU driver sets a limit
+_FRACTION_WITHOUT_GPU = 0.8  # fraction of the RAM that stages may use if no GPU driver sets a limit
 
 
 def memory_bound_bytes(
@@ -25,7 +24,7 @@ def memory_bound_bytes(
 
     ``memory_gb`` is the hostfile's limit, ``working_set_bytes`` the GPU driver's (None without a GPU), and
     ``ram_bytes`` the size of the RAM. The hostfile can lower the driver's limit but not raise it. Stages of other
-    commands on the host hold ``other_bytes``, which the hostfile's limit takes into account by itself.
+    commands on the host hold ``other_bytes``; the hostfile's limit is not reduced by them.
     """
     if working_set_bytes is None and ram_bytes is not None:
         working_set_bytes = int(ram_bytes * _FRACTION_WITHOUT_GPU)
@@ -43,15 +42,15 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
     """Return the limit of a block of attention on a host without spare memory.
 
-    On a GPU these are the bytes of GPU_MIN_HEADS heads and 256 queries at the end of the context.
+    On a GPU the limit is what GPU_MIN_HEADS heads and _MIN_QUERIES queries need at the end of the context.
     """
     if not on_gpu:
         return CPU_BLOCK_BYTES
-    scores = _MIN_BLOCK_QUERIES * 2  # values for a key and head: an operation's input and its output
-    heads = min(GPU_MIN_HEADS, config.num_attention_heads)
-    rebuilt = 3 * config.qk_head_dim  # keys, in two parts, and values
-    needed = heads * context_tokens * (scores + rebuilt) * compute_bytes
-    return max(CPU_BLOCK_BYTES, needed)
+    scores_per_key = _MIN_QUERIES * 2  # of one head: an operation's input and its output
+    values_per_key = 3 * config.qk_head_dim  # of one head: rebuilt keys, in two parts, and values
+    num_heads = min(GPU_MIN_HEADS, config.num_attention_heads)
+    needed_bytes = num_heads * context_tokens * (scores_per_key + values_per_key) * compute_bytes
+    return max(CPU_BLOCK_BYTES, needed_bytes)
 
 
 def added_block_bytes(block_bytes: int, spare_bytes: int) -> int:
@@ -70,13 +69,13 @@ def working_bytes(
 ) -> int:
     """Return the bytes that a stage needs besides its weights and cache.
 
-    This is the larger of what reading the largest part (a layer or the head) and computing one chunk need.
+    They are enough for reading the largest part (a layer or the head) and, later, for computing one chunk.
     """
-    layer = chunk_tokens * _values_per_token(config) * compute_bytes
+    layer_bytes = chunk_tokens * _values_per_token(config) * compute_bytes
     if on_gpu:
-        return max(largest_part_bytes, BLOCKS_AT_A_TIME * block_bytes + _LAYERS_IN_FLIGHT * layer)
+        return max(largest_part_bytes, BLOCKS_AT_A_TIME * block_bytes + _LAYERS_IN_FLIGHT * layer_bytes)
     # a block of one head may exceed its limit on a CPU, so twice the limit is reserved
-    return max(largest_part_bytes, 2 * BLOCKS_AT_A_TIME * block_bytes + layer)
+    return max(largest_part_bytes, 2 * BLOCKS_AT_A_TIME * block_bytes + layer_bytes)
 
 
 def _values_per_token(config: ModelConfig) -> int:

@@ -1,13 +1,14 @@
 """The partition of layers to hosts. Pure: knows sizes, memory and bandwidth, neither tensors nor machines.
 
 A layer is never split. The embedding goes with the first layer, the head with the last. Of the splits that fit, the one
-whose slowest stage is fastest is chosen: decoding reads every held byte that a token uses, and a full pipeline is as
-fast as its slowest stage.
+whose slowest stage is fastest is chosen, because a full pipeline is as fast as its slowest stage. The time of a stage
+is that of reading the bytes that a decoded token needs.
 """
 
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -43,8 +44,8 @@ class ModelCosts(msgspec.Struct, frozen=True, kw_only=True):
 class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
     """The memory and bandwidth of a host for one stage.
 
-    ``memory_bytes`` is the limit for its shard and cache; None if not known yet: then anything fits. ``gb_per_s`` is
-    its memory bandwidth; None: the slowest known bandwidth of all hosts is assumed.
+    ``memory_bytes`` is the limit for shard and cache; None if it is not known yet: then anything fits. ``gb_per_s`` is
+    the memory bandwidth; None: the slowest known bandwidth of all hosts is assumed.
     """
 
     name: str
@@ -53,7 +54,7 @@ class HostCapacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``, and their bytes."""
+    """The layers of one stage, ``first_layer`` up to, not including, ``end_layer``, and their cost."""
 
     first_layer: int
     end_layer: int
@@ -67,7 +68,7 @@ class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
-    """Return the best split of ``model`` over ``hosts``, a stage for each; among equally good ones the most even.
+    """Return the split of ``model`` over ``hosts``, a stage for each, that is fastest, and of those the most even.
 
     Raises:
         PartitionError: there are more hosts than layers, or no split fits; states the numbers.
@@ -75,15 +76,15 @@ def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[Sta
     num_layers = len(model.layers)
     _check_num_hosts(num_layers, len(hosts))
     seconds = _read_seconds(model, hosts)
-    bottleneck, _ = _best_cuts(num_layers, len(hosts), seconds, max)
-    if math.isinf(bottleneck):
+    slowest_s, _ = _best_cuts(num_layers, len(hosts), seconds, max)
+    if math.isinf(slowest_s):
         raise PartitionError(_why_nothing_fits(model, hosts))
 
     def squared(host: int, first_layer: int, end_layer: int) -> float:
-        needed = seconds(host, first_layer, end_layer)
-        return needed * needed if needed <= bottleneck else math.inf
+        stage_s = seconds(host, first_layer, end_layer)
+        return stage_s * stage_s if stage_s <= slowest_s else math.inf
 
-    _, cuts = _best_cuts(num_layers, len(hosts), squared, lambda left, right: left + right)
+    _, cuts = _best_cuts(num_layers, len(hosts), squared, operator.add)  # the least sum of squares is the most even
     return _assignments(model, cuts)
 
 
@@ -122,18 +123,18 @@ def _check_num_hosts(num_layers: int, num_hosts: int) -> None:
         )
 
 
-_Cost = Callable[[int, int, int], float]  # of (host, first_layer, end_layer)
+_Cost = Callable[[int, int, int], float]  # the cost of an assignment: host, first layer, end layer
 
 
 def _read_seconds(model: ModelCosts, hosts: Sequence[HostCapacity]) -> _Cost:
-    """Return the cost function of an assignment: seconds that its host reads per token, infinite if it does not fit."""
+    """Return the cost function whose value is the seconds of reading per token, or infinity if a stage does not fit."""
     known = [host.gb_per_s for host in hosts if host.gb_per_s is not None]
     bytes_per_s = [1e9 * (host.gb_per_s or min(known, default=1.0)) for host in hosts]
     shard = functools.cache(model.shard)
 
     def seconds(host: int, first_layer: int, end_layer: int) -> float:
-        cost, bound = shard(first_layer, end_layer), hosts[host].memory_bytes
-        fits = bound is None or cost.held_bytes <= bound
+        cost, limit_bytes = shard(first_layer, end_layer), hosts[host].memory_bytes
+        fits = limit_bytes is None or cost.held_bytes <= limit_bytes
         return cost.read_bytes / bytes_per_s[host] if fits else math.inf
 
     return seconds
@@ -142,10 +143,10 @@ def _read_seconds(model: ModelCosts, hosts: Sequence[HostCapacity]) -> _Cost:
 def _best_cuts(
     num_layers: int, num_hosts: int, cost: _Cost, join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the lowest joined cost of all splits, and that split's cuts, including 0 and ``num_layers``.
+    """Return the lowest cost of all splits, and the cuts of that split: 0, the end layer of each host.
 
-    Dynamic programming: ``best[end]`` is the result for the hosts so far and the layers before ``end``. Each host
-    extends it.
+    ``join`` combines the costs of two hosts. Dynamic programming: ``best[end]`` is the result for the hosts so far and
+    the layers before ``end``.
     """
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * num_layers
     for host in range(num_hosts):
@@ -168,14 +169,15 @@ def _assignments(model: ModelCosts, cuts: Sequence[int]) -> tuple[StageAssignmen
 
 
 def _why_nothing_fits(model: ModelCosts, hosts: Sequence[HostCapacity]) -> str:
-    needed = model.shard(0, len(model.layers)).held_bytes
-    bounds = [f"{host.name} {_gb(host.memory_bytes)}" for host in hosts if host.memory_bytes is not None]
-    known = sum(host.memory_bytes for host in hosts if host.memory_bytes is not None)
-    numbers = f"weights and cache need {_gb(needed)}, and the hosts can hold {_gb(known)} ({', '.join(bounds)})"
-    largest = max(layer.held_bytes for layer in model.layers)
-    if needed > known:
+    needed_bytes = model.shard(0, len(model.layers)).held_bytes
+    limits = [(host.name, host.memory_bytes) for host in hosts if host.memory_bytes is not None]
+    limit_bytes = sum(memory_bytes for _, memory_bytes in limits)
+    listed = ", ".join(f"{name} {_gb(memory_bytes)}" for name, memory_bytes in limits)
+    numbers = f"weights and cache need {_gb(needed_bytes)}, and the hosts can hold {_gb(limit_bytes)} ({listed})"
+    if needed_bytes > limit_bytes:
         return f"the model does not fit: {numbers}: add a host or memory"
-    return f"the model does not fit in whole layers of up to {_gb(largest)}: {numbers}: add a host or memory"
+    largest_bytes = max(layer.held_bytes for layer in model.layers)
+    return f"the model does not fit in whole layers of up to {_gb(largest_bytes)}: {numbers}: add a host or memory"
 
 
 def _gb(num_bytes: int) -> str:

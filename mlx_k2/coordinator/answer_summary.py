@@ -9,17 +9,18 @@ from mlx_k2.scheduling.request import FinishReason, Request
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts and rates of a reply. A rate is None if there were too few tokens to measure it."""
+    """Token counts and rates of an answer. A rate is None if there were too few tokens to measure it."""
 
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that were cached and were not computed again."""
     generated_tokens: int
     drafted: int = 0
+    """Draft tokens that were sent to the stages."""
     accepted: int = 0
-    """Draft tokens that were computed, and those of them that are part of the reply."""
+    """Draft tokens that are part of the answer."""
     drafts: tuple[DraftCount, ...] = ()
-    """The same by source, and by position after the last known token."""
+    """``drafted`` and ``accepted`` by source, and by position after the last known token."""
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
@@ -38,30 +39,31 @@ class AnswerSummary(Usage, frozen=True, kw_only=True):
 
 
 class AnswerTimer:
-    """Arrival times of one answer's tokens. All times are of time.perf_counter."""
+    """Arrival times of one answer's tokens, which are those of time.perf_counter. Rates are of sampled tokens only."""
 
     def __init__(self, began: float) -> None:
         self.began = began
         """The time at which the request was submitted."""
         self._num_tokens = 0
         self._num_sampled = 0
-        self._first = self._last = began
+        self._first_at = self._last_at = began
 
     def add(self, arrived_at: float, *, is_forced: bool) -> None:
-        """Count a token. Rates are those of sampled tokens."""
+        """Count a token. A forced token was not sampled."""
         self._num_tokens += 1
         if not is_forced:
-            self._first = self._first if self._num_sampled else arrived_at
-            self._last = arrived_at
+            if not self._num_sampled:
+                self._first_at = arrived_at
+            self._last_at = arrived_at
             self._num_sampled += 1
 
     def summary(
         self, request: Request, reason: FinishReason, num_cached: int, drafts: tuple[DraftCount, ...] = ()
     ) -> AnswerSummary:
-        """Return the summary of the answer so far, as it ended with ``reason``."""
+        """Return the summary of an answer that ends now with ``reason``."""
         num_prompt = len(request.prompt_ids)
-        first_s = self._first - self.began if self._num_sampled else None
-        decode_s = self._last - self._first
+        first_s = self._first_at - self.began if self._num_sampled else None
+        decode_s = self._last_at - self._first_at
         return AnswerSummary(
             prompt_tokens=num_prompt,
             cached_tokens=num_cached,
@@ -78,27 +80,29 @@ class AnswerTimer:
 
 
 def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
-    """Return the totals of several answers of one conversation. Seed and finish reason are those of the last answer."""
-    prefill_s = sum(
-        (one.prompt_tokens - one.cached_tokens) / one.prefill_tokens_per_s
-        for one in summaries
-        if one.prefill_tokens_per_s
-    )
-    timed = [one for one in summaries if one.decode_tokens_per_s and one.generated_tokens > 1]
-    num_decoded = sum(one.generated_tokens - 1 for one in timed)
-    decode_s = sum((one.generated_tokens - 1) / one.decode_tokens_per_s for one in timed if one.decode_tokens_per_s)
-    prompt_tokens = sum(one.prompt_tokens for one in summaries)
-    cached_tokens = sum(one.cached_tokens for one in summaries)
+    """Return the totals of several answers of one conversation.
+
+    Seed and finish reason are those of the last answer, the time to the first token is that of the first one.
+    """
+    prefill_s, num_decoded, decode_s = 0.0, 0, 0.0
+    for each in summaries:
+        if each.prefill_tokens_per_s:
+            prefill_s += (each.prompt_tokens - each.cached_tokens) / each.prefill_tokens_per_s
+        if each.decode_tokens_per_s:
+            num_decoded += each.generated_tokens - 1
+            decode_s += (each.generated_tokens - 1) / each.decode_tokens_per_s
+    prompt_tokens = sum(each.prompt_tokens for each in summaries)
+    cached_tokens = sum(each.cached_tokens for each in summaries)
     return AnswerSummary(
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
-        generated_tokens=sum(one.generated_tokens for one in summaries),
+        generated_tokens=sum(each.generated_tokens for each in summaries),
         finish_reason=summaries[-1].finish_reason,
         seed=summaries[-1].seed,
         time_to_first_token_s=summaries[0].time_to_first_token_s,
         prefill_tokens_per_s=(prompt_tokens - cached_tokens) / prefill_s if prefill_s else None,
         decode_tokens_per_s=num_decoded / decode_s if decode_s else None,
-        drafted=sum(one.drafted for one in summaries),
-        accepted=sum(one.accepted for one in summaries),
-        drafts=merge_counts(count for one in summaries for count in one.drafts),
+        drafted=sum(each.drafted for each in summaries),
+        accepted=sum(each.accepted for each in summaries),
+        drafts=merge_counts(count for each in summaries for count in each.drafts),
     )

@@ -26,25 +26,23 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from mlx_k2.scheduling.step_policy import StepPolicy
 from mlx_k2.scheduling.token_policy import TokenPolicy
 
-MAX_QUEUED = 256
-"""Default limit of requests that wait for their first step."""
+MAX_QUEUED = 256  # default maximum number of requests that wait for their first step
 SWITCH_INTERVAL_S = 0.0002
 """Python's switch interval while an engine runs. A token passes through three threads before the next plan is sent, and
 each may wait this long for a thread that computes."""
-_NUM_TIMED = 32
-"""The expected wait is computed from the durations of this many requests."""
-_SHORTEST_WAIT_S = 1.0
+_NUM_DURATIONS = 32  # the expected wait is computed from the durations of this many requests that ended last
+_MIN_WAIT_S = 1.0
 
 
 class _ShortInterval:
-    """Python's switch interval, which is SWITCH_INTERVAL_S or less while an engine of the process runs."""
+    """Python's switch interval, which is SWITCH_INTERVAL_S or less while an engine of this process runs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_engines = 0
 
     def begin(self) -> None:
-        """Count one more engine."""
+        """Count one more engine. With the first one the interval becomes short."""
         with self._lock:
             if not self._num_engines:
                 self._usual_s = sys.getswitchinterval()
@@ -52,7 +50,7 @@ class _ShortInterval:
             sys.setswitchinterval(min(SWITCH_INTERVAL_S, self._usual_s))
 
     def end(self) -> None:
-        """Count one engine less. After the last one the interval is the usual one again, in whatever order they end."""
+        """Count one engine less. After the last one, which need not be the first, the interval is as before."""
         with self._lock:
             self._num_engines -= 1
             if not self._num_engines:
@@ -63,12 +61,12 @@ _SHORT_INTERVAL = _ShortInterval()
 
 
 class Engine:
-    """The engine of ready stages. A context manager: on exit all requests are cancelled and the thread has ended.
+    """The engine of ready stages. A context manager: its exit cancels all requests and waits for the engine thread.
 
     After a fault the engine gets new stages from ``restarts`` and computes every running sequence again from its
-    tokens. Without ``restarts``, and if it raises ClusterError, every request ends with the error, ``on_failure`` is
-    called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another thread for each
-    restart and each of its phases.
+    tokens. Without ``restarts``, or if ``restarts.restart`` raises an error, every request ends with the error,
+    ``on_failure`` is called on the engine thread, and ``submit`` raises the error. ``on_restart`` is called on another
+    thread for each restart and each of its phases.
     """
 
     def __init__(
@@ -84,12 +82,12 @@ class Engine:
         self.num_slots = scheduler.limits.num_slots
         """The number of requests that can run at once."""
         self.max_requests = self.num_slots + max_queued
-        """The most requests that run and wait."""
+        """The maximum number of requests that run and wait."""
         self._context_tokens = scheduler.limits.context_tokens
         self._pipeline = pipeline
         self._on_failure = on_failure
         self._max_queued = max_queued
-        self._durations: deque[float] = deque(maxlen=_NUM_TIMED)
+        self._durations_s: deque[float] = deque(maxlen=_NUM_DURATIONS)
         self._lock = threading.Lock()  # guards _error and _jobs
         self._error: MlxK2Error | None = None
         self._jobs: dict[Handle, Job] = {}
@@ -118,7 +116,7 @@ class Engine:
 
     @property
     def use(self) -> tuple[StageUse, ...]:
-        """The totals of each stage so far."""
+        """The totals of each stage so far, by rank."""
         return self._pipeline.use
 
     def submit(
@@ -140,11 +138,13 @@ class Engine:
         return self.submit_all([Submission(request, policy, notify)])[0]
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
-        """Queue several requests, all or none, so that the first plan counts all of them. Errors are as in submit."""
+        """Queue several requests, all or none, so that the first plan can have all. Errors are those of ``submit``."""
+        now = time.perf_counter()
+        jobs = []
         for submission in submissions:
             check_request(submission.request, self._pipeline.vocab_size, self._context_tokens)
-        now = time.perf_counter()
-        jobs = [Job(one, Handle(one.request, self._cancel, one.notify), AnswerTimer(now)) for one in submissions]
+            handle = Handle(submission.request, self._cancel, submission.notify)
+            jobs.append(Job(submission, handle, AnswerTimer(now)))
         with self._lock:
             if self._error is not None:
                 raise self._error.with_traceback(None)
@@ -161,9 +161,9 @@ class Engine:
         return [job.handle for job in jobs]
 
     def _cancel(self, handle: Handle) -> None:
-        """End a handle at once, and stop its sequence soon. Called in signal handlers: takes no lock."""
+        """End a handle at once, and stop its sequence soon. A signal handler may call this: it uses no lock."""
         job = self._jobs.get(handle)
-        if job is not None and handle.end(job.finished(FinishReason.CANCELLED)):
+        if job is not None and handle.end(job.finish(FinishReason.CANCELLED)):
             self._loop.put(partial(self._loop.stop, job))
 
     @property
@@ -172,10 +172,10 @@ class Engine:
 
     @property
     def expected_wait_s(self) -> float:
-        """The expected wait for a place in the queue when it is full."""
-        durations = list(self._durations)
-        mean_s = sum(durations) / len(durations) if durations else _SHORTEST_WAIT_S
-        return max(_SHORTEST_WAIT_S, mean_s * self._num_queued / self.num_slots)
+        """The expected seconds until the queue has room, when it is full."""
+        durations_s = list(self._durations_s)
+        mean_s = sum(durations_s) / len(durations_s) if durations_s else _MIN_WAIT_S
+        return max(_MIN_WAIT_S, mean_s * self._num_queued / self.num_slots)
 
     # ---- on the engine thread
 
@@ -193,12 +193,12 @@ class Engine:
             jobs = list(self._jobs.values())
             self._jobs.clear()
         for job in jobs:
-            job.handle.end(job.finished(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
+            job.handle.end(job.finish(FinishReason.CANCELLED) if isinstance(error, Cancelled) else error)
         if self._on_failure is not None and not isinstance(error, Cancelled):
             self._on_failure(error)
 
     def _on_ended(self, job: Job) -> None:
-        self._durations.append(time.perf_counter() - job.timer.began)
+        self._durations_s.append(time.perf_counter() - job.timer.began)
         with self._lock:
             del self._jobs[job.handle]
 
@@ -215,18 +215,17 @@ def engine_on(
     on_failure: Callable[[MlxK2Error], None] | None = None,
     max_queued: int = MAX_QUEUED,
 ) -> Engine:
-    """Return an engine for ready stages. ``draft_mode``: the draft tokens that a lone sequence's idle stages run.
+    """Return an engine for ready stages. ``draft_mode`` is the source of drafts for a sequence that runs alone.
 
     ``prompts_first`` runs all prefill before decode: more tokens per second in total. ``on_report`` is called on the
-    engine thread for each step that a stage has finished.
+    engine thread for each step that a stage has finished. The other parameters are those of Engine and Pipeline.
     """
     shape = deployment.shape
-    limits = SchedulerLimits(
-        shape.num_slots, shape.context_tokens, shape.chunk_tokens, deployment.group.size, prompts_first
-    )
+    num_stages = deployment.group.size
+    limits = SchedulerLimits(shape.num_slots, shape.context_tokens, shape.chunk_tokens, num_stages, prompts_first)
     policy = StepPolicy(deployment.costs)
-    is_lone = deployment.group.size == 1
-    mode = DraftMode.OFF if is_lone else effective_mode(draft_mode, has_head=deployment.request.draft_head is not None)
+    has_head = deployment.request.draft_head is not None
+    mode = DraftMode.OFF if num_stages == 1 else effective_mode(draft_mode, has_head=has_head)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size
     pipeline = Pipeline(deployment.group, scheduler, policy, vocab_size, step_timeout, on_report)

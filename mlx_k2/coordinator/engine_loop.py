@@ -1,6 +1,6 @@
-"""Engine loop, run by the engine thread. Runs commands, sends plans, waits for reports, delivers events, restarts.
+"""Engine loop: executes commands, sends plans, waits for reports of stages, delivers events, and starts restarts.
 
-Only the engine thread runs it; ``put`` is for every thread.
+All of it is for the engine thread, except ``put``, ``is_restarting`` and the methods on the restart's own thread.
 """
 
 import logging
@@ -20,25 +20,25 @@ from mlx_k2.errors import ClusterError, MlxK2Error, NotFinite, RequestFailed
 from mlx_k2.launch.group import StageGroup
 from mlx_k2.scheduling.microbatch import Microbatch
 from mlx_k2.scheduling.request import FinishReason
-from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
+from mlx_k2.scheduling.scheduler import AppendedTokens, Scheduler
 from mlx_k2.scheduling.sequence import Sequence
 
-_LONGEST_WAIT_S = 3600.0
+_MAX_WAIT_S = 3600.0  # limit of one wait for a command: ``queue.get`` takes no infinite timeout
 
 
 class Restarts(Protocol):
-    """A source of new stages after a fault, as ``RestartingDeployment``."""
+    """A source of new stages after a fault, such as RestartingDeployment."""
 
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
         """End the failed stages, start new ones with the same shape and layers, and return them when they are ready.
 
         Raises:
-            ClusterError: there are no more stages.
+            ClusterError: the stages cannot be started again.
             Cancelled: ``cancel`` was called.
         """
 
     def cancel(self) -> None:
-        """End a restart that is under way. Any thread may call this."""
+        """End the restart that runs, if one does. Any thread may call this."""
 
 
 class EngineLoop:
@@ -60,11 +60,11 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Sequence, Job] = {}
         self._outbox: list[tuple[Handle, Token | Progress | Finished | MlxK2Error]] = []
-        self._queue: list[Sequence] = []
+        self._last_waiting: list[Sequence] = []  # the waiting sequences whose positions were reported last, in order
         self._restart_thread: threading.Thread | None = None
-        self._restarting: Restarting | None = None
+        self._restarting: Restarting | None = None  # the last event of the restart that runs, if any
         self._suspects: dict[tuple[Sequence, int], range] = {}
-        """The positions of each sequence in the step in which a stage failed last, by the sequence and the stage."""
+        """For each sequence in the step in which a stage failed last: its positions, by the sequence and the rank."""
         self._is_closing = False
 
     @property
@@ -73,9 +73,9 @@ class EngineLoop:
         return self._restart_thread is not None
 
     def put(self, command: Callable[[], None]) -> None:
-        """Run a command on the engine thread soon. Any thread may call this, also a signal handler."""
+        """Let the engine thread execute a command soon. Any thread may call this, also a signal handler."""
         self._commands.put(command)
-        self._pipeline.group.wake()  # a group that is being replaced: the loop reads all commands after that
+        self._pipeline.group.wake()  # if the group is just being replaced, the loop reads all commands afterwards
 
     def run(self) -> None:
         """Run until ``close``.
@@ -92,12 +92,13 @@ class EngineLoop:
         finally:
             if self._restart_thread is not None:
                 self._restart_thread.join()
-            self._deliver()  # the ends that were on their way
+            self._deliver()
 
     def _step(self) -> None:
         """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
         try:
-            self._run_commands()
+            while not self._commands.empty():
+                self._run_command(self._commands.get())
             if self._is_closing:
                 return
             for microbatch in self._pipeline.send_plans():
@@ -105,7 +106,7 @@ class EngineLoop:
             self._deliver()
             self._pipeline.observe_steps()
             while not self._pipeline.group.has_event and self._scheduler.index_drafts():
-                pass  # some tokens at a time, until a report comes
+                pass
             result = self._pipeline.receive(self._first_time_limit())
             if result is not None:
                 self._on_result(result)
@@ -114,36 +115,32 @@ class EngineLoop:
             self._on_fault(error)
 
     def _wait_for_restart(self) -> None:
-        """Wait for the next command while the stages restart. Requests may come, time out and be cancelled."""
-        timeout_s = min(self._first_time_limit() - time.monotonic(), _LONGEST_WAIT_S)
+        """Wait for the next command while the stages restart. Requests may be submitted, time out and be cancelled."""
+        timeout_s = min(self._first_time_limit() - time.monotonic(), _MAX_WAIT_S)
         try:
             self._run_command(self._commands.get(timeout=max(0.0, timeout_s)))
         except Empty:
             self._stop_timed_out()
         self._deliver()
 
-    # ---- commands
-
-    def _run_commands(self) -> None:
-        while not self._commands.empty():
-            self._run_command(self._commands.get())
+    # ---- commands, each for ``put``
 
     def _run_command(self, command: Callable[[], None]) -> None:
         command()
         self._end_jobs()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Command: run these jobs."""
+        """Submit the jobs to the scheduler, in order."""
         for job in jobs:
             self._submit(job)
 
     def stop(self, job: Job) -> None:
-        """Command: stop the sequence of a job whose handle has ended."""
+        """Stop the sequence of a job whose handle has ended."""
         if job.sequence is not None:
             self._scheduler.stop(job.sequence, FinishReason.CANCELLED)
 
     def close(self) -> None:
-        """Command: end ``run``."""
+        """End ``run``."""
         self._is_closing = True
 
     def _report_restart(self, restart: Restart, phase: str) -> None:
@@ -164,13 +161,13 @@ class EngineLoop:
         if self._restarting is not None:
             self._outbox.append((job.handle, self._restarting))
         self._add_tokens(forced)
-        if job.handle.has_ended:  # it was cancelled on its way here
+        if job.handle.has_ended:  # the request was cancelled before this command was executed
             self._scheduler.stop(forced.sequence, FinishReason.CANCELLED)
 
     # ---- progress of jobs
 
     def _start_jobs(self, microbatch: Microbatch) -> None:
-        """Report the start of requests at their first step, and begin their time limit."""
+        """Report the start of each request whose first step was sent, and begin its time limit."""
         for sequence in (planned.sequence for planned in microbatch.rows):
             job = self._jobs.get(sequence)
             if job is not None and job.is_queued:
@@ -180,6 +177,7 @@ class EngineLoop:
                     job.ends_at = time.monotonic() + sequence.request.timeout_s
 
     def _on_result(self, result: StepResult) -> None:
+        """Collect the events of a finished step: prompt progress and tokens."""
         for planned in result.microbatch.rows:
             job = self._jobs.get(planned.sequence)
             if planned.row.is_prompt and not planned.row.needs_logits and job is not None:
@@ -189,14 +187,15 @@ class EngineLoop:
             self._add_tokens(added)
         self._end_jobs()
 
-    def _add_tokens(self, added: TokensAppended) -> None:
+    def _add_tokens(self, added: AppendedTokens) -> None:
         now = time.perf_counter()
-        job = self._jobs[added.sequence] if added.appended else None
-        for one in added.appended:
-            assert job is not None, "tokens are appended to a sequence that has not ended"
-            job.timer.add(now, is_forced=one.is_forced)
-            token, accepted = one.token, one.accepted
-            event = Token(token.token_id, accepted.text, accepted.parts, token.logprob, token.top, one.is_forced, now)
+        for appended in added.tokens:
+            job = self._jobs[added.sequence]
+            job.timer.add(now, is_forced=appended.is_forced)
+            token, accepted = appended.token, appended.accepted
+            event = Token(
+                token.token_id, accepted.text, accepted.parts, token.logprob, token.top, appended.is_forced, now
+            )
             self._outbox.append((job.handle, event))
 
     def _end_jobs(self) -> None:
@@ -205,15 +204,15 @@ class EngineLoop:
             job = self._jobs.pop(sequence)
             reason = sequence.finish_reason
             assert reason is not None, "an ended sequence has a reason"
-            self._outbox.append((job.handle, sequence.error or job.finished(reason)))
+            self._outbox.append((job.handle, sequence.error or job.finish(reason)))
             self._on_ended(job)
 
     def _deliver(self) -> None:
-        """Put the collected events into their handles, now that the next plans are on their way."""
+        """Put the collected events into their handles. Called after the next plans are sent, which thus do not wait."""
         waiting = self._scheduler.waiting
-        if waiting != self._queue and self._restart_thread is None:
-            self._queue = waiting
-            self._outbox += [(self._jobs[sequence].handle, Queued(at)) for at, sequence in enumerate(waiting)]
+        if waiting != self._last_waiting and self._restart_thread is None:
+            self._last_waiting = waiting
+            self._outbox += [(self._jobs[each].handle, Queued(position)) for position, each in enumerate(waiting)]
         outbox, self._outbox = self._outbox, []
         for handle, event in outbox:
             match event:
@@ -225,6 +224,7 @@ class EngineLoop:
                     handle.end(event)
 
     def _first_time_limit(self) -> float:
+        """Return the earliest time limit of a running request, in monotonic seconds."""
         return min((job.ends_at for job in self._jobs.values()), default=math.inf)
 
     def _stop_timed_out(self) -> None:
@@ -237,8 +237,8 @@ class EngineLoop:
     # ---- faults
 
     def _on_fault(self, error: ClusterError) -> None:
-        """End the requests that met the same fault before, and start the stages again for the others."""
-        if error.rank is not None and not isinstance(error, NotFinite):  # broken weights: no request is the cause
+        """End the requests that may have caused the fault, and start the stages again for the others."""
+        if error.rank is not None and not isinstance(error, NotFinite):  # broken weights cause NotFinite, no request
             self._end_suspects(error.rank)
         self._deliver()
         self._pipeline.drop_plans()
@@ -253,21 +253,21 @@ class EngineLoop:
     def _end_suspects(self, rank: int) -> None:
         """End the sequences that were in a step on stage ``rank`` at the same positions when it failed before."""
         step = self._pipeline.step_of(rank)
-        before, self._suspects = self._suspects, {}
-        for planned in () if step is None else step.rows:
-            sequence, positions = planned.sequence, range(planned.row.position, planned.row.end)
-            earlier = before.get((sequence, rank), range(0))
+        suspects_before, self._suspects = self._suspects, {}
+        for planned in [] if step is None else step.rows:
+            sequence, row = planned.sequence, planned.row
             if sequence.finish_reason is not None:
                 continue
-            if max(earlier.start, positions.start) >= min(earlier.stop, positions.stop):
-                self._suspects[sequence, rank] = positions
-            else:
+            before = suspects_before.get((sequence, rank), range(0))
+            if before.start < row.end and row.position < before.stop:
                 sequence.error = RequestFailed(f"request ended: it was running when stage {rank} failed twice")
                 self._scheduler.stop(sequence, FinishReason.ERROR)
+            else:
+                self._suspects[sequence, rank] = range(row.position, row.end)
         self._end_jobs()
 
     def _restart(self, restarts: Restarts, error: ClusterError) -> None:
-        """Start new stages, on a separate thread."""
+        """Get new stages, then let the engine thread continue on them. Runs on a thread of its own."""
         try:
             outcome: StageGroup | MlxK2Error = restarts.restart(error, self._on_restart_phase)
         except MlxK2Error as failure:
@@ -282,5 +282,5 @@ class EngineLoop:
         if self._on_restart is not None:
             try:
                 self._on_restart(restart, phase)
-            except Exception:  # a terminal that is gone must not end the restart
+            except Exception:  # an error of the callback, such as of a closed terminal, must not end the restart
                 logging.getLogger(__name__).exception("a callback for restarts failed")

@@ -35,7 +35,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True)
 class Restarting:
-    """All stages start again after a fault; the request continues afterwards. ``phase`` is their present phase."""
+    """All stages start again after a fault; the request continues afterwards. ``phase`` is what they do now."""
 
     restart: Restart
     phase: str
@@ -45,8 +45,8 @@ class Restarting:
 class Token:
     """One token of the answer, and the text and reply parts that it completes. A stop token has no text.
 
-    ``logprob`` and ``top`` are set if log-probabilities were requested. A forced token was not sampled. ``arrived_at``
-    is the time of arrival (time.perf_counter).
+    ``logprob`` and ``top`` (token ids with their log-probabilities) are set if log-probabilities were requested. A
+    forced token was not sampled. ``arrived_at`` is the time of arrival (time.perf_counter).
     """
 
     token_id: int
@@ -60,7 +60,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of the answer. ``parts`` were held back until it was known that no token follows."""
+    """The end of the answer, and the reply parts that were held back until it was known that no token follows."""
 
     summary: AnswerSummary
     parts: tuple[Part, ...] = ()
@@ -76,7 +76,7 @@ Event: TypeAlias = Progress | Token | Finished
 
 
 class _NewProgress:
-    """Mark in the queue: the handle's latest progress has not been read."""
+    """An entry of the queue in place of the handle's latest progress, which may be replaced until it is read."""
 
 
 _NEW_PROGRESS = _NewProgress()
@@ -85,8 +85,9 @@ _NEW_PROGRESS = _NewProgress()
 class Handle:
     """One submitted request. It ends exactly once: with Finished, or with an error that ``events`` raises.
 
-    Its queue is bounded by the request: it holds a token event per token, one end, and only the latest progress. The
-    engine therefore never waits for a reader.
+    Its queue is bounded by the request: it holds an event per token, one end, and only the latest progress. The engine
+    therefore never waits for a reader. ``on_cancel`` and ``notify`` are called with the handle: at ``cancel``, and
+    after each new event.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class Handle:
         self._queue: SimpleQueue[Token | Finished | MlxK2Error | _NewProgress] = SimpleQueue()
         self._progress: Progress | None = None
         self._is_progress_queued = False
-        self._may_end = [True]  # pop() is atomic, also for a signal handler that interrupts this thread
+        self._may_end = [True]  # a list for its pop(), which is atomic also for a signal handler on this thread
         self._is_cancelled = False
-        self._tokens_read = 0
+        self._num_tokens_read = 0
 
     @property
     def has_ended(self) -> bool:
@@ -108,7 +109,7 @@ class Handle:
         return not self._may_end
 
     def events(self) -> Generator[Event, None, None]:
-        """Yield the events as they come, Finished last. Only one thread may iterate, and only once.
+        """Yield the events as they arrive, Finished last. Only one thread may iterate, and only once.
 
         Raises:
             RequestFailed: this request was ended by an error; others continue.
@@ -121,9 +122,9 @@ class Handle:
                 yield event
 
     def ready_events(self) -> Generator[Event, None, None]:
-        """Yield the events that are in the queue, without waiting: for a reader that ``notify`` wakes.
+        """Yield the events that are in the queue now, without waiting. For a reader that ``notify`` wakes.
 
-        Errors are those of ``events``. Use only one of the two, on one thread, and not after the end.
+        Errors are those of ``events``. A reader uses one of the two methods, on one thread, and not after the end.
         """
         while not self._queue.empty():
             event = self._read()
@@ -133,7 +134,7 @@ class Handle:
     def cancel(self) -> None:
         """End the request with FinishReason.CANCELLED. Safe in a signal handler and from any thread.
 
-        Once this has returned, ``events`` yields no token, also none that was sampled before and not read.
+        After this call ``events`` yields no token, not even one that is in the queue already.
         """
         self._is_cancelled = True
         self._on_cancel(self)
@@ -146,13 +147,13 @@ class Handle:
         if not self._is_progress_queued:
             self._is_progress_queued = True
             self._queue.put(_NEW_PROGRESS)
-            self._wake()
+            self._notify_reader()
 
     def put_token(self, token: Token) -> None:
         """Add a token. It is dropped if the handle has ended."""
         if self._may_end:
             self._queue.put(token)
-            self._wake()
+            self._notify_reader()
 
     def end(self, event: Finished | MlxK2Error) -> bool:
         """Add the end, unless there is one already; return whether it was added."""
@@ -161,29 +162,29 @@ class Handle:
         except IndexError:
             return False
         self._queue.put(event)
-        self._wake()
+        self._notify_reader()
         return True
 
     def _read(self) -> Event | None:
-        """Wait for the next entry of the queue; return its event, None for one that a cancelled request drops."""
-        event = self._queue.get()
-        if isinstance(event, MlxK2Error):
-            raise event
-        if isinstance(event, Finished):
-            return self._cancelled(event.summary) if self._is_cancelled else event
-        if isinstance(event, _NewProgress):
+        """Wait for the next entry of the queue; return its event. Return None instead of what ``cancel`` drops."""
+        entry = self._queue.get()
+        if isinstance(entry, MlxK2Error):
+            raise entry
+        if isinstance(entry, Finished):
+            return self._as_cancelled(entry.summary) if self._is_cancelled else entry
+        if isinstance(entry, _NewProgress):
             self._is_progress_queued = False
-            assert self._progress is not None, "progress is set before its mark"
-            return None if self._is_cancelled else self._progress
         if self._is_cancelled:
             return None
-        self._tokens_read += 1
-        return event
+        if isinstance(entry, _NewProgress):
+            return self._progress
+        self._num_tokens_read += 1
+        return entry
 
-    def _cancelled(self, summary: AnswerSummary) -> Finished:
-        return Finished(replace(summary, finish_reason=FinishReason.CANCELLED, generated_tokens=self._tokens_read))
+    def _as_cancelled(self, summary: AnswerSummary) -> Finished:
+        return Finished(replace(summary, finish_reason=FinishReason.CANCELLED, generated_tokens=self._num_tokens_read))
 
-    def _wake(self) -> None:
+    def _notify_reader(self) -> None:
         if self._notify is not None:
             try:
                 self._notify(self)

@@ -1,4 +1,4 @@
-"""Submissions, and the jobs that the engine thread makes progress with. Knows no stages."""
+"""Submissions, and the jobs that the engine makes of them. Knows no stages."""
 
 import math
 from collections.abc import Callable
@@ -22,20 +22,21 @@ class Submission:
 
 @dataclass(eq=False)
 class Job:
-    """A submitted request. ``sequence`` is None until the engine thread has accepted it."""
+    """A submitted request in the engine. ``sequence`` is None until the engine thread has submitted it."""
 
     submission: Submission
     handle: Handle
     timer: AnswerTimer
     sequence: Sequence | None = None
     is_queued: bool = True
-    """True until its first step, or its end."""
+    """True until the request's first step is sent."""
     ends_at: float = math.inf
     """The time limit of the request, in monotonic seconds; inf before its first step and without a limit."""
 
-    def finished(self, reason: FinishReason) -> Finished:
-        """Return the end of the request for ``reason``."""
-        sequence = self.sequence or Sequence(self.submission.request, context_tokens=0)
+    def finish(self, reason: FinishReason) -> Finished:
+        """Return the request's last event. At a timeout it has the parts that the policy held back."""
+        request, sequence = self.submission.request, self.sequence
+        if sequence is None:
+            return Finished(self.timer.summary(request, reason, num_cached=0))
         parts = sequence.finish().parts if reason is FinishReason.TIMEOUT else ()
-        counts = (sequence.num_cached or 0, sequence.drafts.counts)
-        return Finished(self.timer.summary(self.submission.request, reason, *counts), parts)
+        return Finished(self.timer.summary(request, reason, sequence.num_cached or 0, sequence.drafts.counts), parts)

@@ -19,7 +19,7 @@ from mlx_k2.launch.stage_events import Woken
 from mlx_k2.protocol.messages import Drafted, Step, StepDone
 from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.microbatch import Microbatch
-from mlx_k2.scheduling.scheduler import Scheduler, TokensAppended
+from mlx_k2.scheduling.scheduler import AppendedTokens, Scheduler
 from mlx_k2.scheduling.step_policy import StepPolicy
 
 LIMIT_MARGIN_S = 10.0
@@ -28,20 +28,17 @@ LIMIT_MARGIN_S = 10.0
 
 @dataclass(frozen=True)
 class StepTimeout:
-    """Step timeout: ``step_s`` + ``times_expected`` x predicted step time. Each report of a stage starts it again."""
+    """Step timeout: ``step_s`` + ``times_expected`` x predicted step time. Each report of a stage starts it anew."""
 
     step_s: float = 60.0
     times_expected: float = 20.0
 
 
-_STEP_TIMEOUT = StepTimeout()
-
-
 @dataclass
 class StageUse:
-    """Totals of one stage so far: steps, tokens, seconds computing, receiving and sending, and peak memory.
+    """Totals of one stage so far: steps, tokens, seconds of computing, receiving and sending, and peak memory.
 
-    ``draft_runs`` and ``draft_s``: how often the draft head made drafts, and its seconds.
+    ``draft_runs`` is how often the draft head made drafts, and ``draft_s`` the seconds that it took in all.
     """
 
     steps_done: int = 0
@@ -68,7 +65,7 @@ class StepResult:
     """A step that the last stage has finished, and the tokens that it added to sequences."""
 
     microbatch: Microbatch
-    appended: list[TokensAppended]
+    appended: list[AppendedTokens]
 
 
 class Pipeline:
@@ -86,11 +83,13 @@ class Pipeline:
         self.vocab_size = vocab_size
         self._scheduler = scheduler
         self._policy = policy
-        self._step_timeout = step_timeout or _STEP_TIMEOUT
+        self._step_timeout = step_timeout or StepTimeout()
         self._on_report = on_report
         self._sent: dict[int, _Sent] = {}
-        self._before_drafts: Microbatch | None = None
+        self._awaits_drafts: Microbatch | None = None
+        """The step after which the last stage sends drafts next; None if it sends a step's report next."""
         self._unobserved: list[tuple[int, StepLoad, float]] = []
+        """Rank, load and computing seconds of steps that the step policy does not know yet."""
         self.use = tuple(StageUse() for _ in range(group.size))
         self.continue_on(group)
 
@@ -113,7 +112,7 @@ class Pipeline:
     def receive(self, wake_at: float = math.inf) -> StepResult | None:
         """Wait for the next report of a stage; return the step if the last stage has finished it.
 
-        Return None for reports of other stages, at ``wake_at`` (monotonic seconds), and when the group was woken. Wait
+        Return None for all other reports, at ``wake_at`` (monotonic seconds), and when the group was woken. Wait
         without a limit if no plan is in flight; the health of the stages is monitored in this case too.
 
         Raises:
@@ -123,34 +122,34 @@ class Pipeline:
         """
         received = self._monitor.receive(self._deadline(), wake_at)
         if received is None:
-            raise self._silence()
+            raise self._timeout_error()
         if isinstance(received, Woken):
             return None
         rank, message = received.rank, received.message
         is_last = rank == self.group.size - 1
-        asked = self._before_drafts if is_last else None
-        if asked is not None:
-            problem = find_draft_problem(message, asked, vocab_size=self.vocab_size)
+        drafts_step = self._awaits_drafts if is_last else None
+        if drafts_step is not None:
+            problem = find_draft_problem(message, drafts_step, vocab_size=self.vocab_size)
         else:
             problem = find_problem(message, self.step_of(rank), is_last=is_last, vocab_size=self.vocab_size)
         if problem is not None:
             raise ProtocolError(f"stage {rank} on {self.group.host(rank)} {problem}", rank)
-        if asked is not None and isinstance(message, Drafted):
-            self._receive_drafts(rank, asked, message)
+        if drafts_step is not None and isinstance(message, Drafted):
+            self._receive_drafts(rank, drafts_step, message)
             return None
         assert isinstance(message, StepDone), "any other message is a problem"
         microbatch = self._record(rank, message)
         if not is_last:
             return None
         if microbatch.rows[0].row.draft is not None and not message.is_skipped:
-            self._before_drafts = microbatch
+            self._awaits_drafts = microbatch
         completed = self._scheduler.complete(
             message.number, message.tokens, is_skipped=message.is_skipped, now=self._received_at
         )
         return StepResult(microbatch, completed)
 
     def observe_steps(self) -> None:
-        """Pass the finished steps to the step policy. Tokens do not wait for it."""
+        """Pass the finished steps to the step policy. Called after their tokens are delivered, which do not wait."""
         for rank, load, busy_s in self._unobserved:
             self._policy.observe(rank, load, busy_s)
         self._unobserved.clear()
@@ -158,7 +157,7 @@ class Pipeline:
     def drop_plans(self) -> None:
         """Forget all plans in flight, after a fault."""
         self._sent.clear()
-        self._before_drafts = None
+        self._awaits_drafts = None
 
     def step_of(self, rank: int) -> Microbatch | None:
         """Return the oldest plan in flight that stage ``rank`` has not finished."""
@@ -177,7 +176,7 @@ class Pipeline:
     def _receive_drafts(self, rank: int, microbatch: Microbatch, drafted: Drafted) -> None:
         """Pass the draft head's tokens to the scheduler, and its time to the step policy."""
         self._received_at = time.monotonic()
-        self._before_drafts = None
+        self._awaits_drafts = None
         self.use[rank].draft_runs += 1
         self.use[rank].draft_s += drafted.busy_s
         self._policy.observe_draft(drafted.busy_s)
@@ -214,9 +213,11 @@ class Pipeline:
         return max(oldest.sent_at, self._received_at) + self._allowed_s(oldest.microbatch)
 
     def _allowed_s(self, microbatch: Microbatch) -> float:
-        return self._step_timeout.step_s + self._step_timeout.times_expected * self._policy.through_s(microbatch.load)
+        """Return the step timeout of a microbatch."""
+        return self._step_timeout.step_s + self._step_timeout.times_expected * self._policy.latency_s(microbatch.load)
 
-    def _silence(self) -> StageSilent:
+    def _timeout_error(self) -> StageSilent:
+        """Return the error that names the first stage which has not finished the oldest step."""
         number, oldest = next(iter(self._sent.items()))
         waited_s = time.monotonic() - oldest.sent_at
         behind = next(rank for rank in range(self.group.size) if rank not in oldest.finished_by)

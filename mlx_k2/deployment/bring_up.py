@@ -1,6 +1,6 @@
-"""Bring-up of started processes to ready stages: handshake, prepare, connect, load; each phase has a deadline.
+"""Bring-up of started processes to ready stages: handshake, prepare, connect, load. Each phase has a deadline.
 
-Knows no model: the caller passes the messages that define what each stage loads.
+Knows no layers: the caller passes the messages that define what each stage loads.
 """
 
 import secrets
@@ -32,12 +32,12 @@ from mlx_k2.protocol.messages import (
 )
 from mlx_k2.weights.model_source import DraftHead, ModelSource
 
+# Limits of a phase: seconds without a message from any stage.
 HANDSHAKE_S = 60.0
 PREPARE_S = 60.0
 CONNECT_S = 90.0
 """MLX's ring tries for 31 s to reach a neighbour."""
-LAYER_S = 600.0
-"""Limit without a message from any stage while stages load: a layer is 10 GB, and a disk may be slow."""
+LAYER_S = 600.0  # for loading and downloading: a layer is 10 GB, and a disk may be slow
 
 JACCL_PORT = 32323
 """Port of rank 0 to which the other ranks connect before RDMA is used. mlx.launch uses the same port."""
@@ -73,15 +73,14 @@ def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
     """
     hellos = collect(group, Hello, range(group.size), HANDSHAKE_S, "start")
     for rank, hello in enumerate(hellos):
-        found = (hello.mlx_k2_version, hello.mlx_version)
-        wrong = [each for each in zip(PACKAGES, versions, found, strict=True) if each[1] != each[2]]
-        if wrong:
-            location = group.location(rank)
-            install = install_versions(location.ssh, location.python, {each[0]: each[1] for each in wrong})
-            package, here, there = wrong[0]
+        here = dict(zip(PACKAGES, versions, strict=True))
+        there = dict(zip(PACKAGES, (hello.mlx_k2_version, hello.mlx_version), strict=True))
+        differing = {package: here[package] for package in PACKAGES if here[package] != there[package]}
+        if differing:
+            location, package = group.location(rank), next(iter(differing))
             raise StageStartError(
-                f"stage {rank} on {location.host} has {package} {there}, this machine has {here}: "
-                f"install the same on both: {install}"
+                f"stage {rank} on {location.host} has {package} {there[package]}, this machine has {here[package]}: "
+                f"install the same on both: {install_versions(location.ssh, location.python, differing)}"
             )
     return hellos
 
@@ -94,27 +93,26 @@ def prepare(
 ) -> tuple[Prepared, ...]:
     """Make every stage reserve its ports and read its model's config and index; return the answers.
 
-    ``sources`` has each host's own model source. ``draft_heads`` has the draft head of each stage that reads some of
-    its tensors, None for the others.
+    ``sources`` has each host's own model source. ``draft_heads`` has for each stage the draft head if the stage reads
+    some of its tensors, else None.
 
     Raises:
         StageStartError: two hosts have different models, or different draft heads.
         ProtocolError: a stage reports other addresses than those of its host.
     """
     needs_ports = hostfile.backend is Backend.RING and group.size > 1
+    heads = draft_heads or [None] * group.size
     messages = [
         Prepare(rank, group.size, source, host.ips if needs_ports else (), head)
-        for rank, (host, source, head) in enumerate(
-            zip(hostfile.hosts, sources, draft_heads or [None] * group.size, strict=True)
-        )
+        for rank, (host, source, head) in enumerate(zip(hostfile.hosts, sources, heads, strict=True))
     ]
     prepared = ask(group, messages, Prepared, PREPARE_S, "prepare")
-    heads = {answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None}
-    if len(heads) > 1:
-        one, other, *_ = heads.values()
+    ranks = {answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None}
+    if len(ranks) > 1:
+        left, right, *_ = ranks.values()
         raise StageStartError(
-            f"the draft head on {group.host(one)} (stage {one}) is not the one on {group.host(other)} (stage {other}): "
-            "copy the same files to both"
+            f"the draft head on {group.host(left)} (stage {left}) is not the one on {group.host(right)} "
+            f"(stage {right}): copy the same files to both"
         )
     for rank, answer in enumerate(prepared):
         if answer.model_digest != prepared[0].model_digest:
@@ -150,23 +148,26 @@ def connect(group: StageGroup, links: RingLinks | JacclLinks | None) -> None:
     Raises:
         StageStartError: a connection of a stage does not end at another stage.
     """
-    hops = [secrets.token_bytes(32) for _ in range(group.size - 1)]
-    messages = [Connect(links, to_next, before) for to_next, before in zip([*hops, None], [None, *hops], strict=True)]
+    secret_of_hop = [secrets.token_bytes(32) for _ in range(group.size - 1)]
+    messages = [
+        Connect(links, to_next, from_previous)
+        for to_next, from_previous in zip([*secret_of_hop, None], [None, *secret_of_hop], strict=True)
+    ]
     check_connections(group, ask(group, messages, Connected, CONNECT_S, "connect to its neighbours"))
 
 
 def check_connections(group: StageGroup, answers: Sequence[Connected]) -> None:
-    """Check that each TCP connection of a stage is one of another stage, seen from its other end.
+    """Check that another stage reports each TCP connection of a stage, with local and remote address exchanged.
 
-    A process between two stages that forwards their data has a different port on each of the two connections.
+    If a process forwards data between two stages, each of its two connections has only one end at a stage.
 
     Raises:
-        StageStartError: one is not; names the stage and the other end.
+        StageStartError: a connection has another end; names the stage and the other end.
     """
-    ends = {connection for answer in answers for connection in answer.connections}
+    connections = {connection for answer in answers for connection in answer.connections}
     for rank, answer in enumerate(answers):
         for local, remote in answer.connections:
-            if (remote, local) not in ends:
+            if (remote, local) not in connections:
                 raise StageStartError(
                     f"stage {rank} on {group.host(rank)} is connected to a process that is no stage: the other end of "
                     f"{local} is {remote}; a process on a host, or address translation, is between two stages"
@@ -178,13 +179,13 @@ def ask(
     messages: Sequence[ToStage],
     wanted: type[Reply],
     silence_s: float,
-    phase: str,
+    task: str,
     on_progress: Callable[[int, FromStage], None] | None = None,
 ) -> tuple[Reply, ...]:
     """Send every stage its message, then ``collect`` a ``wanted`` message from each."""
     for rank, message in enumerate(messages):
         group.send(rank, message)
-    return collect(group, wanted, range(group.size), silence_s, phase, on_progress)
+    return collect(group, wanted, range(group.size), silence_s, task, on_progress)
 
 
 def collect(
@@ -192,10 +193,12 @@ def collect(
     wanted: type[Reply],
     ranks: Sequence[int],
     silence_s: float,
-    phase: str,
+    task: str,
     on_progress: Callable[[int, FromStage], None] | None = None,
 ) -> tuple[Reply, ...]:
     """Return one ``wanted`` message from each of ``ranks``, in that order; pass progress to ``on_progress``.
+
+    ``task`` completes the sentence "it had to ..." in errors.
 
     Raises:
         StageStartError, StageFault: a stage reported a fault, or ended.
@@ -209,7 +212,7 @@ def collect(
         received = monitor.receive(deadline)
         if received is None:
             missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
-            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which had to {phase}")
+            raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which had to {task}")
         if isinstance(received, Woken):
             continue
         deadline = time.monotonic() + silence_s
@@ -219,8 +222,8 @@ def collect(
         elif on_progress is not None and isinstance(message, LayerLoaded | DownloadProgress):
             on_progress(rank, message)
         else:
-            sent = f"sent an unexpected {type(message).__name__}: it had to {phase}"
-            raise ProtocolError(f"stage {rank} on {group.host(rank)} {sent}", rank)
+            problem = f"sent an unexpected {type(message).__name__}: it had to {task}"
+            raise ProtocolError(f"stage {rank} on {group.host(rank)} {problem}", rank)
     return tuple(answers[rank] for rank in ranks)
 
 

@@ -31,11 +31,12 @@ DRAFT_BITS = (8, 4, UNQUANTIZED_BITS)
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Hosts, model and their settings. None leaves the choice to the program.
 
-    Without a hostfile, ``num_stages`` stages run on this machine: 2 for the built-in model, else 1. Without a model it
-    is the built-in one. ``split`` has the number of layers of each stage. ``stall_timeout_s`` is the maximum time that
-    a stage may be stopped, a host silent or a hop stuck. ``dense_bits`` are the bits per weight of attention, shared
-    experts, dense layers and head; None keeps the checkpoint's format. ``check_weights``: search all tensors for NaN
-    and infinity while loading.
+    Without a hostfile, ``num_stages`` stages run on this machine; the default is 2 for the built-in model, else 1.
+    ``model`` None is the built-in model. ``split`` has the number of layers of each stage. ``draft_aux`` are the layers
+    whose outputs the draft head reads; None: those of its config. ``draft_vocab`` limits the number of different tokens
+    that it drafts. ``stall_timeout_s`` is the maximum time that a stage may be stopped, a host silent or a hop stuck.
+    ``dense_bits`` are the bits per weight of attention, shared experts, dense layers and head; None keeps the
+    checkpoint's format. ``check_weights``: search all tensors for NaN and infinity while loading.
 
     Raises:
         RequestError, HostfileError: a value is out of range, or options contradict each other.
@@ -58,20 +59,20 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     check_weights: bool = False
 
     def __post_init__(self) -> None:
-        """Check what a type does not express."""
+        """Check what the types do not express."""
         _check_seconds("lease", self.lease_s, LEASE_RANGE_S)
         _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
-        given = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
-        if given and self.draft_model is None and self.model is not None:
+        has_draft_options = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
+        if has_draft_options and self.draft_model is None and self.model is not None:
             raise RequestError("--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
                 "a number of stages is for runs on this machine alone: give it, or a hostfile, not both"
             )
-        if self.revision is not None and not is_repo(self._named_source):
+        if self.revision is not None and not is_repo(self._source_as_given):
             raise RequestError(
                 "a revision is for a repository on the Hub: leave it out, or give owner/name as the model"
             )
@@ -79,24 +80,22 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def source(self) -> ModelSource:
         """The model's source. The path of a local folder is absolute, since a stage starts in another folder."""
-        return self._named_source if self.model is None else _absolute(self._named_source)
+        return self._source_as_given if self.model is None else _absolute(self._source_as_given)
 
     @property
     def draft_head(self) -> DraftHead | None:
-        """The draft head to load beside the model, if one was named or the model is the built-in one."""
-        if self.draft_model is None and self.model is not None:
+        """The draft head to load beside the model: the named one, or that of the built-in model; None without one."""
+        if self.draft_model is not None:
+            source = _absolute(ModelSource(path_or_repo=self.draft_model))
+        elif self.model is None:
+            source = ModelSource(path_or_repo=BUILTIN_HEAD)
+        else:
             return None
-        named = None if self.draft_model is None else _absolute(ModelSource(path_or_repo=self.draft_model))
         bits = None if self.draft_bits == UNQUANTIZED_BITS else self.draft_bits
-        return DraftHead(
-            source=named or ModelSource(path_or_repo=BUILTIN_HEAD),
-            aux_layers=self.draft_aux,
-            bits=bits,
-            vocab_size=self.draft_vocab,
-        )
+        return DraftHead(source=source, aux_layers=self.draft_aux, bits=bits, vocab_size=self.draft_vocab)
 
     @property
-    def _named_source(self) -> ModelSource:
+    def _source_as_given(self) -> ModelSource:
         return ModelSource(path_or_repo=BUILTIN if self.model is None else self.model, revision=self.revision)
 
     def read_hostfile(self) -> Hostfile:
@@ -112,7 +111,7 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DeploymentRequest:
-    """The request for a deployment with ``options``, whose hostfile is read and whose model is located."""
+    """The request for a deployment with ``options``: the hostfile that was read, and the source of the model."""
 
     options: ClusterOptions
     hostfile: Hostfile
@@ -122,7 +121,7 @@ class DeploymentRequest:
     draft_head: DraftHead | None = None
     """The draft head to load beside the model."""
     address: str | None = None
-    """The URL at which clients reach the model, for the users of other commands; None if there is no server."""
+    """The URL of the server that uses this deployment, as other commands show it to their users; None without one."""
 
     def with_options(self, **changes: Any) -> "DeploymentRequest":
         """Return the request with ``changes`` of its options."""
@@ -131,14 +130,14 @@ class DeploymentRequest:
     def command_line(self, command: str) -> str:
         """Return the line for a shell that runs another command of mlx-k2 with the same hosts, model and layers."""
         options = self.options
-        given = {
+        values = {
             "--hostfile": options.hostfile,
             "--stages": len(self.hostfile.hosts) if options.hostfile is None else None,
             "--model": None if options.model is None else self.source.path_or_repo,
             "--revision": options.revision,
             "--split": None if options.split is None else ",".join(map(str, options.split)),
         }
-        words = [f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        words = [f" {name} {shlex.quote(str(value))}" for name, value in values.items() if value is not None]
         return f"mlx-k2 {command}{''.join(words)}"
 
 
@@ -147,7 +146,7 @@ def deployment_request(
 ) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
 
-    A draft head is loaded only if ``draft_mode`` uses it. One stage does without the built-in model's.
+    A draft head is requested only if ``draft_mode`` uses it, and that of the built-in model only for several stages.
 
     Raises:
         HostfileError: the hostfile cannot be used.
@@ -164,10 +163,10 @@ def deployment_request(
 
 
 def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
-    """Return the request and the model's description from its folder or the Hub.
+    """Return the request with the repository's present revision, and the model's description.
 
-    The description is None if only the first host may have the model. In the returned request the repository's revision
-    is pinned, so that every host uses the same one.
+    With the revision in the request, every host uses the same one. The description is None if this machine cannot read
+    the model, and the first host, another machine, may have it.
 
     Raises:
         SetupError: the model is not found, or mlx-k2 cannot run it.
@@ -175,9 +174,9 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     source, head = request.source, request.draft_head
     if head is not None and len(request.hostfile.hosts) == 1:
         raise RequestError("--draft-model is for two stages or more: with one, leave it out")
-    elsewhere = not request.hostfile.hosts[0].is_local
+    is_first_remote = not request.hostfile.hosts[0].is_local
     sources = [source] if head is None else [source, head.source]
-    if elsewhere and not all(is_repo(one) or model_folder(one).is_dir() for one in sources):
+    if is_first_remote and not all(is_repo(each) or model_folder(each).is_dir() for each in sources):
         return request, None
     try:
         files, pinned = read_model_files(source)
@@ -187,7 +186,7 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
             model = replace(model, draft=draft)
         return replace(request, source=pinned, draft_head=head), model
     except DownloadError:
-        if elsewhere:
+        if is_first_remote:
             return request, None
         raise
 
@@ -206,18 +205,18 @@ def _absolute(source: ModelSource) -> ModelSource:
 
 
 def stage_location(host: Host) -> StageLocation:
-    """Return where a host's stage is started, and with which Python."""
+    """Return the location of a host's stage."""
     return StageLocation(ssh=None if host.is_local else host.ssh, python=host.python)
 
 
 def source_on(host: Host, source: ModelSource) -> ModelSource:
-    """Return where ``host`` has the model. A host may have it in another folder."""
+    """Return the model's source on ``host``, which may have it in a folder of its own."""
     return source if host.model is None else ModelSource(path_or_repo=host.model, revision=None)
 
 
 def _check_seconds(name: str, seconds: float, allowed: tuple[int, int]) -> None:
     low, high = allowed
-    if not low <= seconds <= high:  # false for nan, too
+    if not low <= seconds <= high:  # also rejects NaN
         raise RequestError(f"{name} {seconds:g} is out of range: give {low} to {high} s")
 
 

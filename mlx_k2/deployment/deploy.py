@@ -41,7 +41,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 @dataclass(frozen=True)
 class StartedStages:
-    """Stages that have answered the handshake, and the plan of each."""
+    """Stages that have answered the handshake; plans and Hellos by rank."""
 
     group: StageGroup
     model: ModelDescription
@@ -56,7 +56,9 @@ class Deployment(StartedStages):
     """Stages that are ready to run steps."""
 
     loaded: tuple[Loaded, ...]
+    """The answers to Load, by rank."""
     load_s: float
+    """Seconds from the start of the processes."""
 
     @property
     def costs(self) -> tuple[StageCost, ...]:
@@ -78,12 +80,12 @@ def deploy(
 ) -> Iterator[Deployment]:
     """Start, connect and load every stage; end all of them on exit.
 
-    ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files. The stages
-    get the shape and layers that they had in ``before``, if given.
+    ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files. With
+    ``before`` the stages get the same shape and layers again.
 
     Raises:
         Cancelled: ``cancelled`` was set.
-        SetupError, ClusterError: names the stage and the operation that failed.
+        SetupError, ClusterError: an operation failed; names it and the stage.
     """
     began = time.monotonic()
     with _start(request, model, listener, before, cancelled) as started:
@@ -95,18 +97,18 @@ def deploy(
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
             if None in answer.checksums.values():
-                compare = f"run `{request.command_line('doctor --deep')}` once"
-                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: {compare}")
+                command = request.command_line("doctor --deep")
+                listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run `{command}` once")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
 
 
 def download(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener
 ) -> tuple[tuple[StagePlan, ShardDownloaded], ...]:
-    """Fetch each stage's files on its own host, all hosts at once; no stage loads anything.
+    """Fetch each stage's files on its own host, all hosts at once; return the plans and answers, by rank. Load nothing.
 
     Raises:
-        SetupError, ClusterError: names the stage and the operation that failed.
+        SetupError, ClusterError: an operation failed; names it and the stage.
     """
     with _start(request, model, listener) as started:
         listener.phase("downloading")
@@ -115,17 +117,12 @@ def download(
                 source_on(plan.host, request.source),
                 plan.assignment.first_layer,
                 plan.assignment.end_layer,
-                _draft_on(started, plan),
+                _draft_head_on(started, plan),
             )
             for plan in started.plans
         ]
         answers = bring_up.ask(
-            started.group,
-            messages,
-            ShardDownloaded,
-            bring_up.LAYER_S,
-            "download its files",
-            listener.progress,
+            started.group, messages, ShardDownloaded, bring_up.LAYER_S, "download its files", listener.progress
         )
         return tuple(zip(started.plans, answers, strict=True))
 
@@ -145,14 +142,14 @@ def _start(
         if model is None:
             listener.phase(f"asking {group.host(0)} for the model's config and tokenizer")
             request, model = _fetch_description(group, request)
-        gpus = [hello.working_set_bytes is not None for hello in hellos]
+        all_on_gpu = all(hello.working_set_bytes is not None for hello in hellos)
         own, names = this_command(request.address), [group.host(rank) for rank in range(group.size)]
         memories = [
             HostMemory(hello.working_set_bytes, hello.memory_bytes, other_bytes(hello, own)) for hello in hellos
         ]
         try:
             if before is None:
-                shape, plans = plan_for(request, model, memories, all_on_gpu=all(gpus))
+                shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
             else:
                 request, shape, plans = before.request, before.shape, before.plans
                 check_fit(plans, memories)
@@ -165,16 +162,16 @@ def _start(
 
 
 def _fetch_description(group: StageGroup, request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription]:
-    """Fetch the small files of the model and its draft head from the first host; pin the revisions that it has."""
+    """Fetch the small files of model and draft head from the first host; pin its revisions in the returned request."""
     source, head = source_on(request.hostfile.hosts[0], request.source), request.draft_head
-    fetched = _fetch_files(group, source)
-    model = describe_model(fetched.files, f"{source.path_or_repo} on {group.host(0)}")
+    model_files = _fetch_files(group, source)
+    model = describe_model(model_files.files, f"{source.path_or_repo} on {group.host(0)}")
     if source == request.source:
-        request = replace(request, source=fetched.source)
+        request = replace(request, source=model_files.source)
     if head is not None:
-        fetched = _fetch_files(group, head.source)
-        model = replace(model, draft=describe_draft(fetched.files, head, model.config))
-        request = replace(request, draft_head=msgspec.structs.replace(head, source=fetched.source))
+        head_files = _fetch_files(group, head.source)
+        model = replace(model, draft=describe_draft(head_files.files, head, model.config))
+        request = replace(request, draft_head=msgspec.structs.replace(head, source=head_files.source))
     return request, model
 
 
@@ -184,16 +181,17 @@ def _fetch_files(group: StageGroup, source: ModelSource) -> ModelFiles:
     return answer
 
 
-def _draft_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
-    """Return the draft head, if the stage of ``plan`` reads some of its tensors."""
+def _draft_head_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
+    """Return the draft head if the stage of ``plan`` reads some of its tensors, else None."""
     draft, num_layers = started.model.draft, started.model.config.num_hidden_layers
     is_read = draft is not None and draft.is_on(plan.assignment.first_layer, plan.assignment.end_layer, num_layers)
     return started.request.draft_head if is_read else None
 
 
 def _connect(started: StartedStages) -> None:
+    """Prepare and connect all stages, and check that they have the model that this command read."""
     group, hostfile, source = started.group, started.request.hostfile, started.request.source
-    heads = [_draft_on(started, plan) for plan in started.plans]
+    heads = [_draft_head_on(started, plan) for plan in started.plans]
     answers = bring_up.prepare(group, hostfile, [source_on(host, source) for host in hostfile.hosts], heads)
     if answers[0].model_digest != started.model.digest:
         raise StageStartError(
@@ -205,32 +203,34 @@ def _connect(started: StartedStages) -> None:
 
 def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None]) -> tuple[Loaded, ...]:
     """Load all stages, and check that together they loaded every tensor of the model exactly once."""
-    names: Counter[str] = Counter()
+    loaded_names: Counter[str] = Counter()
 
-    def on_message(rank: int, message: FromStage) -> None:
+    def count_and_forward(rank: int, message: FromStage) -> None:
         if isinstance(message, LayerLoaded):
-            names.update(message.tensor_names)
+            loaded_names.update(message.tensor_names)
         on_progress(rank, message)
 
     for plan in started.plans:
         started.group.set_held_bytes(plan.rank, plan.assignment.held_bytes)
     messages = [_load_message(plan, started.shape, started.request) for plan in started.plans]
-    loaded = bring_up.ask(started.group, messages, Loaded, bring_up.LAYER_S, "load its layers", on_message)
+    loaded = bring_up.ask(started.group, messages, Loaded, bring_up.LAYER_S, "load its layers", count_and_forward)
     _compare_files(started, loaded)
-    needed = Counter(spec.name for spec in model_specs(started.model.config))
-    if names != needed:
-        wrong = sorted((names - needed) + (needed - names))
+    model_names = Counter(spec.name for spec in model_specs(started.model.config))
+    if loaded_names != model_names:
+        wrong = sorted((loaded_names - model_names) + (model_names - loaded_names))
         raise StageStartError(f"the stages did not load each tensor once: {wrong[0]} and {len(wrong) - 1} more")
     return loaded
 
 
 def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
     """Refuse hosts whose files have different known checksums: they are not of one revision."""
-    known: dict[str, tuple[int, str]] = {}
+    first_known: dict[str, tuple[int, str]] = {}  # by file: the first stage that knows its checksum, and the checksum
     for plan, answer in zip(started.plans, loaded, strict=True):
         for name, checksum in answer.checksums.items():
-            rank, other = known.setdefault(name, (plan.rank, checksum)) if checksum else (plan.rank, checksum)
-            if checksum != other:
+            if checksum is None:
+                continue
+            rank, first_checksum = first_known.setdefault(name, (plan.rank, checksum))
+            if checksum != first_checksum:
                 raise StageStartError(
                     f"{name} on {started.group.host(plan.rank)} (stage {plan.rank}) is not the one on "
                     f"{started.group.host(rank)} (stage {rank}): fetch the same revision on both"

@@ -1,10 +1,9 @@
-"""Plan of a deployment: a preview before any host is contacted, and the plan from the memory that all hosts report."""
+"""Plan of a deployment: a preview before any host is contacted, and the plan for the memory that all hosts report."""
 
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 import psutil
@@ -16,8 +15,7 @@ from mlx_k2.weights.checkpoint import ModelDescription, locate_tensors
 from mlx_k2.weights.draft_head import stage_specs
 from mlx_k2.weights.model_source import is_repo, model_folder
 
-MAX_HALVINGS = 8
-"""A context of less than 1/128 of what was asked for is not proposed."""
+MAX_HALVINGS = 7  # contexts down to 1/128 of the requested one are proposed
 _IS_MAC = sys.platform == "darwin"
 
 
@@ -70,24 +68,25 @@ def _planned(
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
-    """Return the options that each make the model fit without the others, each with its smallest change."""
-    options = request.options
+    """Return the changes of one option that make the model fit. For each option it is the smallest such change."""
+    options, head = request.options, request.draft_head
     context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
-    changes: list[tuple[str, dict[str, Any]]] = [("leave --split out", {"split": None})] if options.split else []
-    smaller = [context >> halvings for halvings in range(1, MAX_HALVINGS) if context >> halvings > 1]
-    changes += [(f"give --context {tokens}", {"context_tokens": tokens}) for tokens in smaller]
-    changes += [(f"give --dense-bits {bits}", {"dense_bits": bits}) for bits in (8, 4)]
-    if (head := request.draft_head) is not None:
-        smaller_heads = [msgspec.structs.replace(head, bits=bits) for bits in (8, 4)]
-        changes += [(f"give --draft-bits {smaller.bits}", {"draft_head": smaller}) for smaller in smaller_heads]
-        changes.append(("leave --draft-model out", {"draft_head": None}))
-    found: dict[str, str] = {}
-    for hint, change in changes:
+    changes: list[tuple[str, DeploymentRequest]] = []
+    if options.split:
+        changes.append(("leave --split out", request.with_options(split=None)))
+    contexts = [context >> halvings for halvings in range(1, MAX_HALVINGS + 1) if context >> halvings > 1]
+    changes += [(f"give --context {tokens}", request.with_options(context_tokens=tokens)) for tokens in contexts]
+    changes += [(f"give --dense-bits {bits}", request.with_options(dense_bits=bits)) for bits in (8, 4)]
+    if head is not None:
+        for bits in (8, 4):
+            smaller_head = msgspec.structs.replace(head, bits=bits)
+            changes.append((f"give --draft-bits {bits}", replace(request, draft_head=smaller_head)))
+        changes.append(("leave --draft-model out", replace(request, draft_head=None)))
+    hints: dict[str, str] = {}
+    for hint, changed_request in changes:
         option = hint.split()[1]
-        with suppress(PartitionError, RequestError):
-            if option not in found:
-                changed_head = change.pop("draft_head", request.draft_head)
-                changed = replace(request.with_options(**change), num_slots=1, draft_head=changed_head)
-                _planned(changed, model, memories, all_on_gpu)
-                found[option] = hint
-    return list(found.values())
+        if option not in hints:
+            with suppress(PartitionError, RequestError):
+                _planned(replace(changed_request, num_slots=1), model, memories, all_on_gpu)
+                hints[option] = hint
+    return list(hints.values())

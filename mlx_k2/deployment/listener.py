@@ -20,13 +20,13 @@ class StageReport:
 
 
 class DeploymentListener:
-    """Callbacks for the progress of a deployment. This base class ignores all of them."""
+    """Callbacks for the progress of a deployment. In this base class they do nothing."""
 
     def log(self, line: str) -> None:
         """Receive a line of a stage's stderr. Called on the stage's own thread."""
 
     def notify(self, line: str) -> None:
-        """Receive a message for the user: what may affect the answer, what is slow, what fails at the end."""
+        """Receive a message for the user, for instance about what is slow or may change the answer."""
 
     def phase(self, what: str) -> None:
         """Receive the description of the next phase of all stages."""

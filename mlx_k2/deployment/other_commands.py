@@ -13,13 +13,14 @@ from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.cluster.memory import GB
 from mlx_k2.protocol.messages import Hello
 
-MIN_NAMED_BYTES = GB
-"""A command that holds less on a host is not worth a line to the user."""
-_LOOPBACK = tuple(f"{scheme}://{name}" for scheme in ("http", "https") for name in ("127.", "localhost", "[::1]"))
+MIN_NAMED_BYTES = GB  # commands that hold less memory on a host are not named to the user
+_LOOPBACK_STARTS = tuple(
+    f"{scheme}://{name}" for scheme in ("http", "https") for name in ("127.", "localhost", "[::1]")
+)
 
 
 def this_command(address: str | None = None) -> Command:
-    """Return this process as a command, which serves at ``address``. Its name has no arguments, only a subcommand."""
+    """Return this process as a command that serves at ``address``. Its name has the subcommand and no arguments."""
     name = Path(sys.argv[0]).name
     if name == "mlx-k2":
         name = " ".join([name, *sys.argv[1:2]])
@@ -36,7 +37,7 @@ def describe_others(
 ) -> list[str]:
     """Return a line for each other command that holds at least ``min_bytes`` on a host.
 
-    The stage on ``hosts[i]`` sent ``hellos[i]``. If a host has several stages, the last report counts.
+    The stage on ``hosts[i]`` sent ``hellos[i]``. If a host has several stages, the Hello of the last one counts.
     """
     lines = []
     for host, hello in dict(zip(hosts, hellos, strict=True)).items():
@@ -44,7 +45,7 @@ def describe_others(
         for command in dict.fromkeys(stage.command for stage in others):
             held = [stage.held_bytes for stage in others if stage.command == command]
             if sum(held) >= min_bytes:
-                lines.append(_line(host, command, len(held), sum(held), own))
+                lines.append(_describe(host, command, len(held), sum(held), own))
     return lines
 
 
@@ -52,16 +53,18 @@ def _stages_of_others(hello: Hello, own: Command) -> list[RunningStage]:
     return [stage for stage in hello.running_stages if stage.command != own]
 
 
-def _line(host: str, command: Command, num_stages: int, held_bytes: int, own: Command) -> str:
+def _describe(host: str, command: Command, num_stages: int, held_bytes: int, own: Command) -> str:
+    """Return the line about ``command``, with its server's address if this machine can reach it."""
     stages = "1 stage" if num_stages == 1 else f"{num_stages} stages"
-    elsewhere = "" if command.host == own.host else f" on {command.host}"
+    is_here = command.host == own.host
+    on_its_host = "" if is_here else f" on {command.host}"
     began = time.localtime(command.began_unix_s)
     is_today = began[:3] == time.localtime()[:3]
     since = time.strftime("%H:%M" if is_today else "%b %d %H:%M", began)
-    connect = ""
-    if command.address is not None and not (elsewhere and command.address.startswith(_LOOPBACK)):
-        connect = f"; --connect {command.address} uses its model"
+    hint = ""
+    if command.address is not None and (is_here or not command.address.startswith(_LOOPBACK_STARTS)):
+        hint = f"; --connect {command.address} uses its model"
     return (
         f"{host} also runs {stages} of another mlx-k2 command "
-        f"(pid {command.pid}{elsewhere}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB){connect}"
+        f"(pid {command.pid}{on_its_host}, `{command.name}`, since {since}, {held_bytes / 1e9:.1f} GB){hint}"
     )

@@ -42,18 +42,17 @@ from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
-"""Each expert of K2 then has 85 pairs on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
+"""Each expert of K2 then gets 85 tokens on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
 CPU_CHUNK_TOKENS = 128
 
-CAREFUL_BITS = 8
-"""Fewer bits than these for dense matrices cause a warning."""
+CAREFUL_BITS = 8  # fewer bits per weight than this for dense matrices cause a warning
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Known memory of one host. None: not known yet, or for ``working_set_bytes`` also no GPU."""
+    """Memory of one host; None: not known yet. ``working_set_bytes``, the GPU's limit, is None without a GPU, too."""
 
     working_set_bytes: int | None
     ram_bytes: int | None
@@ -77,9 +76,10 @@ class RunShape:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its host, its layers and its bytes. ``needed_bytes`` is the sum of shard, cache and working memory.
+    """The plan of one stage: its host, its layers, its bytes and its files.
 
-    ``block_bytes`` is the limit of a block of attention; the working memory includes two blocks.
+    ``needed_bytes`` is the sum of shard, cache and working memory. ``block_bytes`` is the limit of a block of
+    attention; the working memory includes two blocks.
     """
 
     rank: int
@@ -94,7 +94,7 @@ class StagePlan:
 
 
 def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
-    """Fill in the values that the user left open: bfloat16 if all stages have a GPU, else float32.
+    """Return the shape of a run. What the options leave open depends on whether all stages have a GPU.
 
     Raises:
         RequestError: the context is larger than the model's.
@@ -117,14 +117,14 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     if dense_bits is None:
         return ()
     careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
-    lines = [careful] if dense_bits < CAREFUL_BITS else []
-    specs = [spec for piece in _distinct_parts(config) for spec in piece]
-    for group, how in ((32, "in groups of 32"), (None, "unquantized")):
-        matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
+    warnings = [careful] if dense_bits < CAREFUL_BITS else []
+    specs = [spec for part in _distinct_parts(config) for spec in part]
+    matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
+    for group, description in ((32, "in groups of 32"), (None, "unquantized")):
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
         if names:
-            lines.append(f"not quantized in groups of 64 but held {how}: {', '.join(names)}")
-    return tuple(lines)
+            warnings.append(f"not quantized in groups of 64 but held {description}: {', '.join(names)}")
+    return tuple(warnings)
 
 
 def plan_stages(
@@ -143,16 +143,16 @@ def plan_stages(
     config, compute_bytes = model.config, DTYPE_BYTES[shape.dtype]
     draft = None if head is None else model.draft
     parts = _distinct_parts(config) + ([] if draft is None else [draft.aux_specs(), draft.layer_specs()])
-    largest_bytes = max(held_bytes(piece, compute_bytes) for piece in parts)  # unquantized
+    largest_bytes = max(held_bytes(part, compute_bytes) for part in parts)  # unquantized, as it is read
     block_bytes = attention_block_bytes(config, shape.context_tokens, compute_bytes, on_gpu=shape.on_gpu)
     temporary_bytes = working_bytes(
         config, shape.chunk_tokens, compute_bytes, largest_bytes, block_bytes=block_bytes, on_gpu=shape.on_gpu
     )
-    pieces = _model_costs(config, shape, compute_bytes)
+    costs = _model_costs(config, shape, compute_bytes)
     if head is not None and draft is not None:
-        pieces = _add_draft(pieces, draft, head.bits, shape, compute_bytes)
+        costs = _add_draft(costs, draft, head.bits, shape, compute_bytes)
     capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
-    assignments = divide_layers(pieces, capacities) if split is None else divide_as_requested(pieces, capacities, split)
+    assignments = divide_layers(costs, capacities) if split is None else divide_as_requested(costs, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     plans = []
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
@@ -175,7 +175,7 @@ def plan_stages(
 
 
 def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> None:
-    """Check that stages which were planned before still fit their hosts, by the memory that these report now.
+    """Check that stages that are started again still fit their hosts, by the memory that the hosts report now.
 
     Raises:
         StageStartError: a host has less memory than its stage needs; names both.
@@ -191,10 +191,11 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
 
 
 def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> ModelCosts:
+    """Return the costs of the model without a draft head."""
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
     bits = shape.dense_bits
     head_bytes = held_bytes(head_specs(config), compute_bytes, bits)  # a token reads all of it
-    of_kind = {
+    cost_by_kind = {
         config.is_moe(layer): LayerCost(
             held_bytes(layer_specs(config, layer), compute_bytes, bits) + cache_bytes,
             layer_read_bytes_per_token(config, layer, compute_bytes, bits),
@@ -205,27 +206,27 @@ def _model_costs(config: ModelConfig, shape: RunShape, compute_bytes: int) -> Mo
         embedding=LayerCost(
             held_bytes(embedding_specs(config), compute_bytes), embedding_read_bytes_per_token(config, compute_bytes)
         ),
-        layers=tuple(of_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
+        layers=tuple(cost_by_kind[config.is_moe(layer)] for layer in range(config.num_hidden_layers)),
         head=LayerCost(head_bytes, head_bytes),
     )
 
 
 def _add_draft(
-    pieces: ModelCosts, draft: DraftDescription, bits: int | None, shape: RunShape, compute_bytes: int
+    costs: ModelCosts, draft: DraftDescription, bits: int | None, shape: RunShape, compute_bytes: int
 ) -> ModelCosts:
-    """Add a draft head: a slice of ``fc`` to each layer that it reads, all else to the target's head.
+    """Add a draft head: a slice of its projection ``fc`` to each layer whose output it reads, the rest to the head.
 
-    Each token reads the slices and the head, as when every token is drafted after.
+    Slices and draft head are read for each token, as if drafts were made after every token.
     """
     slice_bytes = draft.slice_bytes(compute_bytes, bits)
-    layers = list(pieces.layers)
+    layers = list(costs.layers)
     for layer in draft.aux_layers:
         layers[layer] += LayerCost(slice_bytes, slice_bytes)
     layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
     cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
     held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
-    read = layer_bytes + (projection_bytes or pieces.head.read_bytes)
-    return msgspec.structs.replace(pieces, layers=tuple(layers), head=pieces.head + LayerCost(held, read))
+    read = layer_bytes + (projection_bytes or costs.head.read_bytes)  # without its own it uses the target's
+    return msgspec.structs.replace(costs, layers=tuple(layers), head=costs.head + LayerCost(held, read))
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
@@ -234,18 +235,18 @@ def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
 
 
 def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Return one layer of each kind (dense, MoE). All layers of a kind have the same size."""
+    """Return the number of one layer of each kind (dense, MoE). All layers of a kind have the same size."""
     return tuple({config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values())
 
 
 def _capacities(
     hosts: Sequence[Host], memories: Sequence[HostMemory], temporary_bytes: int
 ) -> tuple[HostCapacity, ...]:
-    """Return the memory available to each stage. Stages on one machine share its memory evenly."""
-    stages_on = Counter(host.ssh for host in hosts)
+    """Return the memory for the shard and cache of each stage. Stages on one machine share its memory evenly."""
+    num_stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):
         bound = memory_bound_bytes(host.memory_gb, memory.working_set_bytes, memory.ram_bytes, memory.other_bytes)
-        available_bytes = None if bound is None else max(0, bound // stages_on[host.ssh] - temporary_bytes)
+        available_bytes = None if bound is None else max(0, bound // num_stages_on[host.ssh] - temporary_bytes)
         capacities.append(HostCapacity(name=host.ssh, memory_bytes=available_bytes, gb_per_s=host.gb_per_s))
     return tuple(capacities)

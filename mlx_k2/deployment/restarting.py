@@ -20,41 +20,39 @@ from mlx_k2.protocol.messages import FromStage, LayerLoaded
 from mlx_k2.weights.checkpoint import ModelDescription
 
 OnRestart = Callable[["Restart", str], None]
-"""Callback for a restart and its present phase, as "loading, 40%". The first call for a restart has the phase WAITING.
-"""
+"""Callback for a restart and its present phase, such as "loading, 40%". In the first call the phase is WAITING."""
 WAITING = "waiting"
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
-_MOST_DOUBLINGS = 16
-HEALTHY_S = 600.0
-"""After this time without a fault, the count of restarts begins again."""
+_MAX_DOUBLINGS = 16  # limit of the exponent in the computation of a wait
+HEALTHY_S = 600.0  # after this time without a fault, restarts are counted from 0 again
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A restart of all stages after ``wait_s``, because of ``reason``.
-
-    It is number ``number`` of at most ``limit``; None: no limit.
-    """
+    """A restart of all stages."""
 
     reason: str
     number: int
+    """How many restarts there were since the last healthy time, this one included."""
     limit: int | None
+    """The maximum of ``number``; None: no limit."""
     wait_s: float
+    """Wait before the stages are started."""
 
     @property
     def count(self) -> str:
-        """The number and the limit, as "2 of at most 3"."""
+        """The number and the limit in words, such as "2 of at most 3"."""
         return str(self.number) if self.limit is None else f"{self.number} of at most {self.limit}"
 
 
 class RestartingDeployment:
-    """Context manager: on entry the stages are ready as after ``deploy``; on exit all of them are ended.
+    """A deployment that starts all stages again after a fault. A context manager around the stages, as ``deploy``.
 
-    ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0, a
-    fault is final. None sets no limit, and then a restart is tried again after any other error, too, for instance one
-    of memory that other programs use. Each wait is twice the previous one, up to ``longest_wait_s``. Logs and fault
-    reports go to ``log_dir``, with token ids if ``log_tokens``.
+    ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0 the
+    first fault is final. None sets no limit; then a restart is tried again after any error, also one that is no
+    ClusterError, such as too little free memory. Each wait is twice the previous one, up to ``longest_wait_s``. Logs
+    and fault reports go to ``log_dir``, with token ids if ``log_tokens``.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class RestartingDeployment:
         self._stack = ExitStack()
         self._num_restarts = 0
         self._was_not_finite = False
-        """Whether NaN or infinity caused the last restart. Broken weights cause it again, and it is then final."""
+        """Whether NotFinite caused the last restart. Broken weights cause it again, and then it is final."""
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
@@ -105,21 +103,22 @@ class RestartingDeployment:
 
         Raises:
             ClusterError: the limit is reached; the last error, with the number of restarts.
+            MlxK2Error: another error occurred, and there is a limit.
             Cancelled: ``cancel`` was called.
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
             self._num_restarts = 0
             self._was_not_finite = False
-        status: Sequence[str] = HealthMonitor(self.deployment.group).describe_all()
+        statuses: Sequence[str] = HealthMonitor(self.deployment.group).describe_all()
         while self._may_restart(error):
-            wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MOST_DOUBLINGS))
+            wait_s = min(self._longest_wait_s, self._first_wait_s * 2 ** min(self._num_restarts, _MAX_DOUBLINGS))
             self._num_restarts += 1
             self._was_not_finite = isinstance(error, NotFinite)
             restart = Restart(str(error), self._num_restarts, self._limit, wait_s)
             on_restart(restart, WAITING)
             listener = _RestartListener(self._listener, self.deployment.plans, partial(on_restart, restart))
             try:
-                self._end(error, status)
+                self._end(error, statuses)
                 if self._cancelled.wait(wait_s):
                     raise Cancelled("the restart was cancelled")
                 self._start(self.deployment.model, listener, self.deployment)
@@ -127,15 +126,15 @@ class RestartingDeployment:
                 error = next_error
             except Cancelled:
                 raise
-            except Exception as other:
+            except Exception as unexpected:
                 if self._limit is not None:
                     raise
-                error = ClusterError(str(other) or type(other).__name__)
+                error = ClusterError(str(unexpected) or type(unexpected).__name__)
             else:
                 return self.deployment.group
-            status = ()
-        self._end(error, status)
-        if self._limit:
+            statuses = ()
+        self._end(error, statuses)
+        if self._num_restarts:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)", error.rank)
         raise error
 
@@ -148,13 +147,13 @@ class RestartingDeployment:
             return True
         return self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite))
 
-    def _end(self, error: ClusterError, status: Sequence[str]) -> None:
-        """End the stages, then write the report. The log then contains how each stage ended, and so does the report."""
+    def _end(self, error: ClusterError, statuses: Sequence[str]) -> None:
+        """End the stages, then write the report, which then has the lines about how each stage ended."""
         self._stack.close()
-        self._report(error, status)
+        self._report(error, statuses)
 
-    def _report(self, error: ClusterError, status: Sequence[str]) -> None:
-        if self._log is not None and (path := self._log.write_report(str(error), status)) is not None:
+    def _report(self, error: ClusterError, statuses: Sequence[str]) -> None:
+        if self._log is not None and (path := self._log.write_report(str(error), statuses)) is not None:
             self._listener.notify(f"a report is in {path}")
 
     def _start(
@@ -166,7 +165,7 @@ class RestartingDeployment:
 
 
 class _RestartListener(DeploymentListener):
-    """Listener of a restart, which also reports phases and loaded bytes. Drops ``planned``: the plan is known."""
+    """Listener of a restart, which also passes phases and loaded percents to ``on_phase``. It drops ``planned``."""
 
     def __init__(
         self, listener: DeploymentListener, plans: Sequence[StagePlan], on_phase: Callable[[str], None]

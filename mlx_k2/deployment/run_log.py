@@ -19,10 +19,9 @@ from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
 
 MAX_FILE_BYTES = 4_000_000
-LAST_STEPS = 300
-LAST_LINES = 200
-"""Lines per stage in a report."""
-LAST_REPORTS = 20
+MAX_STEPS = 300  # number of last steps in a report
+MAX_LINES = 200  # number of last lines of each stage in a report
+MAX_REPORTS = 20
 """Older reports of the same run are deleted."""
 
 
@@ -40,12 +39,13 @@ class RunLog(DeploymentListener):
         self._folder = folder
         self._listener = listener
         self._log_tokens = log_tokens
-        self._is_refused = False
+        self._has_write_failed = False
         self._num_reports = 0
         self._reports: deque[Path] = deque()
         self._lock = threading.Lock()  # each stage's lines arrive on its own thread
-        self._lines: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_LINES))
-        self._steps: deque[str] = deque(maxlen=LAST_STEPS)
+        self._lines: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=MAX_LINES))
+        """The last lines by the stage that wrote them, or "coordinator"."""
+        self._steps: deque[str] = deque(maxlen=MAX_STEPS)
         self._hosts: list[str] = []
         self._model = ""
 
@@ -120,7 +120,7 @@ class RunLog(DeploymentListener):
         try:
             write_private(path, text.encode(errors="backslashreplace"))
             self._reports.append(path)
-            if len(self._reports) > LAST_REPORTS:
+            if len(self._reports) > MAX_REPORTS:
                 self._reports.popleft().unlink(missing_ok=True)
         except OSError as error:
             self._listener.notify(f"no report could be written: {path}: {error.strerror}")
@@ -134,11 +134,11 @@ class RunLog(DeploymentListener):
                 path.replace(path.with_suffix(path.suffix + ".before"))
             with open(path, "ab", opener=open_private_no_symlink) as file:
                 file.write(line.encode(errors="backslashreplace") + b"\n")
-            self._is_refused = False
+            self._has_write_failed = False
         except OSError as error:
-            if not self._is_refused:
+            if not self._has_write_failed:
                 self._listener.notify(f"the log cannot be written: {path}: {error.strerror}; the run continues")
-            self._is_refused = True
+            self._has_write_failed = True
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Bytes and operations of each stage for a step, from shapes alone, and the stage's expected speed."""
+"""Bytes and operations of each stage, calculated from the model's shapes, and the stage's expected speed."""
 
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from mlx_k2.weights.model_source import DraftHead
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 """Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of the expected maximum."""
 GPU_TILE_ROWS = 16
-"""Rows of a tile of MLX's product of sorted experts (gather_qmm_rhs). The prefill kernel has 32."""
+"""Rows of a tile in MLX's kernel for routed experts (gather_qmm_rhs). The prefill kernel of mlx-k2 has 32."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 """MLX on Linux: its reference BLAS reaches 3.6 GFLOP/s in float32 for any number of matrix rows (measured)."""
 
@@ -49,7 +49,7 @@ def _add_draft(
     compute_bytes: int,
     bits: int | None,
 ) -> StageSizes:
-    """Add what a draft head costs on a stage: slices of ``fc`` for each token, the head for each draft on the last."""
+    """Add a draft head: slices of its projection ``fc`` for each token, the rest for each draft on the last stage."""
     num_slices = sum(assignment.first_layer <= layer < assignment.end_layer for layer in draft.aux_layers)
     hidden = draft.layer.hidden_size
     sizes = replace(
@@ -77,7 +77,7 @@ def stage_sizes(
     *,
     tile_rows: int = 1,
 ) -> StageSizes:
-    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``; the last includes the head."""
+    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``, and of a head that follows."""
     dense_bytes = dense_weights = routed_bytes = routed_weights = 0
     for is_moe in (False, True):
         layers = [layer for layer in range(first_layer, end_layer) if config.is_moe(layer) is is_moe]
@@ -92,20 +92,20 @@ def stage_sizes(
     head = head_specs(config) if end_layer == config.num_hidden_layers else ()
     num_experts = config.n_routed_experts if routed_bytes else 0
     num_layers = end_layer - first_layer
-    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    heads, key_dim, value_dim = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     return StageSizes(
         dense_bytes=dense_bytes,
         head_bytes=held_bytes(head, compute_bytes, dense_bits),
         expert_bytes=routed_bytes // num_experts if num_experts else 0,
         num_experts=num_experts,
         experts_per_token=config.num_experts_per_tok,
-        key_bytes=num_layers * config.cache_row_dim * compute_bytes,
+        position_bytes=num_layers * config.cache_row_dim * compute_bytes,
         operations_per_token=2 * dense_weights,
-        operations_per_pair=2 * routed_weights // num_experts if num_experts else 0,
+        operations_per_expert_token=2 * routed_weights // num_experts if num_experts else 0,
         operations_per_sampled_token=2 * _num_values(head),
         absorbed_operations=2 * num_layers * heads * (config.cache_row_dim + config.kv_lora_rank),
-        naive_operations=2 * num_layers * heads * (config.qk_head_dim + value),
-        rebuild_operations=2 * num_layers * heads * (nope + value) * config.kv_lora_rank,
+        naive_operations=2 * num_layers * heads * (config.qk_head_dim + value_dim),
+        rebuild_operations=2 * num_layers * heads * (key_dim + value_dim) * config.kv_lora_rank,
         tile_rows=tile_rows,
     )
 

@@ -16,33 +16,34 @@ from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import Hello, HopsMeasured, MeasureHops, Probe
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
-HOPS_S = 60.0
+ANSWER_S = 60.0  # seconds without an answer of any stage
 
 
 def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Return choices of one address for each host, in its order; ``interfaces`` are each host's, by address.
+    """Return choices of one address for each host, the best first. ``interfaces`` has each host's, by address.
 
-    In a choice all hosts are in one network. Without such a network, each host is in one with the host before it, as
-    with cables between neighbours. Networks are taken to have 256 addresses, link-local ones 65536.
+    In a choice all hosts are in one network. If there is no such network, there is at most one choice: each host is in
+    one network with the host before it, and the first with the last, as with cables between neighbours. Networks are
+    assumed to have 256 addresses, link-local ones 65536.
     """
-    by_network = [
+    address_in = [
         {_network(ip): ip for ip in sorted(host) if not ipaddress.ip_address(ip).is_loopback} for host in interfaces
     ]
-    common = set.intersection(*(set(networks) for networks in by_network))
+    common = set.intersection(*(set(networks) for networks in address_in))
     if common:
         ordered = sorted(common, key=lambda network: (network.startswith("169.254."), network))
-        return [tuple(networks[network] for networks in by_network) for network in ordered]
-    chosen = []
-    for networks, before in zip(by_network, [by_network[-1], *by_network[:-1]], strict=True):
-        shared = sorted(networks.keys() & before.keys())
+        return [tuple(networks[network] for networks in address_in) for network in ordered]
+    choice = []
+    for networks, previous in zip(address_in, [address_in[-1], *address_in[:-1]], strict=True):
+        shared = sorted(networks.keys() & previous.keys())
         if not shared:
             return []
-        chosen.append(networks[shared[0]])
-    return [tuple(chosen)]
+        choice.append(networks[shared[0]])
+    return [tuple(choice)]
 
 
 def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
-    """Return each host's IPv4 addresses with their interfaces.
+    """Start a stage on each host, and return the names of its interfaces by IPv4 address.
 
     Raises:
         ClusterError: a host does not answer.
@@ -50,15 +51,15 @@ def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
     with bring_up.stage_group(request, DeploymentListener()) as group:
         bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
         messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
-        return [facts.interfaces for facts in bring_up.ask(group, messages, HostFacts, HOPS_S, "report")]
+        return [facts.interfaces for facts in bring_up.ask(group, messages, HostFacts, ANSWER_S, "report")]
 
 
 def fastest_choice(
     request: DeploymentRequest, choices: Sequence[tuple[str, ...]]
 ) -> tuple[tuple[str, ...], float | None]:
-    """Return the choice whose slowest hop is the fastest, and that hop's bytes per second.
+    """Return the choice of addresses whose slowest hop is the fastest, and that hop's bytes per second.
 
-    A choice over which the stages cannot connect is left out. With one choice nothing is measured.
+    Choices over which the stages cannot connect are left out. A single choice is not measured; its speed is None.
 
     Raises:
         SetupError: there is no choice, or the stages connect over none of them.
@@ -78,8 +79,8 @@ def fastest_choice(
             measured.append((min(speed.bytes_per_s for speed in speeds), choice))
     if not measured:
         raise SetupError(problem)
-    slowest, choice = max(measured)
-    return choice, slowest
+    bytes_per_s, choice = max(measured)
+    return choice, bytes_per_s
 
 
 def with_addresses(request: DeploymentRequest, addresses: Sequence[str]) -> DeploymentRequest:
@@ -93,10 +94,10 @@ def with_addresses(request: DeploymentRequest, addresses: Sequence[str]) -> Depl
 
 
 def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:
-    """Connect started stages as a run does, with the built-in model, which every host has, and time each hop."""
+    """Connect started stages as a run does, and return the speed of each hop. The built-in model is on every host."""
     prepared = bring_up.prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * group.size)
     bring_up.connect(group, bring_up.links(hostfile, prepared))
-    answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, HOPS_S, "measure its hops")
+    answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, ANSWER_S, "measure its hops")
     return [answer.to_next for answer in answers if answer.to_next is not None]
 
 

@@ -1,4 +1,4 @@
-"""The probe of a cluster before anything is loaded: every host, even if others fail, then every hop. Prints nothing."""
+"""The probe of a cluster before anything is loaded: every host, also if others fail, then every hop. Prints nothing."""
 
 import statistics
 import time
@@ -48,8 +48,7 @@ from mlx_k2.weights.model_source import is_repo
 ALL_HOSTS = "all hosts"
 NUM_CLOCK_READINGS = 7
 PROBE_S = 90.0
-DEEP_S = 900.0
-"""Time limit without a message, in which the checksum of one file is computed."""
+DEEP_PROBE_S = 900.0  # seconds without a message of any stage; within them the checksum of one file is computed
 
 Wanted = TypeVar("Wanted", bound=FromStage)
 
@@ -57,34 +56,34 @@ Wanted = TypeVar("Wanted", bound=FromStage)
 def probe_cluster(
     request: DeploymentRequest, model: ModelDescription | None, listener: DeploymentListener, *, deep: bool
 ) -> tuple[Check, ...]:
-    """Run every check of every host and hop. A host that fails one check is still asked for the others.
+    """Return all checks of every host and hop. A host that fails one check is still probed for the others.
 
     ``model`` None: the stages' memory needs and files are not checked. ``deep`` computes the files' checksums.
     """
     hosts = request.hostfile.hosts
     with bring_up.stage_group(request, listener) as group:
-        round_ = _Round(request, group, listener)
+        probe = _ClusterProbe(request, group, listener)
         listener.phase("asking the hosts")
-        hellos = round_.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")
-        plans = round_.plan(model, hellos)
-        for rank in list(hellos):
-            round_.ask_clock(rank)
+        hellos = probe.collect(Hello, range(len(hosts)), bring_up.HANDSHAKE_S, "ssh")
+        plans = probe.plan(model, hellos)
+        for rank in hellos:
+            probe.check_clock(rank)
         listener.phase("computing checksums" if deep else "probing the hosts")
-        facts = round_.probe(hellos, plans, deep=deep)
-        for rank in facts:
-            round_.judge(rank, hellos, facts[rank], plans)
-        models = {round_.name(rank): one.model for rank, one in facts.items() if one.model is not None}
-        round_.checks += check_copies(models)
-        if 1 < len(facts) == len(hosts):
+        facts_by_rank = probe.collect_facts(hellos, plans, deep=deep)
+        for rank, facts in facts_by_rank.items():
+            probe.check_facts(rank, hellos, facts, plans)
+        models = {probe.name(rank): facts.model for rank, facts in facts_by_rank.items() if facts.model is not None}
+        probe.checks += check_copies(models)
+        if 1 < len(facts_by_rank) == len(hosts):
             listener.phase("measuring the hops")
-            round_.measure_hops()
+            probe.check_hops()
         elif len(hosts) > 1:
-            round_.checks.append(Check("hop", WARNING, "not measured: not every host answered", ALL_HOSTS))
-    return tuple(round_.checks)
+            probe.checks.append(Check("hop", WARNING, "not measured: not every host answered", ALL_HOSTS))
+    return tuple(probe.checks)
 
 
-class _Round:
-    """The checks so far, and the stages that answer them."""
+class _ClusterProbe:
+    """The checks so far, and the stages whose answers they are made from."""
 
     def __init__(self, request: DeploymentRequest, group: StageGroup, listener: DeploymentListener) -> None:
         self._request = request
@@ -103,20 +102,23 @@ class _Round:
     def _add(self, rank: int, checks: Iterable[Check]) -> None:
         self.checks += [replace(check, host=self.name(rank)) for check in checks]
 
-    def collect(self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, what: str) -> dict[int, Wanted]:
-        """Return the answers by rank; add a failed check ``what`` for each of ``ranks`` that does not answer."""
+    def collect(
+        self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, check_name: str
+    ) -> dict[int, Wanted]:
+        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none."""
         answers: dict[int, Wanted] = {}
-        owing = set(ranks)
-        while owing:
-            for rank in sorted(owing & self._ended.keys()):
-                self._fail(rank, what, self._ended[rank])
-                owing.discard(rank)
-            if not owing:
+        pending = set(ranks)
+        while pending:
+            for rank in sorted(pending & self._ended.keys()):
+                self._fail(rank, check_name, self._ended[rank])
+                pending.discard(rank)
+            if not pending:
                 break
             event = self._group.receive(silence_s)
             if event is None:
-                for rank in sorted(owing):
-                    self._fail(rank, what, f"no answer for {silence_s:.0f} s: see that it is awake and on this network")
+                for rank in sorted(pending):
+                    message = f"no answer for {silence_s:.0f} s: see that it is awake and on this network"
+                    self._fail(rank, check_name, message)
                 return answers
             if isinstance(event, StageEnded):
                 self._ended.setdefault(event.rank, event.reason)
@@ -126,7 +128,7 @@ class _Round:
                 self._ended[event.rank] = event.message.message
             elif isinstance(event.message, wanted):
                 answers[event.rank] = event.message
-                owing.discard(event.rank)
+                pending.discard(event.rank)
             elif isinstance(event.message, DownloadProgress):
                 self._listener.progress(event.rank, event.message)
         return answers
@@ -149,33 +151,34 @@ class _Round:
         self._listener.planned(model, plans)
         return plans
 
-    def ask_clock(self, rank: int) -> None:
-        """Check a host's round trip (median of a few readings) and clock (of the quickest reading, the most exact)."""
-        answers = []
+    def check_clock(self, rank: int) -> None:
+        """Check a host's round trip (the median of some readings) and clock (of the fastest, most exact reading)."""
+        readings = []
         for _ in range(NUM_CLOCK_READINGS):
-            asked, asked_at = time.monotonic(), time.time()
+            sent_at, sent_unix_s = time.monotonic(), time.time()
             self._group.send(rank, ReadClock())
-            if (read := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
+            if (answer := self.collect(ClockRead, [rank], PROBE_S, "ssh").get(rank)) is None:
                 return
-            elapsed_s = time.monotonic() - asked
-            answers.append((elapsed_s, read.unix_s - asked_at - elapsed_s / 2))
-        _, clock_ahead_s = min(answers)
-        typical_s = statistics.median(elapsed_s for elapsed_s, _ in answers)
-        self._add(rank, check_answer(typical_s, clock_ahead_s))
+            round_trip_s = time.monotonic() - sent_at
+            readings.append((round_trip_s, answer.unix_s - sent_unix_s - round_trip_s / 2))
+        _, clock_ahead_s = min(readings)
+        median_s = statistics.median(round_trip_s for round_trip_s, _ in readings)
+        self._add(rank, check_answer(median_s, clock_ahead_s))
 
-    def probe(self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool) -> dict[int, HostFacts]:
-        """Return the facts of the hosts that answered, by rank."""
+    def collect_facts(
+        self, hellos: Mapping[int, Hello], plans: Sequence[StagePlan], *, deep: bool
+    ) -> dict[int, HostFacts]:
+        """Return the facts of the hosts that answer, by rank."""
         for rank in hellos:
-            assignment = plans[rank].assignment if plans else None
-            layers = None if assignment is None else (assignment.first_layer, assignment.end_layer)
+            layers = (plans[rank].assignment.first_layer, plans[rank].assignment.end_layer) if plans else None
             self._group.send(rank, Probe(source_on(self._hosts[rank], self._request.source), layers, deep))
-        return self.collect(HostFacts, list(hellos), DEEP_S if deep else PROBE_S, "probe")
+        return self.collect(HostFacts, list(hellos), DEEP_PROBE_S if deep else PROBE_S, "probe")
 
-    def judge(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
+    def check_facts(self, rank: int, hellos: Mapping[int, Hello], facts: HostFacts, plans: Sequence[StagePlan]) -> None:
         """Add all checks of one host's facts."""
         host, hello, hostfile = self._hosts[rank], hellos[rank], self._request.hostfile
         here = {"mlx-k2": __version__, "mlx": version("mlx")}
-        systems = {each.system for each in hellos.values()}
+        systems = {hello.system for hello in hellos.values()}
         needed_bytes = plans[rank].needed_bytes if plans else None
         checks = [*check_versions(host, hello, here, hostfile.backend, systems)]
         checks.append(check_memory(hello, facts.memory_free_bytes, needed_bytes))
@@ -185,9 +188,9 @@ class _Round:
             checks += [*check_addresses(host, facts), check_backend(host, hostfile.backend, hello, facts)]
         self._add(rank, [*checks, check_environment(facts, hostfile.envs), *check_sleep(facts)])
 
-    def measure_hops(self) -> None:
-        """Connect all stages as a run does, with the built-in model, which every host has, and time each hop."""
-        if any(check.result is FAILURE and check.what in ("addresses", "backend") for check in self.checks):
+    def check_hops(self) -> None:
+        """Measure and check each hop."""
+        if any(check.result is FAILURE and check.name in ("addresses", "backend") for check in self.checks):
             self._fail_hops("not tried: see the failures above")
             return
         try:
@@ -204,8 +207,8 @@ class _Round:
         """Return the command that fetches the files of a repository; '' for a folder."""
         return self._request.command_line("download") if is_repo(self._request.source) else ""
 
-    def _fail(self, rank: int, what: str, found: str) -> None:
-        self.checks.append(Check(what, FAILURE, found, self.name(rank)))
+    def _fail(self, rank: int, check_name: str, message: str) -> None:
+        self.checks.append(Check(check_name, FAILURE, message, self.name(rank)))
 
-    def _fail_hops(self, found: str) -> None:
-        self.checks.append(Check("hop", FAILURE, found, ALL_HOSTS))
+    def _fail_hops(self, message: str) -> None:
+        self.checks.append(Check("hop", FAILURE, message, ALL_HOSTS))

@@ -1,7 +1,7 @@
-"""The watchdog process, which ends the stage when the guard was killed or has stopped. Knows no frames.
+"""The watchdog process, which ends the stage when the guard was killed or is suspended. Knows no frames.
 
-The stage may be unable to detect that: mlx.distributed.init holds the GIL, so no thread of the stage reads its input.
-The watchdog leads the process group that the stage is in. While the watchdog runs, the group's number cannot be
+The stage may not detect that by itself: while mlx.distributed.init holds the GIL, no thread of the stage reads its
+input. The watchdog leads the process group that the stage is in. While the watchdog runs, the group's number cannot be
 reused, and a signal to its own group needs no process id. It relies only on a pipe's end of file and on POSIX process
 groups, which are portable.
 """
@@ -11,7 +11,6 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 from mlx_k2.protocol.guard_messages import TERMINATE_AFTER_S
@@ -20,10 +19,10 @@ POLL_S = 0.05
 
 
 class Watch(NamedTuple):
-    """One line from the guard, sent several times a second; the last one counts.
+    """The watchdog's orders, which the guard sends as one line several times a second. The last line counts.
 
     ``kill_after_s`` is the time from the end of the stage's input to SIGKILL. After ``silence_s`` without a line the
-    guard counts as stopped.
+    guard counts as suspended.
     """
 
     child_pid: int
@@ -31,7 +30,7 @@ class Watch(NamedTuple):
     silence_s: float
 
     def to_line(self) -> bytes:
-        """Encode as one line."""
+        """Return the orders as one line."""
         return f"{self.child_pid} {self.kill_after_s} {self.silence_s}\n".encode()
 
     @classmethod
@@ -42,12 +41,12 @@ class Watch(NamedTuple):
 
 
 def main() -> None:
-    """Run until the guard has ended or has stopped, then end this process group, including this process."""
+    """Run until the guard has ended or is suspended, then end this process group, including this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     guard_pid = os.getppid()
-    watch, guard_is_stopped = _follow_guard(fd=0)
-    if guard_is_stopped:  # its end of the pipe is open, so it runs and its process id was not reused
+    watch, is_suspended = _follow_guard(fd=0)
+    if is_suspended:  # the guard's end of the pipe is open, so it exists and its process id was not reused
         os.kill(guard_pid, signal.SIGKILL)
     if watch is not None:
         _end_group(watch)
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
-    """Read lines until the guard ends or is silent; return the last line, and whether the guard was silent."""
+    """Read lines until the guard ends or sends none for too long; return the last line, and whether none came."""
     watch = None
     silent_s = 0.0  # counted in loop iterations, so that this host's sleep does not count as silence
     while watch is None or silent_s < watch.silence_s:
@@ -70,7 +69,7 @@ def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
 
 
 def _end_group(watch: Watch) -> None:
-    """Wait for the stage, whose input has ended; then send SIGTERM, which a stopped process receives after SIGCONT."""
+    """Wait for the stage, whose input has ended; then send SIGTERM. A suspended process receives it after SIGCONT."""
     began = time.monotonic()
     if not _wait_until(lambda: not _is_alive(watch.child_pid), began + TERMINATE_AFTER_S):
         os.killpg(0, signal.SIGTERM)
@@ -79,16 +78,18 @@ def _end_group(watch: Watch) -> None:
 
 
 def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:
-    while not (holds := condition()) and time.monotonic() < deadline:
+    """Wait until the condition is true or the deadline (monotonic seconds) has passed; return whether it is true."""
+    while not (is_true := condition()) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    return holds
+    return is_true
 
 
 def _is_alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
+    try:
         os.kill(pid, 0)
-        return not _is_zombie(pid)
-    return False
+    except ProcessLookupError:
+        return False
+    return not _is_zombie(pid)
 
 
 def _is_zombie(pid: int) -> bool:

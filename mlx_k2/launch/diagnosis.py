@@ -1,4 +1,4 @@
-"""Diagnosis of a stage's process that did not start or was lost, as text with the command that fixes it. Pure."""
+"""Diagnosis of a stage's process that did not start or was lost, in words that follow its host's name. Pure."""
 
 import re
 import sys
@@ -27,19 +27,17 @@ def explain_start_failure(location: StageLocation, exit_code: int | None, stderr
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return StartFailure(explain_ssh_failure(location.ssh, stderr))
     if _OLD_PYTHON.search(stderr):  # -P is new in Python 3.11
-        found = f"its {location.python or sys.executable} is older than Python 3.11"
-        return StartFailure(f"{found}: {_GIVE_PYTHON}", another_may_work=True)
-    if (
-        _NO_PACKAGE.search(stderr)
-        or exit_code in _NO_COMMAND_EXIT_CODES
-        or (exit_code == 1 and _NO_COMMAND.search(stderr))
-    ):
-        return StartFailure(_what_is_missing(location, bool(_NO_PACKAGE.search(stderr))), another_may_work=True)
+        reason = f"its {location.python or sys.executable} is older than Python 3.11: {_GIVE_PYTHON}"
+        return StartFailure(reason, another_may_work=True)
+    lacks_package = _NO_PACKAGE.search(stderr) is not None
+    lacks_command = exit_code in _NO_COMMAND_EXIT_CODES or (exit_code == 1 and _NO_COMMAND.search(stderr) is not None)
+    if lacks_package or lacks_command:
+        return StartFailure(_explain_missing(location, package_only=lacks_package), another_may_work=True)
     return StartFailure(": ".join([problem, *stderr.strip().splitlines()[-1:]]))
 
 
 def explain_lost_connection(location: StageLocation, exit_code: int | None) -> str:
-    """Explain why a connection ended without its guard's last frame. ``exit_code`` is that of the local process."""
+    """Explain why a connection ended without the guard's last frame. ``exit_code`` is that of the local process."""
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
     if exit_code is not None and exit_code < 0:
@@ -47,13 +45,14 @@ def explain_lost_connection(location: StageLocation, exit_code: int | None) -> s
     return "the connection ended without its guard's last frame"
 
 
-def _what_is_missing(location: StageLocation, package_only: bool) -> str:
+def _explain_missing(location: StageLocation, *, package_only: bool) -> str:
+    """Return which Python or package is missing, and how to install it."""
     python = location.python or sys.executable
     remedy = install_commands(location.ssh, python if package_only else "python3")
     if location.ssh is not None and location.python is None:
-        found = f"neither {python} nor mlx-k2 on its login shell's PATH can be run there"
+        problem = f"neither {python} nor mlx-k2 on its login shell's PATH can be run there"
     elif package_only:
         return f"its {python} has no mlx_k2: {remedy}"
     else:
-        found = f"it has no {python}"
-    return f"{found}: {remedy}, or {_GIVE_PYTHON}"
+        problem = f"it has no {python}"
+    return f"{problem}: {remedy}, or {_GIVE_PYTHON}"

@@ -13,24 +13,25 @@ from mlx_k2.protocol.guard_messages import GuardSettings, StageStatus, kill_afte
 from mlx_k2.protocol.messages import Stop, ToStage
 
 HEARTBEAT_S = 1.0
-NOTIFY_AFTER_S = 1.0
+NOTIFY_AFTER_S = 1.0  # time after which the user is told for which stages the exit waits
 GUARD_MARGIN_S = 2.0
 """Time that the guard and ssh may take beyond the time that the guard gives the stage to end."""
 STALL_TIMEOUT_S = 7.0
-"""More than ssh's own 6 s, because ssh's error describes a lost connection better.
+"""Default stall timeout. It is longer than ssh's own 6 s, because ssh's error describes a lost connection better.
 
-A hop's last 6 MB arrive within this time at 6 Mbit/s.
+Within it a hop carries its last 6 MB even at 7 Mbit/s.
 """
-TERM_S = 2.0
-KILL_S = 2.0
+AFTER_SIGTERM_S = 2.0
+AFTER_SIGKILL_S = 2.0
 
 
 class StageGroup:
     """A context manager that starts all stages on entry, and ends all stages on all hosts on exit.
 
-    ``log`` receives every line of every stage's stderr, prefixed, on the stage's own threads; it must not block.
-    ``notify`` (default: ``log``) receives lines about the stages that the exit waits for. Once ``cancelled`` is set, a
-    monitor of the group raises Cancelled. ``environment`` are ``NAME=value`` lines that every stage starts with.
+    ``log`` receives every line of every stage's stderr, with the stage's rank and host, on the stage's own threads; it
+    must not block. ``notify`` (default: ``log``) receives lines about the stages that the exit waits for. Once
+    ``cancelled`` is set, HealthMonitor raises Cancelled. Every stage starts with the ``NAME=value`` lines of
+    ``environment``.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class StageGroup:
         self.cancelled = cancelled or threading.Event()
         self._locations = tuple(locations)
         self._notify = notify or log
-        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()  # bounded by plans and requests
+        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()
+        """Bounded by the stages, which send only answers, and by the callers of ``wake``."""
         settings = GuardSettings(lease_s=lease_s, environment=tuple(environment))
         self._stages = [
             StageProcess(rank, location, settings, self._events.put, log)
@@ -76,7 +78,7 @@ class StageGroup:
         return len(self._locations)
 
     def location(self, rank: int) -> StageLocation:
-        """Return where stage ``rank`` runs."""
+        """Return the location of stage ``rank``."""
         return self._locations[rank]
 
     def host(self, rank: int) -> str:
@@ -116,9 +118,9 @@ class StageGroup:
         """Return the time since the last frame from the stage's guard, which answers a heartbeat every second."""
         return time.monotonic() - self._stages[rank].received_at
 
-    def has_come_up(self, rank: int) -> bool:
+    def has_started(self, rank: int) -> bool:
         """Return whether the stage's guard has sent its opening mark."""
-        return self._stages[rank].came_up
+        return self._stages[rank].has_started
 
     def status(self, rank: int) -> StageStatus:
         """Return the stage's status as last reported by its guard."""
@@ -128,8 +130,8 @@ class StageGroup:
         """End all stages at once: send Stop and close their input, then send SIGTERM and SIGKILL to local processes.
 
         Each host's guard ends its stage in the same order, so a signal from here is for an ssh client or a guard that
-        does not answer. The call takes at most the time that the largest stage has to end, plus GUARD_MARGIN_S, TERM_S
-        and KILL_S. A second call does nothing.
+        does not answer. This takes at most the time that the largest stage has to end, plus GUARD_MARGIN_S,
+        AFTER_SIGTERM_S and AFTER_SIGKILL_S. A second call does nothing.
         """
         self._stopping.set()
         self.send_all(Stop())
@@ -141,11 +143,11 @@ class StageGroup:
                 held = f", which holds {stage.held_bytes / 1e9:.1f} GB" if stage.held_bytes else ""
                 notify(f"waiting for stage {stage.rank} on {stage.location.host}{held}, at most {timeout_s:.0f} s")
             self._wait(timeout_s - NOTIFY_AFTER_S)
-        for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
+        for number, wait_s in ((signal.SIGTERM, AFTER_SIGTERM_S), (signal.SIGKILL, AFTER_SIGKILL_S)):
             for stage in self._running():
                 notify(f"stage {stage.rank} on {stage.location.host} has not ended: sending {number.name}")
                 stage.send_signal(number)
-                stage.send_signal(signal.SIGCONT)  # a stopped process receives SIGTERM only then
+                stage.send_signal(signal.SIGCONT)  # a suspended process receives SIGTERM after it
             self._wait(wait_s)
         if self._heartbeat.is_alive():
             self._heartbeat.join(HEARTBEAT_S)

@@ -13,13 +13,12 @@ from mlx_k2.launch.stage_events import StageEnded, StageMessage, Woken
 from mlx_k2.protocol.guard_messages import Phase, StageStatus
 from mlx_k2.protocol.messages import Fault
 
-LOOK_S = 0.5
-GAP_S = 2.0
-"""If a wait takes this much longer than it should, this process was stopped or its machine slept."""
-CAUSE_S = 2.0
-"""Wait this long for the end of another stage after a stage reported a lost neighbour: that end is the cause."""
+CHECK_INTERVAL_S = 0.5
+PAUSE_S = 2.0  # if a wait takes this much longer than it should, this process was suspended or its machine slept
+CAUSE_WAIT_S = 2.0
+"""After a stage reported a lost neighbour, time to wait for the end of another stage, which is the cause."""
 SILENT_S = 3.0
-"""A guard that was silent for this long when a neighbour of its stage reports a lost hop is the cause."""
+"""If a stage reports a lost neighbour while another guard has been silent for this long, that guard is the cause."""
 
 
 class HealthMonitor:
@@ -31,15 +30,16 @@ class HealthMonitor:
     def __init__(self, group: StageGroup) -> None:
         self._group = group
         self._stall_timeout_s = group.stall_timeout_s
-        self._hops: dict[int, tuple[int, float]] = {}
-        """For each rank that waits for a step which the stage before has sent: the step, and since when it waits."""
-        self._looked_at = self._reports_from = time.monotonic()
+        self._late_hops: dict[int, tuple[int | None, float]] = {}
+        """For each rank that waits for a step which the stage before has sent: the step, and the start of the wait."""
+        self._checked_at = self._reports_from = time.monotonic()
 
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
-        """Return the next message of any stage; None when none came before ``deadline`` (monotonic seconds).
+        """Return the next message of any stage; None if none came before ``deadline`` (monotonic seconds).
 
-        Queued messages are returned before any stage is reported. After this process was stopped or its machine slept,
-        the guards first get GAP_S to answer. Woken is returned at ``wake_at``, and after ``StageGroup.wake``.
+        Queued messages are returned before a stage is reported as silent. After this process was suspended or its
+        machine slept, the guards first get PAUSE_S to answer. Woken is returned at ``wake_at`` (monotonic seconds), and
+        after ``StageGroup.wake``.
 
         Raises:
             Cancelled: the group's ``cancelled`` is set.
@@ -49,18 +49,18 @@ class HealthMonitor:
         while True:
             if self._group.cancelled.is_set():
                 raise Cancelled("the start was cancelled")
-            self._check_gap()
+            self._check_for_pause()
             until = min(max(deadline, self._reports_from), wake_at)
-            event = self._group.receive(max(0.0, min(LOOK_S, until - time.monotonic())))
+            event = self._group.receive(max(0.0, min(CHECK_INTERVAL_S, until - time.monotonic())))
             if isinstance(event, Woken):
                 return event
             if isinstance(event, StageEnded):
                 raise event.as_error()
             if event is not None:
                 if isinstance(event.message, Fault):
-                    raise self._cause(event.rank, event.message)
+                    raise self._fault_error(event.rank, event.message)
                 return event
-            self._check_gap()
+            self._check_for_pause()
             now = time.monotonic()
             if now >= self._reports_from:
                 self._raise_if_stuck(now)
@@ -69,9 +69,9 @@ class HealthMonitor:
             if now >= wake_at:
                 return Woken()
 
-    def _cause(self, rank: int, fault: Fault) -> ClusterError:
-        """Return the error for a fault. A stage that lost its neighbour is not the cause if another stage is."""
-        deadline = time.monotonic() + CAUSE_S
+    def _fault_error(self, rank: int, fault: Fault) -> ClusterError:
+        """Return the error for a fault. If a stage lost its neighbour, wait for a fault that is the cause."""
+        deadline = time.monotonic() + CAUSE_WAIT_S
         without_neighbour = {rank}
         while fault.kind == NeighbourLost.__name__:
             event = self._group.receive(max(0.0, deadline - time.monotonic()))
@@ -84,44 +84,44 @@ class HealthMonitor:
                 rank, fault = event.rank, event.message
                 without_neighbour.add(rank)
         if fault.kind == NeighbourLost.__name__ and (silent := self._silent_stage(without_neighbour)) is not None:
-            hosts = self._group.host(silent), self._group.host(rank)
-            silence_s = self._group.silence_s(silent)
             return StageSilent(
-                f"stage {silent} on {hosts[0]} has not answered for {silence_s:.0f} s, "
-                f"and stage {rank} on {hosts[1]} lost a neighbour: {fault.message}",
+                f"stage {silent} on {self._group.host(silent)} has not answered for "
+                f"{self._group.silence_s(silent):.0f} s, "
+                f"and stage {rank} on {self._group.host(rank)} lost a neighbour: {fault.message}",
                 silent,
             )
         kind = NotFinite if fault.kind == NotFinite.__name__ else StageFault
         return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
     def _silent_stage(self, without_neighbour: Collection[int]) -> int | None:
-        """Return the rank outside ``without_neighbour`` whose guard is silent longest; None if below SILENT_S."""
+        """Return the rank outside ``without_neighbour`` whose guard has been silent longest; None without SILENT_S."""
         others = [rank for rank in range(self._group.size) if rank not in without_neighbour]
-        rank = max(others, key=self._group.silence_s, default=None)
-        return None if rank is None or self._group.silence_s(rank) < SILENT_S else rank
+        silent = [rank for rank in others if self._group.silence_s(rank) >= SILENT_S]
+        return max(silent, key=self._group.silence_s, default=None)
 
-    def _check_gap(self) -> None:
+    def _check_for_pause(self) -> None:
+        """Postpone reports of stuck stages if this process was suspended since the last check."""
         now = time.monotonic()
-        if now - self._looked_at > LOOK_S + GAP_S:
-            self._reports_from = now + GAP_S
-            self._hops.clear()
-        self._looked_at = now
+        if now - self._checked_at > CHECK_INTERVAL_S + PAUSE_S:
+            self._reports_from = now + PAUSE_S
+            self._late_hops.clear()
+        self._checked_at = now
 
     def describe(self, rank: int) -> str:
         """Return a description of a stage, its host, its phase, and for how long the phase has lasted."""
         status = self._group.status(rank)
-        since_s = status.for_s + self._group.silence_s(rank)
-        return f"stage {rank} on {self._group.host(rank)} ({status.update} for {since_s:.0f} s)"
+        phase_s = status.for_s + self._group.silence_s(rank)
+        return f"stage {rank} on {self._group.host(rank)} ({status.update} for {phase_s:.0f} s)"
 
     def describe_all(self) -> tuple[str, ...]:
         """Return ``describe`` of every stage, by rank."""
         return tuple(self.describe(rank) for rank in range(self._group.size))
 
     def _raise_if_stuck(self, now: float) -> None:
-        """Raise StageSilent for a stage that is stopped or does not answer, and for a hop that is stuck."""
+        """Raise StageSilent if a stage is stopped or does not answer, or if a hop is stuck."""
         statuses = [self._group.status(rank) for rank in range(self._group.size)]
         for rank, status in enumerate(statuses):
-            if self._group.has_come_up(rank) and self._group.silence_s(rank) > self._stall_timeout_s + HEARTBEAT_S:
+            if self._group.has_started(rank) and self._group.silence_s(rank) > self._stall_timeout_s + HEARTBEAT_S:
                 raise StageSilent(
                     f"{self.describe(rank)} does not answer: its host is off, asleep or unreachable", rank
                 )
@@ -131,7 +131,7 @@ class HealthMonitor:
                 )
         for rank in range(1, len(statuses)):
             if statuses[rank].stopped_s:
-                continue  # its stop explains the wait, and has not reached the stall timeout yet
+                continue  # a suspended stage receives nothing; its own check above reports it
             if self._hop_waits_s(rank, statuses[rank - 1], statuses[rank], now) > self._stall_timeout_s:
                 raise StageSilent(
                     f"{self.describe(rank)} does not receive what {self.describe(rank - 1)} has sent: "
@@ -140,12 +140,14 @@ class HealthMonitor:
                 )
 
     def _hop_waits_s(self, rank: int, before: StageStatus, status: StageStatus, now: float) -> float:
-        """Return for how long a stage has waited for hidden states that the stage before it has sent, else 0."""
-        step, sent = status.update.step, before.update.step
-        is_waiting = status.update.phase is Phase.RECEIVING and step is not None and sent is not None and sent >= step
-        if not is_waiting or step is None or (sent == step and before.update.phase is not Phase.IDLE):
-            self._hops.pop(rank, None)
+        """Return the seconds for which a stage has waited for what the stage before it has sent; 0 if it does not."""
+        step, step_before = status.update.step, before.update.step
+        is_late = False
+        if status.update.phase is Phase.RECEIVING and step is not None and step_before is not None:
+            is_late = step_before > step or (step_before == step and before.update.phase is Phase.IDLE)
+        if not is_late:
+            self._late_hops.pop(rank, None)
             return 0.0
-        if self._hops.get(rank, (None, now))[0] != step:
-            self._hops[rank] = step, now
-        return now - self._hops[rank][1]
+        if rank not in self._late_hops or self._late_hops[rank][0] != step:
+            self._late_hops[rank] = step, now
+        return now - self._late_hops[rank][1]

@@ -1,6 +1,6 @@
 """The installation of this program on another host over ssh: looks for a Python, copies a wheel, installs it.
 
-It asks no questions, and writes below one folder of the host's home only. Each step can be repeated.
+It asks no questions, and writes only below FOLDER in the host's home folder. Each step can be repeated.
 """
 
 import hashlib
@@ -18,13 +18,12 @@ from typing import IO
 from mlx_k2.errors import SetupError
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, ssh_command
 
-FOLDER = ".local/share/mlx-k2"
-"""The folder of the environment, below the home folder of a host."""
+FOLDER = ".local/share/mlx-k2"  # the folder of the Python environment, below the home folder of a host
 OLDEST_PYTHON = (3, 11)
-SURVEY_S = 60.0
-INSTALL_S = 1800.0
-_MARK = "mlx-k2: "
-_MINORS = " ".join(str(minor) for minor in range(20, OLDEST_PYTHON[1] - 1, -1))
+SURVEY_TIMEOUT_S = 60.0
+INSTALL_TIMEOUT_S = 1800.0
+_MARK = "mlx-k2: "  # the start of each line of the survey's output; other lines are of the login shell
+_MINOR_VERSIONS = " ".join(str(minor) for minor in range(20, OLDEST_PYTHON[1] - 1, -1))
 
 # Only macOS has sw_vers. There /usr/bin/python3 opens a window that offers Xcode's tools, unless they are installed.
 _SURVEY = """
@@ -41,7 +40,7 @@ print("%d.%d.%d" % sys.version_info[:3], "pip" if u.find_spec("ensurepip") else 
 }}
 given={python}
 if [ -n "$given" ]; then look "$given"; exit 0; fi
-for minor in {minors}; do
+for minor in {minor_versions}; do
     for folder in /opt/homebrew/bin /usr/local/bin /opt/local/bin "$HOME"/.local/bin /usr/bin; do
         [ -x "$folder/python3.$minor" ] && look "$folder/python3.$minor"
     done
@@ -73,14 +72,17 @@ printf '%s' {digest} >installed
 
 @dataclass(frozen=True)
 class HostSurvey:
-    """Facts that a host reported. ``pythons`` are versions with paths, ``python`` the one to use."""
+    """Facts that a host reported."""
 
     host: str
     home: str
+    """The path of the user's home folder."""
     system: str
     memory_bytes: int
     pythons: tuple[tuple[tuple[int, ...], str], ...]
+    """Version and path of each Python that was found."""
     python: str | None
+    """The path of the Python to install with; None if none is usable."""
     installed: str
     """The digest of the wheel that is installed there and can be imported; '' for none."""
 
@@ -94,30 +96,29 @@ class HostSurvey:
         """The reason why mlx-k2 cannot be installed there, and what to do; None if it can."""
         if self.python is not None:
             return None
-        wanted = ".".join(map(str, OLDEST_PYTHON))
+        oldest = ".".join(map(str, OLDEST_PYTHON))
         if not self.pythons:
-            return f"no Python was found: install Python {wanted} or newer there, or name one with --python"
+            return f"no Python was found: install Python {oldest} or newer there, or name one with --python"
         version, path = max(self.pythons)
         newest = ".".join(map(str, version))
         if version >= OLDEST_PYTHON:
             return f"its Python {newest} ({path}) cannot make environments: install its venv package (python3-venv)"
-        macos = (
-            ", which comes with macOS" if path.startswith(("/usr/bin", "/Applications/Xcode", "/Library/Dev")) else ""
-        )
+        is_apples = path.startswith(("/usr/bin", "/Applications/Xcode", "/Library/Dev"))
+        origin = ", which comes with macOS" if is_apples else ""
         return (
-            f"its newest Python is {newest} ({path}{macos}) and mlx-k2 needs {wanted}: "
+            f"its newest Python is {newest} ({path}{origin}) and mlx-k2 needs {oldest}: "
             "install a newer one there, for instance with `brew install python@3.13`, or name one with --python"
         )
 
 
 def survey(host: str, python: str | None = None) -> HostSurvey:
-    """Ask a host for its system, memory and Pythons; look at ``python`` alone if it is given. Changes nothing.
+    """Ask a host for its system, memory and Pythons, and change nothing there. Look only at ``python`` if it is given.
 
     Raises:
-        SetupError: ssh cannot reach it, or it does not answer; says what to do.
+        SetupError: ssh cannot reach the host, it does not answer, or ``python`` does not run there.
     """
-    script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minors=_MINORS)
-    output = _run_script(host, script, SURVEY_S)
+    script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minor_versions=_MINOR_VERSIONS)
+    output = _run_script(host, script, SURVEY_TIMEOUT_S)
     facts: dict[str, list[str]] = {}
     for line in output.splitlines():
         if line.startswith(_MARK):
@@ -131,7 +132,7 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
         numbers = tuple(map(int, version.split(".")))
         pythons.append((numbers, path))
         if has_pip == "pip" and numbers[:2] >= OLDEST_PYTHON:
-            usable.append((numbers[:2] == sys.version_info[:2], numbers, path))
+            usable.append((numbers[:2] == sys.version_info[:2], numbers, path))  # in the order of preference
     if python is not None and not pythons:
         raise SetupError(f"its {python} is no Python that runs there: leave --python out, or name another")
     memory = facts.get("memory", ["0"])[0]
@@ -148,40 +149,37 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
 
 
 def wheel_digest(wheel: Path) -> str:
-    """Return the digest by which a host knows which wheel it has."""
+    """Return the SHA-256 of a wheel, by which ``survey`` reports what is installed."""
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
-def install(found: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | None) -> None:
-    """Copy the wheel to a host and install it in a separate environment, with the packages ``pins``.
+def install(target: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | None) -> None:
+    """Copy the wheel to a host and install it in an environment of its own, with the packages ``pins``.
 
-    ``wheels`` is a folder with the wheels of all packages, which is copied too; None: the host fetches them.
+    ``wheels`` is a folder with the wheels of all packages, which are copied, too; None: the host fetches them.
 
     Raises:
-        SetupError: a step failed; gives the last line of its output.
+        SetupError: a step failed; gives a line of its output.
     """
-    assert found.python is not None, "the survey has found a Python"
-    files = {wheel.name: wheel, **({} if wheels is None else {path.name: path for path in wheels.glob("*.whl")})}
-    _copy(found.host, files)
+    assert target.python is not None, "the survey has found a Python"
+    paths = [wheel] if wheels is None else [wheel, *wheels.glob("*.whl")]
+    _copy(target.host, {path.name: path for path in paths})
     script = _INSTALL.format(
         folder=FOLDER,
         oldest=OLDEST_PYTHON,
-        python=shlex.quote(found.python),
+        python=shlex.quote(target.python),
         options="" if wheels is None else "--no-index --find-links incoming",
         pins=shlex.join(pins),
         wheel=wheel.name,
         digest=wheel_digest(wheel),
     )
     try:
-        _run_script(found.host, script, INSTALL_S)
+        _run_script(target.host, script, INSTALL_TIMEOUT_S)
     except SetupError as error:
-        is_offline = wheels is None and re.search(
-            "No matching distribution|ConnectionError|Temporary failure", str(error)
-        )
-        hint = (
-            "; if it reaches no package index, give --wheels DIR with the wheels of all packages" if is_offline else ""
-        )
-        raise SetupError(f"{error}{hint}") from None
+        if wheels is None and re.search("No matching distribution|ConnectionError|Temporary failure", str(error)):
+            hint = "if it reaches no package index, give --wheels DIR with the wheels of all packages"
+            raise SetupError(f"{error}; {hint}") from None
+        raise
 
 
 def _copy(host: str, files: Mapping[str, Path]) -> None:
@@ -193,7 +191,7 @@ def _copy(host: str, files: Mapping[str, Path]) -> None:
             for name, path in files.items():
                 tar.add(path, name)
         archive.seek(0)
-        _run(host, f"sh -c {shlex.quote(unpack)}", archive, INSTALL_S)
+        _run(host, f"sh -c {shlex.quote(unpack)}", archive, INSTALL_TIMEOUT_S)
 
 
 def _run(host: str, command: str, stdin: IO[bytes], timeout_s: float) -> str:
@@ -203,22 +201,23 @@ def _run(host: str, command: str, stdin: IO[bytes], timeout_s: float) -> str:
         SetupError: ssh or the command failed, or took longer than ``timeout_s``.
     """
     try:
-        ran = subprocess.run(
+        result = subprocess.run(
             ssh_command(host, command), stdin=stdin, capture_output=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
         raise SetupError(f"{host} did not answer within {timeout_s:.0f} s") from None
-    errors = ran.stderr.decode(errors="replace")
-    if ran.returncode == SSH_EXIT_CODE:
-        raise SetupError(explain_ssh_failure(host, errors))
-    if ran.returncode:
-        lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
-        raise SetupError(next((line for line in reversed(lines) if "rror" in line), lines[-1]).strip())
-    return ran.stdout.decode(errors="replace")
+    stderr = result.stderr.decode(errors="replace")
+    if result.returncode == SSH_EXIT_CODE:
+        raise SetupError(explain_ssh_failure(host, stderr))
+    if result.returncode:
+        lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
+        error_lines = [line for line in lines if re.search("[Ee]rror", line)]
+        raise SetupError((error_lines or lines)[-1].strip())
+    return result.stdout.decode(errors="replace")
 
 
 def _run_script(host: str, script: str, timeout_s: float) -> str:
-    """Run a script of the POSIX shell on a host, as `_run` does. The host's own shell may be another."""
+    """Run a script with ``sh`` on a host, whatever the user's shell is there. Result and errors are those of _run."""
     with tempfile.TemporaryFile() as file:
         file.write(script.encode())
         file.seek(0)

@@ -1,4 +1,4 @@
-"""The ssh command line, commands for a shell here, and the meaning of ssh's failures. Knows no stages or frames."""
+"""The ssh command line, shell commands for the user, and explanations of ssh's failures. Knows no stages or frames."""
 
 import ipaddress
 import shlex
@@ -26,7 +26,7 @@ _OPTIONS = {
     "LogLevel": "ERROR",
 }
 
-# Texts in ssh's stderr, and their meaning with the command that fixes it. The first match counts.
+# Texts in ssh's stderr, and an explanation with the command that fixes it. The first match counts.
 _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
@@ -68,10 +68,10 @@ def ssh_command(host: str, remote_command: str) -> tuple[str, ...]:
 def explain_ssh_failure(host: str, stderr: str) -> str:
     """Explain why ssh could not connect to ``host``, with the command that fixes it."""
     name = host.rpartition("@")[2]  # ssh-keygen, ssh-keyscan and ping take no user
-    local = "" if _is_whole(name) else f" (a Mac may answer to {host}.local)"
-    for signs, meaning in _FAILURES:
-        if any(sign in stderr for sign in signs):
-            return meaning.format(host=shlex.quote(host), name=shlex.quote(name), local=local)
+    local = "" if _has_domain_or_is_address(name) else f" (a Mac may answer to {host}.local)"
+    for texts, explanation in _FAILURES:
+        if any(text in stderr for text in texts):
+            return explanation.format(host=shlex.quote(host), name=shlex.quote(name), local=local)
     lines = stderr.strip().splitlines()
     return f"ssh failed: {lines[-1] if lines else 'it printed no reason'}; try `ssh {shlex.quote(host)} true`"
 
@@ -79,12 +79,14 @@ def explain_ssh_failure(host: str, stderr: str) -> str:
 def command_on(host: str | None, *words: str) -> str:
     """Return the line for a shell here that runs a command on ``host``; None is this machine.
 
-    The shell of ``host`` parses the line again. A path that begins with ``~/`` is in the home folder there.
+    A path that begins with ``~/`` is in the home folder of ``host``.
     """
     line = " ".join(f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in words)
     if host is None:
         return line
-    return f"ssh {shlex.quote(host)} {line if line == ' '.join(words) and '~' not in line else shlex.quote(line)}"
+    if line != " ".join(words) or "~" in line:
+        line = shlex.quote(line)  # the shells of both hosts parse it
+    return f"ssh {shlex.quote(host)} {line}"
 
 
 def install_commands(ssh: str | None, python: str) -> str:
@@ -100,16 +102,19 @@ def install_commands(ssh: str | None, python: str) -> str:
 
 
 def install_versions(ssh: str | None, python: str | None, versions: Mapping[str, str]) -> str:
-    """Return how to have these versions of packages on a host. ``python`` None is the one that starts a stage."""
-    python = python or (sys.executable if ssh is None else "python3")
-    own = [install_commands(ssh, python)] if "mlx-k2" in versions else []
+    """Return how to install these versions of packages on a host. ``python`` None is the Python that starts a stage."""
+    if python is None:
+        python = sys.executable if ssh is None else "python3"
+    commands = []
+    if "mlx-k2" in versions:
+        commands.append(install_commands(ssh, python))
     indexed = [f"{name}=={version}" for name, version in versions.items() if name != "mlx-k2"]
-    install = command_on(ssh, python, "-m", "pip", "install", *indexed)
-    return "; ".join([*own, *([f"`{install}`"] if indexed else [])])
+    if indexed:
+        commands.append(f"`{command_on(ssh, python, '-m', 'pip', 'install', *indexed)}`")
+    return "; ".join(commands)
 
 
-def _is_whole(name: str) -> bool:
-    """Return whether a host's name is an address, or has a domain."""
+def _has_domain_or_is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -25,13 +25,13 @@ class StageMessage:
 class StageEnded:
     """The end of a stage's process or of the connection to it; the stage's last event.
 
-    ``exit_code`` or ``signal`` is the stage's own, if its guard could still report it. ``came_up`` is False if its
-    guard never sent its opening mark; then ``reason`` includes the fix. ``status`` is its last phase and step.
+    ``exit_code`` or ``signal`` is the stage's own, if the guard could still report it. ``has_started`` is False if the
+    guard never sent its opening mark; then ``reason`` includes the fix. ``status`` is the stage's last phase and step.
     """
 
     rank: int
     host: str
-    came_up: bool
+    has_started: bool
     reason: str
     exit_code: int | None = None
     signal: int | None = None
@@ -40,15 +40,15 @@ class StageEnded:
 
     def as_error(self) -> ClusterError:
         """Return the end as an error for the user."""
-        if not self.came_up:
+        if not self.has_started:
             return StageStartError(f"stage {self.rank} on {self.host} did not start: {self.reason}", self.rank)
         status = f" ({self.status})" if self.status else ""
-        last_words = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
-        return StageFault(f"stage {self.rank} on {self.host}{status} {self.how}{last_words}", self.rank)
+        last_line = f" (it wrote last: {self.stderr_tail[-1]})" if self.stderr_tail else ""
+        return StageFault(f"stage {self.rank} on {self.host}{status} {self.description}{last_line}", self.rank)
 
     @property
-    def how(self) -> str:
-        """A phrase with the exit code or signal, and the reason."""
+    def description(self) -> str:
+        """The exit code or signal and the reason, in words that follow the stage's name."""
         if self.signal == SIGKILL and self.reason == ENDED_BY_ITSELF:
             return f"ended with signal {SIGKILL}: it was killed, possibly by the out-of-memory killer"
         if self.signal is not None:

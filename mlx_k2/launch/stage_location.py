@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from mlx_k2.launch.ssh import ssh_command
 
 LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
-"""For a host whose Python has another path: the first line of the mlx-k2 script names it."""
+"""The command for a host whose Python has another path than here: the mlx-k2 script names its Python."""
 
 
 @dataclass(frozen=True)
 class StageLocation:
-    """The host of one stage: this machine if ``ssh`` is None, else the one that the system's ssh knows by that name.
+    """The host of one stage, and the path of the Python that starts the stage there.
 
-    ``python`` None: try the path of this program's Python, and over ssh then ``mlx-k2`` on a login shell's PATH.
+    ``ssh`` is a name that the system's ssh knows; None is this machine. ``python`` None: try the path of this program's
+    Python, and over ssh then ``mlx-k2`` on a login shell's PATH.
     """
 
     ssh: str | None = None
@@ -26,9 +27,9 @@ class StageLocation:
         return self.ssh or "this machine"
 
     def start_commands(self) -> tuple[tuple[str, ...], ...]:
-        """Return the commands to try in order, each if the one before found no usable Python or no mlx_k2.
+        """Return the commands to try in order. Each is tried if the one before found no usable Python or no mlx_k2.
 
-        With ``-P`` a stage imports nothing from its current folder: on this machine the user's, over ssh the home.
+        With ``-P`` a stage imports nothing from its current folder.
         """
         python = self.python or sys.executable
         if self.ssh is None:

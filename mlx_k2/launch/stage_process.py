@@ -1,7 +1,7 @@
-"""One stage's process, local or over ssh, as seen from the coordinator: sends frames, posts its messages and its end.
+"""One stage's process, local or over ssh, as seen from the coordinator: sends frames, posts the stage's events.
 
-Knows no step and no deadline of a step. Its threads never wait for the coordinator, and its methods raise no error for
-a broken connection: that is posted as the stage's end, and an end is posted once.
+Knows no step and no deadline of a step. The last event is the stage's end, also after a broken connection, for which
+no method raises an error.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import IO
 
 from mlx_k2.errors import ProtocolError
@@ -24,14 +24,22 @@ from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
 
 STDERR_LINES = 200
 MAX_LINE_BYTES = 4096
-EXIT_S = 2.0
+EXIT_WAIT_S = 2.0
 """Time limit for a process that has closed its output to exit; after it the process counts as ended."""
-STDERR_S = 0.5
+STDERR_WAIT_S = 0.5
 """Time limit for reading the rest of stderr after the process has ended."""
 
 
+@dataclass
+class _Output:
+    """The guard's last frame, and the error of reading, if any."""
+
+    stage_exit: StageExit | None = None
+    error: str = ""
+
+
 class StageProcess:
-    """A stage's process, which ``start`` starts on its own thread. ``post`` and ``log`` must not block."""
+    """A stage's process, and the threads that read from it. They call ``post`` and ``log``, which must not block."""
 
     def __init__(
         self,
@@ -44,18 +52,19 @@ class StageProcess:
         self.rank = rank
         self.location = location
         self.received_at = time.monotonic()
-        """When the last frame came from the guard; at first the time of creation."""
+        """The time of the guard's last frame (time.monotonic); at first the time of creation."""
         self.status = StageStatus(PhaseUpdate(Phase.STARTING), 0.0)
         """The guard's last report; one comes every second."""
         self._settings = settings
         self._post = post
         self._log = log
-        self._lock = threading.Lock()  # guards _early, _process, _writer and _closed
-        self._early: deque[bytes] | None = deque()  # wait for the guard's opening mark; None after it
+        self._lock = threading.Lock()  # guards _early_messages, _process, _writer and _is_closed
+        self._early_messages: deque[bytes] | None = deque()
+        """Messages that are sent after the guard's opening mark; None after it."""
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: FrameWriter | None = None
-        self._closed = False
-        self._fault: str | None = None
+        self._is_closed = False
+        self._write_error: str | None = None
         self._stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
         self._thread = threading.Thread(target=self._run, name=f"stage {rank}", daemon=True)
 
@@ -68,9 +77,9 @@ class StageProcess:
         self._thread.start()
 
     @property
-    def came_up(self) -> bool:
+    def has_started(self) -> bool:
         """True if the stage's guard has sent its opening mark."""
-        return self._early is None
+        return self._early_messages is None
 
     @property
     def held_bytes(self) -> int:
@@ -78,7 +87,7 @@ class StageProcess:
         return self._settings.held_bytes
 
     def set_held_bytes(self, held_bytes: int) -> None:
-        """Send the guard the number of bytes that the stage holds, which gives a larger stage more time to end."""
+        """Send the guard the number of bytes that the stage holds. A stage that holds more gets more time to end."""
         self._settings = replace(self._settings, held_bytes=held_bytes)
         self._put(Kind.GUARD_SETTINGS, self._settings.to_json())
 
@@ -86,8 +95,8 @@ class StageProcess:
         """Queue a message. Drop it if the stage has ended, which a StageEnded event reports."""
         payload = encode_message(message)
         with self._lock:
-            if self._early is not None:
-                self._early.append(payload)
+            if self._early_messages is not None:
+                self._early_messages.append(payload)
                 return
         self._put(Kind.MESSAGE, payload)
 
@@ -98,13 +107,13 @@ class StageProcess:
     def close(self) -> None:
         """Close the stage's input once all queued frames are sent; its guard then ends it. Do not wait.
 
-        A stage that is not up yet holds no memory, and ssh may be waiting for its host, so its process is ended now.
+        End the process now if the guard has not started: there is no stage yet, and ssh may be waiting for its host.
         """
         with self._lock:
-            self._closed = True
+            self._is_closed = True
             if self._writer is not None:
                 self._writer.close(timeout_s=0)
-            if self._process is not None and self._early is not None:
+            if self._process is not None and not self.has_started:
                 self._process.terminate()
 
     def send_signal(self, number: int) -> None:
@@ -114,9 +123,9 @@ class StageProcess:
                 self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s``; return whether the local process has ended and its end was posted.
+        """Wait at most ``timeout_s`` until the process has ended and its end is posted; return whether this is so.
 
-        Return True if it was never started.
+        Return True if the process was never started.
         """
         if self._thread.ident is None:
             return True
@@ -131,13 +140,14 @@ class StageProcess:
         return True
 
     def _put(self, kind: Kind, payload: bytes) -> None:
+        """Queue a frame. End the process if it has stopped reading."""
         with self._lock:
             if self._writer is None:
                 return
             try:
                 self._writer.put(kind, payload)
             except ProtocolError as error:
-                self._fault = str(error)
+                self._write_error = str(error)
                 self._writer.close(timeout_s=0)
                 if self._process is not None:
                     self._process.terminate()
@@ -148,7 +158,7 @@ class StageProcess:
         commands = self.location.start_commands()
         for number, command in enumerate(commands):
             end, another_may_work = self._run_command(command)
-            if not another_may_work or number == len(commands) - 1 or self._closed:
+            if not another_may_work or number == len(commands) - 1 or self._is_closed:
                 break
             self._log(
                 f"{self._prefix} {sys.executable} cannot run mlx_k2 there; trying mlx-k2 on its login shell's PATH"
@@ -163,7 +173,7 @@ class StageProcess:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             )
         except OSError as error:
-            return self._ended(came_up=False, reason=f"{command[0]} cannot be started here: {error.strerror}"), False
+            return self._log_end(f"{command[0]} cannot be started here: {error.strerror}"), False
         assert process.stdin and process.stdout and process.stderr
         drain = threading.Thread(target=self._drain, args=[process.stderr], name=f"log {self.rank}", daemon=True)
         drain.start()
@@ -171,52 +181,48 @@ class StageProcess:
             self._process = process
             self._writer = FrameWriter(process.stdin, f"stage {self.rank} on {self.location.host}")
             self._writer.put(Kind.GUARD_SETTINGS, self._settings.to_json())
-            if self._closed:
+            if self._is_closed:
                 self._writer.close(timeout_s=0)
                 process.terminate()
-        came_up, stage_exit, fault = self._follow(process.stdout)
+        output = self._read_output(process.stdout)
         with self._lock:
             self._writer.close(timeout_s=0)
         exit_code = None
         with suppress(subprocess.TimeoutExpired):
-            exit_code = process.wait(EXIT_S)
-        drain.join(STDERR_S)
-        if not came_up:
-            failure = explain_start_failure(self.location, exit_code, "\n".join(self._stderr_tail), fault)
-            return self._ended(came_up=False, reason=failure.reason), failure.another_may_work
-        if stage_exit is not None:
-            end = self._ended(True, stage_exit.reason, stage_exit.exit_code, stage_exit.signal)
-        else:
-            reason = self._fault or fault or explain_lost_connection(self.location, exit_code)
-            end = self._ended(came_up=True, reason=reason, prefix="last status: ")
-        return end, False
+            exit_code = process.wait(EXIT_WAIT_S)
+        drain.join(STDERR_WAIT_S)
+        if not self.has_started:
+            failure = explain_start_failure(self.location, exit_code, "\n".join(self._stderr_tail), output.error)
+            return self._log_end(failure.reason), failure.another_may_work
+        if output.stage_exit is not None:
+            return self._log_end(output.stage_exit.reason, output.stage_exit), False
+        reason = self._write_error or output.error or explain_lost_connection(self.location, exit_code)
+        return self._log_end(reason), False
 
-    def _follow(self, stream: IO[bytes]) -> tuple[bool, StageExit | None, str]:
-        """Read to the end of the stream; return whether the mark came, the guard's last frame, and the error if any."""
-        came_up = False
-        stage_exit = None
-        fault = ""
+    def _read_output(self, stream: IO[bytes]) -> _Output:
+        """Read to the end of the stream, and post the messages."""
+        output = _Output()
         with stream:
             try:
                 self._log_shell_output(skip_to_mark(stream))
-                came_up = True
-                self._send_early()
+                self._send_early_messages()
                 while (frame := read_frame(stream)) is not None:
                     self.received_at = time.monotonic()
-                    stage_exit = self._on_frame(frame)
+                    output.stage_exit = self._on_frame(frame)
             except (ProtocolError, OSError) as error:
-                fault = str(error)
-        return came_up, stage_exit, fault
+                output.error = str(error)
+        return output
 
-    def _send_early(self) -> None:
+    def _send_early_messages(self) -> None:
         with self._lock:
-            assert self._writer is not None and self._early is not None
-            for payload in self._early:
+            assert self._writer is not None and self._early_messages is not None
+            for payload in self._early_messages:
                 self._writer.put(Kind.MESSAGE, payload)
             self.received_at = time.monotonic()
-            self._early = None
+            self._early_messages = None
 
     def _on_frame(self, frame: Frame) -> StageExit | None:
+        """Handle one frame of the guard; return its payload if it is the guard's last one."""
         if frame.kind is Kind.MESSAGE:
             self._post(StageMessage(self.rank, decode_from_stage(frame.payload)))
         elif frame.kind is Kind.STAGE_STATUS:
@@ -244,17 +250,13 @@ class StageProcess:
     def _prefix(self) -> str:
         return f"[stage {self.rank} {self.location.host}]"
 
-    def _ended(
-        self,
-        came_up: bool,
-        reason: str,
-        exit_code: int | None = None,
-        signal_number: int | None = None,
-        prefix: str = "",
-    ) -> StageEnded:
-        """Return and log the end. ``prefix`` is a prefix of the status, for a status that may have changed since."""
-        status = f"{prefix}{self.status.update}" if came_up else None
+    def _log_end(self, reason: str, stage_exit: StageExit | None = None) -> StageEnded:
+        """Log and return the end. Without ``stage_exit`` the stage's last status may be outdated."""
+        exit_code, number = (None, None) if stage_exit is None else (stage_exit.exit_code, stage_exit.signal)
+        status = None
+        if self.has_started:
+            status = f"last status: {self.status.update}" if stage_exit is None else str(self.status.update)
         tail = tuple(self._stderr_tail)
-        end = StageEnded(self.rank, self.location.host, came_up, reason, exit_code, signal_number, status, tail)
-        self._log(f"{self._prefix} {end.how}")
+        end = StageEnded(self.rank, self.location.host, self.has_started, reason, exit_code, number, status, tail)
+        self._log(f"{self._prefix} {end.description}")
         return end

@@ -1,7 +1,7 @@
 """Frames on a byte stream, and the threads that read and write them. Standard library only: the guard imports it.
 
 A stream from a stage starts with ``MARK``; bytes that a login shell prints before it are skipped. The mark is a line
-that ends with the version of mlx-k2, so that every version can read that of every other. Every frame after it is
+that ends with the version of mlx-k2; its form is the same in all versions. After it come frames
 ``<length: uint32 little-endian><kind: uint8><payload>``; anything else raises ProtocolError.
 """
 
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 from mlx_k2 import __version__
 from mlx_k2.errors import ProtocolError
@@ -23,12 +23,12 @@ from mlx_k2.json_text.parse import parse_json
 MARK_START = b"mlx-k2 control "
 MARK = MARK_START + __version__.encode() + b"\n"
 MAX_VERSION_BYTES = 64
-MAX_CHATTER_BYTES = 64 * 1024
+MAX_SHELL_OUTPUT_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
-QUEUE_FRAMES = 4096
+MAX_QUEUED_FRAMES = 4096
 
 _HEADER = struct.Struct("<IB")
-_VERSION = re.compile(rb"[0-9][0-9A-Za-z.+!-]*\n")
+_VERSION_LINE = re.compile(rb"[0-9][0-9A-Za-z.+!-]*\n")
 
 
 class Kind(enum.IntEnum):
@@ -41,9 +41,9 @@ class Kind(enum.IntEnum):
     HEARTBEAT = 3
     """Coordinator to guard. The guard answers with the same payload."""
     STAGE_EXIT = 4
-    """Guard to coordinator, its last frame: JSON {"exit_code": int | null, "signal": int | null, "reason": str}."""
+    """Guard to coordinator, its last frame: JSON, StageExit."""
     STAGE_STATUS = 5
-    """JSON. Stage to guard: PhaseUpdate. Guard to coordinator, with each heartbeat's answer: StageStatus."""
+    """JSON. Stage to guard: PhaseUpdate. Guard to coordinator, before the answer to a heartbeat: StageStatus."""
 
 
 class Frame(NamedTuple):
@@ -55,7 +55,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class JsonPayload:
-    """Base of the payloads that a guard reads and writes. A subclass checks its values in ``__post_init__``."""
+    """Base of the JSON payloads of frames. A subclass checks its values in ``__post_init__``."""
 
     def to_json(self) -> bytes:
         """Encode the payload as a JSON object with the fields of the dataclass."""
@@ -66,14 +66,12 @@ class JsonPayload:
         """Decode a payload.
 
         Raises:
-            ProtocolError: it is not an object with exactly these fields, or a value is out of range.
+            ProtocolError: the payload is no object with exactly these fields, or a value is out of range.
         """
-        kind: Any = cls
         try:
             values = parse_json(payload)
-            if values.keys() == {field.name for field in fields(kind)}:
-                found: Self = kind(**values)
-                return found
+            if values.keys() == {field.name for field in fields(cls)}:
+                return cls(**values)
         except (ValueError, TypeError, AttributeError, OverflowError):
             pass
         raise ProtocolError(f"not a {cls.__name__}: {payload[:200]!r}")
@@ -109,29 +107,29 @@ def skip_to_mark(stream: IO[bytes]) -> bytes:
     """Read up to and including the opening mark; return the bytes before it.
 
     Raises:
-        ProtocolError: the stream ended, or 64 KB were read, without the mark; the message quotes the last 400 bytes.
-            Or the mark has the version of another mlx-k2; names both.
+        ProtocolError: the stream ended, or MAX_SHELL_OUTPUT_BYTES were read, without the mark; quotes the last 400
+            bytes. Or the mark has another version of mlx-k2; names both.
     """
-    seen = bytearray()
-    while not seen.endswith(MARK_START):
+    output = bytearray()
+    while not output.endswith(MARK_START):
         byte = stream.read(1)
-        if not byte or len(seen) >= MAX_CHATTER_BYTES + len(MARK_START):
-            ending = "ended" if not byte else f"sent {MAX_CHATTER_BYTES // 1024} KB"
-            tail = seen[-400:].decode(errors="replace").strip()
+        if not byte or len(output) >= MAX_SHELL_OUTPUT_BYTES + len(MARK_START):
+            ending = f"sent {MAX_SHELL_OUTPUT_BYTES // 1024} KB" if byte else "ended"
+            tail = output[-400:].decode(errors="replace").strip()
             raise ProtocolError(f"the stage's output {ending} without its opening mark" + (f": {tail}" if tail else ""))
-        seen += byte
-    version = stream.readline(MAX_VERSION_BYTES)
-    if MARK_START + version != MARK:
-        found = version.decode(errors="replace").strip() if _VERSION.fullmatch(version) else "of another version"
+        output += byte
+    line = stream.readline(MAX_VERSION_BYTES)
+    if MARK_START + line != MARK:
+        version = line.decode().strip() if _VERSION_LINE.fullmatch(line) else "of another version"
         raise ProtocolError(
-            f"its mlx-k2 is {found}, and that of this machine is {__version__}: install the same on both, from one "
+            f"its mlx-k2 is {version}, and that of this machine is {__version__}: install the same on both, from one "
             "wheel (make dist)"
         )
-    return bytes(seen[: -len(MARK_START)])
+    return bytes(output[: -len(MARK_START)])
 
 
 def _read_exactly(stream: IO[bytes], count: int) -> bytes:
-    """Read ``count`` bytes, fewer only at the end of the stream (a read of an unbuffered pipe may return fewer)."""
+    """Read ``count`` bytes, or fewer at the end of the stream. One read of an unbuffered pipe may return fewer."""
     parts = []
     while count:
         part = stream.read(count)
@@ -155,7 +153,7 @@ class FrameWriter:
         self._thread.start()
 
     def put(self, kind: Kind, payload: bytes) -> None:
-        """Queue one frame. Drop it after ``close``, or once a write has failed (the stream's reader reports that end).
+        """Queue one frame. Drop it after ``close``, or once a write has failed: the peer's end is reported elsewhere.
 
         Raises:
             ProtocolError: the queue is full, because the peer has stopped reading.
@@ -166,20 +164,20 @@ class FrameWriter:
         """Queue bytes that are not a frame (the opening mark), as ``put`` does."""
         if not self._is_open:
             return
-        if self._queue.qsize() >= QUEUE_FRAMES:
-            raise ProtocolError(f"{self._name} has stopped reading: {QUEUE_FRAMES} frames are waiting for it")
+        if self._queue.qsize() >= MAX_QUEUED_FRAMES:
+            raise ProtocolError(f"{self._name} has stopped reading: {MAX_QUEUED_FRAMES} frames are waiting for it")
         self._queue.put(data)
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until all queued bytes are written, at most ``timeout_s``."""
-        written = threading.Event()
-        self._queue.put(written)
-        written.wait(timeout_s)
+        """Wait at most ``timeout_s`` until all queued bytes are written."""
+        is_written = threading.Event()
+        self._queue.put(is_written)
+        is_written.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Close the stream once all queued bytes are written; wait for that at most ``timeout_s``.
+        """Close the stream once all queued bytes are written. Wait at most ``timeout_s``.
 
-        After ``timeout_s`` the thread still writes and closes, as soon as the peer reads or closes its end.
+        The thread goes on after ``timeout_s``, until the peer has read the rest or closed its end.
         """
         self._is_open = False
         self._queue.put(None)
@@ -187,12 +185,12 @@ class FrameWriter:
 
     def _run(self) -> None:
         try:
-            while (data := self._queue.get()) is not None:
-                if isinstance(data, threading.Event):
+            while (entry := self._queue.get()) is not None:
+                if isinstance(entry, threading.Event):
                     self._stream.flush()
-                    data.set()
+                    entry.set()
                     continue
-                self._stream.write(data)
+                self._stream.write(entry)
                 if self._queue.empty():
                     self._stream.flush()
         except (OSError, ValueError):  # the peer has closed its end, or other code has closed the stream
@@ -204,8 +202,8 @@ class FrameWriter:
 class FrameReader:
     """A thread that reads frames from ``stream`` and passes each to ``on_frame``, which may raise ProtocolError.
 
-    ``on_end`` is called once, last: with None at a clean end of the stream, else with the error: the stream broke, or
-    ``on_frame`` raised a ProtocolError. Both are called on the reading thread and must not block.
+    ``on_end`` is called once, last: with None if the stream ended between two frames, else with the error of the stream
+    or of ``on_frame``. Both are called on the reading thread and must not block.
     """
 
     def __init__(
@@ -235,5 +233,5 @@ class FrameReader:
             end = error
         except (OSError, ValueError) as error:
             end = ProtocolError(f"the control connection broke: {error}")
-        finally:  # also after an unexpected exception in on_frame, so that the end is always reported
+        finally:  # an unexpected exception in on_frame is reported, too, as the error above
             self._on_end(end)

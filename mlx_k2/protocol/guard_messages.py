@@ -1,7 +1,7 @@
-"""The payloads of the guard's frames, and the time that a stage has to end. Standard library only.
+"""The JSON payloads of the guard's frames, and the time that a stage has to end. Standard library only.
 
-The guard itself is guard/guard.py. It reports the stage's status, because the stage cannot while mlx.distributed.init
-holds the GIL.
+The guard (guard/guard.py) reports the stage's status, because the stage cannot while mlx.distributed.init holds the
+GIL.
 """
 
 import enum
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from mlx_k2.protocol.framing import JsonPayload
 
-TERMINATE_AFTER_S = 1.0
-"""Time from the end of a stage's input to SIGTERM."""
+TERMINATE_AFTER_S = 1.0  # time from the end of a stage's input, which asks it to end, to SIGTERM
 
-ENDED_BY_ITSELF = "it ended by itself"
-"""``StageExit.reason`` if the guard had no reason to end the stage."""
+ENDED_BY_ITSELF = "it ended by itself"  # ``StageExit.reason`` if the guard did not end the stage
 
 _KILL_AFTER_S = 5.0
 _HELD_BYTES_PER_SECOND = 10e9
@@ -31,8 +29,8 @@ def kill_after_s(held_bytes: int) -> float:
 class GuardSettings(JsonPayload):
     """Payload of GUARD_SETTINGS. The guard ends the stage after ``lease_s`` without a frame from the coordinator.
 
-    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``. ``environment`` has lines
-    ``NAME=value``, with which the guard starts the stage: MLX reads some when it is imported. Later settings have none.
+    ``held_bytes`` is the memory that the stage holds; it determines ``kill_after_s``. ``environment`` has the lines
+    ``NAME=value`` with which the guard starts the stage; it counts in the first settings only.
     """
 
     lease_s: float = 20.0
@@ -50,9 +48,9 @@ class GuardSettings(JsonPayload):
 
 @dataclass(frozen=True)
 class StageExit(JsonPayload):
-    """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it (else ENDED_BY_ITSELF).
+    """Payload of STAGE_EXIT: how the stage's process ended, and why the guard ended it, or ENDED_BY_ITSELF.
 
-    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be ended.
+    One of ``exit_code`` and ``signal`` is set, or neither if the process could not be killed.
     """
 
     exit_code: int | None
@@ -68,7 +66,7 @@ class StageExit(JsonPayload):
 
     @classmethod
     def from_returncode(cls, returncode: int | None, reason: str) -> "StageExit":
-        """Convert the returncode of subprocess, which is negative for a signal and None for a running process."""
+        """Convert a ``returncode`` of subprocess, which is -N for signal N and None for a running process."""
         if returncode is not None and returncode < 0:
             return cls(exit_code=None, signal=-returncode, reason=reason)
         return cls(exit_code=returncode, signal=None, reason=reason)
@@ -92,7 +90,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True)
 class PhaseUpdate(JsonPayload):
-    """The start of a stage's ``phase``. Its guard ends it if the phase lasts longer than ``limit_s`` (None: no limit).
+    """The start of a stage's phase. The guard ends a stage whose phase lasts longer than ``limit_s`` (None: no limit).
 
     ``step`` is the number of the step that the stage works on; while it is idle, of the last step that it finished.
     """
@@ -115,7 +113,7 @@ class PhaseUpdate(JsonPayload):
 
 @dataclass(frozen=True)
 class StageStatus(JsonPayload):
-    """A stage's last PhaseUpdate, and ``for_s``, the seconds since it arrived, as its guard counts them.
+    """A stage's last PhaseUpdate, and the seconds ``for_s`` since it arrived, without those in which the host slept.
 
     ``stopped_s`` is the time for which the stage's process has been suspended (SIGSTOP); 0 while it runs.
     """

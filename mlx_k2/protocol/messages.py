@@ -26,10 +26,10 @@ class FetchFiles(msgspec.Struct, frozen=True, tag=True):
 
 
 class DownloadShard(msgspec.Struct, frozen=True, tag=True):
-    """Request to fetch only the files of layers ``first_layer`` up to, not including, ``end_layer`` from the Hub.
+    """Request to fetch the files of layers ``first_layer`` up to, not including, ``end_layer`` from the Hub.
 
-    If ``model`` is a folder, the files are checked, and none is fetched. Answered by any number of DownloadProgress,
-    then ShardDownloaded.
+    If ``model`` is a folder, its files are checked, and none is fetched. ``draft_head`` is that of a stage that reads
+    some of its tensors. Answered by any number of DownloadProgress, then ShardDownloaded.
     """
 
     model: ModelSource
@@ -41,7 +41,7 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Request to use rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. With ``draft_head``, the head's config and
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. With ``draft_head`` the head's config and
     the names and shapes of its tensors are checked, too. Answered by Prepared.
     """
 
@@ -59,14 +59,14 @@ class RingLinks(msgspec.Struct, frozen=True, tag=True):
 
 
 class JacclLinks(msgspec.Struct, frozen=True, tag=True):
-    """Links for MLX's jaccl backend: the matrix of RDMA devices between ranks, and rank 0's ``ip:port``.
-
-    ``ring``: the devices form a ring, not a full mesh.
-    """
+    """Links for MLX's jaccl backend."""
 
     devices: tuple[tuple[str | tuple[str, ...] | None, ...], ...]
+    """``devices[i][j]`` is the RDMA device, or the devices, from rank i to rank j; None if there is none."""
     coordinator: str
+    """The ``ip:port`` of rank 0, to which the other ranks connect first."""
     ring: bool
+    """Whether the devices form a ring, not a full mesh."""
 
 
 class ReadClock(msgspec.Struct, frozen=True, tag=True):
@@ -74,9 +74,10 @@ class ReadClock(msgspec.Struct, frozen=True, tag=True):
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):
-    """Request to probe the host, and the files of ``layers`` (first, end) of the model; None: probe no files.
+    """Request to probe the host and the files of some layers of the model.
 
-    ``deep`` computes the files' checksums. Answered by any number of DownloadProgress, then HostFacts.
+    ``layers`` are the first layer and the end, which is not included; None: probe no files. ``deep``: compute checksums
+    of the files. Answered by any number of DownloadProgress, then HostFacts.
     """
 
     model: ModelSource
@@ -91,7 +92,7 @@ class MeasureHops(msgspec.Struct, frozen=True, tag=True):
 class Connect(msgspec.Struct, frozen=True, tag=True):
     """Request to join the data plane, then to check each hop: send ``to_next``, expect ``from_previous``.
 
-    Answered by Connected.
+    Both are None where there is no such neighbour. Answered by Connected.
     """
 
     links: RingLinks | JacclLinks | None
@@ -105,10 +106,10 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
     cache and working space together; a Mac keeps that much wired. ``block_bytes`` is the limit of a block of attention.
-    Attention, shared experts, dense layers and the head
-    are quantized to ``dense_bits`` bits per weight; None: they are not quantized. Stages that start on the host later
-    report ``registration``. With ``draft_head``, the layers that it reads get their slices of its ``fc``, and the last
-    stage gets the head. A stage that reads none of its tensors had none in Prepare, and reads no file of it.
+    Attention, shared experts, dense layers and the head are quantized to ``dense_bits`` bits per weight; None: they are
+    not quantized. Stages that start on the host later report ``registration`` in their Hello. With ``draft_head``, each
+    layer whose output the head reads gets a slice of the head's projection ``fc``, and the last stage gets the head. A
+    stage that reads none of the head's tensors got no ``draft_head`` in Prepare, and reads no file of it.
     ``check_weights``: search all tensors for NaN and infinity, not only those whose NaN may not reach a step's output.
     """
 
@@ -174,7 +175,7 @@ class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
-    """Answer to DownloadShard: all files are in ``folder``. ``fetched`` names those that were not there before."""
+    """Answer to DownloadShard: all files are in ``folder``. ``fetched`` names the files that were not there before."""
 
     folder: str
     fetched: tuple[str, ...]
@@ -193,15 +194,15 @@ class HopsMeasured(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """The ``ip:port`` addresses whose ports the stage holds, and digests of its model's and its draft head's files.
-
-    The model's is of config and index, the draft head's of its config and blocks of its weights. It is None for a head
-    from the Hub, whose revision is pinned.
-    """
+    """Answer to Prepare: the addresses whose ports the stage holds, and digests of files for comparison."""
 
     addresses: tuple[str, ...]
+    """Each as ``ip:port``, in the order of ``Prepare.listen``."""
     model_digest: str
+    """The digest of the model's config and index."""
     draft_digest: str | None = None
+    """The digest of the draft head's config and of parts of its weights; None without a head, and for one from the Hub,
+    whose revision is pinned."""
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
@@ -227,9 +228,9 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """Answer to Load: the whole shard is in memory. The cache is allocated later, as sequences grow.
 
     ``held_bytes`` is the shard's size. ``peak_bytes`` is the peak memory of the process so far. ``warnings`` are lines
-    for the user about what is slower on that host than it could be. ``checksums`` are
-    SHA-256 by file name, as the Hub or a manifest on that host has them: of each file that it read, None if it is
-    compared with nothing, and of the other files of the manifest.
+    for the user about what is slower on that host than it could be. ``checksums`` has, by file name, the SHA-256 that
+    the Hub or a manifest on the host gives for each file that the stage read (None if neither does), and for the other
+    files of the manifest.
     """
 
     held_bytes: int
@@ -241,10 +242,10 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 class StepDone(msgspec.Struct, frozen=True, tag=True):
     """Answer to Step. The last stage adds a sampled token for each row with ``needs_logits``, in the rows' order.
 
-    ``busy_s``: time spent computing. ``receive_s``: time until the hidden states had arrived, including the wait for
-    the previous stage. ``send_s``: time until the operating system had accepted the hidden states to send.
-    ``peak_bytes`` is the most memory that MLX has held so far. ``is_skipped``: the step was a draft that is known to be
-    wrong; it was not computed, and has no tokens.
+    ``busy_s``: time of computing. ``receive_s``: time until the hidden states had arrived, including the wait for the
+    previous stage. ``send_s``: time until the operating system had accepted the hidden states to send. ``peak_bytes``:
+    peak memory of MLX so far. ``is_skipped``: the step was not computed and has no tokens, because it carries a draft
+    that is known to be wrong.
     """
 
     number: int
@@ -259,9 +260,9 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 class Drafted(msgspec.Struct, frozen=True, tag=True):
     """The draft head's tokens after step ``number``, in which one row has a ``draft`` request.
 
-    The last stage sends it after the step's StepDone, except after a step that was skipped. ``token_ids`` are drafts
-    for the positions after the sampled token, at most as many as requested. A position whose draft is in a plan that
-    the stage has received keeps that token. ``busy_s``: time that the head took.
+    The last stage sends this after the step's StepDone, unless the step was skipped. ``token_ids`` are drafts for the
+    positions after the sampled token, at most as many as requested. If a plan that the stage has received carries a
+    draft for one of these positions, the draft is the same. ``busy_s``: time of computing them.
     """
 
     number: int

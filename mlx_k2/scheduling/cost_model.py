@@ -7,44 +7,46 @@ uses, and those cache rows that are attended to.
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TILES_FROM_TOKENS = 17
-"""Steps of fewer tokens compute pairs, not tiles."""
+_TILES_FROM_TOKENS = 17  # steps of fewer tokens compute each token's experts one by one, without tiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSizes:
-    """Bytes and operations of one stage, summed over its layers. Calculated from the model's shapes."""
+    """Bytes and operations of one stage, summed over its layers. Calculated from the model's shapes.
+
+    Operations are multiplications and additions. "Head" is the norm and the output projection.
+    """
 
     dense_bytes: int
     """Weights that each microbatch reads: all but routed experts and head."""
     head_bytes: int
-    """Norm and output projection, read when a token is sampled; 0 except on the last stage."""
+    """Weights of the head, read when a token is sampled; 0 except on the last stage."""
     expert_bytes: int
     """Bytes of one routed expert, summed over the layers that have experts."""
     num_experts: int
     experts_per_token: int
-    key_bytes: int
+    position_bytes: int
     """Bytes of one cache position, summed over the layers."""
     operations_per_token: int
     """Operations of all weights but routed experts and head."""
-    operations_per_pair: int
+    operations_per_expert_token: int
     """Operations of one routed expert for one token, summed over the layers that have experts."""
     operations_per_sampled_token: int
     absorbed_operations: int
-    """Absorbed attention of one generated token to one position."""
+    """Operations of absorbed attention, for one generated token and one position that it attends to."""
     naive_operations: int
-    """Naive attention of one prompt token to one position."""
+    """Operations of naive attention, for one prompt token and one position that it attends to."""
     rebuild_operations: int
-    """Rebuilding one position's keys and values. Done once for each chunk that attends to it."""
+    """Operations that rebuild one position's keys and values, once for each prompt chunk that attends to it."""
     draft_bytes: int = 0
     """Weights that the draft head reads for one draft token; 0 except on the last stage."""
     draft_operations: int = 0
     """Operations of the draft head for one draft token."""
     tile_rows: int = 1
-    """Tokens of an expert that a prompt's chunk computes together; a tile that is not full takes as long as a full one.
+    """Tokens of an expert that are computed together, as a tile. A tile that is not full takes as long as a full one.
     """
 
 
@@ -59,15 +61,15 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Work of a step on every stage."""
+    """Work of a step on every stage. "Absorbed" is of generated and draft tokens, "naive" of prompt tokens."""
 
     num_tokens: int = 0
     num_sampled: int = 0
     absorbed_pairs: int = 0
-    """Number of pairs of a generated token and a position that it attends to."""
+    """Number of pairs of a token and a position that it attends to."""
     naive_pairs: int = 0
     absorbed_keys: int = 0
-    """Cached positions that generated tokens read, counted once per row."""
+    """Number of cached positions that are read, counted once per row."""
     naive_keys: int = 0
 
     def __add__(self, other: "StepLoad") -> "StepLoad":
@@ -89,15 +91,16 @@ def row_load(position: int, count: int, *, is_prompt: bool, needs_logits: bool) 
 def bytes_read(sizes: StageSizes, load: StepLoad) -> float:
     """Return the bytes that a stage reads for a step."""
     experts = expected_experts(sizes.num_experts, sizes.experts_per_token, load.num_tokens)
-    weights = sizes.dense_bytes + (sizes.head_bytes if load.num_sampled else 0) + sizes.expert_bytes * experts
-    return weights + sizes.key_bytes * (load.absorbed_keys + load.naive_keys)
+    head_bytes = sizes.head_bytes if load.num_sampled else 0
+    cache_bytes = sizes.position_bytes * (load.absorbed_keys + load.naive_keys)
+    return sizes.dense_bytes + head_bytes + sizes.expert_bytes * experts + cache_bytes
 
 
 def operations(sizes: StageSizes, load: StepLoad) -> float:
     """Return the operations that a stage computes for a step."""
     return (
         sizes.operations_per_token * load.num_tokens
-        + sizes.operations_per_pair * routed_rows(sizes, load.num_tokens)
+        + sizes.operations_per_expert_token * routed_rows(sizes, load.num_tokens)
         + sizes.operations_per_sampled_token * load.num_sampled
         + sizes.absorbed_operations * load.absorbed_pairs
         + sizes.naive_operations * load.naive_pairs
@@ -132,7 +135,7 @@ def expected_experts(num_experts: int, experts_per_token: int, num_tokens: int) 
 
 
 def routed_rows(sizes: StageSizes, num_tokens: int) -> float:
-    """Return the rows that a layer's routed experts compute: one for each pair, and the empty rows of their tiles."""
+    """Return how many rows a layer's routed experts compute: one per token and expert, and the empty rows of tiles."""
     if sizes.tile_rows == 1 or num_tokens < _TILES_FROM_TOKENS or sizes.num_experts == 0:
         return num_tokens * sizes.experts_per_token
     tiles = expected_tiles(sizes.num_experts, sizes.experts_per_token, num_tokens, sizes.tile_rows)
@@ -143,30 +146,29 @@ def routed_rows(sizes: StageSizes, num_tokens: int) -> float:
 def expected_tiles(num_experts: int, experts_per_token: int, num_tokens: int, tile_rows: int) -> float:
     """Return the expected number of tiles of all experts, if each token chooses at random.
 
-    An expert's tokens are binomially distributed. Numbers further than 12 standard deviations from the mean are left
-    out.
+    The number of an expert's tokens has a binomial distribution. Numbers further than 12 standard deviations from the
+    mean are left out.
     """
-    chance = experts_per_token / num_experts
-    if chance >= 1:
+    probability = experts_per_token / num_experts
+    if probability >= 1:
         return float(num_experts * math.ceil(num_tokens / tile_rows))
-    mean = num_tokens * chance
-    reach = 12 * math.sqrt(mean) + 12
-    first = math.lgamma(num_tokens + 1)
-    tiles = 0.0
-    for count in range(max(1, int(mean - reach)), min(num_tokens, int(mean + reach)) + 1):
-        ways = first - math.lgamma(count + 1) - math.lgamma(num_tokens - count + 1)
-        log_chance = ways + count * math.log(chance) + (num_tokens - count) * math.log1p(-chance)
-        tiles += math.exp(log_chance) * math.ceil(count / tile_rows)
-    return num_experts * tiles
+    mean = num_tokens * probability
+    margin = 12 * math.sqrt(mean) + 12
+    log_factorial = math.lgamma(num_tokens + 1)
+    tiles_per_expert = 0.0
+    for count in range(max(1, int(mean - margin)), min(num_tokens, int(mean + margin)) + 1):
+        log_ways = log_factorial - math.lgamma(count + 1) - math.lgamma(num_tokens - count + 1)
+        log_probability = log_ways + count * math.log(probability) + (num_tokens - count) * math.log1p(-probability)
+        tiles_per_expert += math.exp(log_probability) * math.ceil(count / tile_rows)
+    return num_experts * tiles_per_expert
 
 
-def pipeline_s(stage_steps_s: Iterable[Iterable[float]]) -> float:
-    """Return the seconds until the last step leaves the last stage. Each inner iterable: a step's seconds per stage."""
-    free_at: list[float] = []
-    for steps_s in stage_steps_s:
+def pipeline_s(steps_s: Sequence[Sequence[float]]) -> float:
+    """Return the seconds until the last step leaves the last stage. ``steps_s`` has each step's seconds per stage."""
+    free_at = [0.0] * len(steps_s[0])
+    done_at = 0.0
+    for stages_s in steps_s:
         done_at = 0.0
-        for stage, seconds in enumerate(steps_s):
-            if stage == len(free_at):
-                free_at.append(0.0)
+        for stage, seconds in enumerate(stages_s):
             done_at = free_at[stage] = max(done_at, free_at[stage]) + seconds
-    return free_at[-1] if free_at else 0.0
+    return done_at

@@ -1,20 +1,18 @@
-"""Drafts of one sequence: those in plans, those of the draft head that no plan has yet, and counts of both sources.
+"""Drafts of one sequence: those in plans, those that the draft head proposed and no plan has yet, and their counts.
 
 Knows no text, no plans and no other sequence.
 """
 
 import enum
 from collections import Counter, deque
-from collections.abc import Iterable
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 
-_CERTAIN_LENGTH = 4
-"""Tokens that must match for an n-gram to win over the draft head."""
+_MIN_MATCH_TOKENS = 4  # length of the n-gram that must match for its draft to be used instead of the draft head's
 _FADE = 0.95
-"""Factor on a draft's weight in its source's acceptance after each later draft: about the last 20 count."""
+"""Factor on a draft's weight in its source's acceptance after each later draft: about the last 20 drafts count."""
 
 
 class DraftSource(enum.Enum):
@@ -26,109 +24,107 @@ class DraftSource(enum.Enum):
 
 @dataclass(frozen=True)
 class DraftCount:
-    """Drafts of one source that were ``position`` tokens, at least 1, after the last known one when they were sent."""
+    """Numbers of drafts of one source and position."""
 
     source: DraftSource
     position: int
+    """Distance in tokens from the last known token when the draft was planned, at least 1."""
     num_drafted: int
     num_accepted: int
 
 
 def merge_counts(counts: Iterable[DraftCount]) -> tuple[DraftCount, ...]:
-    """Return the sums of the counts of each source and position, in the order of position."""
-    drafted: Counter[tuple[int, DraftSource]] = Counter()
-    accepted: Counter[tuple[int, DraftSource]] = Counter()
+    """Return the sums of the counts of each source and position, ordered by source, then by position."""
+    drafted: Counter[tuple[str, int]] = Counter()
+    accepted: Counter[tuple[str, int]] = Counter()
     for count in counts:
-        drafted[count.position, count.source] += count.num_drafted
-        accepted[count.position, count.source] += count.num_accepted
-    ordered = sorted(drafted, key=lambda key: (key[1].value, key[0]))
-    return tuple(DraftCount(source, at, drafted[at, source], accepted[at, source]) for at, source in ordered)
+        key = count.source.value, count.position
+        drafted[key] += count.num_drafted
+        accepted[key] += count.num_accepted
+    return tuple(
+        DraftCount(DraftSource(source), position, drafted[source, position], accepted[source, position])
+        for source, position in sorted(drafted)
+    )
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A draft in a plan. ``ngram_id`` is the n-gram's draft for the same position, if it has a certain one."""
+class Draft:
+    """A draft token and its DraftCount's source and position."""
 
     token_id: int
     source: DraftSource
     position: int
     ngram_id: int | None
+    """The draft of a matching n-gram for the same position; None if there is none."""
 
 
 class _Acceptance:
-    """Share of a source's drafts that are right. Without any, it is ``expected``."""
+    """Fraction of a source's drafts that are right: ``expected`` at first, as if four drafts had shown it."""
 
     def __init__(self, expected: float) -> None:
-        self._num_right, self._num_seen = 4 * expected, 4.0
+        self._num_right, self._num_drafts = 4 * expected, 4.0
 
     def add(self, is_right: bool) -> None:
-        self._num_right = self._num_right * _FADE + is_right
-        self._num_seen = self._num_seen * _FADE + 1
+        self._num_right = self._num_right * _FADE + (1 if is_right else 0)
+        self._num_drafts = self._num_drafts * _FADE + 1
 
     @property
     def rate(self) -> float:
-        return self._num_right / self._num_seen
+        return self._num_right / self._num_drafts
 
 
 class Drafts:
-    """Drafts after the known tokens of a sequence, first those in plans, then those that the head has proposed."""
+    """Drafts after the known tokens of a sequence: first those in plans, then those that the draft head proposed."""
 
     def __init__(self, mode: DraftMode) -> None:
         self._mode = mode
-        self._in_plans: deque[_Draft] = deque()
-        self._proposed: deque[int] = deque()
-        self._drafted: Counter[tuple[DraftSource, int]] = Counter()
-        self._accepted: Counter[tuple[DraftSource, int]] = Counter()
+        self._in_plans: deque[Draft] = deque()
+        self._proposed_ids: deque[int] = deque()
+        self._num_drafted: Counter[tuple[DraftSource, int]] = Counter()
+        self._num_accepted: Counter[tuple[DraftSource, int]] = Counter()
         self._acceptance = {DraftSource.MODEL: _Acceptance(0.6), DraftSource.NGRAM: _Acceptance(0.5)}
 
     @property
     def planned_ids(self) -> list[int]:
-        """The drafts in plans whose result is not known yet."""
+        """The tokens of the drafts that are in plans, before the tokens at their positions are known."""
         return [draft.token_id for draft in self._in_plans]
 
     @property
     def counts(self) -> tuple[DraftCount, ...]:
         """The counts of each source and position that occurred."""
         return tuple(
-            DraftCount(source, position, number, self._accepted[source, position])
-            for (source, position), number in self._drafted.items()
+            DraftCount(source, position, num_drafted, self._num_accepted[source, position])
+            for (source, position), num_drafted in self._num_drafted.items()
         )
 
-    def propose(self, token_ids: Tokens[int]) -> None:
-        """Take the head's drafts for the positions after the known tokens, those in plans included.
+    def propose(self, token_ids: Sequence[int]) -> None:
+        """Store the draft head's tokens after the known ones, unless they differ from the drafts in plans."""
+        planned_ids = self.planned_ids
+        is_usable = list(token_ids[: len(planned_ids)]) == planned_ids
+        self._proposed_ids = deque(token_ids[len(planned_ids) :] if is_usable else ())
 
-        A proposal that differs from the drafts in plans has no use.
-        """
-        planned = self.planned_ids
-        follows = list(token_ids[: len(planned)]) == planned
-        self._proposed = deque(token_ids[len(planned) :] if follows else ())
-
-    def next(self, known_ids: Tokens[int], drafter: NgramDrafter) -> _Draft | None:
-        """Return the draft for the position after the known tokens and all drafts in plans, if there is one."""
+    def next(self, known_ids: Sequence[int], drafter: NgramDrafter) -> Draft | None:
+        """Return the draft for the position after the known tokens and all drafts in plans; None if there is none."""
         position = len(self._in_plans) + 1
-        if self._mode is DraftMode.NGRAM:
-            found = drafter.draft(known_ids, self.planned_ids)
-            return None if found is None else _Draft(found, DraftSource.NGRAM, position, found)
         ngram_id = None
-        if self._mode is DraftMode.AUTO:
-            ngram_id = drafter.draft(known_ids, self.planned_ids, _CERTAIN_LENGTH)
-            ngram, model = self._acceptance[DraftSource.NGRAM], self._acceptance[DraftSource.MODEL]
-            if ngram_id is not None and ngram.rate > model.rate:
-                return _Draft(ngram_id, DraftSource.NGRAM, position, ngram_id)
-        return _Draft(self._proposed[0], DraftSource.MODEL, position, ngram_id) if self._proposed else None
+        if self._mode is not DraftMode.MODEL:
+            min_tokens = 0 if self._mode is DraftMode.NGRAM else _MIN_MATCH_TOKENS
+            ngram_id = drafter.draft(known_ids, self.planned_ids, min_tokens)
+        ngram_rate, model_rate = self._acceptance[DraftSource.NGRAM].rate, self._acceptance[DraftSource.MODEL].rate
+        if ngram_id is not None and (self._mode is DraftMode.NGRAM or ngram_rate > model_rate):
+            return Draft(ngram_id, DraftSource.NGRAM, position, ngram_id)
+        return Draft(self._proposed_ids[0], DraftSource.MODEL, position, ngram_id) if self._proposed_ids else None
 
-    def plan(self, draft: _Draft) -> None:
+    def plan(self, draft: Draft) -> None:
         """Record that ``draft``, the result of ``next``, is in a plan."""
         self._in_plans.append(draft)
-        self._drafted[draft.source, draft.position] += 1
-        if self._proposed and self._proposed.popleft() != draft.token_id:
-            self._proposed.clear()
+        self._num_drafted[draft.source, draft.position] += 1
+        self._drop_proposed(draft.token_id)
 
     def accept(self, token_id: int) -> bool:
-        """Compare the first draft with the token at its position. Return False, and drop all drafts, if it differs."""
+        """Return whether the first draft in a plan is the token of its position; drop drafts that cannot follow it."""
         if not self._in_plans:
-            if self._proposed and self._proposed.popleft() != token_id:
-                self._proposed.clear()
+            self._drop_proposed(token_id)
             return False
         draft = self._in_plans.popleft()
         is_right = draft.token_id == token_id
@@ -136,12 +132,17 @@ class Drafts:
         if draft.source is DraftSource.MODEL and draft.ngram_id is not None:
             self._acceptance[DraftSource.NGRAM].add(draft.ngram_id == token_id)
         if is_right:
-            self._accepted[draft.source, draft.position] += 1
+            self._num_accepted[draft.source, draft.position] += 1
         else:
             self.clear()
         return is_right
 
     def clear(self) -> None:
-        """Drop all drafts; the counts stay."""
+        """Drop all drafts. Keep the counts."""
         self._in_plans.clear()
-        self._proposed.clear()
+        self._proposed_ids.clear()
+
+    def _drop_proposed(self, token_id: int) -> None:
+        """Drop the first proposed token, whose position has ``token_id`` now, and all others if it differs."""
+        if self._proposed_ids and self._proposed_ids.popleft() != token_id:
+            self._proposed_ids.clear()

@@ -14,7 +14,7 @@ from mlx_k2.token_mask import TokenMask
 class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Request for ``num_tokens`` drafts after the token that a row samples. Answered by Drafted.
 
-    The penalties are those of the request. The row's ``logit_bias`` lacks the sampled token's.
+    The penalties are those of the request: the row's ``logit_bias`` does not yet include those of the sampled token.
     """
 
     num_tokens: int
@@ -23,16 +23,16 @@ class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One sequence's part of a step, as stages receive it: ``token_ids``, starting at ``position``, in ``slot``.
+    """One sequence's part of a step, as the stages receive it: ``token_ids`` from ``position`` on, in ``slot``.
 
     ``is_prompt`` selects the attention method: naive for prompt tokens, absorbed for generated and draft tokens.
     If ``sampling`` is set, a token is sampled after the last of ``token_ids``; the repetition penalty reads
     ``recent_ids``. If ``copy_from`` is set, all positions before ``position`` are first copied from that slot, in the
     state in which all earlier plans left them. ``token_mask`` limits the token that is sampled, ``logit_bias`` changes
-    its logits; both are in the last stage's copy only. ``draft`` requests drafts after the sampled token; without it
-    the draft head only writes its cache. ``is_draft``: the row's one token is a draft. A stage skips such a row if it
-    is known to be wrong: the last one if it sampled another token for that position, the others if a later plan starts
-    at that position of the slot or before it.
+    its logits; only the last stage's copy has them. ``draft`` requests drafts after the sampled token; without it the
+    draft head only writes its cache. ``is_draft``: the row's one token is a draft. A stage skips a draft row that it
+    knows to be wrong: the last stage has sampled another token for the position, the others have a later plan that
+    starts at the position of the slot or before it.
     """
 
     slot: int
@@ -69,14 +69,14 @@ class PlannedRow:
     def of(
         cls, sequence: Sequence, token_ids: tuple[int, ...], *, copy_from: int | None = None, is_draft: bool = False
     ) -> "PlannedRow":
-        """Return a row with ``token_ids`` after the planned ones of ``sequence``: prompt tokens only, or none.
+        """Return a row with ``token_ids`` after the planned tokens of ``sequence``.
 
-        If no known token follows them, the next token is sampled.
+        They are either all prompt tokens or none is. If no known token follows them, the next token is sampled.
         """
         assert sequence.slot is not None, "a waiting sequence is not planned"
         position = sequence.num_planned
         end, is_prompt = position + len(token_ids), position < sequence.num_prompt
-        row = Row(sequence.slot, position, token_ids, is_prompt, None, copy_from=copy_from, is_draft=is_draft)
+        row = Row(sequence.slot, position, token_ids, is_prompt, sampling=None, copy_from=copy_from, is_draft=is_draft)
         if end >= len(sequence.token_ids):
             row = msgspec.structs.replace(
                 row,

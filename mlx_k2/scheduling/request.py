@@ -1,4 +1,4 @@
-"""Request and finish reasons. Knows token ids, but no text."""
+"""Request: a prompt, its parameters and its priority; and the reasons why it ends. Knows token ids, but no text."""
 
 import enum
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import msgspec
 from mlx_k2.errors import RequestError
 from mlx_k2.sampling import Sampling
 
-_sampling = msgspec.msgpack.Decoder(Sampling)
+_sampling_decoder = msgspec.msgpack.Decoder(Sampling)
 
 
 class FinishReason(enum.Enum):
@@ -23,14 +23,14 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     """The caller cancelled the request."""
     ERROR = "error"
-    """The request failed; others continue."""
+    """The request failed; other requests continue."""
 
 
 class Priority(enum.Enum):
-    """Priority of a request, in the order in which they start.
+    """Priorities of requests, in the order in which waiting requests start.
 
-    A brief request starts when no interactive one waits. A background request runs only while no other waits or runs.
-    Both take the slot that holds the fewest tokens which would be lost.
+    A brief request starts when no interactive one waits. A background request runs only while no interactive one waits
+    and no other runs. Both use the free slot in which the fewest cached tokens are lost.
     """
 
     INTERACTIVE = "interactive"
@@ -47,7 +47,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     timeout_s: float | None = None
-    """Time limit, counted from the first step of its prompt. At the limit the sequence ends with the tokens so far."""
+    """Time limit, counted from the prompt's first step. At the limit the answer ends with its tokens so far."""
     priority: Priority = Priority.INTERACTIVE
 
 
@@ -55,11 +55,11 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
     """Reject a request that can never run.
 
     Raises:
-        RequestError: a sampling parameter that a stage cannot read, an empty or too long prompt, a token id of the
-            prompt or of a bias outside the vocabulary, no token to generate, or a timeout that is not above 0.
+        RequestError: a sampling parameter has the wrong type, the prompt is empty or too long, a token id of the prompt
+            or of a logit bias is outside the vocabulary, or ``max_tokens`` or ``timeout_s`` is not above 0.
     """
-    try:
-        _sampling.decode(msgspec.msgpack.encode(request.sampling))
+    try:  # encode and decode them as for a stage
+        _sampling_decoder.decode(msgspec.msgpack.encode(request.sampling))
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"a sampling parameter has the wrong type: {error}") from None
     length = len(request.prompt_ids)

@@ -3,7 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
@@ -17,29 +17,23 @@ from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.scheduling.token_policy import Accepted, TokenPolicy
 from mlx_k2.token_mask import TokenMask
 
-Answer = TypeVar("Answer")
-Asked = TypeVarTuple("Asked")
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
-_NO_TOKENS: Tokens[int] = ()
-
-INDEX_TOKENS = 128
-"""Number of tokens that are indexed for drafts at a time: about 0.2 ms."""
+INDEX_TOKENS = 128  # maximum number of tokens that one call indexes for n-gram drafts; takes about 0.2 ms
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prefix of a prompt that is already cached: in the sequence's own slot, or in slot ``copy_from``."""
+    """Prefix of a prompt that is already cached in slot ``copy_from``; None: in the sequence's own slot."""
 
     num_tokens: int = 0
     copy_from: int | None = None
 
 
-_NOTHING_SHARED = SharedPrefix()
-
-
 @dataclass(frozen=True)
-class Appended:
-    """A token of an answer, and the result of its policy. A forced token was not sampled."""
+class AppendedToken:
+    """A token of an answer, and the result of the token policy for it. A forced token was not sampled."""
 
     token: SampledToken
     accepted: Accepted
@@ -47,10 +41,11 @@ class Appended:
 
 
 class Sequence:
-    """A request that waits for a slot or runs in one. Plans carry draft tokens before it is known whether they match.
+    """A request that waits for a slot, runs in one or has ended.
 
-    A wrong draft token is undone by planning its position again. Tokens that were sampled after it arrive with the
-    number of a plan that no longer counts, and are discarded.
+    Plans carry draft tokens before the tokens at their positions are sampled. After a wrong draft token its position is
+    planned again. Tokens that were sampled after the wrong one arrive with the number of a plan that no longer counts,
+    and are discarded.
     """
 
     def __init__(
@@ -64,14 +59,14 @@ class Sequence:
         self.sampling: Sampling = msgspec.structs.replace(
             request.sampling, logit_bias=(), presence_penalty=0.0, frequency_penalty=0.0
         )
-        """The parameters for the last stage. It gets the sum of bias and penalties as ``logit_bias``."""
+        """The parameters for the last stage. Each row has the sum of bias and penalties as its own ``logit_bias``."""
         self.token_ids = array("I", request.prompt_ids)
         """The prompt and the answer so far. An array, because slots compare long prefixes."""
         self.slot: int | None = None
-        """The slot while it runs; None while it waits."""
-        self.shared = _NOTHING_SHARED
+        """The slot while the sequence runs; None while it waits."""
+        self.shared = SharedPrefix()
         self.num_cached: int | None = None
-        """Number of prompt tokens that were cached when it first started; None before."""
+        """Number of prompt tokens that were cached when the sequence first started; None before."""
         self.num_planned = 0
         """Number of positions that are cached or in a plan that was sent, draft tokens included."""
         self.last_plan = -1
@@ -82,19 +77,21 @@ class Sequence:
         self.drafts = Drafts(draft_mode)
         self.finish_reason: FinishReason | None = None
         self.error: MlxK2Error | None = None
-        """Why it ended with FinishReason.ERROR."""
+        """The cause of FinishReason.ERROR; None with any other reason."""
         self._policy = policy or TokenPolicy()
         self._biases = dict(request.sampling.logit_bias)
-        self._seen: set[int] = set()
+        """Bias by token id: that of the request, less the penalties for the answer so far."""
+        self._answer_ids: set[int] = set()  # the distinct tokens of the answer, for the presence penalty
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
-        self._sampled_by = -1
+        self._last_sampled_by: int | None = None
+        """Number of the plan that sampled the last token; None if it was forced or belongs to the prompt."""
         self._first_counting_plan = 0
-        self._end = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
+        self._max_length = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
 
     @property
-    def is_interactive(self) -> bool:
-        """True unless the request is a background request."""
-        return self.request.priority is not Priority.BACKGROUND
+    def is_background(self) -> bool:
+        """True if the request has background priority."""
+        return self.request.priority is Priority.BACKGROUND
 
     @property
     def num_prompt(self) -> int:
@@ -131,21 +128,20 @@ class Sequence:
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def logit_bias(self, end: int) -> LogitBias | None:
-        """Return bias and penalties for the token at position ``end``, which known and draft tokens precede."""
-        drafts = self._drafted_before(end) if self._has_penalties else ()
-        biases, seen = self._biases, self._seen
-        if drafts:
-            biases, seen = biases.copy(), seen.copy()
+        """Return the sum of bias and penalties for the token at position ``end``, also of the drafts before it."""
+        biases, answer_ids = self._biases, self._answer_ids
+        if self._has_penalties and (drafts := self._drafted_before(end)):
+            biases, answer_ids = biases.copy(), answer_ids.copy()
             for token_id in drafts:
-                self._penalize(token_id, biases, seen)
+                self._penalize(token_id, biases, answer_ids)
         return LogitBias.of(biases) if biases else None
 
     def token_mask(self, end: int) -> TokenMask | None:
-        """Return the policy's mask for the token at position ``end``, which known and draft tokens precede."""
-        return self._ask(self._policy.token_mask, None, self._drafted_before(end))
+        """Return the policy's mask for the token at position ``end``, after the drafts before it."""
+        return self._call_policy(self._policy.token_mask, None, self._drafted_before(end))
 
     def start(self, slot: int, shared: SharedPrefix, drafter: NgramDrafter) -> None:
-        """Run in ``slot``, which holds ``shared`` or gets a copy of it with the first row."""
+        """Start to run in ``slot``, which holds ``shared`` already or gets a copy of it with the first row."""
         self.slot = slot
         self.shared = shared
         self.num_planned = shared.num_tokens
@@ -155,7 +151,7 @@ class Sequence:
 
     def reset(self, next_plan: int) -> None:
         """Mark all positions as not cached. ``next_plan`` is the number of the first plan that counts again."""
-        self.shared = _NOTHING_SHARED
+        self.shared = SharedPrefix()
         self.num_planned = 0
         self.chunk_tokens = None
         self.drafts.clear()
@@ -167,38 +163,39 @@ class Sequence:
         None if no source has one, or if the token would end the sequence: nothing would follow it.
         """
         assert self.num_unplanned == 0, "known tokens are planned before draft tokens"
-        if self.num_planned + 1 >= self._end:
+        if self.num_planned + 1 >= self._max_length:
             return None
         self.drafter.index(self.token_ids, INDEX_TOKENS)
-        found = self.drafts.next(self.token_ids, self.drafter)
-        if found is None or found.token_id in self.request.stop_ids:
+        draft = self.drafts.next(self.token_ids, self.drafter)
+        if draft is None or draft.token_id in self.request.stop_ids:
             return None
-        if not self._ask(self._policy.may_draft, False, self.drafts.planned_ids, found.token_id):
+        if not self._call_policy(self._policy.may_draft, False, self.drafts.planned_ids, draft.token_id):
             return None
-        self.drafts.plan(found)
-        return found.token_id
+        self.drafts.plan(draft)
+        return draft.token_id
 
     def counts(self, plan: int) -> bool:
         """Return whether the token that plan ``plan`` samples will be appended, as far as is known."""
         return self.finish_reason is None and plan >= self._first_counting_plan
 
-    def propose(self, plan: int, token_ids: Tokens[int]) -> None:
-        """Take the draft head's tokens after the one that ``plan`` sampled, if that token is the last known one."""
-        if self.finish_reason is None and plan == self._sampled_by:
+    def propose(self, plan: int, token_ids: SequenceOf[int]) -> None:
+        """Store the draft head's tokens after the one that ``plan`` sampled, if that one is still the last token."""
+        if self.finish_reason is None and plan == self._last_sampled_by:
             self.drafts.propose(token_ids)
 
-    def append_forced(self) -> list[Appended]:
-        """Append the tokens that the policy forces now, in place of sampling; return them."""
-        appended: list[Appended] = []
+    def append_forced(self) -> list[AppendedToken]:
+        """Append the tokens that the policy forces now; return them."""
+        appended: list[AppendedToken] = []
         if self.finish_reason is not None:
             return appended
-        forced = deque(self._ask(self._policy.forced, _NO_TOKENS))
+        no_tokens: SequenceOf[int] = ()
+        forced = deque(self._call_policy(self._policy.forced, no_tokens))
         while forced and self.finish_reason is None:
             appended.append(self._append(SampledToken(forced.popleft()), is_forced=True))
-            forced = forced or deque(self._ask(self._policy.forced, _NO_TOKENS))
+            forced = forced or deque(self._call_policy(self._policy.forced, no_tokens))
         return appended
 
-    def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[Appended]:
+    def append_sampled(self, plan: int, token: SampledToken, next_plan: int) -> list[AppendedToken]:
         """Append the token that plan ``plan`` sampled, and the tokens that the policy forces after it; return them.
 
         ``next_plan`` is the number of the next plan to be sent. Return nothing if the plan no longer counts: the
@@ -207,17 +204,18 @@ class Sequence:
         if not self.counts(plan):
             return []
         appended = [self._append(token)]
-        num_right = len(self.token_ids) - (not self.drafts.accept(token.token_id))
+        is_draft_right = self.drafts.accept(token.token_id)
+        num_right = len(self.token_ids) if is_draft_right else len(self.token_ids) - 1
         forced = self.append_forced()
-        self._sampled_by = -1 if forced else plan
-        if forced or num_right < len(self.token_ids):
+        self._last_sampled_by = None if forced else plan
+        if forced or not is_draft_right:
             self.drafts.clear()
             self.num_planned = min(self.num_planned, num_right)
             self._first_counting_plan = next_plan
         return appended + forced
 
     def finish(self) -> Accepted:
-        """Return the text and parts that the policy held back. Call it once, when the sequence has ended early."""
+        """Return the text and parts that the policy held back. Call this once, when no token follows."""
         try:
             return self._policy.finish()
         except Exception:  # noqa: BLE001 - the sequence has ended already
@@ -227,36 +225,37 @@ class Sequence:
         """Return the drafts in plans before position ``end``."""
         return self.drafts.planned_ids[: max(0, end - len(self.token_ids))]
 
-    def _penalize(self, token_id: int, biases: dict[int, float], seen: set[int]) -> None:
-        """Subtract the penalties for one more occurrence of a token."""
-        sampling = self.request.sampling
-        penalty = sampling.frequency_penalty + (0.0 if token_id in seen else sampling.presence_penalty)
-        seen.add(token_id)
+    def _penalize(self, token_id: int, biases: dict[int, float], answer_ids: set[int]) -> None:
+        """Subtract the penalties for one more occurrence of a token, and add it to ``answer_ids``."""
+        penalty = self.request.sampling.frequency_penalty
+        if token_id not in answer_ids:
+            penalty += self.request.sampling.presence_penalty
+            answer_ids.add(token_id)
         if penalty:
             biases[token_id] = biases.get(token_id, 0.0) - penalty
 
-    def _append(self, token: SampledToken, *, is_forced: bool = False) -> Appended:
+    def _append(self, token: SampledToken, *, is_forced: bool = False) -> AppendedToken:
         self.token_ids.append(token.token_id)
         if self._has_penalties:
-            self._penalize(token.token_id, self._biases, self._seen)
-        accepted = self._ask(self._policy.accept, Accepted(), token.token_id)
+            self._penalize(token.token_id, self._biases, self._answer_ids)
+        accepted = self._call_policy(self._policy.accept, Accepted(), token.token_id)
         if self.finish_reason is not None:
-            return Appended(token, accepted, is_forced)
+            return AppendedToken(token, accepted, is_forced)
         if token.token_id in self.request.stop_ids:
             self.finish_reason = FinishReason.STOP
         elif accepted.finish_reason is not None:
             self.finish_reason = accepted.finish_reason
-        elif len(self.token_ids) >= self._end:
+        elif len(self.token_ids) >= self._max_length:
             self.finish_reason = FinishReason.LENGTH
         if self.finish_reason is not None:
-            held = self.finish()
-            accepted = Accepted(accepted.text + held.text, (*accepted.parts, *held.parts), self.finish_reason)
-        return Appended(token, accepted, is_forced)
+            rest = self.finish()
+            accepted = Accepted(accepted.text + rest.text, (*accepted.parts, *rest.parts), self.finish_reason)
+        return AppendedToken(token, accepted, is_forced)
 
-    def _ask(self, question: Callable[[*Asked], Answer], default: Answer, *asked: *Asked) -> Answer:
-        """Return the policy's answer; ``default`` if it raises an error, which ends this sequence only."""
+    def _call_policy(self, method: Callable[[*Arguments], Result], default: Result, *arguments: *Arguments) -> Result:
+        """Call a method of the policy. If it raises an error, end this sequence with it and return ``default``."""
         try:
-            return question(*asked)
+            return method(*arguments)
         except Exception as error:  # noqa: BLE001 - any error of a policy
             self._fail(error)
             return default

@@ -1,6 +1,7 @@
 """Step policy: chooses the fastest number of microbatches and chunk length by the cost model. Knows no sequences."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,26 +14,25 @@ TURNAROUND_S = 0.001
 machine, and 0.3 to 0.7 ms more per round trip on a network."""
 CHUNK_DELAY_STEPS = 4
 """Maximum delay of a decode round by prompt chunks, as a multiple of ``round_s``."""
-_AS_GOOD = 1.01
+_TIE_FACTOR = 1.01
 """Among microbatch counts within 1% of the best predicted round time, the largest is used. This hides errors of the
 cost model."""
-_SMALLEST_CHUNK = 16
-_MOST_CHUNKS = 256
-_CHUNKS_GROWTH = 1.1
-_CONTEXT_STEP = 256
-"""The decode round is chosen again when the mean context passes a multiple of this many tokens."""
+_MIN_CHUNK_TOKENS = 16
+_MAX_CHUNKS = 256
+_CHUNKS_GROWTH = 1.1  # factor from one number of chunks that is tried to the next
+_CONTEXT_STEP_TOKENS = 256  # the decode round is chosen again when the mean context passes a multiple of this
 
 
 @dataclass(frozen=True)
 class DecodeRound:
-    """Decoding sequences in ``num_microbatches`` parts. Each sequence gets one token every ``round_s`` seconds."""
+    """Division of the decoding sequences into microbatches. Each sequence gets one token every ``round_s`` seconds."""
 
     num_microbatches: int
     round_s: float
 
 
 class StepPolicy:
-    """Step policy for stages whose speeds are measured while they run."""
+    """Step policy for stages whose speeds are measured while they run. ``turnaround_s`` is as TURNAROUND_S."""
 
     def __init__(self, stages: Sequence[StageCost], turnaround_s: float = TURNAROUND_S) -> None:
         self._sizes = [stage.sizes for stage in stages]
@@ -50,7 +50,7 @@ class StepPolicy:
 
     def decode_round(self, num_sequences: int, mean_context: int) -> DecodeRound:
         """Return the division of ``num_sequences`` decoding sequences into microbatches."""
-        key = num_sequences, mean_context // _CONTEXT_STEP
+        key = num_sequences, mean_context // _CONTEXT_STEP_TOKENS
         if key not in self._rounds:
             self._rounds[key] = best_round(self.stages, num_sequences, mean_context, self._turnaround_s)
         return self._rounds[key]
@@ -58,36 +58,32 @@ class StepPolicy:
     def chunk_tokens(self, position: int, num_tokens: int, longest: int) -> int:
         """Return the chunk length, at most ``longest``, with which a prompt leaves the last stage soonest.
 
-        ``num_tokens`` prompt tokens follow from ``position`` on. Many chunks keep all stages busy: C chunks on two
-        stages give a speedup of 2C / (C + 1). But each chunk reads the weights again.
+        The prompt has ``num_tokens`` tokens, the first at ``position``. Many chunks keep all stages busy: C chunks on
+        two stages give a speedup of 2C / (C + 1). But each chunk reads the weights again.
         """
         stages = self.stages
-        best, best_s = longest, math.inf
-        for chunk in _chunk_lengths(num_tokens, longest):
-            total_s = prefill_s(stages, position, num_tokens, chunk)
-            if total_s < best_s:
-                best, best_s = chunk, total_s
-        return best
+        lengths = _chunk_lengths(num_tokens, longest)
+        return min(lengths, key=lambda chunk: prefill_s(stages, position, num_tokens, chunk))
 
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
-        """Return how many prompt tokens, at least 1, may join ``load`` so that each stage takes at most ``limit_s``."""
-        stages = self.stages
-        fitting, too_long = 1, longest + 1
-        while too_long - fitting > 1:
-            count = (fitting + too_long) // 2
-            joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
-            if max(stage.step_s(joined) for stage in stages) <= limit_s:
-                fitting = count
-            else:
-                too_long = count
-        return fitting
+        """Return how many prompt tokens may join ``load`` if a step may take at most ``limit_s`` on each stage.
 
-    def drafts_pay(self) -> bool:
-        """Return whether a lone sequence is expected to be faster with the draft head's tokens.
-
-        Step times are those of a short context; a longer one adds to all stages alike.
+        They begin at ``position`` and are at most ``longest``. One token may join in any case.
         """
-        load = row_load(_CONTEXT_STEP, 1, is_prompt=False, needs_logits=True)
+        stages = self.stages
+
+        def slowest_s(count: int) -> float:
+            joined = load + row_load(position, count, is_prompt=True, needs_logits=False)
+            return max(stage.step_s(joined) for stage in stages)
+
+        return max(1, bisect_right(range(1, longest + 1), limit_s, key=slowest_s))
+
+    def drafts_are_faster(self) -> bool:
+        """Return whether a lone sequence is predicted to be faster with the draft head's tokens.
+
+        The prediction is for a short context: a longer one adds to the times of all stages alike.
+        """
+        load = row_load(_CONTEXT_STEP_TOKENS, 1, is_prompt=False, needs_logits=True)
         stages_s = [stage.step_s(load) for stage in self.stages]
         draft_s = self.stages[-1].draft_s if self._draft_s is None else self._draft_s
         with_drafts_s = drafted_token_s(stages_s, draft_s, self._turnaround_s, EXPECTED_ACCEPTANCE)
@@ -97,7 +93,7 @@ class StepPolicy:
         """Record that the draft head took ``busy_s`` seconds for the drafts after one token."""
         self._draft_s = busy_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * busy_s
 
-    def through_s(self, load: StepLoad) -> float:
+    def latency_s(self, load: StepLoad) -> float:
         """Return the predicted seconds of a step through all stages."""
         return sum(stage.step_s(load) for stage in self.stages)
 
@@ -108,25 +104,25 @@ class StepPolicy:
 
 
 def drafted_token_s(stages_s: Sequence[float], draft_s: float, turnaround_s: float, acceptance: float) -> float:
-    """Return the mean seconds of a token with one draft in flight for each further stage.
+    """Return the mean seconds per token if a draft is in flight for each stage but one.
 
-    A right draft costs a cycle: the slowest stage's time and its share of the turnaround, or the last stage's and the
-    draft head's. A wrong one costs the time through all stages. ``draft_s``: the head's drafts after one token.
+    After a right draft the next token comes one cycle later: after the time of the slowest stage with its hop, or of
+    the last stage with the draft head (``draft_s``). After a wrong one it comes after the time through all stages.
     """
     hop_s = turnaround_s / len(stages_s)
-    cycle_s = max(*(seconds + hop_s for seconds in stages_s[:-1]), stages_s[-1] + draft_s, 0.0)
+    cycle_s = max([*(seconds + hop_s for seconds in stages_s[:-1]), stages_s[-1] + draft_s])
     return acceptance * cycle_s + (1 - acceptance) * (sum(stages_s) + turnaround_s)
 
 
 def best_round(stages: Sequence[StageCost], num_sequences: int, mean_context: int, turnaround_s: float) -> DecodeRound:
     """Return the decode round with the shortest predicted time, with up to twice as many microbatches as stages."""
-    most = min(num_sequences, 2 * len(stages))
+    max_microbatches = min(num_sequences, 2 * len(stages))
     rounds = [
         DecodeRound(count, round_s(stages, num_sequences, mean_context, count, turnaround_s))
-        for count in range(1, most + 1)
+        for count in range(1, max_microbatches + 1)
     ]
-    good_s = _AS_GOOD * min(choice.round_s for choice in rounds)
-    return max((choice for choice in rounds if choice.round_s <= good_s), key=lambda choice: choice.num_microbatches)
+    limit_s = _TIE_FACTOR * min(choice.round_s for choice in rounds)
+    return next(choice for choice in reversed(rounds) if choice.round_s <= limit_s)
 
 
 def round_s(
@@ -139,35 +135,34 @@ def round_s(
     """
     smaller, num_larger = divmod(num_sequences, num_microbatches)
     larger = smaller + 1 if num_larger else smaller
-    one = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
-    times = {size: [stage.step_s(one * size) for stage in stages] for size in {smaller, larger}}
+    token_load = row_load(mean_context, 1, is_prompt=False, needs_logits=True)
+    larger_s = [stage.step_s(token_load * larger) for stage in stages]
     busy_s = [
-        times[larger][rank] * num_larger + times[smaller][rank] * (num_microbatches - num_larger)
-        for rank in range(len(stages))
+        num_larger * step_s + (num_microbatches - num_larger) * stage.step_s(token_load * smaller)
+        for stage, step_s in zip(stages, larger_s, strict=True)
     ]
-    return max(*busy_s, sum(times[larger]) + turnaround_s)
+    return max(*busy_s, sum(larger_s) + turnaround_s)
 
 
 def prefill_s(stages: Sequence[StageCost], position: int, num_tokens: int, chunk: int) -> float:
-    """Return the seconds until a prompt's last chunk leaves the last stage."""
+    """Return the seconds until ``num_tokens`` prompt tokens in chunks of ``chunk`` have left the last stage."""
     end = position + num_tokens
-
-    def loads() -> Iterator[StepLoad]:
-        for start in range(position, end, chunk):
-            count = min(chunk, end - start)
-            yield row_load(start, count, is_prompt=True, needs_logits=start + count == end)
-
-    return pipeline_s([stage.step_s(load) for stage in stages] for load in loads())
+    steps_s = []
+    for start in range(position, end, chunk):
+        count = min(chunk, end - start)
+        load = row_load(start, count, is_prompt=True, needs_logits=start + count == end)
+        steps_s.append([stage.step_s(load) for stage in stages])
+    return pipeline_s(steps_s)
 
 
 def _chunk_lengths(num_tokens: int, longest: int) -> Iterator[int]:
     """Yield candidate chunk lengths, from the longest to the shortest useful one."""
-    count = -(-num_tokens // longest)
-    while count <= _MOST_CHUNKS:
-        chunk = -(-num_tokens // count)
-        yield min(chunk, longest)
-        if chunk <= _SMALLEST_CHUNK:
-            return
-        count = max(count + 1, int(count * _CHUNKS_GROWTH))
-    if num_tokens > _MOST_CHUNKS * longest:
+    num_chunks = math.ceil(num_tokens / longest)
+    if num_chunks > _MAX_CHUNKS:
         yield longest
+    while num_chunks <= _MAX_CHUNKS:
+        chunk = math.ceil(num_tokens / num_chunks)
+        yield chunk
+        if chunk <= _MIN_CHUNK_TOKENS:
+            return
+        num_chunks = max(num_chunks + 1, int(num_chunks * _CHUNKS_GROWTH))

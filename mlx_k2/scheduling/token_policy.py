@@ -1,4 +1,4 @@
-"""Token policy: decides after each token of one sequence how the sequence continues. Knows no plans and no stages."""
+"""Token policy: decides after each token how its sequence continues. Knows no plans and no stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,6 @@ class Accepted:
     """None: the sequence continues."""
 
 
-_NOTHING = Accepted()
-
-
 class TokenPolicy:
     """Decisions between a sampled token and the next plan. This base class allows every token and makes no text.
 
@@ -30,10 +27,10 @@ class TokenPolicy:
 
     def accept(self, token_id: int) -> Accepted:  # noqa: ARG002 - for subclasses
         """Record the next token of the answer, sampled or forced, and return what it completes."""
-        return _NOTHING
+        return Accepted()
 
     def forced(self) -> Sequence[int]:
-        """Return tokens that follow without sampling. Called at the start and after each accepted token."""
+        """Return tokens that follow without sampling, if any. Called at the start, and after tokens were accepted."""
         return ()
 
     def token_mask(self, draft_ids: Sequence[int]) -> TokenMask | None:  # noqa: ARG002 - for subclasses
@@ -45,5 +42,5 @@ class TokenPolicy:
         return True
 
     def finish(self) -> Accepted:
-        """Return the text and parts that were held back. Called once, when no token follows."""
-        return _NOTHING
+        """Return the text and parts that were held back until now. Called once, when no token follows."""
+        return Accepted()

@@ -144,7 +144,7 @@ class TokenStages(StageGroup):
         """Return 0: there is no guard."""
         return 0.0
 
-    def has_come_up(self, rank: int) -> bool:  # noqa: ARG002 - the group's argument
+    def has_started(self, rank: int) -> bool:  # noqa: ARG002 - the group's argument
         """Return True."""
         return True
 

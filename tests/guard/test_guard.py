@@ -1,4 +1,4 @@
-"""Tests of the guard as its own process over small real stages. The test acts as its coordinator."""
+"""Tests of the guard, as a process over the small stages of stage_programs.py. The test acts as the coordinator."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LONG_LEASE_S = 600.0
 
 
 class GuardedStage:
-    """A running guard and its stage."""
+    """A running guard, its stage and its watchdog. ``program`` is the name of the stage's program."""
 
     def __init__(self, program: str) -> None:
         self.process = subprocess.Popen(
@@ -41,13 +41,13 @@ class GuardedStage:
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.streams = (self.process.stdin, self.process.stdout, self.process.stderr)
-        self._input, self.output, self._log = self.streams
-        self.set()
+        self._input, self.output, self._stderr = self.streams
+        self.send_settings()
         assert skip_to_mark(self.output) == b""
         assert decode_from_stage(self.read().payload) == Connected()
         self.guard = psutil.Process(self.process.pid)
         self.descendants = self.guard.children(recursive=True)
-        self.all = [self.guard, *self.descendants]
+        self.processes = [self.guard, *self.descendants]
 
     @property
     def stage(self) -> psutil.Process:
@@ -58,17 +58,16 @@ class GuardedStage:
         return next(process for process in self.descendants if "mlx_k2.guard.watchdog" in process.cmdline())
 
     def write(self, kind: Kind, payload: bytes) -> None:
-        self._input.write(encode_frame(kind, payload))
-        self._input.flush()
+        self.write_raw(encode_frame(kind, payload))
 
     def write_raw(self, data: bytes) -> None:
         self._input.write(data)
         self._input.flush()
 
-    def set(self, lease_s: float = 20.0, held_bytes: int = 0) -> None:
+    def send_settings(self, lease_s: float = 20.0, held_bytes: int = 0) -> None:
         self.write(Kind.GUARD_SETTINGS, GuardSettings(lease_s, held_bytes).to_json())
 
-    def step(self, number: int) -> None:
+    def send_step(self, number: int) -> None:
         self.write(Kind.MESSAGE, encode_message(Step(number, ())))
 
     def close(self) -> None:
@@ -78,15 +77,12 @@ class GuardedStage:
         """Return the next frame of ``kind``, or without it the next frame that is not a stage status."""
         while True:
             frame = read_frame(self.output)
-            assert frame is not None, f"the guard has ended: {self.log()}"
+            assert frame is not None, f"the guard has ended: {self._stderr.read().decode()}"
             if frame.kind is kind or (kind is None and frame.kind is not Kind.STAGE_STATUS):
                 return frame
 
-    def log(self) -> str:
-        return self._log.read().decode()
-
     def last_frame(self) -> dict[str, object]:
-        """Return the guard's last frame, which states how the stage ended."""
+        """Read to the end; return the payload of the guard's last frame, which states how the stage ended."""
         last = None
         while (frame := read_frame(self.output)) is not None:
             last = frame
@@ -96,8 +92,8 @@ class GuardedStage:
     def wait_until_gone(self, timeout_s: float = END_S) -> None:
         """Wait until every process is gone."""
         deadline = time.monotonic() + timeout_s
-        while alive := [process for process in self.all if _runs(process)]:
-            assert time.monotonic() < deadline, f"still there after {timeout_s} s: {alive}"
+        while alive := [process for process in self.processes if _runs(process)]:
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s: {alive}"
             self.process.poll()
             time.sleep(0.01)
 
@@ -119,7 +115,7 @@ def start() -> Iterator[Callable[[str], GuardedStage]]:
 
     yield start
     for stage in stages:
-        for process in stage.all:
+        for process in stage.processes:
             if _runs(process):
                 process.kill()
         stage.process.wait(END_S)
@@ -136,7 +132,7 @@ def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start
     stage.write(Kind.HEARTBEAT, b"beat 1")
     assert stage.read() == Frame(Kind.HEARTBEAT, b"beat 1")
     for number in range(1000):
-        stage.step(number)
+        stage.send_step(number)
     for number in range(1000):
         assert decode_from_stage(stage.read().payload) == StepDone(number=number, busy_s=0.0, receive_s=0.0)
 
@@ -162,12 +158,12 @@ def test_a_closed_connection_ends_the_stage_with_exit_code_0(start: Start) -> No
 
 
 @pytest.mark.parametrize("program", ["reads_nothing", "with_child", "repeats_answers"])
-def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -> None:
+def test_the_end_of_the_coordinator_leaves_no_process(start: Start, program: str) -> None:
     stage = start(program)
-    stage.set(lease_s=LONG_LEASE_S)
+    stage.send_settings(lease_s=LONG_LEASE_S)
     if program == "repeats_answers":
         for number in range(100):
-            stage.step(number)
+            stage.send_step(number)
     stage.close()
     stage.output.close()
     stage.wait_until_gone()
@@ -176,7 +172,7 @@ def test_the_end_of_the_coordinator_leaves_nothing(start: Start, program: str) -
 @pytest.mark.slow
 def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(start: Start) -> None:
     stage = start("ignores_signals")
-    stage.set(held_bytes=10 * 10**9)
+    stage.send_settings(held_bytes=10 * 10**9)
     began = time.monotonic()
     stage.close()
     assert stage.last_frame()["signal"] == signal.SIGKILL
@@ -186,7 +182,7 @@ def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(
 @pytest.mark.slow
 def test_the_stage_ends_when_no_heartbeat_comes_within_the_lease(start: Start) -> None:
     stage = start("reads_nothing")
-    stage.set(lease_s=2.0)
+    stage.send_settings(lease_s=2.0)
     for _ in range(6):
         time.sleep(0.4)  # the test needs real time: 2.4 s in all, longer than the lease
         stage.write(Kind.HEARTBEAT, b"")
@@ -225,32 +221,32 @@ def test_an_unexpected_frame_ends_the_stage(start: Start, data: bytes, reason: s
 )
 def test_without_settings_as_the_first_frame_the_guard_starts_no_stage(data: bytes, complaint: str) -> None:
     command = [sys.executable, guarded.__file__, "echo"]
-    ran = subprocess.run(command, input=data, capture_output=True, timeout=END_S)
-    assert ran.returncode == 1
-    assert ran.stdout == b""
-    assert complaint in ran.stderr.decode()
+    result = subprocess.run(command, input=data, capture_output=True, timeout=END_S)
+    assert result.returncode == 1
+    assert result.stdout == b""
+    assert complaint in result.stderr.decode()
 
 
-def test_the_first_settings_are_the_environment_that_the_stage_starts_with() -> None:
+def test_the_stage_starts_with_the_environment_of_the_first_settings() -> None:
     settings = GuardSettings(environment=("MLX_OF_THE_HOSTFILE=a=b", "HOME=/nowhere"))
     script = (
         "import os, sys; from mlx_k2.guard.guard import run_guard; "
         "os._exit(run_guard([sys.executable, '-c', "
         '\'import os; os.write(2, repr([os.environ[n] for n in ("MLX_OF_THE_HOSTFILE", "HOME")]).encode())\']))'
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script],
         input=encode_frame(Kind.GUARD_SETTINGS, settings.to_json()),
         capture_output=True,
         timeout=END_S,
     )
-    assert ran.stderr == b"['a=b', '/nowhere']"
+    assert result.stderr == b"['a=b', '/nowhere']"
 
 
 @pytest.mark.parametrize("program", ["echo", "reads_nothing", "with_child"])
-def test_a_killed_guard_leaves_nothing(start: Start, program: str) -> None:
+def test_a_killed_guard_leaves_no_process(start: Start, program: str) -> None:
     stage = start(program)
-    stage.set(lease_s=LONG_LEASE_S)
+    stage.send_settings(lease_s=LONG_LEASE_S)
     stage.process.kill()
     stage.wait_until_gone()
 
@@ -267,26 +263,26 @@ def test_the_watchdog_kills_a_stage_that_ignores_sigterm_after_its_guard_is_kill
 @pytest.mark.slow
 def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start) -> None:
     stage = start("reads_nothing")
-    stage.set(lease_s=2.0)
-    since_s = status(stage).for_s
-    while status(stage).for_s < since_s + 2 * TICK_S:
+    stage.send_settings(lease_s=2.0)
+    starting_s = status(stage).for_s
+    while status(stage).for_s < starting_s + 2 * TICK_S:
         pass  # after two ticks of the guard the watchdog knows the lease
     stage.guard.suspend()
-    stage.wait_until_gone(DEFAULT_LEASE_S - 2)
+    stage.wait_until_gone(DEFAULT_LEASE_S - 2)  # the default lease would be too long
 
 
-def test_a_suspended_stage_is_ended_in_under_3_s(start: Start) -> None:
+def test_a_suspended_stage_is_ended_by_sigterm(start: Start) -> None:
     stage = start("echo")
     stage.stage.suspend()
     stage.close()
-    assert stage.last_frame()["signal"] == signal.SIGTERM  # SIGKILL would be sent later
+    assert stage.last_frame()["signal"] == signal.SIGTERM
     stage.wait_until_gone()
 
 
 def test_a_killed_watchdog_does_not_end_the_stage(start: Start) -> None:
     stage = start("echo")
     stage.watchdog.kill()
-    stage.step(1)
+    stage.send_step(1)
     assert stage.read().kind is Kind.MESSAGE
     stage.close()
     assert stage.last_frame()["exit_code"] == 0
@@ -298,16 +294,16 @@ def test_the_last_frame_holds_the_stages_exit_code_or_signal(start: Start) -> No
 
 
 def test_a_stage_that_writes_bytes_that_are_not_frames_is_ended(start: Start) -> None:
-    last = start("writes_garbage").last_frame()
-    assert last["signal"] == signal.SIGTERM
-    assert "bytes that are not frames" in str(last["reason"])
+    stage_exit = start("writes_garbage").last_frame()
+    assert stage_exit["signal"] == signal.SIGTERM
+    assert "bytes that are not frames" in str(stage_exit["reason"])
 
 
 def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:
     stage = start("reads_nothing")
     for number in range(20_000):
         try:
-            stage.step(number)
+            stage.send_step(number)
         except BrokenPipeError:
             break
     assert "the stage has stopped reading" in str(stage.last_frame()["reason"])
@@ -315,7 +311,7 @@ def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> N
 
 def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
     stage = start("with_child")
-    assert len(stage.descendants) == 3
+    assert len(stage.descendants) == 3  # the watchdog, the stage and its child
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     stage.last_frame()
     stage.wait_until_gone()
@@ -323,30 +319,31 @@ def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
 
 def test_the_guard_runs_with_only_the_standard_library(tmp_path: Path) -> None:
     script = "import sys, mlx_k2.stage.__main__; print([m for m in ('msgspec', 'mlx', 'numpy') if m in sys.modules])"
-    ran = subprocess.run(
-        [sys.executable, "-S", "-c", script],
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", script],  # -S: without installed packages
         env={**os.environ, "PYTHONPATH": str(Path(guarded.__file__).parents[2])},
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert ran.stdout == "[]\n", ran.stderr
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_a_heartbeat_returns_the_stage_status_with_phase_age_and_stopped_time(start: Start) -> None:
     stage = start("receives")
     stage.stage.suspend()
-    reported = [status(stage)]
-    while not reported[-1].stopped_s:
-        reported.append(status(stage))
-    assert {each.update for each in reported} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
-    assert reported[-1].for_s > 0
+    statuses = [status(stage)]
+    while not statuses[-1].stopped_s:
+        statuses.append(status(stage))
+    assert {each.update for each in statuses} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
+    assert statuses[-1].for_s > 0
     stage.stage.resume()
     while status(stage).stopped_s:
         pass
 
 
 def status(stage: GuardedStage) -> StageStatus:
+    """Return the status that comes before the answer to a heartbeat."""
     stage.write(Kind.HEARTBEAT, b"")
     return StageStatus.from_json(stage.read(Kind.STAGE_STATUS).payload)
 

@@ -69,8 +69,8 @@ def without_compiling() -> Iterator[None]:
 def tokens_alone(checkpoint: Checkpoint) -> list[Tokens]:
     """Return the tokens of each request when it runs alone on one stage, without chunks, reused prefixes and drafts."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
-    limits = SchedulerLimits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1)
-    policy = FixedStepPolicy(1, CONTEXT_TOKENS, CONTEXT_TOKENS)
+    limits = SchedulerLimits(num_slots=1, context_tokens=CONTEXT_TOKENS, chunk_tokens=CONTEXT_TOKENS, num_stages=1)
+    policy = FixedStepPolicy(num_microbatches=1, chunk=CONTEXT_TOKENS, beside=CONTEXT_TOKENS)
     return [run(pipeline, Scheduler(limits, policy), [request])[0] for request in requests()]
 
 
@@ -83,7 +83,9 @@ def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
     checkpoint: Checkpoint, tokens_alone: list[Tokens], num_stages: int, chunk_tokens: int, num_slots: int, drafts: bool
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), num_stages)
-    limits = SchedulerLimits(num_slots, CONTEXT_TOKENS, chunk_tokens, num_stages)
+    limits = SchedulerLimits(
+        num_slots=num_slots, context_tokens=CONTEXT_TOKENS, chunk_tokens=chunk_tokens, num_stages=num_stages
+    )
     scheduler = Scheduler(
         limits,
         FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)),
