@@ -142,4 +142,4 @@ def prompt_s(program: Program, model: str, num_macs: int, tokens: int, mac: Mac 
     """Return the seconds of a prompt whose layers are divided evenly over ``num_macs`` Macs."""
     starts = range(0, tokens, program.chunk)
     chunk_times_s = [chunk_s(program, model, start, min(tokens, start + program.chunk), mac) for start in starts]
-    return pipeline_s([time_s / num_macs] * num_macs for time_s in chunk_times_s)
+    return pipeline_s([[time_s / num_macs] * num_macs for time_s in chunk_times_s])

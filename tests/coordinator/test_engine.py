@@ -15,7 +15,7 @@ from mlx_k2.deployment.restarting import WAITING
 from mlx_k2.errors import Cancelled, ClusterError, EngineBusy, RequestError, RequestFailed, StageFault
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
-from mlx_k2.scheduling.scheduler import TokensAppended
+from mlx_k2.scheduling.scheduler import AppendedTokens
 from mlx_k2.testing.token_stages import answer_alone
 from tests.advice import follows_advice
 from tests.coordinator.token_engine import CONTEXT_TOKENS, VOCAB_SIZE, WAIT_S, TokenEngine, request, token_engine
@@ -291,7 +291,7 @@ def test_a_request_whose_last_token_arrives_while_the_engine_closes_gets_its_ans
         handle = harness.engine.submit(request(1, 2, max_tokens=1))
         complete = harness.scheduler.complete
 
-        def complete_after_close(*step: Any, **details: Any) -> list[TokensAppended]:
+        def complete_after_close(*step: Any, **details: Any) -> list[AppendedTokens]:
             threading.Thread(target=harness.engine.__exit__, args=(None, None, None)).start()
             while harness.engine._loop._commands.empty():  # until the command to close is queued
                 threading.Event().wait(0.001)

@@ -46,7 +46,7 @@ def test_a_missing_log_folder_is_notified_once_and_raises_nothing(tmp_path: Path
 
 def test_a_report_has_the_tail_of_each_stages_log_and_is_never_overwritten(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DeploymentListener())
-    for rank, num_lines in ((0, 3), (1, run_log.LAST_LINES + 50)):
+    for rank, num_lines in ((0, 3), (1, run_log.MAX_LINES + 50)):
         for number in range(num_lines):
             log.log(f"[stage {rank} mac-{rank}] line {number}")
     reports = [log.write_report(reason, ["stage 0 on mac-0 (loading for 2 s)"]) for reason in ("a fault", "another")]

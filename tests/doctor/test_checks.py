@@ -183,7 +183,7 @@ def test_each_state_of_a_host_gives_the_right_result_and_advice(
 ) -> None:
     (check,) = checks
     assert check.result is result
-    assert re.search(pattern, check.found), check.found
+    assert re.search(pattern, check.message), check.message
     if "`" in pattern and result is not OK:
         assert check.commands
 

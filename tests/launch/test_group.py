@@ -99,7 +99,7 @@ def test_guards_answer_repeatedly_while_their_stages_hold_the_gil(make_group: Ma
 def test_the_end_of_a_failed_stage_has_its_exit_code_and_the_tail_of_its_stderr(make_group: MakeGroup) -> None:
     with make_group("echo", "failing") as group:
         end = end_among(receive(group, 3))
-        assert (end.rank, end.came_up, end.exit_code, end.signal) == (1, True, 3, None)
+        assert (end.rank, end.has_started, end.exit_code, end.signal) == (1, True, 3, None)
         assert end.stderr_tail == ("ValueError: no such layer",)
         error = end.as_error()
         assert isinstance(error, StageFault)

@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 
 from mlx_k2.errors import ProtocolError
-from mlx_k2.protocol.framing import QUEUE_FRAMES, Frame, FrameReader, FrameWriter, Kind
+from mlx_k2.protocol.framing import MAX_QUEUED_FRAMES, Frame, FrameReader, FrameWriter, Kind
 
 NUM_INTERRUPTS = 200
 
@@ -36,7 +36,7 @@ class Pipe:
 def fill_queue(writer: FrameWriter) -> None:
     """Put more frames than the queue of a writer holds while nothing is read."""
     writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread blocks
-    for _ in range(QUEUE_FRAMES + 1):
+    for _ in range(MAX_QUEUED_FRAMES + 1):
         writer.put(Kind.MESSAGE, b"")
 
 

@@ -15,7 +15,7 @@ from mlx_k2.errors import ProtocolError
 from mlx_k2.protocol.framing import (
     MARK,
     MARK_START,
-    MAX_CHATTER_BYTES,
+    MAX_SHELL_OUTPUT_BYTES,
     MAX_PAYLOAD_BYTES,
     Frame,
     Kind,
@@ -84,9 +84,9 @@ def test_the_output_of_a_login_shell_before_the_opening_mark_is_skipped(shell_ou
 
 
 def test_up_to_64_kb_before_the_opening_mark_is_skipped_and_more_is_refused() -> None:
-    assert len(skip_to_mark(io.BytesIO(b"x" * MAX_CHATTER_BYTES + MARK))) == MAX_CHATTER_BYTES
+    assert len(skip_to_mark(io.BytesIO(b"x" * MAX_SHELL_OUTPUT_BYTES + MARK))) == MAX_SHELL_OUTPUT_BYTES
     with pytest.raises(ProtocolError, match="sent 64 KB without its opening mark"):
-        skip_to_mark(io.BytesIO(b"x" * (MAX_CHATTER_BYTES + 1) + MARK))
+        skip_to_mark(io.BytesIO(b"x" * (MAX_SHELL_OUTPUT_BYTES + 1) + MARK))
 
 
 def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:

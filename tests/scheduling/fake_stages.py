@@ -16,7 +16,7 @@ from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, TokensAppended
+from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, AppendedTokens
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 
@@ -60,7 +60,7 @@ class FixedStepPolicy(StepPolicy):
     def chunk_beside(self, load: StepLoad, position: int, longest: int, limit_s: float) -> int:
         return min(self.beside_chunk_tokens, longest)
 
-    def drafts_pay(self) -> bool:
+    def drafts_are_faster(self) -> bool:
         return True
 
 
@@ -110,7 +110,7 @@ class SchedulerRun:
         )
         return True
 
-    def complete(self) -> list[TokensAppended]:
+    def complete(self) -> list[AppendedTokens]:
         """Execute the oldest microbatch in flight, if there is one, and complete it in the scheduler."""
         if not self._in_flight:
             return []

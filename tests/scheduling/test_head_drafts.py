@@ -156,10 +156,10 @@ def test_an_interactive_sequence_gets_drafts_while_a_background_one_keeps_its_sl
     for _ in range(5):
         run.step()
     run.submit(40)
-    while any(sequence.is_interactive for sequence in [*run.scheduler.waiting, *run.scheduler.running]):
+    while any(not sequence.is_background for sequence in [*run.scheduler.waiting, *run.scheduler.running]):
         run.step()
     assert len(run.scheduler.running) == 1
-    assert sum(planned.row.is_draft for planned in run.rows if planned.sequence.is_interactive) >= 38
+    assert sum(planned.row.is_draft for planned in run.rows if not planned.sequence.is_background) >= 38
 
 
 @dataclass
@@ -254,8 +254,8 @@ def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_it_is
     speed = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / 0.02, operations_per_s=1.0)
     policy = StepPolicy([StageCost(SIZES, speed)] * 2)  # 20 ms for a token on each stage
     policy.observe_draft(draft_s)
-    assert policy.drafts_pay() is is_faster
-    assert DraftSwitch(policy.drafts_pay).is_on is is_faster
+    assert policy.drafts_are_faster() is is_faster
+    assert DraftSwitch(policy.drafts_are_faster).is_on is is_faster
 
 
 def test_the_predicted_time_of_a_drafted_token_is_between_that_of_a_cycle_and_that_of_all_stages() -> None:

@@ -152,7 +152,7 @@ class PipelinedStages:
         if drafted is not None:
             self.scheduler.propose(microbatch, self._replace_drafts(microbatch, drafted.token_ids))
         for result in completed:
-            yield result.sequence, [appended.token for appended in result.appended]
+            yield result.sequence, [appended.token for appended in result.tokens]
 
     def _replace_drafts(self, microbatch: Microbatch, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         (planned,) = microbatch.rows

@@ -54,7 +54,7 @@ def run(pipeline: Pipeline, scheduler: Scheduler, submitted: Sequence[Request]) 
             in_flight.append((microbatch.number, sampled, is_skipped))
         number, sampled, is_skipped = in_flight.popleft()
         for result in scheduler.complete(number, sampled, is_skipped=is_skipped):
-            tokens[id(result.sequence.request)] += [appended.token for appended in result.appended]
+            tokens[id(result.sequence.request)] += [appended.token for appended in result.tokens]
     return [tokens[id(request)] for request in submitted]
 
 
@@ -70,7 +70,7 @@ def tokens_alone(checkpoint: Checkpoint) -> list[Tokens]:
     """Return the tokens of each request when it runs alone on one stage, without chunks, reused prefixes and drafts."""
     pipeline = Pipeline(checkpoint("thinking"), 1)
     limits = SchedulerLimits(num_slots=1, context_tokens=CONTEXT_TOKENS, chunk_tokens=CONTEXT_TOKENS, num_stages=1)
-    policy = FixedStepPolicy(num_microbatches=1, chunk=CONTEXT_TOKENS, beside=CONTEXT_TOKENS)
+    policy = FixedStepPolicy(num_microbatches=1, lone_chunk_tokens=CONTEXT_TOKENS, beside_chunk_tokens=CONTEXT_TOKENS)
     return [run(pipeline, Scheduler(limits, policy), [request])[0] for request in requests()]
 
 
