@@ -15,8 +15,8 @@ from mlx_k2.errors import ProtocolError
 from mlx_k2.protocol.framing import (
     MARK,
     MARK_START,
-    MAX_SHELL_OUTPUT_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_SHELL_OUTPUT_BYTES,
     Frame,
     Kind,
     encode_frame,

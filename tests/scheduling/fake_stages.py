@@ -16,7 +16,7 @@ from mlx_k2.scheduling.cost_model import StepLoad
 from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.scheduling.microbatch import Microbatch, Row
 from mlx_k2.scheduling.request import FinishReason, Request
-from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits, AppendedTokens
+from mlx_k2.scheduling.scheduler import AppendedTokens, Scheduler, SchedulerLimits
 from mlx_k2.scheduling.sequence import Sequence
 from mlx_k2.scheduling.step_policy import DecodeRound, StepPolicy
 
