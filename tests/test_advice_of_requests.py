@@ -15,8 +15,10 @@ from mlx_k2.server.responses_request import conversation_of, read_responses_requ
 pytestmark = pytest.mark.timeout(60)
 USER = {"role": "user", "content": "a"}
 FUNCTION = {"type": "function", "name": "f"}
+Rows = tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+"""Rows of a message with advice, fields of a request that it refuses, and fields that follow the advice."""
 
-CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+CHATS: Rows = (
     (
         "give text, json_object, or json_schema with json_schema.schema",
         {"response_format": {"type": "xml"}},
@@ -48,7 +50,7 @@ CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("max_tokens is 0: give at least 1", {"max_tokens": 0}, {"max_tokens": 1}),
     ("stop: give at most 16 strings", {"stop": ["a"] * 17}, {"stop": ["a"] * 16}),
 )
-COMPLETIONS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+COMPLETIONS: Rows = (
     ("prompt: give one text, or the token ids of one", {"prompt": ["a", "b"]}, {"prompt": [3, 4]}),
     ("suffix is not supported: leave it out", {"suffix": "a"}, {}),
     ("this server returns every choice: leave best_of out", {"best_of": 2}, {}),
@@ -73,15 +75,15 @@ def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted
     message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
-        asked = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
-        return bool(asked.text_or_ids)
+        completion = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
+        return bool(completion.text_or_ids)
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
     assert read(right)
 
 
-MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+MESSAGES: Rows = (
     (
         "messages[0].role is 'tool': give user or assistant",
         {"messages": [{"role": "tool", "content": "a"}]},
@@ -107,7 +109,7 @@ MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         for kind in ("auto", "any", "tool", "none")
     ),
 )
-RESPONSES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+RESPONSES: Rows = (
     (
         "conversations are not stored: use previous_response_id",
         {"conversation": "conv_1"},
@@ -133,8 +135,8 @@ def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is
     message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
-        asked = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
-        return asked.chat.messages[-1] == USER
+        request = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
+        return request.chat.messages[-1] == USER
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
@@ -146,8 +148,8 @@ def test_a_request_for_a_response_that_follows_the_advice_of_its_refusal_is_acce
     message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
     def read(fields: dict[str, Any]) -> bool:
-        asked = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
-        return asked.messages == [USER] and not asked.warnings
+        conversation = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
+        return conversation.messages == [USER] and not conversation.warnings
 
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
