@@ -43,9 +43,7 @@ def test_a_file_of_prompts_that_follows_the_advice_of_its_refusal_is_read(tmp_pa
 @follows_advice(
     "there is no standard input: give a file as --prompts",
 )
-def test_without_standard_input_the_prompts_are_read_from_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_standard_input_prompts_are_read_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(RequestError, match="there is no standard input: give a file as --prompts"):
         read_prompt_lines("-")
@@ -149,9 +147,7 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     "--plot needs matplotlib: run `python -m pip install matplotlib`",
     "for instance `hf auth login`",
 )
-def test_printed_commands_of_other_tools_are_ones_that_these_tools_accept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_printed_commands_are_ones_that_their_tools_accept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as without_matplotlib:
         without_matplotlib.setitem(sys.modules, "matplotlib", None)
         error = refusal("bench", "--plot", str(tmp_path / "p.png"))

@@ -135,9 +135,7 @@ COMMAND_LINES = (  # a message with advice, a command line that it refuses, and 
 
 
 @pytest.mark.parametrize(("message", "wrong", "right"), COMMAND_LINES)
-def test_a_command_line_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: str, right: str
-) -> None:
+def test_a_command_line_that_follows_the_advice_of_a_refusal_is_accepted(message: str, wrong: str, right: str) -> None:
     assert message in refusal(*shlex.split(wrong))
     assert re.search(ACCEPTED, refusal(*shlex.split(right)))
 

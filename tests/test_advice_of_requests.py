@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,32 +58,6 @@ COMPLETIONS: Rows = (
 )
 
 
-@pytest.mark.parametrize(("message", "wrong", "right"), CHATS)
-def test_a_chat_request_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> None:
-        chat = read_chat_request(json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | fields).encode())
-        assert chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    read(right)
-
-
-@pytest.mark.parametrize(("message", "wrong", "right"), COMPLETIONS)
-def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        completion = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
-        return bool(completion.text_or_ids)
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    assert read(right)
-
-
 MESSAGES: Rows = (
     (
         "messages[0].role is 'tool': give user or assistant",
@@ -130,27 +105,38 @@ RESPONSES: Rows = (
 )
 
 
-@pytest.mark.parametrize(("message", "wrong", "right"), MESSAGES)
-def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
+def read_chat(fields: dict[str, Any]) -> bool:
+    chat = read_chat_request(json.dumps({"messages": [USER]} | fields).encode())
+    return chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
+
+
+def read_completion(fields: dict[str, Any]) -> bool:
+    return bool(read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode()).text_or_ids)
+
+
+def read_messages(fields: dict[str, Any]) -> bool:
+    request = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
+    return request.chat.messages[-1] == USER
+
+
+def read_response(fields: dict[str, Any]) -> bool:
+    conversation = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
+    return conversation.messages == [USER] and not conversation.warnings
+
+
+@pytest.mark.parametrize(
+    ("read", "message", "wrong", "right"),
+    [
+        *((read_chat, *row) for row in CHATS),
+        *((read_completion, *row) for row in COMPLETIONS),
+        *((read_messages, *row) for row in MESSAGES),
+        *((read_response, *row) for row in RESPONSES),
+    ],
+)
+def test_a_request_that_follows_the_advice_of_its_refusal_is_accepted(
+    read: Callable[[dict[str, Any]], bool], message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        request = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
-        return request.chat.messages[-1] == USER
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    assert read(right)
-
-
-@pytest.mark.parametrize(("message", "wrong", "right"), RESPONSES)
-def test_a_request_for_a_response_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        conversation = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
-        return conversation.messages == [USER] and not conversation.warnings
-
+    """``read`` returns whether the request has the content that its fields give."""
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
     assert read(right)

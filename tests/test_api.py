@@ -117,9 +117,7 @@ def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> 
         Cluster().chat("hi")
 
 
-def test_a_schema_that_is_enforced_in_part_is_a_warning_in_the_log(
-    cluster: Cluster, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_schema_that_is_enforced_in_part_is_a_warning(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster.chat(QUESTION, Sampling(max_tokens=2, json_schema={"type": "array", "uniqueItems": True}))
     assert "uniqueItems" in caplog.text
 
@@ -219,7 +217,7 @@ def test_a_request_that_cannot_be_answered_is_refused_with_the_reason(cluster: C
 
 
 @pytest.mark.slow
-def test_a_closed_cluster_leaves_no_process_also_after_an_error_and_with_a_request_that_runs(
+def test_a_closed_cluster_leaves_no_process_after_an_error_and_with_a_running_request(
     endless_model: Path,
 ) -> None:
     before = started_processes()

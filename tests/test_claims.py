@@ -10,9 +10,7 @@ from bench import claims
 HEADER = "date,machine,mlx_k2,mlx,mlx_lm,commit,script,claim,first,second,ratio,asked\n"
 
 
-def test_a_dirty_tree_may_measure_but_not_save(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_tree_may_not_save_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(claims, "commit", lambda: "0123456+")  # + marks a tree with changes
     monkeypatch.setattr(sys, "argv", ["bench.overlap"])
     assert not claims.read_options(None).save

@@ -28,9 +28,7 @@ def test_without_cuda_the_script_reports_it_and_measures_nothing() -> None:
     assert "MLX has no CUDA back end here" in result.stdout
 
 
-def test_each_speed_is_a_row_of_the_kernels_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_speed_is_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reference_layer(_tokens: int, _tuning: Tuning) -> Layer:
         return reference.routed_experts
 

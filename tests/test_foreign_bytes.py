@@ -204,9 +204,7 @@ def on_disk(read: Callable[[Path], object]) -> Callable[[bytes], object]:
 
 @given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
 @settings(max_examples=at_least(300))
-def test_any_safetensors_file_is_read_or_raises_a_checkpoint_error(
-    data: bytes, header: bytes, has_header: bool
-) -> None:
+def test_any_safetensors_file_is_read_or_is_a_checkpoint_error(data: bytes, header: bytes, has_header: bool) -> None:
     file = len(header).to_bytes(8, "little") + header + data if has_header else data
     assert_only_raises(CheckpointError, on_disk(read_header), file)
 

@@ -74,9 +74,7 @@ def use_graph_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_layer, "route", route)
 
 
-def test_the_table_has_the_nodes_of_a_compiled_layers_graph_in_order(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_table_has_the_nodes_of_a_layers_graph_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_graph_of_a_gpu(monkeypatch)
     cache = LatentCache(1, 1, 256, CONFIG.latent_dim, mx.bfloat16)
     cache.write(0, Span(0, 0, 255, is_prompt=True), zeros((255, CONFIG.latent_dim)))

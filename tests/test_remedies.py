@@ -60,9 +60,7 @@ def commands_in(text: str) -> list[str]:
 )
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("stderr", FAILURES)
-def test_the_commands_for_an_ssh_failure_name_the_host_as_their_tools_parse_it(
-    tmp_path: Path, host: str, stderr: str
-) -> None:
+def test_commands_for_an_ssh_failure_name_the_host_as_tools_parse_it(tmp_path: Path, host: str, stderr: str) -> None:
     user, _, name = host.rpartition("@")
     text = explain_ssh_failure(host, stderr)
     assert ".local.local" not in text
@@ -109,9 +107,7 @@ def test_the_shell_of_the_other_host_replaces_the_tilde_of_a_path(tmp_path: Path
 )
 @pytest.mark.parametrize("python", ["python3", "/opt/my k2/bin/python", "~/k2/bin/python"])
 @pytest.mark.parametrize("ssh", [None, "mac-1", "kim@mac-1"])
-def test_the_commands_that_install_mlx_k2_have_the_arguments_that_scp_ssh_and_pip_need(
-    ssh: str | None, python: str
-) -> None:
+def test_the_commands_that_install_mlx_k2_have_the_arguments_for_scp_ssh_and_pip(ssh: str | None, python: str) -> None:
     make, *install = commands_in(install_commands(ssh, python))
     assert make == "make dist"
     words = shlex.split(install[-1])

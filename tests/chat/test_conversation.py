@@ -74,9 +74,7 @@ HOSTILE_TEXT = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_id
 
 @settings(max_examples=scaled(40))
 @given(HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT)
-def test_text_of_the_user_and_of_tools_never_becomes_a_control_token(
-    user: str, name: str, result: str, content: str
-) -> None:
+def test_text_of_users_and_tools_never_becomes_a_control_token(user: str, name: str, result: str, content: str) -> None:
     def control_tokens(user: str, name: str, result: str, content: str) -> list[int]:
         conversation = new_conversation()
         conversation.add_user(user)
@@ -227,9 +225,7 @@ def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_le
         ([{"role": "user", "content": "x" * 200}], 100, "these messages are .* tokens, and the context holds 100"),
     ],
 )
-def test_a_load_that_fails_does_not_change_the_conversation(
-    messages: list[dict[str, object]], context_tokens: int, error: str
-) -> None:
+def test_a_failed_load_changes_nothing(messages: list[dict[str, object]], context_tokens: int, error: str) -> None:
     conversation = conversation_with("hello", "Hi.")
     before = conversation.messages
     with pytest.raises(RequestError, match=error):

@@ -51,9 +51,7 @@ def calls_and_answers(tokenizer: Tokenizer, opening: str) -> Iterator[list[int]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keeps_reasoning", [True, False])
-def test_a_tool_chat_computes_no_token_twice_if_the_template_keeps_reasoning(
-    keeps_reasoning: bool, tmp_path: Path
-) -> None:
+def test_no_token_is_computed_twice_if_the_template_keeps_reasoning(keeps_reasoning: bool, tmp_path: Path) -> None:
     server = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
     with (
         two_stages(str(write_fast_model(tmp_path / "smallest"))) as stages,

@@ -114,9 +114,7 @@ def summary_in(events: Iterable[object]) -> AnswerSummary:
 
 
 @pytest.mark.slow
-def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_answer(
-    stages: Stages,
-) -> None:
+def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_answer(stages: Stages) -> None:
     conversation = Conversation(stages.template, stages.tokenizer)
     chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings())
     first = summary_in(chat.send_message("Tell me about the water and the world."))

@@ -127,10 +127,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     ),
     "no tokenizer": (remove("tiktoken.model"), "the model has no tiktoken.model: fetch"),
     "no special tokens": (remove("tokenizer_config.json"), "the model has no tokenizer_config.json: fetch"),
-    "no chat template": (
-        remove("chat_template.jinja"),
-        "no chat template: give --raw to send the prompt unchanged",
-    ),
+    "no chat template": (remove("chat_template.jinja"), "no chat template: give --raw to send the prompt unchanged"),
     "broken chat template": (replace("chat_template.jinja", b"{% if %}"), "chat_template.jinja line 1: "),
     "broken generation config": (replace("generation_config.json", b"{"), "generation_config.json cannot be read"),
     "a recommended value out of range": (
@@ -141,16 +138,14 @@ MODELS: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize(("damage", "error"), MODELS.values(), ids=MODELS.keys())
-def test_a_model_that_cannot_be_run_is_refused(
+def test_a_damaged_model_is_refused(
     damage: Damage, error: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(model)
     check_refusal(["--model", str(model), "Hello"], error, capsys)
 
 
-def test_a_missing_tensor_of_a_k25_model_is_named_with_its_prefix(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_tensor_of_k25_is_named_with_its_prefix(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = as_kimi_k25(json.loads((model / "config.json").read_bytes()))
     replace_file(model / "config.json", json.dumps(fields).encode())
     check_refusal(["--model", str(model), "Hello"], "lacks language_model.model.embed_tokens.weight and", capsys)
@@ -165,7 +160,7 @@ def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureF
     "model: the path a is not UTF-8: rename the folder, or give a link to it",
 )
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs Linux: APFS refuses such names")
-def test_a_model_folder_whose_path_is_not_utf_8_is_refused(
+def test_a_model_folder_that_is_not_utf_8_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model.rename(tmp_path / os.fsdecode(b"model-\xff"))

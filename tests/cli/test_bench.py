@@ -147,9 +147,7 @@ def test_the_trace_has_steps_of_prefill_and_decode_for_each_stage(folder: Path) 
 
 
 @pytest.mark.slow
-def test_without_trace_no_step_is_collected(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_trace_no_step_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delattr("mlx_k2.cli.bench.Trace")
     assert run(["bench", "--generate", "2", "--prompt-lengths", "16", "--streams", "1"]) == 0, capsys.readouterr().err
 

@@ -33,9 +33,7 @@ def read_transcript(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @needs_tmux
-def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_the_chat_handles_multiline_input_stop_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
     with scripted_chat(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         pane.send_message("hello")

@@ -99,9 +99,7 @@ def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: Comm
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_a_fault_that_ends_the_chat_saves_the_conversation(command_line: CommandLine, tmp_path: Path) -> None:
     with chat(command_line, tmp_path, "--restarts", "off") as pane:
         pane.send_message("What is mlx-k2?")
         pane.wait_for(FIRST_ANSWER)

@@ -26,9 +26,7 @@ def connect_option(server: Server) -> tuple[str, str]:
     return "--connect", f"http://127.0.0.1:{server.port}"
 
 
-def test_generate_answers_with_the_servers_model_and_finds_a_repeated_prompt_cached(
-    user: CommandLine, server: Server
-) -> None:
+def test_generate_answers_with_the_servers_model_and_reuses_cached_prompts(user: CommandLine, server: Server) -> None:
     result = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect_option(server))
     assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n")
     assert "tokens (complete)" in result.stderr

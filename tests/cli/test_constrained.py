@@ -45,9 +45,7 @@ def results_of(command_line: CommandLine, folder: Path, lines: list[dict[str, An
 
 
 @pytest.mark.slow
-def test_stdout_has_only_one_line_of_compact_json_that_matches_the_schema(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_stdout_is_one_line_of_compact_json_that_matches_the_schema(command_line: CommandLine, tmp_path: Path) -> None:
     result = command_line.run(*COMMAND, "--json-schema", write_schema(tmp_path))
     assert result.returncode == 0, result.stderr
     jsonschema.validate(json.loads(result.stdout), SCHEMA)
@@ -69,9 +67,7 @@ def test_several_answers_have_seeds_of_their_own_and_the_first_is_the_single_ans
 
 
 @pytest.mark.slow
-def test_each_line_of_prompts_has_its_own_sampling_values_and_form_of_the_answer(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_each_line_of_prompts_has_its_own_sampling_values_and_form(command_line: CommandLine, tmp_path: Path) -> None:
     base = {"prompt": "Hello", "thinking_budget": 5, "max_tokens": 60, "seed": 4}
     lines = [
         base,
@@ -113,9 +109,7 @@ def test_with_tool_choice_none_no_marker_appears_over_many_prompts(command_line:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 2] if IS_LONG else [2])
-def test_a_constrained_answer_is_the_same_after_any_stage_was_killed(
-    command_line: CommandLine, tmp_path: Path, rank: int
-) -> None:
+def test_a_constrained_answer_is_the_same_after_a_restart(command_line: CommandLine, tmp_path: Path, rank: int) -> None:
     command = (*COMMAND, "--stages", "3", "--json-schema", write_schema(tmp_path, LONG_LIST), "--json")
     undisturbed = [json.loads(line) for line in command_line.run(*command).stdout.splitlines()]
     jsonschema.validate(json.loads(undisturbed[-1]["summary"]["text"]), LONG_LIST)

@@ -103,7 +103,7 @@ def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
 
 
 @pytest.mark.slow
-def test_a_host_with_a_model_folder_downloads_nothing_and_the_other_one_its_own_files(
+def test_a_host_with_a_model_folder_downloads_nothing_and_the_other_its_files(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
     host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}

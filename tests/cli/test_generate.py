@@ -45,9 +45,7 @@ def answer_of(lines: list[dict[str, Any]]) -> str:
     return whole_reply([*parts, *reader.finish().parts]).content
 
 
-def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
-    text_result: subprocess.CompletedProcess[str],
-) -> None:
+def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(text_result: subprocess.CompletedProcess[str]) -> None:
     assert text_result.returncode == 0, text_result.stderr
     assert text_result.stdout.endswith("\n")
     *banner, reasoning, summary = text_result.stderr.splitlines()

@@ -166,17 +166,13 @@ def test_values_with_which_other_programs_turn_a_filter_or_a_seed_off_are_accept
     ],
     ids=["a terminal", "closed", "not text", "empty"],
 )
-def test_standard_input_that_holds_no_prompt_is_refused(
-    stdin: object, error: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_input_without_a_prompt_is_refused(stdin: object, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", stdin)
     with pytest.raises(RequestError, match=error):
         options_of().read_prompt()
 
 
-def test_options_override_the_generation_config_which_overrides_the_defaults(
-    model: ModelDescription,
-) -> None:
+def test_options_override_the_generation_config_which_overrides_the_defaults(model: ModelDescription) -> None:
     with_config = with_file(model, "generation_config.json", b'{"temperature": 0.6, "top_p": 0.9}')
     sampling = request_of(with_config, "--temperature", "0.2", "--seed", "4", "Hello").sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.2, 0.9, None, 4)
@@ -191,9 +187,7 @@ def test_an_empty_system_prompt_replaces_the_models_own(model: ModelDescription,
     assert tuple(conversation.prompt_ids()) == request.prompt_ids
 
 
-def test_an_answer_without_thinking_has_its_own_default_temperature(
-    model: ModelDescription, tokenizer: Tokenizer
-) -> None:
+def test_without_thinking_the_default_temperature_is_another(model: ModelDescription, tokenizer: Tokenizer) -> None:
     model = with_template(model, "kimi-k2.5")
     instant = request_of(model, "--thinking", "off", "Hello")
     assert text_of(tokenizer, instant).endswith("<think></think>")
@@ -282,9 +276,7 @@ def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription)
     assert len({request_of(model, "Hello").sampling.seed for _ in range(5)}) > 1
 
 
-def test_stop_ids_come_from_the_tokenizer_and_the_generation_config(
-    model: ModelDescription, tokenizer: Tokenizer
-) -> None:
+def test_stop_ids_are_those_of_tokenizer_and_generation_config(model: ModelDescription, tokenizer: Tokenizer) -> None:
     model = with_file(model, "generation_config.json", b'{"eos_token_id": [7]}')
     assert request_of(model, "Hello").stop_ids == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 

@@ -62,9 +62,7 @@ def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: Comman
     assert (report.chip, report.kernels, report.plain_mlx_gb_per_s) == (None, (), None)
 
 
-def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     fastest = kernels.CANDIDATES[1]
     saved: list[BufferLimits] = []
     logged: list[str] = []

@@ -134,9 +134,7 @@ def screen_texts(pane: Terminal, *outputs: str, with_colours: bool = False) -> l
 @example("1. code:\n   ```\n" + "   line\n" * 60 + "   ```\n\nend", [7])
 @example("| a | b |\n|---|---|\n" + "| cell | wide |\n" * 60 + "| a much wider cell | c |\n\nend", [7])
 @example("```\n\n\ncode\n\n  \n\nmore  \n\n\n```\nend", [1])
-def test_a_streamed_answer_ends_as_rich_prints_the_complete_answer(
-    pane: Terminal, document: str, piece_lengths: list[int]
-) -> None:
+def test_a_streamed_answer_ends_as_rich_prints_it(pane: Terminal, document: str, piece_lengths: list[int]) -> None:
     streamed, complete = screen_texts(pane, streamed_output(document, piece_lengths), complete_output(document))
     assert streamed == complete
 
@@ -145,9 +143,7 @@ def test_a_streamed_answer_ends_as_rich_prints_the_complete_answer(
 @pytest.mark.parametrize(
     ("language", "code"), [("python", PYTHON), ("c", C_CODE), ("js", JAVASCRIPT), ("nothing", C_CODE)]
 )
-def test_code_that_is_printed_line_by_line_has_the_colours_of_the_complete_block(
-    pane: Terminal, language: str, code: str
-) -> None:
+def test_code_that_is_printed_by_lines_has_the_colours_of_the_block(pane: Terminal, language: str, code: str) -> None:
     document = f"```{language}\n{code}```\n"
     streamed, complete = screen_texts(
         pane, streamed_output(document, [3]), complete_output(document), with_colours=True

@@ -27,7 +27,7 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
     assert (second.messages, second.seed) == ([{"role": "user"}], 4)
 
 
-def test_a_line_has_the_values_of_the_options_unless_it_has_its_own_even_if_those_are_the_defaults(
+def test_a_line_has_the_values_of_the_options_unless_it_has_its_own_also_if_they_are_the_defaults(
     tmp_path: Path,
 ) -> None:
     options = SamplingOptions(

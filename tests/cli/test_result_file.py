@@ -41,9 +41,7 @@ def test_results_are_on_the_disk_as_they_finish_and_in_order_at_the_end(tmp_path
 
 
 @pytest.mark.parametrize("incomplete", [b'{"text": "cut o', b"\0" * 20, b'{"te\0\0'])
-def test_a_second_run_has_the_results_of_the_first_and_drops_an_incomplete_line(
-    tmp_path: Path, incomplete: bytes
-) -> None:
+def test_a_second_run_keeps_the_results_of_the_first_but_no_incomplete_line(tmp_path: Path, incomplete: bytes) -> None:
     out = tmp_path / "out"
     write_results(out, 3)
     out.write_bytes(out.read_bytes() + incomplete)
@@ -95,9 +93,7 @@ def test_a_file_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     assert texts(out) == [1, 2]
 
 
-def test_a_file_that_was_replaced_while_it_was_opened_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write_results(out, 1)
     real_open = os.open

@@ -123,17 +123,13 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
     subprocess.run([program, "serve", "--help"], capture_output=True, timeout=60, check=True)
 
 
-def test_the_property_list_of_a_command_started_as_a_module_has_its_python_and_the_module(
-    command_line: CommandLine,
-) -> None:
+def test_the_property_list_of_a_command_started_as_a_module_starts_the_module(command_line: CommandLine) -> None:
     command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
     result = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
     assert plistlib.loads(result.stdout)["ProgramArguments"] == command
 
 
-def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(
-    command_line: CommandLine, endless_model: Path
-) -> None:
+def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: CommandLine, endless_model: Path) -> None:
     with serving(command_line, "--model", str(endless_model), "--context", "200") as server:
         processes = descendants_of(server.process)
         connection = start_answer(server)
@@ -156,9 +152,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless_model: 
 
 
 @pytest.mark.slow
-def test_an_answer_longer_than_the_drain_ends_with_an_error_event(
-    command_line: CommandLine, endless_model: Path
-) -> None:
+def test_an_answer_longer_than_the_drain_ends_with_an_error(command_line: CommandLine, endless_model: Path) -> None:
     with serving(command_line, "--model", str(endless_model), "--drain", "1") as server:
         connection = start_answer(server, temperature=0)
         assert server.end(signal.SIGTERM) == 0
@@ -225,9 +219,7 @@ def test_after_a_killed_stage_the_stream_continues_and_health_and_status_report_
 
 
 @pytest.mark.slow
-def test_a_client_that_reads_status_events_does_not_delay_the_end(
-    command_line: CommandLine, endless_model: Path
-) -> None:
+def test_a_reader_of_status_events_does_not_delay_the_end(command_line: CommandLine, endless_model: Path) -> None:
     with (
         serving(command_line, "--model", str(endless_model), "--drain", "600") as server,
         server.connect() as connection,

@@ -67,7 +67,7 @@ def test_a_setup_that_cannot_be_done_writes_nothing(
 
 
 @pytest.mark.slow
-def test_setup_of_this_machine_alone_keeps_other_lines_of_the_profile_and_the_hostfile_and_runs_the_doctor(
+def test_setup_of_this_machine_keeps_other_values_and_runs_the_doctor(
     settings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings.mkdir()
@@ -148,7 +148,7 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
     assert result.returncode == 0, result.stderr
 
 
-def test_the_next_step_after_setup_with_a_model_on_the_hub_is_its_download(
+def test_the_next_step_after_setup_of_a_hub_model_is_a_download(
     settings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["setup", "this", "--yes", "--model", REPO]) == 0

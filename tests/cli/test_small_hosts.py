@@ -51,7 +51,8 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
 
     with on_pty(start, env=environment, cwd=tmp_path) as chat:
         chat.wait_for("Ctrl-D leaves")
-        chat.type("/exit")
+        chat.wait_for(">")
+        chat.press(b"\x04")
         assert chat.end() == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -95,9 +95,7 @@ def test_nan_in_a_norm_is_found_while_loading(error_on: FailingRun, endless_mode
 
 
 @pytest.mark.slow
-def test_check_weights_finds_nan_in_a_matrix_while_loading(
-    command_line: CommandLine, endless_model: Path, tmp_path: Path
-) -> None:
+def test_check_weights_finds_nan_while_loading(command_line: CommandLine, endless_model: Path, tmp_path: Path) -> None:
     model = planted(endless_model, tmp_path / "nan", "model.layers.5.self_attn.o_proj.weight", NAN)
     result = command_line.run("generate", "--model", str(model), "--check-weights", "Hello")
     assert (result.returncode, result.stdout) == (1, "")
@@ -142,7 +140,7 @@ def test_hosts_whose_manifests_differ_in_a_file_are_named_although_only_one_read
     )
 
 
-def test_a_file_that_its_manifest_does_not_describe_is_named(
+def test_a_file_that_differs_from_the_manifest_is_named(
     error_on: FailingRun, endless_model: Path, tmp_path: Path
 ) -> None:
     folder = copy_with_changed_byte(endless_model, tmp_path / "model", THIRD_SHARD)

@@ -73,9 +73,7 @@ def test_a_dry_run_shows_the_plan_and_starts_no_process(
 @follows_advice(
     "k2 is not on this machine: give --model a folder here, or a repository on the Hub",
 )
-def test_a_dry_run_without_a_local_model_asks_for_a_local_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_without_a_local_model_asks_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text('[{"ssh": "mac-1", "ips": ["10.0.0.1"]}]')
     assert run(["generate", "--dry-run", "--hostfile", str(hostfile), "--model", "/models/k2"]) == 2

@@ -68,7 +68,7 @@ def test_any_bytes_on_standard_input_can_be_read_saved_and_written_to_a_transcri
 
 
 @given(text=st.text(), encoding=ENCODINGS)
-def test_characters_of_an_answer_that_standard_outputs_encoding_does_not_have_are_written_as_escapes(
+def test_characters_that_standard_outputs_encoding_does_not_have_are_written_as_escapes(
     text: str, encoding: str
 ) -> None:
     with replaced_stream("stdout", b"", encoding, "strict") as raw:

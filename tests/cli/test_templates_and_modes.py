@@ -96,14 +96,8 @@ def test_each_line_of_prompts_has_its_own_mode_and_images_are_refused_and_unread
 @pytest.mark.parametrize(
     ("option", "error"),
     [
-        (
-            ("--thinking", "off"),
-            "error: thinking cannot be turned off: this model always thinks, since its",
-        ),
-        (
-            ("--preserve-thinking",),
-            "error: thinking cannot be preserved on request: the model's chat template",
-        ),
+        (("--thinking", "off"), "error: thinking cannot be turned off: this model always thinks, since its"),
+        (("--preserve-thinking",), "error: thinking cannot be preserved on request: the model's chat template"),
     ],
 )
 @pytest.mark.parametrize("command", ["chat", "generate"])

@@ -107,9 +107,7 @@ def check_harmless(output: str) -> None:
 @example(parts=list(PAYLOADS))
 @example(parts=["See <https://x.y/%1b]52;c;cm0gLXJmIH4K%1b\\>"])
 @settings(max_examples=scaled(25))
-def test_no_control_sequence_in_a_text_reaches_the_terminal(
-    program: DisplayProgram, display: str, parts: list[str]
-) -> None:
+def test_no_control_sequence_reaches_the_terminal(program: DisplayProgram, display: str, parts: list[str]) -> None:
     check_harmless(program.output_for(display, parts))
 
 
@@ -149,9 +147,7 @@ def test_control_sequences_in_a_key_of_the_hostfile_and_in_a_tensors_name_are_re
     check_harmless(output)
 
 
-def test_control_sequences_in_an_error_of_the_chat_template_are_replaced(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_control_sequences_in_an_error_of_the_template_are_replaced(command_line: CommandLine, tmp_path: Path) -> None:
     model = link_model(BUILTIN_FOLDER, tmp_path / "model")
     template = "{{ raise_exception('no" + CONTROL_SEQUENCES + "') }}"
     replace_file(model / "chat_template.jinja", template.encode())
