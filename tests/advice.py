@@ -33,7 +33,7 @@ _NOT_ADVICE = (  # ends of strings that `_ADVICE` matches: help about commands, 
     "run it? [y]es, [n]o, [a]lways this tool: ",
     "connect to its neighbours",
 )
-_ADVICE_FOR_HANDS = (  # ends of strings whose advice no test can follow: cables, power, disks, other systems
+_UNTESTABLE_ADVICE = (  # ends of strings whose advice no test can follow: cables, power, disks, other systems
     "use a cable, not Wi-Fi",
     "update all to the same",
     "to macOS 26.2 or newer, or {}",
@@ -83,9 +83,9 @@ def all_advice() -> Iterator[Advice]:
         for constants in _strings(ast.parse(path.read_text())):
             text = "{}".join(constants)
             match = _ADVICE.search(text)
-            if match and " " in text.strip() and not text.endswith((*_NOT_ADVICE, *_ADVICE_FOR_HANDS)):
-                advised = re.split(r"\{\w*\}", text[match.start() :])
-                yield Advice(file, text, re.compile(".*?".join(map(re.escape, advised)), re.DOTALL))
+            if match and " " in text.strip() and not text.endswith((*_NOT_ADVICE, *_UNTESTABLE_ADVICE)):
+                parts = re.split(r"\{\w*\}", text[match.start() :])
+                yield Advice(file, text, re.compile(".*?".join(map(re.escape, parts)), re.DOTALL))
 
 
 def _strings(tree: ast.AST) -> Iterator[list[str]]:

@@ -57,9 +57,9 @@ def test_each_rate_is_higher_after_the_settings_than_before(bits: float, context
 
 
 def test_draft_tokens_that_are_never_accepted_change_nothing_and_accepted_ones_fill_every_stage() -> None:
-    alone = decode_rate(after(16), 3, 4096)
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == alone
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * alone)
+    without_drafts = decode_rate(after(16), 3, 4096)
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == without_drafts
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * without_drafts)
 
 
 def test_a_draft_head_raises_the_rate_with_its_acceptance_towards_one_cycle_a_token() -> None:

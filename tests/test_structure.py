@@ -105,14 +105,14 @@ def test_python_modules_are_started_with_option_p_which_excludes_the_current_fol
 
 def test_the_imports_have_no_cycle() -> None:
     graph = {str(module): {name for name in imports_of(module) if name.startswith("mlx_k2.")} for module in MODULES}
-    by_name = {"mlx_k2." + str(module).removesuffix(".py").replace("/", "."): str(module) for module in MODULES}
+    module_of = {"mlx_k2." + str(module).removesuffix(".py").replace("/", "."): str(module) for module in MODULES}
     visited: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path, module))
         if module not in visited:
-            for name in graph[module] & by_name.keys():
-                visit(by_name[name], (*path, module))
+            for name in graph[module] & module_of.keys():
+                visit(module_of[name], (*path, module))
             visited.add(module)
 
     for module in graph:

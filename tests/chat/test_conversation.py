@@ -89,13 +89,13 @@ def test_text_of_users_and_tools_never_becomes_a_control_token(user: str, name: 
 @given(st.text(max_size=20), st.integers(0, 2))
 def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
     conversation = conversation_with(*["hello", "Hi."] * num_turns)
-    known = conversation.known_ids()
+    known_ids = conversation.known_ids()
     conversation.add_user(text)
     prompt = conversation.prompt_ids()
-    assert prompt[: len(known)] == known
+    assert prompt[: len(known_ids)] == known_ids
     num_role_tokens = len("user") + len("assistant")
-    assert len(prompt) <= len(known) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
-    assert "R" not in decoded(known)  # the reasoning of answered turns
+    assert len(prompt) <= len(known_ids) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
+    assert "R" not in decoded(known_ids)  # the reasoning of answered turns
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,13 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
     conversation.add_results(["7"])
     last_prompt = conversation.prompt_ids()
     conversation.add_reply(Reply("R2", "Sunny.", ()), encode_reply(tokenizer(), "R2</think>Sunny.<|im_end|>"))
-    known = conversation.known_ids()
-    assert ("R1" in decoded(known), "R2" in decoded(known)) == (keeps_reasoning, keeps_reasoning)
-    assert decoded(known).endswith("<|im_user|>user<|im_middle|>")
-    assert (known[: len(last_prompt)] == last_prompt) == (keeps_reasoning or mode.thinking is False)
+    known_ids = conversation.known_ids()
+    assert ("R1" in decoded(known_ids), "R2" in decoded(known_ids)) == (keeps_reasoning, keeps_reasoning)
+    assert decoded(known_ids).endswith("<|im_user|>user<|im_middle|>")
+    extends_last_prompt = known_ids[: len(last_prompt)] == last_prompt
+    assert extends_last_prompt == (keeps_reasoning or mode.thinking is False)
     conversation.add_user("more")
-    assert conversation.prompt_ids()[: len(known)] == known
+    assert conversation.prompt_ids()[: len(known_ids)] == known_ids
 
 
 @pytest.mark.parametrize(
@@ -186,25 +187,25 @@ def test_a_system_prompt_can_be_set_and_removed_and_survives_a_reset() -> None:
 def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one() -> None:
     conversation = conversation_with("hello", "Hi.")
     call = {"id": "call_abc", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    loaded: list[dict[str, object]] = [
+    messages: list[dict[str, object]] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_abc", "content": "7"},
     ]
-    assert conversation.load(loaded, 4096) == ()
+    assert conversation.load(messages, 4096) == ()
     assert conversation.messages[2].tool_call_id == "functions.f:0"
     assert conversation.messages[1].content == ""
 
 
 def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_leaves_out() -> None:
     conversation = new_conversation()
-    loaded: list[dict[str, object]] = [
+    messages: list[dict[str, object]] = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "input_text", "text": "x"}, "y"]},
         {"role": "assistant", "reasoning": "WHY", "function_call": {"name": "f", "arguments": "{}"}, "refusal": "no"},
         {"role": "function", "name": "f", "content": "7"},
     ]
-    warnings = conversation.load(loaded, 4096)
+    warnings = conversation.load(messages, 4096)
     assert warnings == ("message 3 (assistant) has fields that the chat template does not read: refusal",)
     assert decoded(conversation.prompt_ids()) == (
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>xy<|im_end|>"

@@ -23,9 +23,9 @@ class CommandLine:
 
     def environment(self, **changes: str) -> Mapping[str, str]:
         """Return this process's environment with the home folder and ``changes``, without _REMOVED_VARIABLES."""
-        kept = {name: value for name, value in os.environ.items() if name not in _REMOVED_VARIABLES}
-        caches = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache")}
-        return kept | caches | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | changes
+        inherited = {name: value for name, value in os.environ.items() if name not in _REMOVED_VARIABLES}
+        folders = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache")}
+        return inherited | folders | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | changes
 
     def run(
         self, *arguments: str, stdin: str = "", cwd: Path | None = None, **environment: str

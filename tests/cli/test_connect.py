@@ -31,8 +31,8 @@ def test_generate_answers_with_the_servers_model_and_reuses_cached_prompts(user:
     assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n")
     assert "tokens (complete)" in result.stderr
     assert "loaded in" not in result.stderr
-    again = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect_option(server))
-    assert "cached)" in again.stderr
+    repeated = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect_option(server))
+    assert "cached)" in repeated.stderr
 
 
 def test_chat_answers_with_the_servers_model(user: CommandLine, server: Server) -> None:

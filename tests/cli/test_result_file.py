@@ -58,7 +58,7 @@ def test_an_error_of_a_line_is_replaced_by_the_result_of_the_next_run(tmp_path: 
         results.resume(NUMBER_OF_DIGEST)
         results.write(2, {"error": "no"})
         results.write(1, {"text": 1})
-        assert len(results) == 1
+        assert len(results) == 1  # the error is not counted
         results.sort()
     assert [sorted(json.loads(line)) for line in out.read_text().splitlines()] == [["run", "text"], ["error", "run"]]
     with ResultFile(out) as results:
@@ -137,7 +137,7 @@ def test_the_name_of_the_file_is_in_the_error_of_a_full_disk(tmp_path: Path) -> 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with ResultFile(out) as results:
         results.resume(NUMBER_OF_DIGEST)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # in place of a full disk
         try:
             with pytest.raises(OSError, match="File too large") as raised:
                 results.write(1, {"text": "x" * 1000})

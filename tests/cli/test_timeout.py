@@ -27,8 +27,8 @@ def test_a_line_of_prompts_ends_at_its_own_timeout_and_does_not_change_the_other
         assert result.returncode == 0, result.stderr
         return [json.loads(line) for line in out.read_text().splitlines()]
 
-    (alone,) = results(SHORT)
+    (short_alone,) = results(SHORT)
     endless, short = results({**ENDLESS, "timeout": 1.0}, SHORT, options=("--timeout", "3600"))
     assert (endless["finish_reason"], short["finish_reason"]) == ("timeout", "length")
     assert 0 < endless["usage"]["generated_tokens"] < 2000 and endless["text"]
-    assert short["text"] == alone["text"]
+    assert short["text"] == short_alone["text"]
