@@ -32,21 +32,21 @@ LONG_PROMPT = ",".join(str((7 + 31 * position) % 256) for position in range(600)
 MAX_TOKENS = 24
 
 
-def write_model(folder: Path, fields: dict[str, Any]) -> Path:
-    """Write a checkpoint with random weights and without a stop token for the fields of a config.json."""
+def write_model(folder: Path, fields: dict[str, Any], seed: int) -> Path:
+    """Write a checkpoint with random weights for the fields of a config.json."""
     files = tiny_vocabulary(VOCAB_SIZE, 2048).files | {"generation_config.json": b"{}"}
-    write_random_checkpoint(folder, fields, seed=20, tokenizer_files=files)
+    write_random_checkpoint(folder, fields, seed, files)
     return folder
 
 
 def write_thinking(folder: Path) -> Path:
-    return write_model(folder, tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048))
+    return write_model(folder, tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048), seed=20)
 
 
 def write_k25(folder: Path) -> Path:
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048)
     fields["rope_scaling"] = {**fields["rope_scaling"], "beta_fast": 32.0}
-    return write_model(folder, as_kimi_k25(fields))
+    return write_model(folder, as_kimi_k25(fields), seed=21)  # which samples no stop token in MAX_TOKENS
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {  # a writer of the checkpoint, and token ids of a prompt
