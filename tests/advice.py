@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx_k2
 
@@ -17,8 +17,15 @@ _ADVICE = re.compile(
     r"`[^`]+ [^`]+`|\bmlx-k2 (?:download|doctor|keys|kernels)|\bhf auth|\bpip install|\bchmod"  # a command
     rf"|(?:^|[:;,(] |\b(?:or|and|then|so|there)[ ,]+)(?:{_VERBS})\b"  # an imperative
 )
-_NO_MESSAGES = ("testing/", "server/metrics.py", "server/openapi.py", "json_text/read.py", "builtin/", "cli/main.py")
-_NO_ADVICE = (  # what commands do, in /help; a question; an action that is named
+_FILES_WITHOUT_MESSAGES = (
+    "testing/",
+    "server/metrics.py",
+    "server/openapi.py",
+    "json_text/read.py",
+    "builtin/",
+    "cli/main.py",
+)
+_NOT_ADVICE = (  # ends of strings that `_ADVICE` matches: help about commands, a question, the name of an action
     "show or set the system prompt; off: the model's own",
     "remove your last message and what followed",
     "write the conversation to a file",
@@ -26,7 +33,7 @@ _NO_ADVICE = (  # what commands do, in /help; a question; an action that is name
     "run it? [y]es, [n]o, [a]lways this tool: ",
     "connect to its neighbours",
 )
-_FOR_HANDS = (  # what no command does: cables, power, disks, other systems, machines that are to be bought
+_UNTESTABLE_ADVICE = (  # ends of strings whose advice no test can follow: cables, power, disks, other systems
     "use a cable, not Wi-Fi",
     "update all to the same",
     "to macOS 26.2 or newer, or {}",
@@ -43,12 +50,23 @@ _FOR_HANDS = (  # what no command does: cables, power, disks, other systems, mac
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
+class Advice(NamedTuple):
+    """A string with advice, its file, and the pattern of the advice in a printed message.
+
+    In ``text``, {} replaces each value that is inserted.
+    """
+
+    file: str
+    text: str
+    pattern: re.Pattern[str]
+
+
 def follows_advice(*messages: str) -> Callable[[Test], Test]:
-    """Mark a test that follows the advice of ``messages``, written as constants."""
+    """Mark a test that follows the advice of ``messages``: string literals, because they are read from the source."""
     return lambda test: test
 
 
-def followed(tests: Path) -> Iterator[str]:
+def followed_messages(tests: Path) -> Iterator[str]:
     """Yield the messages of every ``follows_advice`` in the test files of a folder."""
     for path in sorted(tests.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -56,34 +74,39 @@ def followed(tests: Path) -> Iterator[str]:
                 yield from (ast.literal_eval(message) for message in node.args)
 
 
-def advice() -> Iterator[tuple[str, re.Pattern[str]]]:
-    """Yield each text with advice: its place and source, and the pattern of the advice in a printed message."""
+def all_advice() -> Iterator[Advice]:
+    """Yield the advice in the package's strings."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = str(path.relative_to(PACKAGE))
-        for parts in _texts(ast.parse(path.read_text())) if not name.startswith(_NO_MESSAGES) else ():
-            shown = "{}".join(parts)
-            found = _ADVICE.search(shown)
-            if found is not None and " " in shown.strip() and not shown.endswith((*_NO_ADVICE, *_FOR_HANDS)):
-                advised = re.split(r"\{\w*\}", shown[found.start() :])
-                yield f"{name}: {shown}", re.compile(".*?".join(map(re.escape, advised)), re.DOTALL)
+        file = str(path.relative_to(PACKAGE))
+        if file.startswith(_FILES_WITHOUT_MESSAGES):
+            continue
+        for constants in _strings(ast.parse(path.read_text())):
+            text = "{}".join(constants)
+            match = _ADVICE.search(text)
+            if match and " " in text.strip() and not text.endswith((*_NOT_ADVICE, *_UNTESTABLE_ADVICE)):
+                parts = re.split(r"\{\w*\}", text[match.start() :])
+                yield Advice(file, text, re.compile(".*?".join(map(re.escape, parts)), re.DOTALL))
 
 
-def _texts(tree: ast.AST) -> Iterator[list[str]]:
-    """Yield the strings of a module in the order of its source, each as the constant parts around its values."""
+def _strings(tree: ast.AST) -> Iterator[list[str]]:
+    """Yield the strings of a module in the order of its source, each as the constant parts around its values.
+
+    Docstrings and the help of options are left out.
+    """
     for node in ast.iter_child_nodes(tree):
         match node:
-            case ast.Expr(value=ast.Constant()) | ast.keyword(arg="help"):  # a docstring, an option's help
+            case ast.Expr(value=ast.Constant()) | ast.keyword(arg="help"):
                 continue
             case ast.Constant(value=str(text)):
                 yield [text]
             case ast.JoinedStr(values=values):
-                parts = [""]
+                constants = [""]
                 for value in values:
                     if isinstance(value, ast.Constant):
-                        parts[-1] += str(value.value)
+                        constants[-1] += str(value.value)
                     else:
-                        parts.append("")
-                        yield from _texts(value)
-                yield parts
+                        constants.append("")
+                        yield from _strings(value)
+                yield constants
             case _:
-                yield from _texts(node)
+                yield from _strings(node)

@@ -20,13 +20,15 @@ def reference() -> str:
 
 
 def _sections(command: click.Command, context: click.Context, settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the sections of a command and of its subcommands."""
+    """Yield the sections of a command and of its subcommands. ``settings`` are options of click.Context."""
     yield f"## {context.command_path}\n\n```\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
-            yield from _sections(inner, click.Context(inner, info_name=name, parent=context, **settings), settings)
+            subcommand = command.get_command(context, name)
+            assert subcommand is not None
+            yield from _sections(
+                subcommand, click.Context(subcommand, info_name=name, parent=context, **settings), settings
+            )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import mlx.core as mx
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-# Set before a test module imports numpy, and inherited by every process that a test starts. Tests run in
-# parallel, one for each core. More BLAS threads than cores make some tests ten times slower.
+# Set before a test module imports numpy, and inherited by every process that a test starts. Tests run side by side
+# on all cores. More BLAS threads than cores make some tests ten times slower.
 os.environ |= dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
 
-# A test's numbers are those of float32 on a CPU, also on a Mac. A stage that a test starts reads the variable.
+# Tests expect results of float32 on a CPU, also on a Mac. A stage that a test starts reads the variable.
 os.environ["MLX_K2_DEVICE"] = "cpu"
 mx.set_default_device(mx.cpu)
 
@@ -29,7 +29,7 @@ os.environ["MLX_K2_CONFIG"] = os.devnull
 FIXED, LONG, FUZZ = "fixed", "long", "fuzz"
 MANY_EXAMPLES = 2000
 MAX_SLOW_FRACTION = 0.1
-KEEP_FAILURES = (
+HOW_TO_KEEP_A_FAILURE = (
     'To keep a failure: copy the arguments after "Falsifying example" into a decorator @example(...) of that test.',
     "It then runs in `make test`. Until then .hypothesis/examples keeps it, and the next `make fuzz` tries it first.",
 )
@@ -48,7 +48,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(FIXED)  # --hypothesis-profile, read after this file, selects another
 
-_NEEDS = "needs "
+_REASON_PREFIX = "needs "
 KINDS = frozenset(
     {
         "emulated hosts",
@@ -63,8 +63,8 @@ KINDS = frozenset(
         "OpenAI's client 1.x",
     }
 )
-"""What a test may need and a machine may lack. A skip's reason is "needs KIND: how to get it"."""
-_not_run: Counter[str] = Counter()
+"""What a test may need and a machine may lack. The reason of a skip is "needs KIND: how to get it"."""
+_num_skipped_by_reason: Counter[str] = Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,40 +82,42 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--may-lack {unknown[0]}: the kinds are {', '.join(sorted(KINDS))}")
 
 
-def _kind(reason: str) -> str:
-    """Return the kind in a skip's reason; '' if it names none."""
-    kind = reason.removeprefix(_NEEDS).partition(":")[0]
-    return kind if reason.startswith(_NEEDS) and kind in KINDS else ""
-
-
 def _skip_problems(config: pytest.Config) -> list[str]:
     """Return one line for each skip that is a failure, and for each kind in --may-lack that is not lacking."""
-    lacking = {_kind(reason) for reason in _not_run}
-    problems = [f"a skip names no known kind: {reason}" for reason in sorted(_not_run) if not _kind(reason)]
+    kind_of = {reason: reason.removeprefix(_REASON_PREFIX).partition(":")[0] for reason in _num_skipped_by_reason}
+    unknown = [reason for reason, kind in kind_of.items() if not reason.startswith(_REASON_PREFIX) or kind not in KINDS]
+    problems = [f"a skip names no known kind: {reason}" for reason in sorted(unknown)]
+    lacking = KINDS.intersection(kind_of.values())
     if os.environ.get("CI"):
-        problems += [f"skipped on CI: {kind}" for kind in sorted(lacking - _may_lack(config) - {""})]
-    is_whole_suite = config.args == config.getini("testpaths") and not (config.option.markexpr or config.option.keyword)
-    if is_whole_suite and not hasattr(config, "workerinput"):  # a worker runs a part of the suite
+        problems += [f"skipped on CI: {kind}" for kind in sorted(lacking - _may_lack(config))]
+    is_whole_suite = _has_all_test_paths(config) and not (config.option.markexpr or config.option.keyword)
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: it runs a part of the suite
+    if is_whole_suite and not is_worker:
         problems += [f"--may-lack names what this machine has: {kind}" for kind in sorted(_may_lack(config) - lacking)]
     return problems
 
 
+def _has_all_test_paths(config: pytest.Config) -> bool:
+    test_paths: list[str] = config.getini("testpaths")
+    return config.args == test_paths
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _default_signal_handlers() -> Iterator[None]:
-    """Reset SIGINT and SIGHUP to default handling for started processes: background jobs and nohup ignore them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    for number, handler in before.items():
+    """Reset an ignored SIGINT or SIGHUP, as of a background job or nohup, to its default for started processes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in handlers.items():
         if handler is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuse a whole suite with more than MAX_SLOW_FRACTION slow tests, so that `make test` still runs nearly all."""
     num_slow = sum(item.get_closest_marker("slow") is not None for item in items)
-    if config.args == config.getini("testpaths") and num_slow > MAX_SLOW_FRACTION * len(items):
+    if _has_all_test_paths(config) and num_slow > MAX_SLOW_FRACTION * len(items):
         raise pytest.UsageError(
             f"{num_slow} of {len(items)} tests are marked slow: at most {MAX_SLOW_FRACTION:.0%} may be"
         )
@@ -124,7 +126,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Count the skipped tests by reason."""
     if report.skipped and isinstance(report.longrepr, tuple):
-        _not_run[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        _num_skipped_by_reason[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -135,10 +137,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print a line for each reason of skipped tests and, after a failed fuzz run, how to keep a failure."""
-    for reason, count in sorted(_not_run.items()):
+    for reason, count in sorted(_num_skipped_by_reason.items()):
         terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)
     for problem in _skip_problems(terminalreporter.config):
         terminalreporter.write_line(problem, red=True)
     if hypothesis.settings.get_current_profile_name() == FUZZ and terminalreporter.stats.get("failed"):
-        for line in KEEP_FAILURES:
+        for line in HOW_TO_KEEP_A_FAILURE:
             terminalreporter.write_line(line, yellow=True)

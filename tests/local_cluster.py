@@ -35,19 +35,19 @@ VOCAB_SIZE = 768
 NUM_LAYERS = 7
 CONTEXT_TOKENS = 2048
 CHUNK_TOKENS = 32
-RANK_MARK = "MLX_K2_TEST_RANK"
+RANK_VARIABLE = "MLX_K2_TEST_RANK"
 
 
 def write_model(folder: Path, context_tokens: int = CONTEXT_TOKENS) -> Path:
     """Write the model to ``folder``. Its config names no stop token, so every answer has ``max_tokens`` tokens."""
     files = tiny_vocabulary(VOCAB_SIZE, context_tokens).files | {"generation_config.json": b"{}"}
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=context_tokens)
-    write_random_checkpoint(folder, fields, 20, files)
+    write_random_checkpoint(folder, fields, seed=20, tokenizer_files=files)
     return folder
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 1, temperature: float = 1.0) -> Request:
-    """Return a request with a prompt of ``num_prompt`` tokens. Each length gives a different prompt."""
+    """Return a request with a prompt of ``num_prompt`` tokens. Prompts of different lengths have no common prefix."""
     prompt_ids = tuple((num_prompt + 31 * position) % VOCAB_SIZE for position in range(num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=seed, temperature=temperature), frozenset())
 
@@ -93,7 +93,7 @@ def rest_of(handle: Handle) -> tuple[list[int], Finished]:
 
 
 def together(engine: Engine, *requests: Request) -> Iterator[tuple[Request, Token]]:
-    """Run the requests and yield each token with its request, in the order of arrival."""
+    """Run the requests at the same time and yield each token with its request, in the order of arrival."""
     ready: SimpleQueue[Handle] = SimpleQueue()
     handles = engine.submit_all([Submission(request, None, ready.put) for request in requests])
     events = {handle: handle.events() for handle in handles}
@@ -129,42 +129,46 @@ def local_cluster(
     context_tokens: int = CONTEXT_TOKENS,
 ) -> Iterator[Cluster]:
     """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
-    asked = local_request(folder, hosts).with_options(stall_timeout_s=stall_timeout_s, context_tokens=context_tokens)
-    model = describe_model(read_model_files(asked.source).files, str(folder))
-    names = LoadedNames()
-    with deploy(asked, model, names) as deployment:
+    options = {"stall_timeout_s": stall_timeout_s, "context_tokens": context_tokens}
+    deployment_request = local_request(folder, hosts).with_options(**options)
+    model = describe_model(read_model_files(deployment_request.source).files, str(folder))
+    loaded = LoadedNames()
+    with deploy(deployment_request, model, loaded) as deployment:
         limits = SchedulerLimits(deployment.shape.num_slots, context_tokens, CHUNK_TOKENS, len(hosts))
         policy = StepPolicy(deployment.costs)
         scheduler = Scheduler(limits, policy, draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF)
         pipeline = Pipeline(deployment.group, scheduler, policy, VOCAB_SIZE, step_timeout)
         with Engine(pipeline, scheduler) as engine:
-            yield Cluster(deployment, engine, names)
+            yield Cluster(deployment, engine, loaded)
 
 
 def marked_host(folder: Path, rank: int, python: str) -> Host:
-    """Return this machine as a host whose Python sets RANK_MARK to ``rank`` in every process that it starts."""
+    """Return this machine as a host whose processes have ``rank`` in the environment variable RANK_VARIABLE.
+
+    The host's Python is a script in ``folder`` that sets the variable and starts ``python``.
+    """
     script = folder / f"python-{rank}"
-    script.write_text(f'#!/bin/sh\n{RANK_MARK}={rank} exec {python} "$@"\n')
+    script.write_text(f'#!/bin/sh\n{RANK_VARIABLE}={rank} exec {python} "$@"\n')
     script.chmod(0o755)
     return msgspec.structs.replace(local_host(), python=str(script))
 
 
 def stage_process(rank: int) -> psutil.Process:
-    """Return the stage process (not its guard) of the marked host of ``rank``, a descendant of this process."""
-    (found,) = [
+    """Return the stage process (not its guard) on the `marked_host` of ``rank``, a descendant of this process."""
+    (stage,) = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "mlx_k2.stage.program" in process.cmdline() and process.environ().get(RANK_MARK) == str(rank)
+        if "mlx_k2.stage.program" in process.cmdline() and process.environ().get(RANK_VARIABLE) == str(rank)
     ]
-    return found
+    return stage
 
 
 def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Wait up to ``timeout_s`` and return those that still run. Polls, since not all are this process's children."""
+    """Wait until the processes have ended, at most ``timeout_s``. Return those that still run."""
     deadline = time.monotonic() + timeout_s
-    while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
-        psutil.wait_procs(left, timeout=0.05)
-    return left
+    while (running := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
+        psutil.wait_procs(running, timeout=0.05)  # short, because it also waits for zombies of other parents
+    return running
 
 
 def is_running(process: psutil.Process) -> bool:

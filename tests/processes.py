@@ -4,7 +4,10 @@ import psutil
 
 
 def started_processes(*, recursive: bool = True) -> list[psutil.Process]:
-    """Return this process's descendants without the one that renders chat templates, which stays for the next one."""
+    """Return this process's children without the one that renders chat templates, which runs until this process ends.
+
+    With ``recursive``, return all descendants.
+    """
     return [process for process in psutil.Process().children(recursive=recursive) if not _renders_templates(process)]
 
 

@@ -1,16 +1,16 @@
-"""A program ssh that runs the remote command on this machine, in the home folder of a host."""
+"""A replacement of ssh that runs the remote command on this machine, in a folder that is the remote host's home."""
 
 import shlex
 from pathlib import Path
 
 _SSH = """#!/bin/sh
-for word; do command=$word; done
+for argument; do command=$argument; done  # the last argument is the remote command
 cd {home} && HOME={home} exec sh -c "$command"
 """
 
 
 def write_ssh(folder: Path, home: Path) -> Path:
-    """Write the program to a folder, which is to be put on the path, and return the folder."""
+    """Write the program to ``folder`` and return that folder. A caller puts it first in PATH."""
     folder.mkdir(exist_ok=True)
     (folder / "ssh").write_text(_SSH.format(home=shlex.quote(str(home))))
     (folder / "ssh").chmod(0o755)

@@ -1,6 +1,6 @@
-"""Wheels under the names and versions of this environment's packages, without content, for installing without an index.
+"""Empty wheels with the names and versions of mlx-k2's requirements, so that pip can install them without an index.
 
-One of them adds this environment's packages to the path, so that what is installed with them runs.
+The wheel of click makes this environment's packages importable, so that an installed mlx-k2 runs.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 
 def write_stub_wheels(folder: Path) -> Path:
-    """Write a wheel for each package that mlx-k2 requires; return the folder."""
+    """Write a wheel for each package that mlx-k2 requires to ``folder``, a new one, and return it."""
     folder.mkdir()
     for line in importlib.metadata.requires("mlx-k2") or ():
         requirement = Requirement(line)

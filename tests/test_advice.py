@@ -1,10 +1,10 @@
 """Tests of all advice in messages, read from the package's source.
 
-The tables of the files ``test_advice_of_*`` hold what is refused, the message, and what is accepted afterwards.
+The tables of ``test_advice_of_*.py`` have rows of a message with advice, what it refuses, and what is accepted instead.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,44 @@ import click
 import pytest
 
 from mlx_k2.cli.main import cli
-from tests.advice import advice, followed
-from tests.test_advice_of_commands import OPTIONS
+from tests.advice import all_advice, followed_messages
+from tests.test_advice_of_commands import COMMAND_LINES
 from tests.test_advice_of_requests import CHATS, COMPLETIONS, MESSAGES, RESPONSES
 from tests.test_advice_of_values import HOSTFILES, VALUES
 
 pytestmark = pytest.mark.timeout(60)
 
+Table = Sequence[tuple[str, Any, Any]]
+TABLES: tuple[Table, ...] = (COMMAND_LINES, CHATS, COMPLETIONS, MESSAGES, RESPONSES, HOSTFILES, VALUES)
+
 
 def test_each_option_and_command_of_mlx_k2_that_advice_names_exists() -> None:
     options = {"--auto-setup", "--over"}  # of mlx.distributed_config, which a test of test_advice_followed.py runs
-    names = set()
-    to_visit: list[tuple[str, click.Command]] = [("", cli)]
-    for name, command in to_visit:
-        names.add(name)
-        options |= {found for parameter in command.params for found in (*parameter.opts, *parameter.secondary_opts)}
-        if isinstance(command, click.Group):
-            context = click.Context(command)
-            found = {inner: command.get_command(context, inner) for inner in command.list_commands(context)}
-            to_visit += [(f"{name} {inner}".strip(), one) for inner, one in found.items() if one is not None]
-    for text, _ in advice():
-        _, _, message = text.partition(": ")
+    commands = dict(command_tree("", cli))
+    for command in commands.values():
+        for parameter in command.params:
+            options |= {*parameter.opts, *parameter.secondary_opts}
+    for _, message, _ in all_advice():
         assert set(re.findall(r"(?<![\w-])--[a-z][-a-z]+", message)) <= options, message
-        assert set(re.findall(r"\bmlx-k2 (download|doctor|kernels|bench|keys \w+)\b", message)) <= names, message
+        named_commands = re.findall(r"\bmlx-k2 (download|doctor|kernels|bench|keys \w+)\b", message)
+        assert set(named_commands) <= commands.keys(), message
+
+
+def command_tree(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """Yield a command and its subcommands, each with its name below ``mlx-k2``, as in ``keys add``."""
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for subcommand_name in command.list_commands(context):
+            subcommand = command.get_command(context, subcommand_name)
+            assert subcommand is not None
+            yield from command_tree(f"{name} {subcommand_name}".strip(), subcommand)
 
 
 def test_all_advice_is_followed_in_a_test() -> None:
-    """For advice that this fails for: follow it in a test, and name its message in ``follows_advice`` or in a table."""
-    tables: Sequence[Sequence[tuple[Any, ...]]] = (OPTIONS, CHATS, COMPLETIONS, MESSAGES, RESPONSES, HOSTFILES, VALUES)
-    messages = [*followed(Path(__file__).parent), *(case[0] for table in tables for case in table)]
-    all_advice = list(advice())
-    assert len(all_advice) > 150
-    missing = [text for text, pattern in all_advice if not any(map(pattern.search, messages))]
+    """For advice that is missing: follow it in a test, and name its message in ``follows_advice`` or in a table."""
+    messages = [*followed_messages(Path(__file__).parent), *(message for table in TABLES for message, _, _ in table)]
+    advice = list(all_advice())
+    assert len(advice) > 150  # the search finds the advice of the whole package
+    missing = [f"{file}: {text}" for file, text, pattern in advice if not any(map(pattern.search, messages))]
     assert missing == []

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from mlx_k2.server.responses_request import conversation_of, read_responses_requ
 pytestmark = pytest.mark.timeout(60)
 USER = {"role": "user", "content": "a"}
 FUNCTION = {"type": "function", "name": "f"}
+Rows = tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+"""Rows of a message with advice, fields of a request that it refuses, and fields that follow the advice."""
 
-CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+CHATS: Rows = (
     (
         "give text, json_object, or json_schema with json_schema.schema",
         {"response_format": {"type": "xml"}},
@@ -48,40 +51,14 @@ CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("max_tokens is 0: give at least 1", {"max_tokens": 0}, {"max_tokens": 1}),
     ("stop: give at most 16 strings", {"stop": ["a"] * 17}, {"stop": ["a"] * 16}),
 )
-COMPLETIONS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+COMPLETIONS: Rows = (
     ("prompt: give one text, or the token ids of one", {"prompt": ["a", "b"]}, {"prompt": [3, 4]}),
     ("suffix is not supported: leave it out", {"suffix": "a"}, {}),
     ("this server returns every choice: leave best_of out", {"best_of": 2}, {}),
 )
 
 
-@pytest.mark.parametrize(("message", "wrong", "right"), CHATS)
-def test_a_chat_request_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> None:
-        chat = read_chat_request(json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | fields).encode())
-        assert chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    read(right)
-
-
-@pytest.mark.parametrize(("message", "wrong", "right"), COMPLETIONS)
-def test_a_completion_request_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        asked = read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode())
-        return bool(asked.text_or_ids)
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    assert read(right)
-
-
-MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+MESSAGES: Rows = (
     (
         "messages[0].role is 'tool': give user or assistant",
         {"messages": [{"role": "tool", "content": "a"}]},
@@ -107,7 +84,7 @@ MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         for kind in ("auto", "any", "tool", "none")
     ),
 )
-RESPONSES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+RESPONSES: Rows = (
     (
         "conversations are not stored: use previous_response_id",
         {"conversation": "conv_1"},
@@ -128,27 +105,38 @@ RESPONSES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize(("message", "wrong", "right"), MESSAGES)
-def test_a_request_of_the_messages_api_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
+def read_chat(fields: dict[str, Any]) -> bool:
+    chat = read_chat_request(json.dumps({"messages": [USER]} | fields).encode())
+    return chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
+
+
+def read_completion(fields: dict[str, Any]) -> bool:
+    return bool(read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode()).text_or_ids)
+
+
+def read_messages(fields: dict[str, Any]) -> bool:
+    request = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
+    return request.chat.messages[-1] == USER
+
+
+def read_response(fields: dict[str, Any]) -> bool:
+    conversation = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
+    return conversation.messages == [USER] and not conversation.warnings
+
+
+@pytest.mark.parametrize(
+    ("read", "message", "wrong", "right"),
+    [
+        *((read_chat, *row) for row in CHATS),
+        *((read_completion, *row) for row in COMPLETIONS),
+        *((read_messages, *row) for row in MESSAGES),
+        *((read_response, *row) for row in RESPONSES),
+    ],
+)
+def test_a_request_that_follows_the_advice_of_its_refusal_is_accepted(
+    read: Callable[[dict[str, Any]], bool], message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        asked = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
-        return asked.chat.messages[-1] == USER
-
-    with pytest.raises(ApiError, match=re.escape(message)):
-        read(wrong)
-    assert read(right)
-
-
-@pytest.mark.parametrize(("message", "wrong", "right"), RESPONSES)
-def test_a_request_for_a_response_that_follows_the_advice_of_its_refusal_is_accepted(
-    message: str, wrong: dict[str, Any], right: dict[str, Any]
-) -> None:
-    def read(fields: dict[str, Any]) -> bool:
-        asked = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
-        return asked.messages == [USER] and not asked.warnings
-
+    """``read`` returns whether the request has the content that its fields give."""
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
     assert read(right)

@@ -22,7 +22,7 @@ from mlx_k2.server.api_keys import KeyRing, add_key, read_keys, remove_key
 from mlx_k2.server.http_server import listening_socket
 from tests.advice import follows_advice
 from tests.server.in_process import stepped_server
-from tests.test_advice_of_commands import END, refusal
+from tests.test_advice_of_commands import NO_MODEL, refusal
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,9 +43,9 @@ def test_the_advice_for_a_key_file_lets_keys_be_read_and_added(tmp_path: Path) -
     remove_key(path, "a")
     add_key(path, "a")
     path.chmod(0o644)
-    with pytest.raises(SetupError, match="others can read the key file") as refused:
+    with pytest.raises(SetupError, match="others can read the key file") as raised:
         read_keys(path)
-    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True, timeout=20)
+    subprocess.run(str(raised.value).split("`")[1], shell=True, check=True, timeout=20)
     assert [key.name for key in read_keys(path)] == ["b", "a"]
     with pytest.raises(SetupError, match=r"there is no key 'c' in .*my keys; its keys: b, a$"):
         remove_key(path, "c")
@@ -60,12 +60,12 @@ def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         serve = ["serve", "--host", "0.0.0.0", "--port", port, "--key-file", keys]
-        shown = refusal(*serve)
-        assert "and there is no key: make one with `mlx-k2 keys add" in shown
-        name, *make = shlex.split(shown.split("`")[1])
-        assert name == "mlx-k2"
+        error = refusal(*serve)
+        assert "and there is no key: make one with `mlx-k2 keys add" in error
+        program, *add_key_arguments = shlex.split(error.split("`")[1])
+        assert program == "mlx-k2"
         with contextlib.redirect_stdout(io.StringIO()):
-            assert run(make) == 0
+            assert run(add_key_arguments) == 0
         assert f"port {port} of 0.0.0.0 is in use: give another --port, or end the program" in refusal(*serve)
         with pytest.raises(SetupError, match="give another --port, or end the program that has it"):
             listening_socket("127.0.0.1", int(port))
@@ -84,12 +84,12 @@ def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name()
     with pytest.raises(ApiError, match="this Origin is not allowed: see --allow-origin"):
         Access(("k2.example",), (), None).check_origin(scope)
     Access(("k2.example",), ("https://chat.example",), None).check_origin(scope)
-    serve = refusal("serve", "--allow-host", "k2.example", "--allow-origin", "https://chat.example", *shlex.split(END))
-    assert "/no/such/folder is not a folder" in serve
+    options = ["--allow-host", "k2.example", "--allow-origin", "https://chat.example"]
+    assert "/no/such/folder is not a folder" in refusal("serve", *options, *shlex.split(NO_MODEL))
 
 
-class NamedModel(msgspec.Struct):
-    """The name of the model that a server has."""
+class ModelFiles(msgspec.Struct):
+    """The name of a server's model, one of the fields of /v1/model-files."""
 
     name: str
 
@@ -97,14 +97,13 @@ class NamedModel(msgspec.Struct):
 @follows_advice(
     "u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
 )
-def test_a_client_with_a_key_of_the_printed_command_is_answered(tmp_path: Path) -> None:
-    """Ask a server in this process, without and with a key."""
+def test_a_client_is_answered_only_with_a_key_that_was_added_to_the_key_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     key = add_key(keys, "me")
     with stepped_server(keys=KeyRing(keys, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME`"):
-            ServerAddress(server.url, None).get("/v1/model-files", NamedModel)
-        assert ServerAddress(server.url, key).get("/v1/model-files", NamedModel)
+            ServerAddress(server.url, None).get("/v1/model-files", ModelFiles)
+        assert ServerAddress(server.url, key).get("/v1/model-files", ModelFiles)
 
 
 @follows_advice(
@@ -116,7 +115,6 @@ def test_requests_to_a_server_that_follow_the_advice_of_their_refusals_are_accep
         assert "give a text as prompt, or messages" in server.request("POST", "/tokenize", {}).body.decode()
         assert server.request("POST", "/tokenize", {"prompt": "a"}).status == 200
         engine = RemoteEngine(ServerAddress(server.url, None))
-        asked = Request((5,), 1, Sampling(seed=1, num_logprobs=1), frozenset())
         with pytest.raises(RequestError, match="--connect gets no log-probabilities: leave out --logprobs"):
-            engine.submit(asked)
+            engine.submit(Request((5,), 1, Sampling(seed=1, num_logprobs=1), frozenset()))
         engine.submit(Request((5,), 1, Sampling(seed=1), frozenset())).cancel()

@@ -1,6 +1,7 @@
 """Tests of the built-in model's draft head on the model's own answers to held-out questions.
 
-The answers come from the package training, which computes model and head by other code than the program.
+The answers, and the positions that the head drafts right, come from training/, whose code for model and head is not
+the program's.
 """
 
 from collections.abc import Iterator
@@ -29,15 +30,15 @@ from training.draft.train import read_weights
 from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
-EVERY = 1 if IS_LONG else 20
-"""Step between the 200 held-out prompts that are used."""
+PROMPT_STRIDE = 1 if IS_LONG else 20
+"""Every PROMPT_STRIDE-th of the 200 held-out prompts is used."""
 STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
 
 
 def answers(folder: Path, aux_layers: tuple[int, ...]) -> list[Row]:
-    """Return the model's answers at both temperatures, with the outputs of ``aux_layers``."""
+    """Return the model's answers at temperatures 0 and 1, with the outputs of ``aux_layers``."""
     path = folder / "answers.safetensors"
-    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::EVERY], 0, is_split=False)
+    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::PROMPT_STRIDE], 0, is_split=False)
     return read_rows([path])
 
 
@@ -46,34 +47,35 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return answers(tmp_path_factory.mktemp("answers"), AUX_LAYERS)
 
 
-def measured(rows: list[Row]) -> list[Position]:
+def drafted_positions(rows: list[Row]) -> list[Position]:
+    """Return the positions of the answers, with what the head and n-grams draft there."""
     return list(positions([("any", row) for row in rows], read_weights(BUILTIN_HEAD_FOLDER)))
 
 
-def part(found: list[Position], temperature: int, source: str) -> float:
-    """Return the part of the positions at a temperature that are drafted right."""
-    chosen = [position for position in found if position.temperature == temperature]
-    return sum(bool(getattr(position, source)) for position in chosen) / len(chosen)
+def accuracy(drafted: list[Position], temperature: int, field: str) -> float:
+    """Return the fraction of the positions at a temperature where ``field`` (is_head_right, is_ngram_right) is true."""
+    results = [bool(getattr(position, field)) for position in drafted if position.temperature == temperature]
+    return sum(results) / len(results)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 if IS_LONG else 120)
 def test_the_head_is_right_for_most_positions_and_clearly_more_often_than_ngrams(rows: list[Row]) -> None:
-    found = measured(rows)
-    for temperature, least in ((0, 0.6), (1, 0.5)):
-        assert part(found, temperature, "is_head_right") >= least
-        assert part(found, temperature, "is_head_right") >= part(found, temperature, "is_ngram_right") + 0.1
+    drafted = drafted_positions(rows)
+    for temperature, min_accuracy in ((0, 0.6), (1, 0.5)):
+        assert accuracy(drafted, temperature, "is_head_right") >= min_accuracy
+        assert accuracy(drafted, temperature, "is_head_right") >= accuracy(drafted, temperature, "is_ngram_right") + 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 if IS_LONG else 120)
-def test_layers_that_are_off_by_one_lower_the_acceptance(rows: list[Row], tmp_path: Path) -> None:
-    shifted = answers(tmp_path, tuple(layer + 1 for layer in AUX_LAYERS))
-    right, wrong = (part(measured(some), 0, "is_head_right") for some in (rows, shifted))
-    assert wrong <= right - 0.05
+def test_outputs_of_layers_that_are_off_by_one_lower_the_accuracy(rows: list[Row], tmp_path: Path) -> None:
+    shifted_rows = answers(tmp_path, tuple(layer + 1 for layer in AUX_LAYERS))
+    shifted_accuracy = accuracy(drafted_positions(shifted_rows), 0, "is_head_right")
+    assert shifted_accuracy <= accuracy(drafted_positions(rows), 0, "is_head_right") - 0.05
 
 
-def test_the_file_is_small_and_has_the_public_names() -> None:
+def test_the_heads_file_has_at_most_1_5_mb_and_the_tensor_names_of_published_heads() -> None:
     assert (BUILTIN_HEAD_FOLDER / "model.safetensors").stat().st_size <= 1.5e6
     names = set(mx.load(str(BUILTIN_HEAD_FOLDER / "model.safetensors")))
     assert {"fc.weight", "norm.weight", "layers.0.hidden_norm.weight"} < names
@@ -88,18 +90,19 @@ def engine() -> Iterator[Engine]:
     request = DeploymentRequest(options, local_hostfile(2), source, draft_head=head)
     with (
         deploy(*open_source(request), DeploymentListener()) as deployment,
-        engine_on(deployment, draft_mode=DraftMode.MODEL) as running,
+        engine_on(deployment, draft_mode=DraftMode.MODEL) as engine,
     ):
-        yield running
+        yield engine
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 if IS_LONG else 120)
 def test_the_program_accepts_as_many_drafts_as_the_training_code_predicts(rows: list[Row], engine: Engine) -> None:
     for row in [row for row in rows if row.temperature == 0][: 200 if IS_LONG else 6]:
-        prompt, answer = tuple(row.tokens[: row.num_prompt].tolist()), row.tokens[row.num_prompt :].tolist()
-        request = Request(prompt, len(answer) + 1, Sampling(seed=0, temperature=0.0), frozenset({STOP_ID}))
+        prompt = tuple(row.tokens[: row.num_prompt].tolist())
+        num_answer = len(row.tokens) - row.num_prompt
+        request = Request(prompt, num_answer + 1, Sampling(seed=0, temperature=0.0), frozenset({STOP_ID}))
         *_, end = engine.submit(request).events()
         assert isinstance(end, Finished)
-        expected = sum(position.is_head_right for position in measured([row]))
+        expected = sum(position.is_head_right for position in drafted_positions([row]))
         assert end.summary.accepted == pytest.approx(expected, abs=1)

@@ -1,7 +1,6 @@
-"""Tests of the built-in model: its loss on held-out replies is low, and a mistake in the program raises it.
+"""Tests of the built-in model: its loss on held-out replies is low, and wrong layers, weights or positions raise it.
 
-The held-out questions and their right replies come from the package training. Each whole conversation runs in one
-pass. The loss is the mean of -log(probability) over the tokens of the replies.
+The held-out questions and their right replies come from training/. A conversation runs in one forward pass.
 """
 
 import json
@@ -22,17 +21,17 @@ from mlx_k2.weights.checkpoint import ModelDescription, describe_model, locate_t
 from mlx_k2.weights.inventory import shard_specs
 from mlx_k2.weights.reader import ShardReader
 from training.conversation import render
-from training.data import QUESTIONS_PER_SKILL, held_out
+from training.data import QUESTIONS_PER_SKILL, Question, held_out
 from training.vocabulary import load_encoding
 
-EVERY = 150
-"""Step between the questions that are used, which gives one or two for each skill."""
-WHOLE = ([0, 1, 2, 3, 4, 5, 6],)
-LONGEST = 512
+QUESTION_STRIDE = 150
+"""Every QUESTION_STRIDE-th question is used: one or two of each skill."""
+ALL_LAYERS = ([0, 1, 2, 3, 4, 5, 6],)
+MAX_CONVERSATION_TOKENS = 512
 
 
-class Reply:
-    """Token ids of a conversation, and a mask of those that the model has to write."""
+class Conversation:
+    """Token ids of a conversation, and a mask of those that belong to the model's replies."""
 
     def __init__(self, pieces: Sequence[tuple[list[int], bool]]) -> None:
         self.ids = [token_id for ids, _ in pieces for token_id in ids]
@@ -40,19 +39,16 @@ class Reply:
 
 
 @pytest.fixture(scope="module")
-def replies() -> list[Reply]:
+def conversations() -> list[Conversation]:
     encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
     questions = held_out().questions
     assert len(questions) % QUESTIONS_PER_SKILL == 0
-    return [
-        Reply(
-            [
-                (encoding.encode(piece.text, allowed_special="all"), piece.is_reply)
-                for piece in render(question.conversation)
-            ]
-        )
-        for question in questions[::EVERY]
-    ]
+
+    def tokenize(question: Question) -> Conversation:
+        pieces = render(question.conversation)
+        return Conversation([(encoding.encode(piece.text, allowed_special="all"), piece.is_reply) for piece in pieces])
+
+    return [tokenize(question) for question in questions[::QUESTION_STRIDE]]
 
 
 def describe(folder: Path) -> ModelDescription:
@@ -63,29 +59,35 @@ def load(folder: Path, layers: range) -> StageModel:
     description = describe(folder)
     config = description.config
     files = locate_tensors(folder, description.index, shard_specs(config, layers.start, layers.stop))
-    cache = LatentCache(len(layers), 1, LONGEST, config.cache_row_dim, mx.float32)
+    cache = LatentCache(len(layers), 1, MAX_CONVERSATION_TOKENS, config.cache_row_dim, mx.float32)
     return load_stage_model(config, ShardReader(config, files, mx.float32), layers, cache, lambda _: None)
 
 
-def mean_loss(folder: Path, replies: Sequence[Reply], order: Sequence[Sequence[int]] = WHOLE) -> float:
-    """Return the mean of -log(probability) over all reply tokens, through the layers in ``order``."""
-    stages = [load(folder, range(part[0], part[-1] + 1)) for part in order]
-    surprises: list[np.ndarray] = []
-    for reply in replies:
-        hidden = stages[0].embed(mx.array(reply.ids))
-        batch = Batch([Span(0, 0, len(reply.ids), is_prompt=True)])
+def mean_loss(
+    folder: Path, conversations: Sequence[Conversation], order: Sequence[Sequence[int]] = ALL_LAYERS
+) -> float:
+    """Return the mean of -log(probability) over all reply tokens.
+
+    ``order`` has the layers of each stage, consecutive ones, in the order in which the stages run.
+    """
+    stages = [load(folder, range(layers[0], layers[-1] + 1)) for layers in order]
+    losses: list[np.ndarray] = []
+    for conversation in conversations:
+        ids = conversation.ids
+        hidden = stages[0].embed(mx.array(ids))
+        batch = Batch([Span(0, 0, len(ids), is_prompt=True)])
         for stage in stages:
             hidden, _ = stage.run(hidden, batch)
         logits = stages[-1].logits(hidden)[:-1]
         logprobs = np.asarray(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        of_written = logprobs[np.arange(len(reply.ids) - 1), reply.ids[1:]]
-        surprises.append(-of_written[reply.is_reply[1:]])
-    return float(np.concatenate(surprises).mean())
+        token_logprobs = logprobs[np.arange(len(ids) - 1), ids[1:]]
+        losses.append(-token_logprobs[conversation.is_reply[1:]])
+    return float(np.concatenate(losses).mean())
 
 
 @pytest.fixture(scope="module")
-def baseline(replies: list[Reply]) -> float:
-    return mean_loss(BUILTIN_FOLDER, replies)
+def baseline(conversations: list[Conversation]) -> float:
+    return mean_loss(BUILTIN_FOLDER, conversations)
 
 
 @pytest.mark.slow
@@ -104,21 +106,21 @@ def test_the_built_in_model_predicts_the_right_replies(baseline: float) -> None:
     ids=["a layer left out", "two layers swapped", "two neighbours swapped"],
 )
 def test_wrongly_ordered_layers_raise_the_loss(
-    replies: list[Reply], baseline: float, order: Sequence[Sequence[int]]
+    conversations: list[Conversation], baseline: float, order: Sequence[Sequence[int]]
 ) -> None:
-    assert mean_loss(BUILTIN_FOLDER, replies, order) > 3 * baseline
+    assert mean_loss(BUILTIN_FOLDER, conversations, order) > 3 * baseline
 
 
-def reverse_nibbles(folder: Path) -> None:
-    """Reverse the order of the eight codes in every packed word."""
+def reverse_codes(folder: Path) -> None:
+    """Reverse the order of the eight INT4 codes in every packed word."""
     for file in folder.glob("*.safetensors"):
         tensors = mx.load(str(file))
         assert isinstance(tensors, dict)
         for name, tensor in tensors.items():
             if name.endswith("weight_packed"):
                 words = np.asarray(tensor.view(mx.uint32))
-                turned = sum(((words >> 4 * position) & 15) << (28 - 4 * position) for position in range(8))
-                tensors[name] = mx.array(np.asarray(turned, np.uint32)).view(mx.int32)
+                reversed_words = sum(((words >> 4 * index) & 15) << (28 - 4 * index) for index in range(8))
+                tensors[name] = mx.array(np.asarray(reversed_words, np.uint32)).view(mx.int32)
         mx.eval(tensors)
         mx.save_safetensors(str(file), tensors, {"format": "pt"})
 
@@ -132,14 +134,14 @@ def use_usual_beta_fast(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [reverse_nibbles, use_usual_beta_fast])
+@pytest.mark.parametrize("damage", [reverse_codes, use_usual_beta_fast])
 def test_damaged_weights_or_positions_raise_the_loss(
-    replies: list[Reply], baseline: float, tmp_path: Path, damage: Callable[[Path], None]
+    conversations: list[Conversation], baseline: float, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(BUILTIN_FOLDER, folder)
     damage(folder)
-    assert mean_loss(folder, replies) > 3 * baseline
+    assert mean_loss(folder, conversations) > 3 * baseline
 
 
 def test_the_built_in_model_has_at_most_8_mb_an_odd_layer_count_and_several_files() -> None:

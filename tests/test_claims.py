@@ -1,4 +1,4 @@
-"""Tests of the claims' rows: those of a working tree that differs from its commit are neither saved nor shown."""
+"""Tests of measured rows: those of a working tree with uncommitted changes are neither saved nor shown."""
 
 import sys
 from pathlib import Path
@@ -10,10 +10,8 @@ from bench import claims
 HEADER = "date,machine,mlx_k2,mlx,mlx_lm,commit,script,claim,first,second,ratio,asked\n"
 
 
-def test_a_dirty_tree_may_measure_but_not_save(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(claims, "commit", lambda: "0123456+")
+def test_a_changed_tree_may_not_save_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(claims, "commit", lambda: "0123456+")  # + marks a tree with changes
     monkeypatch.setattr(sys, "argv", ["bench.overlap"])
     assert not claims.read_options(None).save
     monkeypatch.setattr(sys, "argv", ["bench.overlap", "--save"])

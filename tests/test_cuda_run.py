@@ -1,4 +1,4 @@
-"""Tests of the script for an NVIDIA GPU, as far as a machine without one can run it."""
+"""Tests of bench.cuda_run, the script for an NVIDIA GPU, as far as a machine without one can run it."""
 
 import subprocess
 import sys
@@ -23,26 +23,24 @@ def test_all_parts_together_end_in_less_than_8_minutes() -> None:
 
 @pytest.mark.skipif(mx.cuda.is_available(), reason="needs no CUDA back end: run without an NVIDIA GPU")
 def test_without_cuda_the_script_reports_it_and_measures_nothing() -> None:
-    ran = subprocess.run([sys.executable, "-m", "bench.cuda_run"], capture_output=True, text=True, cwd=ROOT)
-    assert ran.returncode == 2
-    assert "MLX has no CUDA back end on this machine" in ran.stdout
+    result = subprocess.run([sys.executable, "-m", "bench.cuda_run"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert "MLX has no CUDA back end on this machine" in result.stdout
 
 
-def test_each_speed_is_a_row_of_the_kernels_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def plain(_tokens: int, _tuning: Tuning) -> Layer:
+def test_each_speed_is_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def reference_layer(_tokens: int, _tuning: Tuning) -> Layer:
         return reference.routed_experts
 
     monkeypatch.setattr(cuda_run, "SHAPE", LayerShape(64, 32, 4, mx.float32, 16))
     monkeypatch.setattr(cuda_run, "NUM_EXPERTS", 16)
     monkeypatch.setattr(cuda_run, "TOP_K", 4)
     monkeypatch.setattr(cuda_run, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(experts, "layer_of", plain)
+    monkeypatch.setattr(experts, "layer_of", reference_layer)
     rows = list(cuda_run.speed_rows())
-    assert [row[2] for row in rows] == list(cuda_run.TOKENS)
     assert {len(row) for row in rows} == {len(HEADER)}
-    assert rows[0][3] == 4
+    assert [row[HEADER.index("tokens")] for row in rows] == list(cuda_run.TOKENS)
+    assert rows[0][HEADER.index("experts chosen")] == 4
     assert "of a copy's" in capsys.readouterr().out
 
 

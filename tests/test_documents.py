@@ -18,8 +18,8 @@ PAGES = sorted(
 
 def test_the_command_reference_equals_the_help_output() -> None:
     command = [sys.executable, "-m", "tests.cli_reference"]  # in a new process: click caches the first help option
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert (ROOT / "docs" / "cli.md").read_text() == printed, "run python -m tests.cli_reference > docs/cli.md"
+    reference = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert (ROOT / "docs" / "cli.md").read_text() == reference, "run python -m tests.cli_reference > docs/cli.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -31,18 +31,19 @@ def test_links_between_documents_have_existing_targets(page: Path) -> None:
 
 def test_the_index_lists_every_page() -> None:
     index = ROOT / "docs" / "index.md"
-    listed = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", index.read_text())}
+    targets = re.findall(r"\]\(([^)]+)\)", index.read_text())
+    listed = {(index.parent / target).resolve() for target in targets}
     pages = {*index.parent.glob("*.md"), *index.parent.glob("dev/*.md")} - {index}
     assert pages <= listed
 
 
-def test_the_table_in_bench_equals_the_measured_rows() -> None:
+def test_the_table_of_claims_in_bench_equals_the_measured_rows() -> None:
     readme = README.read_text()
-    assert "| `bench." in readme, "a table without rows"
+    assert "| `bench." in readme, "the table has no rows"
     assert with_table(readme) == readme, "run python -m bench.claims"
 
 
-def test_the_kinds_that_the_workflows_leg_on_a_mac_may_lack_are_known() -> None:
+def test_the_kinds_of_tests_that_the_workflows_job_on_a_mac_may_lack_are_known() -> None:
     workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
     (kinds,) = re.findall(r'MAY_LACK="([^"]+)"', workflow)
     assert set(kinds.split(",")) < KINDS

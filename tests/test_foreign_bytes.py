@@ -1,11 +1,13 @@
 """Tests of untrusted input: any bytes from a pipe, a hostfile or a checkpoint give a value or an MlxK2Error."""
 
+import contextlib
 import io
 import json
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -44,12 +46,12 @@ from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
 from tests.text.fixtures import FILES, VOCAB_SIZE
 
-JSON = st.recursive(
+JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-VALUES = (
+ENCODED_VALUES = (
     PhaseUpdate(Phase.RECEIVING, 7, 60.0).to_json(),
     StageStatus(PhaseUpdate(Phase.IDLE), 1.5).to_json(),
     GuardSettings(20.0, 10).to_json(),
@@ -75,31 +77,31 @@ def step_with_top_p_0() -> bytes:
 
 
 @st.composite
-def damaged(sample: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Generate bytes from ``whole``, change up to three of them and cut them off at any length."""
-    data = bytearray(sample(whole))
+def damaged(sample: st.DrawFn, intact: st.SearchStrategy[bytes]) -> bytes:
+    """Generate bytes from ``intact``, change up to three of them and cut them off at any length."""
+    data = bytearray(sample(intact))
     for _ in range(sample(st.integers(0, 3))):
         if data:
             data[sample(st.integers(0, len(data) - 1))] = sample(st.integers(0, 255))
     return bytes(data[: sample(st.integers(0, len(data)))])
 
 
-def only_raises(kind: type[MlxK2Error], read: Callable[[bytes], object], data: bytes) -> None:
-    try:
+def assert_only_raises(error_type: type[MlxK2Error], read: Callable[[bytes], object], data: bytes) -> None:
+    with contextlib.suppress(error_type):
         read(data)
-    except kind:
-        return
 
 
 @pytest.mark.parametrize("decode", DECODERS, ids=lambda decode: decode.__qualname__)
 @example(data=step_with_top_p_0())
 @example(data=b"[" * 100_000)
-@example(data=b"\x91" * 100_000)
-@example(data=b"\x81\xa1a" * 100_000)
-@given(data=st.binary(max_size=200) | JSON.map(msgspec.msgpack.encode) | damaged(st.sampled_from(VALUES)))
+@example(data=b"\x91" * 100_000)  # MessagePack: lists in lists
+@example(data=b"\x81\xa1a" * 100_000)  # MessagePack: objects in objects
+@given(
+    data=st.binary(max_size=200) | JSON_VALUES.map(msgspec.msgpack.encode) | damaged(st.sampled_from(ENCODED_VALUES))
+)
 @settings(max_examples=at_least(300))
 def test_any_payload_is_decoded_or_raises_a_protocol_error(decode: Callable[[bytes], object], data: bytes) -> None:
-    only_raises(ProtocolError, decode, data)
+    assert_only_raises(ProtocolError, decode, data)
 
 
 def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_names_it() -> None:
@@ -109,7 +111,7 @@ def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_name
 
 @pytest.mark.parametrize("began_unix_s", [1e300, -1.0, math.nan, math.inf])
 def test_a_command_that_began_outside_the_range_of_datetime_is_a_protocol_error(began_unix_s: float) -> None:
-    other = RunningStage(Command("mac-1", 1, "mlx-k2 chat", began_unix_s), 10**10)
+    stage_of_another = RunningStage(Command("mac-1", 1, "mlx-k2 chat", began_unix_s), 10**10)
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",
@@ -117,16 +119,16 @@ def test_a_command_that_began_outside_the_range_of_datetime_is_a_protocol_error(
         system="macOS",
         memory_bytes=1,
         working_set_bytes=None,
-        running_stages=(other,),
+        running_stages=(stage_of_another,),
     )
     with pytest.raises(ProtocolError, match=r"not a message from a stage: .*began_unix_s"):
         decode_from_stage(encode_message(hello))
 
 
-@given(JSON)
+@given(JSON_VALUES)
 def test_json_of_any_shape_is_decoded_or_raises_a_protocol_error(value: object) -> None:
     for decode in DECODERS:
-        only_raises(ProtocolError, decode, json.dumps(value).encode())
+        assert_only_raises(ProtocolError, decode, json.dumps(value).encode())
 
 
 FRAMES = st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=30)).map(lambda frame: encode_frame(*frame)))
@@ -140,61 +142,71 @@ def test_any_stream_is_read_as_frames_or_raises_a_protocol_error(data: bytes) ->
         while read_frame(stream) is not None:
             pass
 
-    only_raises(ProtocolError, read_all, data)
+    assert_only_raises(ProtocolError, read_all, data)
 
 
 @given(st.binary(max_size=100), st.binary(max_size=40))
 def test_any_bytes_before_the_opening_mark_are_skipped(shell_output: bytes, rest: bytes) -> None:
     stream = io.BytesIO(shell_output + MARK + rest)
-    if MARK_START not in shell_output + MARK_START[:-1]:  # else it is a stage of another version
+    if MARK_START not in shell_output + MARK_START[:-1]:  # otherwise the bytes are those of another version's stage
         assert skip_to_mark(stream) == shell_output
         assert stream.read() == rest
 
 
-ENTRY = st.fixed_dictionaries(
-    {"ssh": st.text(max_size=10) | JSON, "ips": st.lists(st.text(max_size=16) | st.just("10.0.0.1")) | JSON},
-    optional={"rdma": JSON, "python": JSON, "model": JSON, "envs": JSON, "memory": JSON},
+HOST_ENTRIES = st.fixed_dictionaries(
+    {
+        "ssh": st.text(max_size=10) | JSON_VALUES,
+        "ips": st.lists(st.text(max_size=16) | st.just("10.0.0.1")) | JSON_VALUES,
+    },
+    optional={
+        "rdma": JSON_VALUES,
+        "python": JSON_VALUES,
+        "model": JSON_VALUES,
+        "envs": JSON_VALUES,
+        "memory": JSON_VALUES,
+    },
 )
-HOSTFILES = JSON | st.lists(ENTRY, max_size=3) | st.fixed_dictionaries({"hosts": st.lists(ENTRY), "backend": JSON})
+HOSTFILES = (
+    JSON_VALUES
+    | st.lists(HOST_ENTRIES, max_size=3)
+    | st.fixed_dictionaries({"hosts": st.lists(HOST_ENTRIES), "backend": JSON_VALUES})
+)
+DEEP_LISTS = b"[" * 100_000
+DEEP_OBJECTS = b'{"a":' * 100_000
 
 
-DEEP = (b"[" * 100_000, b'{"a":' * 100_000)
-
-
-@example(DEEP[0])
-@example(DEEP[1])
+@example(DEEP_LISTS)
+@example(DEEP_OBJECTS)
 @given(st.binary(max_size=200) | damaged(HOSTFILES.map(lambda value: json.dumps(value).encode())))
 @settings(max_examples=at_least(200))
 def test_any_hostfile_bytes_are_read_or_raise_a_hostfile_error(data: bytes) -> None:
-    only_raises(HostfileError, lambda data: parse_hostfile(data, "hosts.json"), data)
+    assert_only_raises(HostfileError, lambda data: parse_hostfile(data, "hosts.json"), data)
 
 
 NUMBERS = st.integers(-10, 100) | st.integers()
-TENSOR = st.fixed_dictionaries(
+TENSOR_ENTRIES = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["BF16", "I32"]), "shape": st.lists(NUMBERS), "data_offsets": st.tuples(NUMBERS, NUMBERS)}
 )
-HEADERS = st.dictionaries(st.text(max_size=5), TENSOR | JSON, max_size=3) | JSON
-
-
-@given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
-@settings(max_examples=at_least(300))
-def test_any_safetensors_header_is_read_or_raises_a_checkpoint_error(data: bytes, header: bytes, framed: bool) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(len(header).to_bytes(8, "little") + header + data if framed else data)
-        file.flush()
-        only_raises(CheckpointError, lambda _: read_header(Path(file.name)), data)
+HEADERS = st.dictionaries(st.text(max_size=5), TENSOR_ENTRIES | JSON_VALUES, max_size=3) | JSON_VALUES
 
 
 def on_disk(read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    """Return a reader of bytes that writes them to a file for ``read``."""
+    """Return a reader of bytes that writes them to a temporary file and calls ``read`` with its path."""
 
-    def read_file(data: bytes) -> object:
-        with tempfile.NamedTemporaryFile() as file:
+    def read_bytes(data: bytes) -> object:
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             file.write(data)
             file.flush()
             return read(Path(file.name))
 
-    return read_file
+    return read_bytes
+
+
+@given(st.binary(max_size=100), damaged(HEADERS.map(lambda value: json.dumps(value).encode())), st.booleans())
+@settings(max_examples=at_least(300))
+def test_any_safetensors_file_is_read_or_is_a_checkpoint_error(data: bytes, header: bytes, has_header: bool) -> None:
+    file = len(header).to_bytes(8, "little") + header + data if has_header else data
+    assert_only_raises(CheckpointError, on_disk(read_header), file)
 
 
 def resume(path: Path) -> None:
@@ -228,17 +240,19 @@ FIELDS = st.sampled_from(
         *("command", "url", "operations", "megabytes", "checks", "tuning"),
     )
 )
-OBJECTS = st.dictionaries(FIELDS, JSON | st.dictionaries(FIELDS | st.text(max_size=8), JSON, max_size=3), max_size=5)
+OBJECTS = st.dictionaries(
+    FIELDS, JSON_VALUES | st.dictionaries(FIELDS | st.text(max_size=8), JSON_VALUES, max_size=3), max_size=5
+)
 
 
-@pytest.mark.parametrize(("kind", "read"), READERS.values(), ids=READERS.keys())
-@given(data=st.binary(max_size=200) | damaged((OBJECTS | JSON).map(lambda value: json.dumps(value).encode())))
-@example(data=DEEP[0])
-@example(data=DEEP[1])
+@pytest.mark.parametrize(("error_type", "read"), READERS.values(), ids=READERS.keys())
+@given(data=st.binary(max_size=200) | damaged((OBJECTS | JSON_VALUES).map(lambda value: json.dumps(value).encode())))
+@example(data=DEEP_LISTS)
+@example(data=DEEP_OBJECTS)
 @example(data=b'{"chat_template": "' + b"{{" + b"(" * 3000 + b'"}')
 @example(data=b"\xef\xbb\xbf{}")
 @example(data=b'{"a": "\\ud800"}')
-def test_any_bytes_are_read_or_raise_an_error_of_their_own_kind(
-    kind: type[MlxK2Error], read: Callable[[bytes], object], data: bytes
+def test_any_bytes_are_read_or_raise_the_error_of_their_reader(
+    error_type: type[MlxK2Error], read: Callable[[bytes], object], data: bytes
 ) -> None:
-    only_raises(kind, read, data)
+    assert_only_raises(error_type, read, data)

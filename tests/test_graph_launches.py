@@ -1,5 +1,6 @@
-"""Tests of the launches of an expert layer: the nodes of its graph, and command buffers by MLX's rule."""
+"""Tests of bench.graph_launches: its table of an expert layer's launches, and the command buffers that MLX commits."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -23,39 +24,40 @@ pytestmark = pytest.mark.timeout(60)
 CONFIG = k2_config()
 
 
-def array(shape: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> mx.array:
-    """Return an evaluated array of this shape that takes the memory of one element."""
-    made = mx.broadcast_to(mx.zeros(1, dtype), shape)
-    mx.eval(made)
-    return made
+def zeros(shape: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> mx.array:
+    """Return an evaluated array of zeros that uses the memory of one element."""
+    array = mx.broadcast_to(mx.zeros(1, dtype), shape)
+    mx.eval(array)
+    return array
 
 
 def layer_weights() -> LayerWeights:
-    """Return weights of the shapes in the table, so that the table's shapes are those of the model."""
+    """Return the weights of an expert layer, in the shapes of the table."""
     launches = {launch.name: launch for launch in expert_layer(CONFIG)}
 
     def matrix(name: str) -> mx.array:
-        return array(launches[name].matrices[0])
+        return zeros(launches[name].matrices[0])
 
     shapes = launches["experts gate and up"].arrays + launches["experts down"].arrays
-    stack = ExpertStack(*(array(shape, (mx.uint32, mx.bfloat16)[index % 2]) for index, shape in enumerate(shapes)))
-    hidden = array((CONFIG.hidden_size,))
-    query = LowRankQuery(matrix("q_a"), array((CONFIG.q_lora_rank or 0,)), matrix("q_b"))
-    latent_norm = array((CONFIG.kv_lora_rank,))
+    dtypes = itertools.cycle((mx.uint32, mx.bfloat16))  # packed weights and their scales alternate
+    stack = ExpertStack(*map(zeros, shapes, dtypes))
+    hidden_norm = zeros((CONFIG.hidden_size,))
+    query = LowRankQuery(matrix("q_a"), zeros((CONFIG.q_lora_rank or 0,)), matrix("q_b"))
+    latent_norm = zeros((CONFIG.kv_lora_rank,))
     attention = AttentionWeights(
         query, matrix("kv_a"), latent_norm, matrix("keys up"), matrix("values up"), matrix("output")
     )
     shared = DenseWeights(matrix("shared gate"), matrix("shared up"), matrix("shared down"))
-    bias = array((CONFIG.n_routed_experts,), mx.float32)
-    moe = MoeWeights(array(launches["router logits"].arrays[0]), bias, stack, shared)
-    return LayerWeights(hidden, attention, hidden, moe)
+    bias = zeros((CONFIG.n_routed_experts,), mx.float32)
+    moe = MoeWeights(zeros(launches["router logits"].arrays[0]), bias, stack, shared)
+    return LayerWeights(hidden_norm, attention, hidden_norm, moe)
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make one node of each operation that is one on a GPU, and that a CPU back end spells out or does not have."""
+def use_graph_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace each operation that is one node on a GPU, and several or missing on a CPU, by one node."""
 
     def one_node(x: mx.array, *inputs: mx.array) -> mx.array:
-        node: mx.array = mx.depends([array(x.shape, x.dtype)], [x, *inputs])[0]
+        node: mx.array = mx.depends([zeros(x.shape, x.dtype)], [x, *inputs])[0]
         return node
 
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, _eps: one_node(x, weight))
@@ -72,38 +74,36 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_layer, "route", route)
 
 
-def test_the_table_has_the_nodes_of_a_compiled_layers_graph_in_order(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    as_on_a_gpu(monkeypatch)
+def test_the_table_has_the_nodes_of_a_layers_graph_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_graph_of_a_gpu(monkeypatch)
     cache = LatentCache(1, 1, 256, CONFIG.cache_row_dim, mx.bfloat16)
-    cache.write(0, Span(0, 0, 255, is_prompt=True), array((255, CONFIG.cache_row_dim)))
+    cache.write(0, Span(0, 0, 255, is_prompt=True), zeros((255, CONFIG.cache_row_dim)))
     batch = Batch([Span(0, 255, 1, is_prompt=False)])
     mx.eval(cache.arrays, batch.positions)
-    mx.enable_compile()  # a test before this one may have acted as a stage on a CPU
+    mx.enable_compile()  # an earlier test of this process may have disabled it, as a stage on a CPU does
     layer = decoder_layer.DecoderLayer(CONFIG)
-    output = layer.run(array((1, CONFIG.hidden_size)), 0, layer_weights(), batch, cache)
+    output = layer.run(zeros((1, CONFIG.hidden_size)), 0, layer_weights(), batch, cache)
     mx.export_to_dot(str(tmp_path / "graph.dot"), output)
     labels = re.findall(r"\[label =\"([^\"]*)\", shape=rectangle\]", (tmp_path / "graph.dot").read_text())
-    in_table = [
-        KERNEL if launch.primitive in ("Kernel", "RMSNorm", "RoPE") else launch.primitive
-        for launch in expert_layer(CONFIG)
-    ]
-    assert [label for label in labels if label not in VIEWS] == in_table
+    primitives = [launch.primitive for launch in expert_layer(CONFIG)]
+    expected = [KERNEL if primitive in ("Kernel", "RMSNorm", "RoPE") else primitive for primitive in primitives]
+    assert [label for label in labels if label not in VIEWS] == expected
 
 
-def test_an_expert_layer_has_33_launches_and_each_that_is_more_than_its_node_names_a_rule() -> None:
+def test_an_expert_layer_has_33_launches_and_a_node_with_several_launches_names_mlxs_source() -> None:
     layer = expert_layer(CONFIG)
     assert num_launches(layer) == 33
     assert all(".cpp" in launch.rule for launch in layer if launch.launches > 1)
 
 
 @pytest.mark.parametrize(
-    ("dense_bits", "limits", "buffers"),
+    ("dense_bits", "limits", "num_buffers"),
     [(None, MLX_LIMITS, 239), (8, MLX_LIMITS, 120), (None, LONG_BUFFERS, 19), (8, LONG_BUFFERS, 19)],
 )
-def test_command_buffers_of_a_token_by_mlxs_rule(dense_bits: int | None, limits: BufferLimits, buffers: int) -> None:
-    assert command_buffers(token_sizes(CONFIG, dense_bits), limits) == buffers
+def test_long_buffers_and_quantized_dense_matrices_reduce_the_command_buffers_of_a_token(
+    dense_bits: int | None, limits: BufferLimits, num_buffers: int
+) -> None:
+    assert command_buffers(token_sizes(CONFIG, dense_bits), limits) == num_buffers
 
 
 def test_a_command_buffer_ends_after_the_operation_that_passes_a_limit() -> None:

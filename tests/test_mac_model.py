@@ -1,4 +1,4 @@
-"""Tests of the model of a Mac: it is close to published figures, and bench/README.md has its present table."""
+"""Tests of bench.mac_model, which computes rates of a Mac: it is close to published rates, and README has its table."""
 
 import statistics
 
@@ -31,35 +31,34 @@ def test_at_least_70_percent_of_the_published_rows_are_within_20_percent() -> No
     assert {row.program for row in close} == {row.program for row in PUBLISHED}
 
 
-def test_one_factor_is_common_to_all_times() -> None:
+def test_all_computed_rates_are_corrected_by_one_common_factor() -> None:
     assert common_factor() == statistics.median(computed_rate(row) / row.rate for row in PUBLISHED)
     for row, rate, _ in errors():
         assert rate * common_factor() == pytest.approx(computed_rate(row))
 
 
 def test_each_constant_and_each_published_row_names_its_source() -> None:
-    assert all(
-        constant.source and constant.kind in ("published", "stated", "estimated") for constant in CONSTANTS.values()
-    )
+    assert all(constant.source for constant in CONSTANTS.values())
+    assert {constant.kind for constant in CONSTANTS.values()} <= {"published", "stated", "estimated"}
     assert all(row.source for row in PUBLISHED)
 
 
-def test_the_readme_has_the_models_present_table() -> None:
+def test_the_table_in_benchs_readme_equals_the_computed_one() -> None:
     page = (ROOT / "bench" / "README.md").read_text()
     assert page == replace_generated(page, MADE_BY, readme_part())
 
 
 @pytest.mark.parametrize("bits", [16, 8.5])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_the_settings_make_each_rate_higher(bits: float, context: int) -> None:
+def test_each_rate_is_higher_after_the_settings_than_before(bits: float, context: int) -> None:
     assert decode_rate(after(bits), 2, context) > decode_rate(before(bits), 2, context)
     assert prefill_rate(after(bits), 2, context) > prefill_rate(before(bits), 2, context)
 
 
 def test_draft_tokens_that_are_never_accepted_change_nothing_and_accepted_ones_fill_every_stage() -> None:
-    alone = decode_rate(after(16), 3, 4096)
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == alone
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * alone)
+    without_drafts = decode_rate(after(16), 3, 4096)
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == without_drafts
+    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * without_drafts)
 
 
 def test_a_draft_head_raises_the_rate_with_its_acceptance_towards_one_cycle_a_token() -> None:

@@ -1,4 +1,4 @@
-"""Tests of examples/mini_pipeline.py: it is short, needs mlx and numpy only, and answers as `mlx-k2 generate` does."""
+"""Tests of examples/mini_pipeline.py: it is short, needs mlx and numpy only, and gives `mlx-k2 generate`'s tokens."""
 
 import ast
 import contextlib
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,88 +25,93 @@ from tests.cli.command import MLX_K2
 pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "examples" / "mini_pipeline.py"
+EXAMPLE = ROOT / "examples" / "mini_pipeline.py"
 MAX_LINES = 250
 VOCAB_SIZE = 768
 LONG_PROMPT = ",".join(str((7 + 31 * position) % 256) for position in range(600))  # more than one chunk
 MAX_TOKENS = 24
 
 
-def write_thinking(folder: Path) -> Path:
+def write_model(folder: Path, fields: dict[str, Any], seed: int) -> Path:
+    """Write a checkpoint with random weights for the fields of a config.json."""
     files = tiny_vocabulary(VOCAB_SIZE, 2048).files | {"generation_config.json": b"{}"}
-    write_random_checkpoint(folder, tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048), 20, files)
+    write_random_checkpoint(folder, fields, seed, files)
     return folder
+
+
+def write_thinking(folder: Path) -> Path:
+    return write_model(folder, tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048), seed=20)
 
 
 def write_k25(folder: Path) -> Path:
-    files = tiny_vocabulary(VOCAB_SIZE, 2048).files | {"generation_config.json": b"{}"}
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048)
     fields["rope_scaling"] = {**fields["rope_scaling"], "beta_fast": 32.0}
-    write_random_checkpoint(folder, as_kimi_k25(fields), 21, files)
-    return folder
+    return write_model(folder, as_kimi_k25(fields), seed=21)  # which samples no stop token in MAX_TOKENS
 
 
-CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {  # a writer of the checkpoint, and token ids of a prompt
     "built-in": (lambda _: BUILTIN_FOLDER, "1795,301,1809,569,379,509,504,50,63,1794,1796,284,1809"),
     "random K2-Thinking": (write_thinking, LONG_PROMPT),
     "random K2.5": (write_k25, LONG_PROMPT),
 }
 
 
-def run(command: list[str]) -> str:
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout, ran.stderr  # mlx.launch returns 0 also after a failed rank
-    return ran.stdout
+def output_of(command: list[str]) -> str:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout, result.stderr  # mlx.launch returns 0 also after a failed rank
+    return result.stdout
 
 
-def mini_tokens(folder: Path, prompt_ids: str, num_ranks: int) -> list[int]:
-    command = [sys.executable, str(PAGE), str(folder), prompt_ids, "--max-tokens", str(MAX_TOKENS)]
+def example_tokens(folder: Path, prompt_ids: str, num_ranks: int) -> list[int]:
+    """Return the token ids that the example generates with one process for each rank."""
+    command = [sys.executable, str(EXAMPLE), str(folder), prompt_ids, "--max-tokens", str(MAX_TOKENS)]
     if num_ranks > 1:
         port = str(first_free_port(num_ranks))
         launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(num_ranks), "--starting-port", port]
         command = [*launch, *command]
-    return [int(token) for token in run(command).splitlines()[0].split(",")]
+    return [int(token) for token in output_of(command).splitlines()[0].split(",")]
 
 
 def first_free_port(count: int) -> int:
-    """Return the first of ``count`` consecutive ports, outside the range from which the system chooses."""
+    """Return the first of ``count`` consecutive free ports, outside the range from which the system chooses."""
     while True:
         first = random.randrange(20_000, 30_000)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as sockets:
             for port in range(first, first + count):
-                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                sockets.enter_context(socket.create_server(("127.0.0.1", port)))
             return first
 
 
-def generated_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int]:
+def generate_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int]:
+    """Return the token ids that `mlx-k2 generate` samples."""
     command = [MLX_K2, "generate", "--model", str(folder), "--stages", str(num_stages), "--token-ids", prompt_ids]
-    lines = run([*command, "--temperature", "0", "--max-tokens", str(MAX_TOKENS), "--json"]).splitlines()
+    lines = output_of([*command, "--temperature", "0", "--max-tokens", str(MAX_TOKENS), "--json"]).splitlines()
     return [json.loads(line)["token"] for line in lines[:-1]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_greedy_tokens_equal_those_of_generate(tmp_path: Path, name: str, num_ranks: int) -> None:
+def test_the_examples_greedy_tokens_equal_those_of_generate(tmp_path: Path, name: str, num_ranks: int) -> None:
     write, prompt_ids = CHECKPOINTS[name]
     folder = write(tmp_path / "checkpoint")
-    tokens = mini_tokens(folder, prompt_ids, num_ranks)
-    assert tokens == generated_tokens(folder, prompt_ids, num_ranks)
-    assert len(set(tokens)) > 3, "a trivial answer"
+    tokens = example_tokens(folder, prompt_ids, num_ranks)
+    assert tokens == generate_tokens(folder, prompt_ids, num_ranks)
+    assert len(set(tokens)) > 3, "the answer repeats a few tokens"
     assert len(tokens) == MAX_TOKENS
 
 
-def test_the_command_in_the_page_answers_its_question() -> None:
-    (command,) = re.findall(r"^    (python .*)$", PAGE.read_text(), re.MULTILINE)
-    ids, text = run([sys.executable, *shlex.split(command)[1:]]).splitlines()
-    assert ids.endswith(",1794")
+def test_the_command_in_the_examples_docstring_answers_its_question() -> None:
+    (command,) = re.findall(r"^    (python .*)$", EXAMPLE.read_text(), re.MULTILINE)
+    ids, text = output_of([sys.executable, *shlex.split(command)[1:]]).splitlines()
+    assert ids.endswith(",1794")  # <|im_end|>
     assert "</think>" not in text  # a control token is printed as its id
     assert text.endswith(f"{ANSWER}<1794>")
 
 
-def test_the_page_is_short_and_imports_mlx_and_numpy_only() -> None:
-    source = PAGE.read_text()
+def test_the_example_has_at_most_250_lines_and_imports_mlx_and_numpy_only() -> None:
+    source = EXAMPLE.read_text()
     assert len(source.splitlines()) <= MAX_LINES
     nodes = list(ast.walk(ast.parse(source)))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

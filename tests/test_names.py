@@ -1,4 +1,4 @@
-"""Checks of names and prose: none contains a word or a phrase that the project has replaced by a plain term."""
+"""Check of names: none has a word that the project has replaced by a plain term, or by the field's."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("mlx_k2", "tests", "bench", "tools", "training", "examples")
+FOLDERS = ("mlx_k2", "tests", "bench", "training", "examples")
 
 # Retired words with their inflections, and what to write instead. An underscore joins words that are retired together.
 RETIRED_WORDS = (
@@ -41,7 +41,7 @@ RETIRED_WORDS = (
 )
 INSTEAD_OF = {tuple(words.split("_")): instead for line, instead in RETIRED_WORDS for words in line.split()}
 
-# These class names stood for several things. Their words are fine as parts of other names.
+# Class names that meant several things. Their words may be parts of other names.
 RETIRED_CLASSES = ("Piece", "Answer", "Verdict", "Pace")
 
 # Exceptions as "kind name", each with its reason: another package, a protocol or a file format dictates the name.
@@ -55,14 +55,14 @@ ALLOWED: dict[str, str] = {
 }
 
 _NAME = re.compile(r"-{0,2}[A-Za-z_][\w-]*")
-_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _ENUM_BASES = ("Enum", "IntEnum", "StrEnum", "Flag", "IntFlag")
 _LOCAL_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.comprehension
 _OPTION_CALLS = ("option", "argument", "Option", "Argument", "add_argument")
 
 
 class DefinedName(NamedTuple):
-    """A name, what it names and the line of its definition."""
+    """The name of a function, option, key etc. (its kind), and the line of its definition."""
 
     kind: str
     name: str
@@ -76,21 +76,23 @@ def defined_names(tree: ast.Module, path: Path) -> Iterator[DefinedName]:
     """
     yield from (DefinedName("folder", folder, 1) for folder in path.parts[:-1])
     yield DefinedName("module", path.stem, 1)
-    yield from _names_under(tree, "variable")
+    yield from _names_in_tree(tree, "variable")
 
 
-def _names_under(node: ast.AST, scope: str) -> Iterator[DefinedName]:
-    yield from _names_of(node, scope)
+def _names_in_tree(node: ast.AST, scope: str) -> Iterator[DefinedName]:
+    """Yield the names that a node and its descendants define. ``scope`` is the kind of a variable there."""
+    yield from _names_of_node(node, scope)
     if isinstance(node, ast.ClassDef):
         is_enum = any(_last_name(base) in _ENUM_BASES for base in node.bases)
         scope = "enum member" if is_enum else "attribute"
     elif isinstance(node, _LOCAL_SCOPES):
         scope = "local"
     for child in ast.iter_child_nodes(node):
-        yield from _names_under(child, scope)
+        yield from _names_in_tree(child, scope)
 
 
-def _names_of(node: ast.AST, scope: str) -> Iterator[DefinedName]:
+def _names_of_node(node: ast.AST, scope: str) -> Iterator[DefinedName]:
+    """Yield the names that a node itself defines."""
     match node:
         case ast.ClassDef(name=name, lineno=line):
             yield DefinedName("class", name, line)
@@ -134,8 +136,8 @@ def _literals(kind: str, nodes: list[ast.expr]) -> Iterator[DefinedName]:
     """Yield the names in string literals, also in lists of them and in "a,b" and "--a/--b". Prose is not a name."""
     for node in nodes:
         match node:
-            case ast.List(elts=parts) | ast.Tuple(elts=parts):
-                yield from _literals(kind, parts)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                yield from _literals(kind, items)
             case ast.Constant(value=str(text), lineno=line):
                 names = re.split(r"\s*[,/]\s*", text)
                 if all(_NAME.fullmatch(name) for name in names):
@@ -143,6 +145,7 @@ def _literals(kind: str, nodes: list[ast.expr]) -> Iterator[DefinedName]:
 
 
 def _last_name(node: ast.expr) -> str:
+    """Return the name after the last dot of an expression, without a subscript; '' if there is none."""
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name
@@ -151,62 +154,61 @@ def _last_name(node: ast.expr) -> str:
     return ""
 
 
-def parts_of(name: str) -> tuple[str, ...]:
+def words_of(name: str) -> tuple[str, ...]:
     """Split a name in snake_case, CamelCase or kebab-case into words in lower case."""
-    return tuple(part.lower() for part in _PART.findall(name))
+    return tuple(word.lower() for word in _WORD.findall(name))
 
 
-def allowance(defined: DefinedName) -> str:
+def allowed_key(defined: DefinedName) -> str:
     """Return the key of a name in `ALLOWED`."""
     return f"{defined.kind} {defined.name}"
 
 
-def retired_parts(defined: DefinedName) -> list[str]:
+def retired_words(defined: DefinedName) -> list[str]:
     """Return the retired words in a name, in their order; words that are retired together are joined by `_`."""
-    if allowance(defined) in ALLOWED:
+    if allowed_key(defined) in ALLOWED:
         return []
-    parts = parts_of(defined.name)
-    runs = [parts[start : start + length] for start in range(len(parts)) for length in (1, 2, 3)]
-    found = ["_".join(run) for run in dict.fromkeys(runs) if run in INSTEAD_OF]
-    if not found and defined.kind == "class" and defined.name in RETIRED_CLASSES:
-        found.append(defined.name)
-    return found
+    words = words_of(defined.name)
+    word_groups = [words[start : start + length] for start in range(len(words)) for length in (1, 2, 3)]
+    retired = ["_".join(group) for group in dict.fromkeys(word_groups) if group in INSTEAD_OF]
+    if not retired and defined.kind == "class" and defined.name in RETIRED_CLASSES:
+        retired.append(defined.name)
+    return retired
 
 
 def read_names(path: Path) -> Iterator[DefinedName]:
     return defined_names(ast.parse((ROOT / path).read_text()), path)
 
 
-def suggest(part: str) -> str:
-    return INSTEAD_OF.get(tuple(part.split("_")), "a more specific name")
+def replacement(word: str) -> str:
+    return INSTEAD_OF.get(tuple(word.split("_")), "a more specific name")
 
 
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_no_name_has_a_retired_word_as_a_part(path: Path) -> None:
+def test_no_name_has_a_retired_word(path: Path) -> None:
     violations = [
-        f"{path}:{defined.line} {defined.kind} {defined.name} ({part}: write {suggest(part)})"
+        f"{path}:{defined.line} {defined.kind} {defined.name} ({word}: write {replacement(word)})"
         for defined in read_names(path)
-        for part in retired_parts(defined)
+        for word in retired_words(defined)
     ]
     assert not violations, "\n" + "\n".join(violations)
 
 
-def test_no_file_name_occurs_twice() -> None:
-    modules = [path for path in FILES if path.parts[0] == "mlx_k2" and path.stem not in ("__init__", "__main__")]
-    counts = Counter(path.name for path in modules)
-    assert not [str(path) for path in sorted(modules, key=lambda path: path.name) if counts[path.name] > 1]
+def test_no_two_modules_of_the_package_have_the_same_name() -> None:
+    names = Counter(path.stem for path in FILES if path.parts[0] == "mlx_k2")
+    assert [name for name, count in names.items() if count > 1 and name not in ("__init__", "__main__")] == []
 
 
 def test_each_allowed_name_is_in_use() -> None:
     names = re.compile("|".join(key.partition(" ")[2] for key in ALLOWED))
     files = [path for path in FILES if names.search((ROOT / path).read_text())]
-    assert ALLOWED.keys() <= {allowance(defined) for path in files for defined in read_names(path)}
+    assert ALLOWED.keys() <= {allowed_key(defined) for path in files for defined in read_names(path)}
 
 
-PLANTED = (
+DEFINITIONS = (
     ("class", "SpeedMeter", "class SpeedMeter: ..."),
     ("class", "Answer", "class Answer: ..."),
     ("function", "_settle", "class Reply:\n    async def _settle(self) -> None: ..."),
@@ -240,19 +242,19 @@ PLANTED = (
 )
 
 
-@pytest.mark.parametrize(("kind", "name", "source"), PLANTED)
-def test_a_retired_word_is_found(kind: str, name: str, source: str) -> None:
-    found = [defined for defined in defined_names(ast.parse(source), Path("x.py")) if retired_parts(defined)]
-    assert [(defined.kind, defined.name) for defined in found] == [(kind, name)]
+@pytest.mark.parametrize(("kind", "name", "source"), DEFINITIONS)
+def test_a_retired_word_is_found_in_every_kind_of_definition(kind: str, name: str, source: str) -> None:
+    names = defined_names(ast.parse(source), Path("x.py"))
+    assert [(defined.kind, defined.name) for defined in names if retired_words(defined)] == [(kind, name)]
 
 
 def test_a_retired_word_is_found_in_folder_and_module_names() -> None:
     names = defined_names(ast.parse(""), Path("tests/cluster_room/pace.py"))
-    assert [defined.name for defined in names if retired_parts(defined)] == ["cluster_room", "pace"]
+    assert [defined.name for defined in names if retired_words(defined)] == ["cluster_room", "pace"]
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    ("name", "retired"),
     [
         ("_give_back", ["give_back"]),
         ("giveBack", ["give_back"]),
@@ -268,8 +270,8 @@ def test_a_retired_word_is_found_in_folder_and_module_names() -> None:
         ("hide_thinking", []),
     ],
 )
-def test_a_name_is_split_into_words(name: str, parts: list[str]) -> None:
-    assert retired_parts(DefinedName("function", name, 1)) == parts
+def test_retired_words_are_found_in_names_of_every_spelling(name: str, retired: list[str]) -> None:
+    assert retired_words(DefinedName("function", name, 1)) == retired
 
 
 @pytest.mark.parametrize(
@@ -287,73 +289,4 @@ def test_a_name_is_split_into_words(name: str, parts: list[str]) -> None:
 )
 def test_the_use_of_a_name_is_not_a_definition(source: str) -> None:
     names = defined_names(ast.parse(source), Path("x.py"))
-    assert not [defined for defined in names if retired_parts(defined)]
-
-
-# Phrases of the prose that the project has replaced by plain words. A line break may be between two words.
-RETIRED_PHRASES = {
-    "as good as": "almost, or: equal to",
-    "as it stands": "unchanged",
-    "begin anew": "delete all messages, or: start again",
-    "beside the matter": "irrelevant",
-    "carry on": "continue",
-    "comes from elsewhere": "the name of the source",
-    "does not pay": "is not faster",
-    "failed for good": "failed and are not restarted",
-    "for want of": "because ... is missing",
-    "gives its word": "reports",
-    "go on where": "continue",
-    "goes on where": "continues",
-    "goes wrong": "fails",
-    "hang in silence": "stop without a message",
-    "has a say": "influences",
-    "how it stands": "its status",
-    "in the long run": "a time or a number of steps",
-    "in the way": "the name of the obstacle",
-    "is heard": "sends a message",
-    "lies beside": "is in the folder of",
-    "lies in": "is in",
-    "others go on": "others continue",
-    "see to the": "check the",
-    "so to speak": "nothing: delete it",
-    "something else than": "other than",
-    "stands alone": "takes no argument",
-    "stood then": "the status at that time",
-    "taken for granted": "assumed",
-    "the way out": "what to do",
-    "to mend": "to fix",
-    "wait for ever": "wait without a limit",
-    "with a word on": "with a message that names",
-    "without a word": "without a message",
-}
-PROSE = ("*.py", "*.md", "*.metal", "*.h", "*.cpp")
-"""Patterns of the files that are searched for retired phrases."""
-
-
-def retired_phrases(text: str) -> list[str]:
-    """Return the retired phrases in a text, with comment signs and line breaks between words removed."""
-    prose = re.sub(r"\s*\n\s*(?:#|//|>)?\s*", " ", text).lower()
-    return [phrase for phrase in RETIRED_PHRASES if phrase in prose and re.search(rf"\b{phrase}\b", prose)]
-
-
-def prose_files() -> Iterator[Path]:
-    """Yield the files of the source folders and the documents. Training data and templates of others are not prose."""
-    for folder in (*FOLDERS, "docs"):
-        for pattern in PROSE:
-            yield from (path for path in (ROOT / folder).rglob(pattern) if "goldens" not in path.parts)
-    yield from ROOT.glob("*.md")
-
-
-def test_no_file_has_a_retired_phrase() -> None:
-    violations = [
-        f"{path.relative_to(ROOT)}: {phrase} (write {RETIRED_PHRASES[phrase]})"
-        for path in prose_files()
-        if path != Path(__file__)
-        for phrase in retired_phrases(path.read_text())
-    ]
-    assert not violations, "\n" + "\n".join(violations)
-
-
-def test_a_retired_phrase_is_found_across_a_line_break() -> None:
-    assert retired_phrases("# It carries something\n    # else than frames.") == ["something else than"]
-    assert retired_phrases("It is something else.") == []
+    assert not [defined for defined in names if retired_words(defined)]

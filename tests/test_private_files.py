@@ -1,4 +1,4 @@
-"""Tests of files that only their owner can read, and that no link redirects."""
+"""Tests of private files: only their owner can read them, and no symbolic link redirects a write."""
 
 import os
 import stat
@@ -15,17 +15,17 @@ from mlx_k2.private_files import open_private, open_private_no_symlink, write_pr
 
 
 @pytest.fixture(autouse=True)
-def usual_umask() -> Iterator[None]:
-    before = os.umask(0o022)
+def umask_022() -> Iterator[None]:
+    old_umask = os.umask(0o022)
     yield
-    os.umask(before)
+    os.umask(old_umask)
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_written_file_is_private_and_replaces_one_that_was_not(tmp_path: Path) -> None:
+def test_a_written_file_is_private_also_where_it_replaces_one_that_is_not(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     path.write_bytes(b"old")
     assert mode(path) == 0o644
@@ -34,14 +34,16 @@ def test_a_written_file_is_private_and_replaces_one_that_was_not(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_no_link_beside_the_file_redirects_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    victim, path = tmp_path / "victim", tmp_path / "chat.json"
-    victim.write_bytes(b"mine")
+def test_a_link_with_the_name_of_the_temporary_file_does_not_redirect_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, path = tmp_path / "target", tmp_path / "chat.json"
+    target.write_bytes(b"mine")
     monkeypatch.setattr("secrets.token_hex", lambda _: "known")
-    (tmp_path / ".chat.json.known.part").symlink_to(victim)
+    (tmp_path / ".chat.json.known.part").symlink_to(target)
     with pytest.raises(FileExistsError):
         write_private(path, b"new")
-    assert victim.read_bytes() == b"mine" and not path.exists()
+    assert target.read_bytes() == b"mine" and not path.exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -53,12 +55,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_link_under_a_name_that_the_program_chose_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "stages.log").symlink_to(tmp_path / "victim")
+    (tmp_path / "stages.log").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match="symbolic"), open(tmp_path / "stages.log", "ab", opener=open_private_no_symlink):
         pass
-    with open(tmp_path / "stages.log", "ab", opener=open_private) as file:  # the user's own choice
+    with open(tmp_path / "stages.log", "ab", opener=open_private) as file:  # as for a name that the user chose
         file.write(b"x")
-    assert mode(tmp_path / "victim") == 0o600
+    assert mode(tmp_path / "target") == 0o600
 
 
 def test_transcripts_saved_chats_and_logs_are_private(tmp_path: Path) -> None:
@@ -69,5 +71,5 @@ def test_transcripts_saved_chats_and_logs_are_private(tmp_path: Path) -> None:
     log.log("[stage 0 here] a line")
     report = log.write_report("a fault", ())
     assert report is not None
-    written = [tmp_path / "transcript", tmp_path / "chat", tmp_path / "logs" / "stages.log", report]
-    assert [mode(path) for path in written] == [0o600] * 4
+    for path in (tmp_path / "transcript", tmp_path / "chat", tmp_path / "logs" / "stages.log", report):
+        assert mode(path) == 0o600

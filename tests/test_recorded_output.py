@@ -1,4 +1,4 @@
-"""Tests of README's recorded output: it equals what the commands print today, except for times and seeds."""
+"""Tests of README's recorded output: it equals the commands' present output, except for times, seeds and steps."""
 
 import pytest
 
@@ -11,9 +11,9 @@ pytestmark = pytest.mark.timeout(240)
 def test_the_readme_shows_what_the_commands_print() -> None:
     page = README.read_text()
     recorded = page.partition(f"<!-- made by {MADE_BY} -->\n")[2].partition("<!-- end -->\n")[0].strip()
-    today = readme_part()
-    assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20" in today
-    assert masked(recorded) == masked(today), f"run {MADE_BY}"
+    present = readme_part()
+    assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20" in present
+    assert masked(recorded) == masked(present), f"run {MADE_BY}"
 
 
 def test_only_times_rates_seeds_and_steps_are_masked() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the commands that errors print: each works as printed, or its tool can parse it."""
+"""Tests of the commands and options that errors propose: each works as printed, or its tool can parse it."""
 
 import re
 import shlex
@@ -37,17 +37,15 @@ FAILURES = (
     "something else",
 )
 HOSTS = ("mac-1", "mac-1.local", "kim@mac-1", "kim@mac-1.example.org", "10.0.0.7", "kim@10.0.0.7", "kim@fe80::1")
+HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1Fd7sCqYmEJ2pVNJ0kjV7TtQyTFt7dLz0Jm0Y4gA0V"
 
 
-KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIJ1Fd7sCqYmEJ2pVNJ0kjV7TtQyTFt7dLz0Jm0Y4gA0V"
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
-def ran(*words: str) -> str:
-    """Return the output of a tool that must succeed."""
-    return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
-
-
-def commands(text: str) -> list[str]:
+def commands_in(text: str) -> list[str]:
+    """Return the commands in backquotes."""
     return re.findall(r"`([^`]+)`", text)
 
 
@@ -62,39 +60,29 @@ def commands(text: str) -> list[str]:
 )
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("stderr", FAILURES)
-def test_the_commands_for_an_ssh_failure_name_the_host_as_their_tools_parse_it(
-    tmp_path: Path, host: str, stderr: str
-) -> None:
+def test_commands_for_an_ssh_failure_name_the_host_as_tools_parse_it(tmp_path: Path, host: str, stderr: str) -> None:
     user, _, name = host.rpartition("@")
     text = explain_ssh_failure(host, stderr)
     assert ".local.local" not in text
-    assert (f"answer to {host}.local" in text) == (
-        stderr.startswith("Could not") and "." not in host and ":" not in host
-    )
-    for line in commands(text):
-        words = shlex.split(line)
-        match words[0]:
-            case "ssh":
-                parsed = subprocess.run(
-                    ["ssh", "-G", *words[1:]], capture_output=True, text=True, timeout=20, check=True
-                )
-                assert f"hostname {name}\n" in parsed.stdout
-                assert not user or f"user {user}\n" in parsed.stdout
-            case "ssh-keygen":
-                known = tmp_path / "known_hosts"
-                known.write_text(
-                    f"{name} ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1Fd7sCqYmEJ2pVNJ0kjV7TtQyTFt7dLz0Jm0Y4gA0V\n"
-                )
-                subprocess.run([*words, "-f", str(known)], capture_output=True, timeout=20, check=True)
-                assert known.read_text() == ""
-            case "ssh-keyscan" | "ping":
-                assert words[1] == name
-            case tool:
-                assert tool in ("ssh-copy-id", "sudo")
-                assert tool == "sudo" or words[1:] == [host]
-
-
-SHOW_WORDS = 'import sys; print("\\0".join(sys.argv[1:]), end="")'
+    has_plain_name = "." not in host and ":" not in host
+    assert (f"answer to {host}.local" in text) == (stderr == "Could not resolve hostname" and has_plain_name)
+    for command in commands_in(text):
+        match shlex.split(command):
+            case ["ssh", *arguments]:
+                settings = output_of("ssh", "-G", *arguments)
+                assert f"hostname {name}\n" in settings
+                assert not user or f"user {user}\n" in settings
+            case ["ssh-keygen", *arguments]:
+                known_hosts = tmp_path / "known_hosts"
+                known_hosts.write_text(f"{name} {HOST_KEY}\n")
+                output_of("ssh-keygen", *arguments, "-f", str(known_hosts))
+                assert known_hosts.read_text() == ""
+            case ["ssh-keyscan" | "ping", argument, *_]:
+                assert argument == name
+            case ["ssh-copy-id", *arguments]:
+                assert arguments == [host]
+            case [program, *_]:
+                assert program == "sudo"
 
 
 @given(
@@ -103,14 +91,13 @@ SHOW_WORDS = 'import sys; print("\\0".join(sys.argv[1:]), end="")'
 def test_a_command_for_another_host_passes_through_both_shells_unchanged(words: list[str]) -> None:
     ssh, host, *remote = shlex.split(command_on("kim@mac 1", "python3", *words))
     assert (ssh, host) == ("ssh", "kim@mac 1")
-    assert shlex.split(" ".join(remote)) == ["python3", *words]  # ssh joins the words for the other shell
+    assert shlex.split(" ".join(remote)) == ["python3", *words]  # ssh joins its arguments for the other shell
 
 
-def test_a_path_in_the_home_folder_is_left_to_the_shell_of_its_host(tmp_path: Path) -> None:
-    line = command_on("mac-1", "~/my venv/bin/python", "-m", "pip")
-    _, _, remote = shlex.split(line)
-    shown = ran("env", f"HOME={tmp_path}", "sh", "-c", f"printf '%s|' {remote}")
-    assert shown == f"{tmp_path}/my venv/bin/python|-m|pip|"
+def test_the_shell_of_the_other_host_replaces_the_tilde_of_a_path(tmp_path: Path) -> None:
+    _, _, remote = shlex.split(command_on("mac-1", "~/my venv/bin/python", "-m", "pip"))
+    output = output_of("env", f"HOME={tmp_path}", "sh", "-c", f"printf '%s|' {remote}")
+    assert output == f"{tmp_path}/my venv/bin/python|-m|pip|"
 
 
 @follows_advice(
@@ -120,8 +107,8 @@ def test_a_path_in_the_home_folder_is_left_to_the_shell_of_its_host(tmp_path: Pa
 )
 @pytest.mark.parametrize("python", ["python3", "/opt/my k2/bin/python", "~/k2/bin/python"])
 @pytest.mark.parametrize("ssh", [None, "mac-1", "kim@mac-1"])
-def test_the_commands_that_install_mlx_k2_are_ones_that_pip_and_scp_parse(ssh: str | None, python: str) -> None:
-    make, *install = commands(install_commands(ssh, python))
+def test_the_commands_that_install_mlx_k2_have_the_arguments_for_scp_ssh_and_pip(ssh: str | None, python: str) -> None:
+    make, *install = commands_in(install_commands(ssh, python))
     assert make == "make dist"
     words = shlex.split(install[-1])
     if ssh is not None:
@@ -133,7 +120,7 @@ def test_the_commands_that_install_mlx_k2_are_ones_that_pip_and_scp_parse(ssh: s
 
 @pytest.fixture(scope="module")
 def model() -> ModelDescription:
-    """Return a model of 61 layers with few experts, of 35 GB, so that a plan takes milliseconds."""
+    """Return a model of 61 layers and 35 GB. With eight experts in a layer a plan takes milliseconds."""
     config = config_of(thinking_config_fields(n_routed_experts=8))
     index = CheckpointIndex({spec.name: "model.safetensors" for spec in model_specs(config)}, "index")
     return ModelDescription({}, config, index, "digest", None)
@@ -142,6 +129,7 @@ def model() -> ModelDescription:
 def request_on(
     *memory_gb: float, context: int | None = None, split: tuple[int, ...] | None = None
 ) -> DeploymentRequest:
+    """Return a deployment request with one host for each value of ``memory_gb``."""
     hosts = tuple(Host(ssh=f"mac-{rank}", ips=("10.0.0.1",), memory_gb=gb) for rank, gb in enumerate(memory_gb))
     hostfile = Hostfile(hosts=hosts, backend=Backend.RING)
     options = ClusterOptions(split=split, context_tokens=context)
@@ -162,22 +150,23 @@ def request_on(
 def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
     model: ModelDescription, memory_gb: list[int], context: int | None, is_split: bool
 ) -> None:
-    split = (61 - (len(memory_gb) - 1), *[1] * (len(memory_gb) - 1)) if is_split else None
-    requested = request_on(*memory_gb, context=context, split=split)
+    num_others = len(memory_gb) - 1
+    split = (61 - num_others, *[1] * num_others) if is_split else None
+    request = request_on(*memory_gb, context=context, split=split)
     memories = [HostMemory(None, None)] * len(memory_gb)
     try:
-        plan_for(requested, model, memories, all_on_gpu=True)
+        plan_for(request, model, memories, all_on_gpu=True)
     except PartitionError as error:
         hints = re.findall(r", or (leave --split out|give --\S+ \d+)", str(error))
         assert str(error).count(", or ") == len(hints)
         for hint in hints:
             match hint.split():
                 case ["leave", "--split", "out"]:
-                    changed = requested.with_options(split=None)
+                    changed = request.with_options(split=None)
                 case ["give", "--context", tokens]:
-                    changed = requested.with_options(context_tokens=int(tokens))
+                    changed = request.with_options(context_tokens=int(tokens))
                 case _:
-                    changed = requested.with_options(dense_bits=int(hint.split()[-1]))
+                    changed = request.with_options(dense_bits=int(hint.split()[-1]))
             plan_for(changed, model, memories, all_on_gpu=True)
 
 

@@ -1,4 +1,4 @@
-"""Tests of sampling parameters: a value outside its range is refused, and a checkpoint's recommendations are read."""
+"""Tests of sampling parameters: values outside their ranges are refused, and generation_config.json is read."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "repetition_penalty": ((0.5, 1, 10), (0, -1, 10.1, math.nan)),
     "num_logprobs": ((0, 100), (-1, 101)),
 }
-ACCEPTED = [(name, value) for name, (received, _) in RANGES.items() for value in received]
+ACCEPTED = [(name, value) for name, (accepted, _) in RANGES.items() for value in accepted]
 REFUSED = [(name, value) for name, (_, refused) in RANGES.items() for value in refused]
 
 
@@ -49,13 +49,13 @@ def test_any_generation_config_bytes_are_read_or_refused(data: bytes) -> None:
 
 
 def test_the_generation_config_is_read_and_unknown_keys_are_ignored() -> None:
-    found = GenerationConfig.from_json(b'{"max_length": 262144, "temperature": 0.6, "eos_token_id": 163586}')
-    assert (found.temperature, found.top_p, found.eos_token_ids) == (0.6, None, (163586,))
+    config = GenerationConfig.from_json(b'{"max_length": 262144, "temperature": 0.6, "eos_token_id": 163586}')
+    assert (config.temperature, config.top_p, config.eos_token_ids) == (0.6, None, (163586,))
 
 
-@pytest.mark.parametrize(("written", "read"), [("null", ()), ("7", (7,)), ("[7, 8]", (7, 8))])
-def test_eos_token_id_may_be_one_token_or_a_list(written: str, read: tuple[int, ...]) -> None:
-    assert GenerationConfig.from_json(b'{"eos_token_id": %s}' % written.encode()).eos_token_ids == read
+@pytest.mark.parametrize(("eos", "token_ids"), [(b"null", ()), (b"7", (7,)), (b"[7, 8]", (7, 8))])
+def test_eos_token_id_may_be_null_one_token_or_a_list(eos: bytes, token_ids: tuple[int, ...]) -> None:
+    assert GenerationConfig.from_json(b'{"eos_token_id": %s}' % eos).eos_token_ids == token_ids
 
 
 def test_top_k_0_in_the_generation_config_turns_the_filter_off() -> None:

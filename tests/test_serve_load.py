@@ -9,7 +9,7 @@ from bench.serve_load import run
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_streams_continue_through_hang_ups_and_a_killed_stage_and_nothing_is_left(tmp_path: Path) -> None:
+def test_streams_continue_when_clients_hang_up_and_a_stage_is_killed_and_no_resource_is_leaked(tmp_path: Path) -> None:
     totals = run(tmp_path, num_streams=24, num_kills=1, every_s=3.0)
     assert (totals.wrong, totals.failed) == (0, 0)
     assert totals.complete >= 24

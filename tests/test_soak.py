@@ -15,11 +15,11 @@ NUM_RESTARTS = 3
 def test_streams_continue_through_random_faults_and_no_resource_is_leaked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tmp_path / "temporary"
-    own.mkdir()
-    monkeypatch.setenv("TMPDIR", str(own))
-    monkeypatch.setattr(tempfile, "tempdir", str(own))
-    totals = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
-    assert len(totals.restarts) >= NUM_RESTARTS and totals.streams
-    assert totals.wrong == 0
-    assert totals.leaked.total() == 0, totals.leaked
+    temporary_folder = tmp_path / "temporary"  # in which the soak counts the files that are left
+    temporary_folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary_folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary_folder))
+    usage = soak(tmp_path, minutes=5, num_restarts=NUM_RESTARTS, fault_every_s=4.0, seed=1)
+    assert len(usage.restarts) >= NUM_RESTARTS and usage.streams
+    assert usage.wrong == 0
+    assert usage.leaked.total() == 0, usage.leaked

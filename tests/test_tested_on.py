@@ -1,4 +1,4 @@
-"""Tests of the reports of machines: which results are failures or only recorded, and a report of this machine."""
+"""Tests of bench.tested_on: which results of a machine's report are problems, and a report of this machine."""
 
 import subprocess
 import sys
@@ -21,11 +21,11 @@ from tests.metal_cpu.test_self_check import perform, perform_uncompilable, perfo
 pytestmark = pytest.mark.timeout(120)
 
 SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloat16)
-FINE = ProgramResult(0, "", "")
+SUCCESS = ProgramResult(0, "", "")
 
 
 def report_of(lines: Sequence[KernelLine]) -> Report:
-    """Return the report of a Mac on which everything else went well."""
+    """Return the report of a Mac with these kernels, on which all commands succeeded."""
     kernels = KernelReport(
         mlx_k2_version="0.1.0", mlx_version="0.32.4", system="macOS 15", chip="Apple M9", kernels=tuple(lines)
     )
@@ -35,19 +35,20 @@ def report_of(lines: Sequence[KernelLine]) -> Report:
         python="3.11.7",
         memory_gb=8.0,
         needs_gpu=True,
-        kernels_run=FINE,
+        kernels_run=SUCCESS,
         kernels=kernels,
         generate=ProgramResult(0, f"{ANSWER}\n", ""),
-        bit_identity=FINE,
+        bit_identity=SUCCESS,
     )
 
 
-def checked(performer: Callable[[Dispatch], list[mx.array]]) -> Report:
-    """Return the report of a device that performs our kernels' source in this way."""
+def report_of_device(performer: Callable[[Dispatch], list[mx.array]]) -> Report:
+    """Return the report of a device on which ``performer`` runs the dispatches of kernels."""
     return report_of([untimed_line(check_kernel(name, SHAPE, DEFAULT, performer)) for name in (DECODE, ROUTER)])
 
 
-def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess[str]:
+def run_read_command(report: Report, path: Path) -> subprocess.CompletedProcess[str]:
+    """Write the report to ``path`` and run `bench.tested_on read` on it."""
     path.write_bytes(msgspec.json.encode(report))
     return subprocess.run(
         [sys.executable, "-m", "bench.tested_on", "read", str(path)], capture_output=True, text=True, timeout=60
@@ -56,29 +57,29 @@ def read_by_a_program(report: Report, path: Path) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 def test_kernels_that_agree_make_no_problem() -> None:
-    report = checked(perform)
+    report = report_of_device(perform)
     assert problems(report) == []
     assert row(report) == "| Apple M9 | macOS 15 | 8 | 0.32.4, 0123456 | decode, router | none | none |"
 
 
 def test_a_planted_wrong_kernel_result_makes_the_report_fail(tmp_path: Path) -> None:
-    ran = read_by_a_program(checked(perform_wrong), tmp_path / "report.json")
-    assert ran.returncode == 1
-    assert "problem: the decode kernel computes wrong numbers: off by " in ran.stdout
-    assert "problem: the router kernel computes wrong numbers: off by " in ran.stdout
+    result = run_read_command(report_of_device(perform_wrong), tmp_path / "report.json")
+    assert result.returncode == 1
+    assert "problem: the decode kernel computes wrong numbers: off by " in result.stdout
+    assert "problem: the router kernel computes wrong numbers: off by " in result.stdout
 
 
 def test_a_kernel_whose_numbers_are_not_finite_makes_the_report_fail(tmp_path: Path) -> None:
     line = KernelLine(kernel=DECODE, usable=False, ran=True, error=float("inf"), reason="off by inf")
-    ran = read_by_a_program(report_of([line]), tmp_path / "report.json")
-    assert ran.returncode == 1
-    assert "problem: the decode kernel computes wrong numbers: off by inf" in ran.stdout
+    result = run_read_command(report_of([line]), tmp_path / "report.json")
+    assert result.returncode == 1
+    assert "problem: the decode kernel computes wrong numbers: off by inf" in result.stdout
 
 
 def test_a_refused_kernel_is_recorded_and_is_no_problem(tmp_path: Path) -> None:
-    ran = read_by_a_program(checked(perform_uncompilable), tmp_path / "report.json")
-    assert ran.returncode == 0, ran.stdout
-    assert "| none | decode, router | none |" in ran.stdout
+    result = run_read_command(report_of_device(perform_uncompilable), tmp_path / "report.json")
+    assert result.returncode == 0, result.stdout
+    assert "| none | decode, router | none |" in result.stdout
 
 
 def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -88,22 +89,24 @@ def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path) -> None
         read_report(path)
 
 
-SOUND = report_of([KernelLine(kernel=DECODE, usable=True, ran=True, error=1e-3, reason="")])
-RED: dict[str, tuple[Report, str]] = {
+GOOD_REPORT = report_of([KernelLine(kernel=DECODE, usable=True, ran=True, error=1e-3, reason="")])
+FAILURES: dict[str, tuple[Report, str]] = {
     "a crash": (
-        msgspec.structs.replace(SOUND, kernels=None, kernels_run=ProgramResult(-11, "", "it crashed"), needs_gpu=False),
+        msgspec.structs.replace(
+            GOOD_REPORT, kernels=None, kernels_run=ProgramResult(-11, "", "it crashed"), needs_gpu=False
+        ),
         "mlx-k2 kernels ended with exit code -11: it crashed",
     ),
     "a hang": (
-        msgspec.structs.replace(SOUND, generate=ProgramResult(None, "", "")),
+        msgspec.structs.replace(GOOD_REPORT, generate=ProgramResult(None, "", "")),
         "mlx-k2 generate did not end in 300 s",
     ),
     "another answer": (
-        msgspec.structs.replace(SOUND, generate=ProgramResult(0, "I know", "")),
+        msgspec.structs.replace(GOOD_REPORT, generate=ProgramResult(0, "I know", "")),
         "two stages answered 'I know'",
     ),
     "a failed test": (
-        msgspec.structs.replace(SOUND, bit_identity=ProgramResult(1, "1 failed", "")),
+        msgspec.structs.replace(GOOD_REPORT, bit_identity=ProgramResult(1, "1 failed", "")),
         "the tests of bit-identity ended with exit code 1: 1 failed",
     ),
     "no GPU": (
@@ -113,10 +116,10 @@ RED: dict[str, tuple[Report, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", RED)
+@pytest.mark.parametrize("name", FAILURES)
 def test_each_kind_of_failure_is_one_problem(name: str) -> None:
-    report, line = RED[name]
-    assert problems(report) == [line]
+    report, problem = FAILURES[name]
+    assert problems(report) == [problem]
 
 
 def test_a_command_that_hangs_is_killed_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,14 +135,14 @@ def test_the_report_of_this_machine_is_written_and_has_no_problem(tmp_path: Path
     command = [sys.executable, "-m", "bench.tested_on", "run", "--out", str(out)]
     if sys.platform != "darwin":
         command.append("--without-gpu")
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stdout + result.stderr
     report = read_report(out)
     assert problems(report) == []
     assert " passed in " in report.bit_identity.stdout
     assert report.generate.stdout.strip() == ANSWER
 
 
-def test_the_page_equals_the_received_reports() -> None:
+def test_the_table_in_the_page_equals_the_received_reports() -> None:
     page = PAGE.read_text()
     assert with_table(page) == page, "run python -m bench.tested_on page"

@@ -46,8 +46,9 @@ class WordWrap:
                 continue
             if piece == "\n":
                 self.column, spaces = 0, ""
-            elif self.column and self.column + len(spaces) + cell_len(piece) > width:
-                shown.append("\n")
+            elif self.column + len(spaces) + cell_len(piece) > width:
+                if self.column:
+                    shown.append("\n")
                 self.column, spaces = cell_len(piece), ""
             else:
                 self.column += len(spaces) + cell_len(piece)

@@ -1,5 +1,6 @@
 """Reply sources with scripted replies: without stages, or sampled by stages that may sample no other token."""
 
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from mlx_k2.coordinator.answer_summary import AnswerSummary
@@ -11,23 +12,20 @@ from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.token_mask import TokenMask
 
 
-def sampled(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return ``text`` as token ids, with each control token's name as that control token."""
+def encode_reply(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of ``text``. The name of a control token becomes that control token."""
+    control_token = "|".join(map(re.escape, tokenizer.special_ids))
     ids: list[int] = []
-    while text:
-        starts = {text.find(name): name for name in tokenizer.special_ids if name in text}
-        at = min(starts, default=len(text))
-        ids += tokenizer.encode_text(text[:at])
-        if at < len(text):
-            ids.append(tokenizer.special_ids[starts[at]])
-        text = text[at + len(starts.get(at, "")) :]
+    for part in re.split(f"({control_token})", text):
+        ids += [tokenizer.special_ids[part]] if part in tokenizer.special_ids else tokenizer.encode_text(part)
     return ids
 
 
-class Script:
-    """A reply source without stages that gives its replies in order. It calls ``on_token`` before each token.
+class ScriptedSource:
+    """A reply source without stages. It answers each request with the next of ``replies``.
 
-    A background request, which prefills the next prompt, is ignored.
+    Before each token it calls ``on_token`` with the index of the token in its reply. It ignores background requests,
+    which prefill the next prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, *replies: str, on_token: Callable[[int], None] | None = None) -> None:
@@ -40,12 +38,12 @@ class Script:
         if request.priority is Priority.BACKGROUND:
             return Handle(request, lambda _: None)
         self.requests.append(request)
-        ids = sampled(self._tokenizer, next(self._replies))
+        ids = encode_reply(self._tokenizer, next(self._replies))
         return _ScriptedHandle(request, policy or TokenPolicy(), ids, self._on_token)
 
 
 class _ScriptedHandle(Handle):
-    """A handle whose tokens come when they are read. Its policy sees each of them."""
+    """A handle that creates each token, and passes it to the token policy, when the caller reads the events."""
 
     def __init__(
         self, request: Request, policy: TokenPolicy, ids: Sequence[int], on_token: Callable[[int], None]
@@ -60,31 +58,30 @@ class _ScriptedHandle(Handle):
         self._was_cancelled = True
 
     def events(self) -> Generator[Event, None, None]:
-        for number, token_id in enumerate(self._ids):
-            self._on_token(number)
+        for index, token_id in enumerate(self._ids):
+            self._on_token(index)
             if self._was_cancelled:
-                yield Finished(summary_of(self.request, number, FinishReason.CANCELLED))
+                yield Finished(_summary(self.request, index, FinishReason.CANCELLED))
                 return
             accepted = self._policy.accept(token_id)
             yield Token(token_id, accepted.text, accepted.parts)
-        ended = bool(self._ids) and self._ids[-1] in self.request.stop_ids
-        reason = FinishReason.STOP if ended else FinishReason.LENGTH
-        yield Finished(summary_of(self.request, len(self._ids), reason), self._policy.finish().parts)
+        reason = FinishReason.STOP if self._ids[-1] in self.request.stop_ids else FinishReason.LENGTH
+        yield Finished(_summary(self.request, len(self._ids), reason), self._policy.finish().parts)
 
 
-class ScriptOnStages:
-    """A reply source whose stages sample each scripted reply: masks exclude every other token."""
+class ScriptedStages:
+    """A reply source whose stages sample the next of ``replies`` (token ids): masks exclude every other token."""
 
     def __init__(self, engine: Engine, replies: Iterable[Sequence[int]]) -> None:
         self._engine = engine
         self._replies = iter(replies)
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        return self._engine.submit(request, _OnlyTokens(policy or TokenPolicy(), next(self._replies)))
+        return self._engine.submit(request, _OneReplyPolicy(policy or TokenPolicy(), next(self._replies)))
 
 
-class _OnlyTokens(TokenPolicy):
-    """A policy that allows one reply only."""
+class _OneReplyPolicy(TokenPolicy):
+    """A token policy whose masks allow only the token ids of one reply."""
 
     def __init__(self, policy: TokenPolicy, ids: Sequence[int]) -> None:
         self._policy = policy
@@ -107,7 +104,7 @@ class _OnlyTokens(TokenPolicy):
         return self._policy.finish()
 
 
-def summary_of(request: Request, num_tokens: int, reason: FinishReason) -> AnswerSummary:
+def _summary(request: Request, num_tokens: int, reason: FinishReason) -> AnswerSummary:
     return AnswerSummary(
         prompt_tokens=len(request.prompt_ids),
         cached_tokens=0,

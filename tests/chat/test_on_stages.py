@@ -38,46 +38,49 @@ from mlx_k2.tools.toolbox import Limits, open_toolbox
 from mlx_k2.weights.checkpoint import describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from tests.chat.scripted import ScriptOnStages, sampled
+from tests.chat.scripted import ScriptedStages, encode_reply
 from tests.local_cluster import VOCAB_SIZE, write_model
 
-MOST_GROWTH_BYTES = 60_000_000
-"""Allowed growth of all processes over the last two thirds of the calls: caches of some tens of thousands of tokens."""
+MAX_GROWTH_BYTES = 60_000_000
+"""Allowed growth of the resident memory of all processes over the last two thirds of the calls.
+
+The tested runs need memory for the caches of some tens of thousands of tokens.
+"""
 SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
 
 
-class Computed:
+class PromptTokenCounter:
     """A counter of the prompt tokens that the first stage computes."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
-        self._more = threading.Condition()
+        self._changed = threading.Condition()
 
     def record(self, report: StageReport) -> None:
         if report.rank == 0:
-            with self._more:
+            with self._changed:
                 self._num_tokens += sum(
                     len(planned.row.token_ids) for planned in report.microbatch.rows if planned.row.is_prompt
                 )
-                self._more.notify_all()
+                self._changed.notify_all()
 
-    def next_tokens(self, *, at_least: int = 0) -> int:
-        """Wait for ``at_least`` tokens since the last call. Return the number of tokens since then."""
-        with self._more:
-            assert self._more.wait_for(lambda: self._num_tokens >= at_least, timeout=60)
+    def count_and_reset(self, *, at_least: int = 0) -> int:
+        """Wait until ``at_least`` tokens were counted since the last call. Return the count and reset it to 0."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._num_tokens >= at_least, timeout=60)
             count, self._num_tokens = self._num_tokens, 0
         return count
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Two stages and the counter of the tokens that they compute."""
+    """Two running stages, their engine, and the counter of the prompt tokens that they compute."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
     engine: Engine
     context_tokens: int
-    computed: Computed
+    prompt_tokens: PromptTokenCounter
 
     def settings(self, max_tokens: int = 60, thinking_budget: int | None = None) -> ReplySettings:
         limits = ReplyLimits(thinking_budget=thinking_budget)
@@ -87,14 +90,14 @@ class Stages:
 @contextlib.contextmanager
 def two_stages(path_or_repo: str) -> Iterator[Stages]:
     source = ModelSource(path_or_repo=path_or_repo)
-    asked = DeploymentRequest(ClusterOptions(), local_hostfile(2), source, num_slots=2)
+    request = DeploymentRequest(ClusterOptions(), local_hostfile(2), source, num_slots=2)
     model = describe_model(read_model_files(source).files, path_or_repo)
-    computed = Computed()
-    with deploy(asked, model, DeploymentListener()) as deployment:
+    prompt_tokens = PromptTokenCounter()
+    with deploy(request, model, DeploymentListener()) as deployment:
         tokenizer = load_tokenizer(model.files, model.config.vocab_size)
         template = load_chat_template(model.files)
-        with engine_on(deployment, draft_mode=DraftMode.NGRAM, on_report=computed.record) as engine:
-            yield Stages(tokenizer, template, engine, deployment.shape.context_tokens, computed)
+        with engine_on(deployment, draft_mode=DraftMode.NGRAM, on_report=prompt_tokens.record) as engine:
+            yield Stages(tokenizer, template, engine, deployment.shape.context_tokens, prompt_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -104,33 +107,31 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
         yield stages
 
 
-def summary(events: Iterable[object]) -> AnswerSummary:
-    (found,) = [event for event in events if isinstance(event, AnswerSummary)]
-    return found
+def summary_in(events: Iterable[object]) -> AnswerSummary:
+    """Return the only answer summary among the events."""
+    (summary,) = [event for event in events if isinstance(event, AnswerSummary)]
+    return summary
 
 
 @pytest.mark.slow
-def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_answer(
-    stages: Stages,
-) -> None:
+def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_answer(stages: Stages) -> None:
     conversation = Conversation(stages.template, stages.tokenizer)
     chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings())
-    first = list(chat.send_message("Tell me about the water and the world."))
-    first_prompt = summary(first).prompt_tokens
-    assert stages.computed.next_tokens() == first_prompt - summary(first).cached_tokens
-    known = len(conversation.next_prompt_prefix())
-    kept = known - first_prompt
+    first = summary_in(chat.send_message("Tell me about the water and the world."))
+    assert stages.prompt_tokens.count_and_reset() == first.prompt_tokens - first.cached_tokens
+    num_known = len(conversation.next_prompt_prefix())
+    num_answer = num_known - first.prompt_tokens
 
     chat.prefill_next_prompt()
-    assert stages.computed.next_tokens(at_least=kept - 1) <= kept + 1
+    assert stages.prompt_tokens.count_and_reset(at_least=num_answer - 1) <= num_answer + 1
 
     message = "And the sun?"
-    second = list(chat.send_message(message))
-    asked = summary(second)
-    assert asked.cached_tokens >= known - 1
-    assert stages.computed.next_tokens() == asked.prompt_tokens - asked.cached_tokens
-    own = len(stages.tokenizer.encode_text(message + "assistant"))
-    assert asked.prompt_tokens - asked.cached_tokens <= own + 4
+    second = summary_in(chat.send_message(message))
+    num_computed = second.prompt_tokens - second.cached_tokens
+    assert second.cached_tokens >= num_known - 1
+    assert stages.prompt_tokens.count_and_reset() == num_computed
+    num_text_tokens = len(stages.tokenizer.encode_text(message + "assistant"))
+    assert num_computed <= num_text_tokens + 4  # three control tokens, and one that may be computed again
 
 
 def test_prefilling_the_next_prompt_does_not_change_the_answer(stages: Stages) -> None:
@@ -160,35 +161,36 @@ def test_a_stopped_answer_ends_within_two_tokens_and_a_retry_reuses_its_cached_p
         if isinstance(event, AnswerSummary):
             assert (event.finish_reason, event.generated_tokens) == (FinishReason.CANCELLED, num_tokens)
     assert num_tokens <= 12
-    again: list[object] = []
+    retry_events: list[object] = []
     for event in chat.retry():
         chat.stop()
-        again.append(event)
-    assert summary(again).cached_tokens == summary(again).prompt_tokens - 1
+        retry_events.append(event)
+    retry = summary_in(retry_events)
+    assert retry.cached_tokens == retry.prompt_tokens - 1
 
 
 def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_the_cache(stages: Stages) -> None:
-    opening = ChatTemplate(
+    thinking_template = ChatTemplate(
         stages.template.source.replace(
             "<|im_assistant|>assistant<|im_middle|>", "<|im_assistant|>assistant<|im_middle|><think>"
         )
     )
-    conversation = Conversation(opening, stages.tokenizer)
+    conversation = Conversation(thinking_template, stages.tokenizer)
     chat = ChatSession(stages.engine, stages.tokenizer, conversation, stages.settings(thinking_budget=7, max_tokens=30))
-    stages.computed.next_tokens()
+    stages.prompt_tokens.count_and_reset()
     events = list(chat.send_message("Think."))
     ids = [event.token_id for event in events if isinstance(event, Token)]
-    close = stages.tokenizer.token_id("</think>")
-    assert ids.index(close) == 7
+    assert ids.index(stages.tokenizer.token_id("</think>")) == 7
     assert any(isinstance(event, Reasoning) for event in events)
     assert any(isinstance(event, Content) for event in events)
-    assert summary(events).generated_tokens == 30 == len(ids)
-    computed = stages.computed.next_tokens()
-    assert computed <= summary(events).prompt_tokens - summary(events).cached_tokens + 2
+    summary = summary_in(events)
+    assert summary.generated_tokens == 30 == len(ids)
+    assert stages.prompt_tokens.count_and_reset() <= summary.prompt_tokens - summary.cached_tokens + 2
 
 
 @contextlib.contextmanager
-def http_server() -> Iterator[HttpServer]:
+def http_tool_server() -> Iterator[HttpServer]:
+    """Start the tests' tool server with HTTP as its transport."""
     command = [sys.executable, str(SERVER), "http"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -203,17 +205,17 @@ CONTEXT_TOKENS = 32768
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_many_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_stays_bounded(tmp_path: Path) -> None:
-    near = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
+    stdio_server = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
     memory: list[int] = []
     results: list[ToolResult] = []
     with (
-        two_stages(str(write_smallest(tmp_path / "smallest"))) as stages,
-        http_server() as far,
-        open_toolbox([near, far], Limits(start_timeout_s=40, call_timeout_s=40)) as tools,
+        two_stages(str(write_fast_model(tmp_path / "smallest"))) as stages,
+        http_tool_server() as http_server,
+        open_toolbox([stdio_server, http_server], Limits(start_timeout_s=40, call_timeout_s=40)) as tools,
     ):
-        declared = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
-        conversation = Conversation(stages.template, stages.tokenizer, declared)
-        source = ScriptOnStages(stages.engine, calls_and_an_answer(stages.tokenizer))
+        declarations = [item for item in tools.declarations if item["function"]["name"].endswith("_add")]
+        conversation = Conversation(stages.template, stages.tokenizer, declarations)
+        source = ScriptedStages(stages.engine, calls_and_an_answer(stages.tokenizer))
         settings = replace(stages.settings(max_tokens=200), stop_ids=stages.tokenizer.stop_ids)
         chat = ChatSession(source, stages.tokenizer, conversation, settings, tools, lambda call: True)
         summaries: list[AnswerSummary] = []
@@ -224,17 +226,17 @@ def test_many_tool_calls_in_a_row_reuse_the_cached_prefix_and_memory_stays_bound
                 results.append(event.result)
                 memory.append(resident_bytes())
     assert [result.outcome for result in results] == [Outcome.DONE] * NUM_CALLS
-    returned = [message.content for message in conversation.messages if message.role == "tool"]
-    assert returned == [str(number % 10 + 2) for number in range(NUM_CALLS)]
+    contents = [message.content for message in conversation.messages if message.role == "tool"]
+    assert contents == [str(number % 10 + 2) for number in range(NUM_CALLS)]
     assert conversation.messages[-1].content == "Done."
-    prompt_tokens = sum(one.prompt_tokens for one in summaries)
-    cached_tokens = sum(one.cached_tokens for one in summaries)
+    prompt_tokens = sum(summary.prompt_tokens for summary in summaries)
+    cached_tokens = sum(summary.cached_tokens for summary in summaries)
     assert len(summaries) == NUM_CALLS // 2 + 1
     assert cached_tokens > 0.95 * prompt_tokens
-    assert memory[-1] - memory[NUM_CALLS // 3] < MOST_GROWTH_BYTES
+    assert memory[-1] - memory[NUM_CALLS // 3] < MAX_GROWTH_BYTES
 
 
-def write_smallest(folder: Path) -> Path:
+def write_fast_model(folder: Path) -> Path:
     """Write a very fast model, with one dense layer and one layer of experts. Return its folder."""
     fields = tiny_config_fields(
         VOCAB_SIZE,
@@ -255,23 +257,23 @@ def write_smallest(folder: Path) -> Path:
 
 
 def calls_and_an_answer(tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Yield replies that each call one tool of both servers, ``NUM_CALLS`` calls in all, and then an answer."""
-    for number in range(0, NUM_CALLS, 2):
-        calls = (
+    """Yield replies with two calls, one of each server's ``add``, ``NUM_CALLS`` calls in all, and then an answer."""
+    for first_number in range(0, NUM_CALLS, 2):
+        calls = "".join(
             f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>"
             f'{{"a": {number % 10}}}<|tool_call_end|>'
-            for name, number in (("n_add", number), ("f_add", number + 1))
+            for number, name in enumerate(("n_add", "f_add"), first_number)
         )
-        section = f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
-        yield sampled(tokenizer, f"<think></think>{section}<|im_end|>")
-    yield sampled(tokenizer, "<think></think>Done.<|im_end|>")
+        section = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>"
+        yield encode_reply(tokenizer, f"<think></think>{section}<|im_end|>")
+    yield encode_reply(tokenizer, "<think></think>Done.<|im_end|>")
 
 
 def resident_bytes() -> int:
     """Return the resident memory of this process and its descendants."""
-    me = psutil.Process()
+    this_process = psutil.Process()
     total = 0
-    for process in (me, *me.children(recursive=True)):
+    for process in (this_process, *this_process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total

@@ -14,6 +14,6 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 
 @pytest.fixture(scope="session")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model whose config names no stop token, so that its answers run to the token limit."""
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model without a stop token, so that its answers run to the token limit."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny")

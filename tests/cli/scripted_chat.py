@@ -1,4 +1,7 @@
-"""The chat's REPL for a terminal, with replies from a script instead of stages, so that a test knows the output."""
+"""A program that runs the chat's REPL with scripted replies instead of stages, so that a test knows the output.
+
+Its arguments are a key of REPLIES and the path of a transcript. It prints "left" at its end.
+"""
 
 import sys
 import threading
@@ -18,12 +21,13 @@ from mlx_k2.cli.repl.usage_totals import UsageTotals
 from mlx_k2.sampling import Sampling
 from mlx_k2.tools.servers import StdioServer
 from mlx_k2.tools.toolbox import Limits, open_toolbox
-from tests.chat.scripted import Script
+from tests.chat.scripted import ScriptedSource
 from tests.text.fixtures import builtin_template, tokenizer
 
 SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
 TOKEN_S = 0.002
-CALL = (
+STUCK_S = 1000.0
+ADD_CALL = (
     "<think>A sum.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
     '{"a": 40}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
 )
@@ -35,14 +39,14 @@ REPLIES = {
         "<think></think>Once more.<|im_end|>",
     ),
     "stuck": ("<think></think>This answer never ends.<|im_end|>",),
-    "late call": (CALL.replace("A sum.", "word " * 600), "<think></think>No sum.<|im_end|>"),
+    "late call": (ADD_CALL.replace("A sum.", "word " * 600), "<think></think>No sum.<|im_end|>"),
     "tools": (
-        CALL,
+        ADD_CALL,
         "<think></think>It is 42.<|im_end|>",
-        CALL,
+        ADD_CALL,
         "<think></think>No sum.<|im_end|>",
-        CALL,
-        CALL,
+        ADD_CALL,
+        ADD_CALL,
         "<think></think>Allowed.<|im_end|>",
     ),
 }
@@ -60,11 +64,11 @@ def main(script: str, transcript_path: str) -> None:
         keyboard = choose_keyboard(list(HELP), usage.status_line)
         approval = ToolApproval(screen, keyboard, (), allows_all=False)
         conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
-        source = Script(
-            tokenizer(),
-            *REPLIES[script],
-            on_token=lambda at: pause(1000.0 if script == "stuck" and at == 5 else TOKEN_S),
-        )
+
+        def wait_for_token(index: int) -> None:
+            threading.Event().wait(STUCK_S if script == "stuck" and index == 5 else TOKEN_S)
+
+        source = ScriptedSource(tokenizer(), *REPLIES[script], on_token=wait_for_token)
         settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
         session = ChatSession(source, tokenizer(), conversation, settings, tools, approval)
         approval.session = session
@@ -74,11 +78,6 @@ def main(script: str, transcript_path: str) -> None:
         )
         Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")
-
-
-def pause(seconds: float) -> None:
-    """Wait for the time that the scripted model takes for a token."""
-    threading.Event().wait(seconds)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,33 @@ from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.processes import started_processes
 
-SHORT = ("--generate", "4", "--prompt-lengths", "16,40", "--streams", "1,3")
+WORKLOADS = ("--generate", "4", "--prompt-lengths", "16,40", "--streams", "1,3")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the CSV file, the trace and the plot that `document` writes."""
     return tmp_path_factory.mktemp("bench")
 
 
 @pytest.fixture(scope="module")
-def document(command_line: CommandLine, files: Path) -> dict[str, Any]:
-    names = {"--csv": "rows.csv", "--trace": "trace.json", "--plot": "plot.png"}
-    measured = command_line.run(
-        *("bench", *SHORT, "--json"),
-        *(word for name in names for word in (name, str(files / names[name]))),
-        PATH=str(files),  # there is no git
+def document(command_line: CommandLine, folder: Path) -> dict[str, Any]:
+    """Return the JSON document of a run without git, which also writes the files in `folder`."""
+    files = (
+        "--csv",
+        str(folder / "rows.csv"),
+        "--trace",
+        str(folder / "trace.json"),
+        "--plot",
+        str(folder / "plot.png"),
     )
-    assert measured.returncode == 0, measured.stderr
-    found: dict[str, Any] = json.loads(measured.stdout)
-    return found
+    result = command_line.run("bench", *WORKLOADS, "--json", *files, PATH=str(folder))
+    assert result.returncode == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
 
 
-def test_each_combination_of_options_is_one_row(document: dict[str, Any]) -> None:
+def test_each_combination_of_prompt_length_and_streams_is_one_row(document: dict[str, Any]) -> None:
     rows = [(row["prompt_tokens"], row["streams"], row["stages"]) for row in document["rows"]]
     assert rows == [(16, 1, 2), (16, 3, 2), (40, 1, 2), (40, 3, 2)]
 
@@ -64,30 +69,29 @@ def test_the_document_names_model_dtype_hosts_and_versions(document: dict[str, A
     assert document["versions"]["commit"] is None
 
 
-def test_the_csv_file_has_a_line_for_each_row(document: dict[str, Any], files: Path) -> None:
-    with (files / "rows.csv").open() as file:
+def test_the_csv_file_has_a_line_for_each_row(document: dict[str, Any], folder: Path) -> None:
+    with (folder / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [int(line["streams"]) for line in lines] == [row["streams"] for row in document["rows"]]
     assert [float(line["wall_s"]) for line in lines] == [row["wall_s"] for row in document["rows"]]
-    assert all(None not in line for line in lines)  # no cell without a heading
+    assert all(None not in line for line in lines)  # csv puts cells without a heading under None
 
 
-def test_rows_are_appended_to_a_file_with_the_same_columns(document: dict[str, Any], files: Path) -> None:
-    read = msgspec.convert(document, BenchDocument)
-    path = files / "appended.csv"
+def test_rows_are_appended_to_a_file_with_the_same_columns(document: dict[str, Any], folder: Path) -> None:
+    path = folder / "appended.csv"
     path.touch()
     for _ in range(2):
         check_csv(path)
-        append_csv(path, read)
-    lines = (files / "rows.csv").read_text().splitlines(keepends=True)
-    assert path.read_text() == "".join([*lines, *lines[1:]])
+        append_csv(path, msgspec.convert(document, BenchDocument))
+    heading, *rows = (folder / "rows.csv").read_text().splitlines()
+    assert path.read_text().splitlines() == [heading, *rows, *rows]
 
 
 @follows_advice(
     "rows.csv has other columns than those of mlx-k2 bench --csv: give another file",
 )
 @pytest.mark.parametrize("content", ["my notes\n", "made,model\n1,2\n", "\n", "x" * 100_000])
-def test_a_csv_file_of_something_else_is_refused_before_any_stage_starts(
+def test_a_csv_file_with_other_columns_is_refused_before_any_stage_starts(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.csv"
@@ -99,12 +103,14 @@ def test_a_csv_file_of_something_else_is_refused_before_any_stage_starts(
 
 
 def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return its output."""
     identity = ("-c", "user.name=x", "-c", "user.email=x@x.example")
     command = ["git", *identity, *arguments]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def package_in(folder: Path) -> Path:
+def make_package(folder: Path) -> Path:
+    """Create an empty package mlx_k2 in a folder and return the package's folder."""
     package = folder / "mlx_k2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -114,50 +120,48 @@ def package_in(folder: Path) -> Path:
 def test_a_checkout_has_its_commit_and_a_package_installed_in_another_project_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, other = tmp_path / "own", tmp_path / "other"
-    for project, package in ((own, package_in(own)), (other, package_in(other / "vendored"))):
+    checkout, other = tmp_path / "checkout", tmp_path / "other"
+    for project, package in ((checkout, make_package(checkout)), (other, make_package(other / "vendored"))):
         git(project, "init", "--quiet")
         git(project, "add", str(package))
         git(project, "commit", "--quiet", "--message", "x")
-    commit = git(own, "rev-parse", "HEAD")
-    assert checkout_commit(own / "mlx_k2") == commit
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert checkout_commit(checkout / "mlx_k2") == commit
     assert checkout_commit(other / "vendored" / "mlx_k2") is None
-    assert checkout_commit(package_in(other / "venv")) is None
-    assert checkout_commit(package_in(other)) is None  # at its top, and not a part of it
-    assert checkout_commit(package_in(tmp_path / "installed")) is None
+    assert checkout_commit(make_package(other / "venv")) is None
+    assert checkout_commit(make_package(other)) is None  # git does not track this package
+    assert checkout_commit(make_package(tmp_path / "installed")) is None
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    assert checkout_commit(own / "mlx_k2") == commit
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert checkout_commit(own / "mlx_k2") is None
+    assert checkout_commit(checkout / "mlx_k2") == commit
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert checkout_commit(checkout / "mlx_k2") is None
 
 
-def test_the_trace_has_a_track_for_each_stage_whose_spans_do_not_overlap(document: dict[str, Any], files: Path) -> None:
-    assert document
-    events = json.loads((files / "trace.json").read_text())["traceEvents"]
+@pytest.mark.usefixtures("document")
+def test_the_trace_has_steps_of_prefill_and_decode_for_each_stage(folder: Path) -> None:
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     for rank in (0, 1):
-        computed = [event for event in events if event["pid"] == rank and event["name"].startswith("step ")]
-        assert len(computed) > 20
-        assert {event["cat"] for event in computed} == {"prefill", "decode"}
+        steps = [event for event in events if event["pid"] == rank and event["name"].startswith("step ")]
+        assert len(steps) > 20
+        assert {event["cat"] for event in steps} == {"prefill", "decode"}
 
 
 @pytest.mark.slow
-def test_without_trace_no_step_is_collected(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_trace_no_step_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delattr("mlx_k2.cli.bench.Trace")
     assert run(["bench", "--generate", "2", "--prompt-lengths", "16", "--streams", "1"]) == 0, capsys.readouterr().err
 
 
-def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, Any], files: Path) -> None:
-    assert document
-    picture = imread(files / "plot.png")
+@pytest.mark.usefixtures("document")
+def test_the_plot_is_a_png_with_the_expected_size_and_lines(folder: Path) -> None:
+    picture = imread(folder / "plot.png")
     assert picture.shape[:2] == (600, 1500)
     colours = np.rint(picture * 255).astype(np.uint8).view(np.uint32)  # red, green, blue and opacity in one number
     assert len(np.unique(colours)) > 100  # anti-aliased colours of two lines
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "error"),
     [
         (["--csv", "nowhere/rows.csv"], "there is no folder"),
         (["--plot", "nowhere/plot.png"], "there is no folder"),
@@ -170,9 +174,9 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(document: dict[str, 
     ],
 )
 def test_bad_bench_options_are_refused_before_any_stage_starts(
-    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = started_processes()
     assert run(["bench", *options]) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    assert error in " ".join(capsys.readouterr().err.split())
     assert started_processes() == before

@@ -1,6 +1,7 @@
-"""Tests of what the built-in model is said to be: its size, the prompts to try, and the tools in examples/tools.py."""
+"""Tests of the built-in model's banner and prompts, and of its calls of the tools in examples/tools.py."""
 
 import datetime
+import math
 import re
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -21,19 +22,18 @@ def test_the_banner_has_the_number_of_weights_and_the_bytes_of_the_built_in_mode
     num_weights = 0
     for spec in (*specs, *embedding_specs(config), *head_specs(config)):
         if not spec.name.endswith(("weight_scale", "weight_shape")):
-            codes = 8 if spec.name.endswith("weight_packed") else 1
-            rows, columns = (*spec.shape, 1)[:2]
-            num_weights += rows * columns * codes
+            weights_per_element = 8 if spec.name.endswith("weight_packed") else 1
+            num_weights += math.prod(spec.shape) * weights_per_element
     num_bytes = sum(file.stat().st_size for file in BUILTIN_FOLDER.iterdir())
     assert f"{num_weights / 1e6:.1f} million weights in {num_bytes / 1e6:.1f} MB" in BANNER[0]
 
 
 @pytest.mark.slow
 def test_the_chat_shows_the_banner_and_the_model_answers_its_prompts(command_line: CommandLine) -> None:
-    run = command_line.run("chat", stdin="\n/reset\n".join(PROMPTS) + "\n")
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.splitlines()[: len(BANNER)] == list(BANNER)
-    assert run.stdout.splitlines() == [
+    result = command_line.run("chat", stdin="\n/reset\n".join(PROMPTS) + "\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[: len(BANNER)] == list(BANNER)
+    assert result.stdout.splitlines() == [
         "17 + 25 = 42",
         ", ".join(map(str, range(3, 13))),
         "mlx-k2 runs Kimi K2 models over several Macs: each Mac holds some of the layers.",
@@ -45,9 +45,9 @@ def test_the_built_in_model_calls_each_tool_of_the_example(command_line: Command
     questions = re.findall(r'"([^"\n]+\?)"', TOOLS.read_text())
     assert len(questions) == 3
     before = datetime.datetime.now(ZoneInfo("Europe/Rome"))
-    run = command_line.run("chat", "--tools", str(TOOLS), "--yes", stdin="\n/reset\n".join(questions) + "\n")
+    result = command_line.run("chat", "--tools", str(TOOLS), "--yes", stdin="\n/reset\n".join(questions) + "\n")
     after = datetime.datetime.now(ZoneInfo("Europe/Rome"))
-    assert run.returncode == 0, run.stderr
-    time, *others = run.stdout.splitlines()
-    assert time in {f"In Rome it is {moment:%H:%M}." for moment in (before, after)}
+    assert result.returncode == 0, result.stderr
+    time, *others = result.stdout.splitlines()
+    assert time in (f"In Rome it is {before:%H:%M}.", f"In Rome it is {after:%H:%M}.")
     assert others == ["The lamp costs 30 coins.", "There are 61 of the cup in stock."]

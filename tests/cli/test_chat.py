@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,36 +14,35 @@ from tests.cli.command import CommandLine
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 
 ROOT = Path(__file__).parent.parent.parent
-A_COLOUR = "\x1b[3"
-"""First bytes of every SGR code of a foreground colour."""
+COLOUR_START = "\x1b[3"
+"""First characters of every SGR code of a foreground colour."""
 
 
 @contextmanager
-def scripted(command_line: CommandLine, folder: Path, script: str, **environment: str) -> Iterator[Terminal]:
+def scripted_chat(command_line: CommandLine, folder: Path, script: str, **environment: str) -> Iterator[Terminal]:
+    """Run tests/cli/scripted_chat.py in a terminal, with a transcript in ``folder``."""
     command = [sys.executable, "-m", "tests.cli.scripted_chat", script, str(folder / "transcript.jsonl")]
-    full = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
-    with terminal(folder, command, command_line.environment(**full)) as pane:
+    variables = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
+    with terminal(folder, command, command_line.environment(**variables)) as pane:
         yield pane
 
 
-def transcript(folder: Path) -> list[dict[str, object]]:
+def read_transcript(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "transcript.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
 @needs_tmux
-def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
-    with scripted(command_line, tmp_path, "talk") as pane:
+def test_the_chat_handles_multiline_input_stop_undo_and_files(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted_chat(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         pane.send_message("hello")
-        shown = pane.wait_for("Bye.")
-        assert "Hello there." in shown and "**" not in shown and "```" not in shown
-        coloured = pane.shown(with_colours=True)
-        thought = next(line for line in coloured.splitlines() if "Somebody greets." in line)
-        assert "\x1b[2" in thought or ";2" in thought
-        assert "\x1b[1m" in next(line for line in coloured.splitlines() if "there" in line)
+        text = pane.wait_for("Bye.")
+        assert "Hello there." in text and "**" not in text and "```" not in text
+        coloured_lines = pane.text(with_colours=True).splitlines()
+        reasoning = next(line for line in coloured_lines if "Somebody greets." in line)
+        assert "\x1b[2" in reasoning or ";2" in reasoning  # faint
+        assert "\x1b[1m" in next(line for line in coloured_lines if "there" in line)  # bold
 
         pane.type("one", "\\", "Enter", "two")
         pane.wait_for(". two")
@@ -68,8 +68,7 @@ def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
         pane.send_message("again")
         pane.wait_for("Once more.")
         pane.type("C-d")
-        shown = pane.wait_for("exit code 0")
-        assert "left" in shown
+        assert "left" in pane.wait_for("exit code 0")
     messages = json.loads(saved.read_text())["messages"]
     assert [message["content"] for message in messages] == [
         "hello",
@@ -77,11 +76,10 @@ def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
         "one\ntwo",
         "You wrote two lines.",
     ]
-    lines = transcript(tmp_path)
+    lines = read_transcript(tmp_path)
     assert "".join(str(line["reasoning"]) for line in lines if "reasoning" in line) == "Somebody greets.Long."
-    reported = [line["message"] for line in lines if "message" in line]
-    assert [message["role"] for message in reported if isinstance(message, dict)] == ["user", "assistant"] * 4
-    with scripted(command_line, tmp_path, "talk") as pane:
+    assert [line["message"]["role"] for line in lines if "message" in line] == ["user", "assistant"] * 4
+    with scripted_chat(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
         pane.type("Up")
         pane.wait_for("> again")
@@ -91,15 +89,15 @@ def test_the_terminal_chat_handles_multiline_input_stop_undo_and_files(
 
 @needs_tmux
 def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: CommandLine, tmp_path: Path) -> None:
-    with scripted(command_line, tmp_path, "tools") as pane:
+    with scripted_chat(command_line, tmp_path, "tools") as pane:
         pane.wait_for("2 stages")
         pane.send_message("/tools")
         pane.wait_for("add  [asks first]  Add two numbers.")
         pane.send_message("a sum")
         pane.wait_for("run it?")
-        coloured = pane.shown(with_colours=True).splitlines()
-        call = next(number for number, line in enumerate(coloured) if "the model wants to call add" in line)
-        assert "\x1b[2" not in coloured[call] and coloured[call + 1] == "  a: 40"  # in normal weight
+        lines = pane.text(with_colours=True).splitlines()
+        call = next(index for index, line in enumerate(lines) if "the model wants to call add" in line)
+        assert "\x1b[2" not in lines[call] and lines[call + 1] == "  a: 40"  # not faint
         pane.send_message("y")
         pane.wait_for('add({"a": 40}) → 42')
         pane.wait_for("It is 42.")
@@ -111,20 +109,20 @@ def test_tool_calls_can_be_approved_declined_or_always_allowed(command_line: Com
         pane.send_message("and two more")
         pane.wait_for("run it?", times=3)
         pane.send_message("a")
-        shown = pane.wait_for("Allowed.")
-        assert shown.count("run it?") == 3
-        assert shown.count("→ 42") == 3
+        text = pane.wait_for("Allowed.")
+        assert text.count("run it?") == 3
+        assert text.count("→ 42") == 3
         pane.send_message("/quit")
         pane.wait_for("exit code 0")
 
 
 @pytest.mark.slow
 @needs_tmux
-@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
-def test_an_answer_that_was_typed_before_its_question_is_discarded(
-    command_line: CommandLine, tmp_path: Path, kind: str
+@pytest.mark.parametrize("terminal_type", ["xterm-256color", "dumb"])
+def test_an_approval_that_was_typed_before_its_question_is_discarded(
+    command_line: CommandLine, tmp_path: Path, terminal_type: str
 ) -> None:
-    with scripted(command_line, tmp_path, "late call", TERM=kind) as pane:
+    with scripted_chat(command_line, tmp_path, "late call", TERM=terminal_type) as pane:
         pane.wait_for(">")
         pane.send_message("a sum")
         pane.wait_for("word word")
@@ -132,18 +130,19 @@ def test_an_answer_that_was_typed_before_its_question_is_discarded(
         pane.send_message("always")
         pane.wait_for("run it?")
         pane.send_message("n")
-        shown = pane.wait_for("No sum.")
-        assert shown.count("run it?") == 1 and "[declined]" in shown and "→ 42" not in shown
+        text = pane.wait_for("No sum.")
+        assert text.count("run it?") == 1 and "[declined]" in text and "→ 42" not in text
 
 
 @pytest.mark.slow
 @needs_tmux
 def test_a_resized_terminal_rewraps_lines_and_the_answer_continues(command_line: CommandLine, tmp_path: Path) -> None:
-    with scripted(command_line, tmp_path, "talk") as pane:
+    with scripted_chat(command_line, tmp_path, "talk") as pane:
         pane.wait_for("2 stages")
-        for text, reply in (("one", "Bye."), ("two", "You wrote two lines.")):
-            pane.send_message(text)
-            pane.wait_for(reply)
+        pane.send_message("one")
+        pane.wait_for("Bye.")
+        pane.send_message("two")
+        pane.wait_for("You wrote two lines.")
         pane.send_message("three")
         pane.wait_for("word word")
         pane.resize(50, 20)
@@ -151,8 +150,8 @@ def test_a_resized_terminal_rewraps_lines_and_the_answer_continues(command_line:
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
         pane.send_message("four")
-        shown = pane.wait_for("Once more.")
-        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 50
+        text = pane.wait_for("Once more.")
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= 50
         pane.type("C-d")
         pane.wait_for("exit code 0")
 
@@ -162,12 +161,12 @@ def test_a_resized_terminal_rewraps_lines_and_the_answer_continues(command_line:
 def test_no_color_and_a_dumb_terminal_give_plain_output(command_line: CommandLine, tmp_path: Path) -> None:
     for name, environment in (("none", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
         (folder := tmp_path / name).mkdir()
-        with scripted(command_line, folder, "talk", **environment) as pane:
+        with scripted_chat(command_line, folder, "talk", **environment) as pane:
             pane.wait_for(">")
             pane.send_message("hello")
             pane.wait_for("Bye.")
-            assert "Hello **there**." in pane.shown()
-            assert A_COLOUR not in pane.shown(with_colours=True)
+            assert "Hello **there**." in pane.text()
+            assert COLOUR_START not in pane.text(with_colours=True)
             pane.type("C-d")
             pane.wait_for("exit code 0")
 
@@ -175,7 +174,7 @@ def test_no_color_and_a_dumb_terminal_give_plain_output(command_line: CommandLin
 @pytest.mark.slow
 @needs_tmux
 def test_a_third_ctrl_c_interrupts_an_answer_that_does_not_stop(command_line: CommandLine, tmp_path: Path) -> None:
-    with scripted(command_line, tmp_path, "stuck") as pane:
+    with scripted_chat(command_line, tmp_path, "stuck") as pane:
         pane.wait_for("2 stages")
         pane.send_message("hello")
         pane.wait_for("Thi")

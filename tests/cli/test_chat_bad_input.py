@@ -1,4 +1,4 @@
-"""Tests of bad files, tools and options of a chat: a message names the fault, and the conversation is unchanged."""
+"""Tests of bad files, tools and options of a chat: an error names the fault, and no file or process is changed."""
 
 import json
 import re
@@ -26,11 +26,11 @@ FILES = {
     "empty.py": "",
     "fine.py": "def f() -> int:\n    return 1\n",
 }
-FULL = Path("/dev/full")
+FULL_DEVICE = Path("/dev/full")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "error"),
     [
         (["--mcp", "broken.json"], r"broken.json is not an MCP file: .*for instance"),
         (["--mcp", "list.json"], r"list.json is not an MCP file"),
@@ -46,7 +46,7 @@ FULL = Path("/dev/full")
 )
 def test_unusable_tools_are_refused_before_any_stage_starts(
     arguments: list[str],
-    words: str,
+    error: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -55,15 +55,15 @@ def test_unusable_tools_are_refused_before_any_stage_starts(
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     assert run(["chat", *arguments]) == 2
-    reported = capsys.readouterr()
-    assert reported.out == ""
-    assert re.search(words, reported.err), reported.err
-    assert reported.err.startswith("error: ") and "Traceback" not in reported.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.search(error, output.err), output.err
+    assert output.err.startswith("error: ") and "Traceback" not in output.err
     assert started_processes() == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "error"),
     [
         (["chat", "--transcript", "/nowhere/t"], "the transcript /nowhere/t cannot be written: No such file"),
         (["chat", "--context", "5"], "the context holds 5"),
@@ -72,25 +72,25 @@ def test_unusable_tools_are_refused_before_any_stage_starts(
         (["generate", "--yes", "Hello"], "--yes and --allow-tool are for tools: give --tools or --mcp"),
     ],
 )
-def test_contradictory_options_are_refused_before_any_stage_starts(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+def test_options_that_cannot_be_followed_are_refused_before_any_stage_starts(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
-    assert words in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert started_processes() == []
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "error"),
     [
         ("{", "is not a saved chat: "),
         ('{"digest": "ours", "messages": []}', "is not a saved chat: .*`model`"),
         (json.dumps({"model": "K9", "digest": "other", "messages": []}), "a chat with another model: .*--model K9"),
     ],
 )
-def test_a_file_that_is_not_a_chat_of_this_model_is_refused(content: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_chat_of_this_model_is_refused(content: str, error: str, tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_text(content)
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(RequestError, match=error):
         load_chat(tmp_path / "chat.json", "ours")
 
 
@@ -98,8 +98,9 @@ def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) 
     path = tmp_path / "chat.json"
     save_chat(path, SavedChat("K2", "ours", [USER]))
     assert load_chat(path, "ours") == [USER]
-    for messages in ([USER], {"messages": [USER], "tools": []}):  # the second as one line of a training set
-        path.write_text(json.dumps(messages))
+    training_example = {"messages": [USER], "tools": []}
+    for document in ([USER], training_example):
+        path.write_text(json.dumps(document))
         assert load_chat(path, "another") == [USER]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -113,11 +114,11 @@ def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full: run on Linux")
+@pytest.mark.skipif(not FULL_DEVICE.exists(), reason="needs /dev/full: run on Linux")
 def test_a_full_disk_stops_the_transcript_with_one_warning() -> None:
-    recorded: list[str] = []
-    with Transcript(FULL, recorded.append) as transcript:
+    warnings: list[str] = []
+    with Transcript(FULL_DEVICE, warnings.append) as transcript:
         transcript.write_event(Content("a"))
         transcript.write_event(MessageAdded(Message(role="user", content=USER["content"])))
-    (line,) = recorded
-    assert "cannot be written any more: No space left on device; the chat continues" in line
+    (warning,) = warnings
+    assert "cannot be written any more: No space left on device; the chat continues" in warning

@@ -1,4 +1,4 @@
-"""Tests of what a line of the chat is: a command, or a message."""
+"""Tests of is_command, which decides whether a line of the chat is a command or a message."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, is_command
 
-WORD = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
+WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("name", HELP)
@@ -18,25 +18,25 @@ def test_a_line_that_begins_with_a_commands_name_is_a_command(name: str, rest: s
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
-def test_the_names_that_other_chats_have_are_commands(name: str) -> None:
+def test_commands_of_other_chat_programs_are_commands_and_with_a_space_before_them_messages(name: str) -> None:
     assert is_command(name)
     assert is_command(f"{name} x") == name.startswith("/")
     assert not is_command(f" {name}")
 
 
-def test_a_line_that_begins_with_a_path_of_this_machine_is_a_message(tmp_path: Path) -> None:
+def test_a_line_that_begins_with_an_existing_path_is_a_message() -> None:
     assert not is_command("/tmp is full, what can I delete?")
     assert is_command("/nowhere_here is full")
     assert is_command("/")
 
 
-@given(words=st.lists(WORD, min_size=2, max_size=4), rest=st.text(max_size=10))
-def test_a_line_that_begins_with_a_path_is_a_message(words: list[str], rest: str) -> None:
+@given(words=st.lists(WORDS, min_size=2, max_size=4), rest=st.text(max_size=10))
+def test_a_line_that_begins_with_a_path_of_several_parts_is_a_message(words: list[str], rest: str) -> None:
     assert not is_command(f"/{'/'.join(words)} {rest}")
     assert not is_command(f"/{'/'.join(words)}: {rest}")
 
 
-@given(word=WORD)
-def test_a_word_after_one_slash_is_a_command_that_may_not_exist(word: str) -> None:
+@given(word=WORDS)
+def test_a_slash_and_a_word_that_is_no_path_are_a_command_that_may_not_exist(word: str) -> None:
     assert is_command(f"/{word} a/b") != Path(f"/{word}").exists()
     assert not is_command(f" /{word}")

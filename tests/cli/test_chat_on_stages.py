@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.command import MLX_K2, CommandLine, stage_processes
 from tests.cli.tmux import Terminal, needs_tmux, terminal
 from tests.local_cluster import wait_until_gone
 
@@ -19,15 +18,16 @@ def get_weather(city: str) -> dict:
     \"\"\"Get the weather in a city.\"\"\"
     return {"city": city, "sky": "sunny", "temperature": 21}
 """
-ASKED = "What is the weather in Paris?"
+WEATHER_QUESTION = "What is the weather in Paris?"
+WEATHER_ANSWER = "In Paris it is sunny and 21 degrees."
+FIRST_ANSWER = "mlx-k2 runs Kimi K2 models over several Macs"
 ENDLESS_MODEL_TEXT = "reserved_token"
-"""Text that a model with random weights generates within a few tokens."""
-FIRST_REPLY = "mlx-k2 runs Kimi K2 models over several Macs"
-ANSWER = "In Paris it is sunny and 21 degrees."
+"""Text that the endless model, which has random weights, generates within a few tokens."""
 
 
 @contextmanager
 def chat(command_line: CommandLine, folder: Path, *options: str) -> Iterator[Terminal]:
+    """Run `mlx-k2 chat` with two stages in a terminal."""
     command = [MLX_K2, "chat", "--stages", "2", *options]
     with terminal(folder, command, command_line.environment(TERM="xterm-256color")) as pane:
         pane.wait_for("/help lists the commands")
@@ -39,18 +39,12 @@ def write_tools(folder: Path) -> str:
     return str(folder / "weather.py")
 
 
-def stages_below(pane: Terminal) -> list[psutil.Process]:
-    return [process for process in pane.processes() if "mlx_k2.stage.program" in process.cmdline()]
-
-
 @pytest.mark.slow
 @needs_tmux
 def test_a_chat_on_stages_answers_stops_an_answer_and_leaves_no_process(
-    command_line: CommandLine, endless: Path, tmp_path: Path
+    command_line: CommandLine, endless_model: Path, tmp_path: Path
 ) -> None:
-    command = [MLX_K2, "chat", "--model", str(endless), "--stages", "2", "--seed", "1"]
-    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
-        pane.wait_for("/help lists the commands")
+    with chat(command_line, tmp_path, "--model", str(endless_model), "--seed", "1") as pane:
         pane.wait_for("2 stages")
         pane.send_message("Hello")
         pane.wait_for(ENDLESS_MODEL_TEXT)
@@ -68,11 +62,11 @@ def test_the_built_in_model_calls_a_tool_after_approval_and_answers_from_its_res
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     with chat(command_line, tmp_path, "--tools", write_tools(tmp_path)) as pane:
-        pane.send_message(ASKED)
+        pane.send_message(WEATHER_QUESTION)
         pane.wait_for("the model wants to call get_weather")
         assert '  city: "Paris"' in pane.wait_for("run it?")
         pane.send_message("y")
-        pane.wait_for(ANSWER)
+        pane.wait_for(WEATHER_ANSWER)
         pane.send_message("What is a token?")
         pane.wait_for("A token is a piece of text")
         pane.type("C-d")
@@ -81,10 +75,10 @@ def test_the_built_in_model_calls_a_tool_after_approval_and_answers_from_its_res
 
 @pytest.mark.slow
 def test_generate_calls_tools_and_prints_only_the_answer_to_stdout(command_line: CommandLine, tmp_path: Path) -> None:
-    run = command_line.run("generate", "--tools", write_tools(tmp_path), "--yes", ASKED)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == ANSWER + "\n"
-    assert 'get_weather({"city": "Paris"})' in run.stderr
+    result = command_line.run("generate", "--tools", write_tools(tmp_path), "--yes", WEATHER_QUESTION)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == WEATHER_ANSWER + "\n"
+    assert 'get_weather({"city": "Paris"})' in result.stderr
 
 
 @pytest.mark.slow
@@ -92,62 +86,59 @@ def test_generate_calls_tools_and_prints_only_the_answer_to_stdout(command_line:
 def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: CommandLine, tmp_path: Path) -> None:
     with chat(command_line, tmp_path) as pane:
         pane.send_message("What is mlx-k2?")
-        pane.wait_for(FIRST_REPLY)
-        stages_below(pane)[0].kill()
+        pane.wait_for(FIRST_ANSWER)
+        stage_processes(pane.processes())[0].kill()
         pane.send_message("What is a token?")
         pane.wait_for("A token is a piece of text")
-        assert "all stages start again" in pane.shown()
-        everything = pane.processes()
+        assert "all stages start again" in pane.text()
+        processes = pane.processes()
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
+        assert wait_until_gone([process for process in processes if process.pid != pane.pid], 60) == []
 
 
 @pytest.mark.slow
 @needs_tmux
-def test_a_fault_that_ends_the_chat_saves_the_conversation_for_loading(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
+def test_a_fault_that_ends_the_chat_saves_the_conversation(command_line: CommandLine, tmp_path: Path) -> None:
     with chat(command_line, tmp_path, "--restarts", "off") as pane:
         pane.send_message("What is mlx-k2?")
-        pane.wait_for(FIRST_REPLY)
-        stages_below(pane)[0].kill()
+        pane.wait_for(FIRST_ANSWER)
+        stage_processes(pane.processes())[0].kill()
         pane.send_message("What is a token?")
         pane.wait_for("exit code 1")
-        shown = "".join(pane.shown().split("\n"))
-        assert "ended with signal 9" in shown
+        text = "".join(pane.text().split("\n"))
+        assert "ended with signal 9" in text
     (saved,) = command_line.home.rglob("chat-*.json")
-    assert str(saved.name) in shown
+    assert saved.name in text
     contents = [message["content"] for message in json.loads(saved.read_text())["messages"]]
-    assert contents[0] == "What is mlx-k2?" and FIRST_REPLY in contents[1]
-    saved_again = tmp_path / "chat.json"
-    saved.rename(saved_again)
+    assert contents[0] == "What is mlx-k2?" and FIRST_ANSWER in contents[1]
+    saved = saved.rename(tmp_path / "chat.json")
     with chat(command_line, tmp_path) as pane:
-        pane.send_message(f"/load {saved_again}")
+        pane.send_message(f"/load {saved}")
         pane.wait_for(f"{len(contents)} messages from")
 
 
 @pytest.mark.slow
 @needs_tmux
 def test_ctrl_c_ends_an_answer_at_once_while_a_suspended_stage_blocks_it(
-    command_line: CommandLine, endless: Path, tmp_path: Path
+    command_line: CommandLine, endless_model: Path, tmp_path: Path
 ) -> None:
-    with chat(command_line, tmp_path, "--model", str(endless), "--stall-timeout", "60") as pane:
-        everything = pane.processes()
+    with chat(command_line, tmp_path, "--model", str(endless_model), "--stall-timeout", "60") as pane:
+        processes = pane.processes()
         pane.send_message("Hello")
         pane.wait_for(ENDLESS_MODEL_TEXT)
-        stages_below(pane)[1].suspend()
+        stage_processes(pane.processes())[1].suspend()
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert wait_until_gone([process for process in everything if process.pid != pane.pid], 60) == []
+        assert wait_until_gone([process for process in processes if process.pid != pane.pid], 60) == []
 
 
 @pytest.mark.slow
 @needs_tmux
 def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
-    command_line: CommandLine, endless: Path, tmp_path: Path
+    command_line: CommandLine, endless_model: Path, tmp_path: Path
 ) -> None:
     may_start = tmp_path / "may start"
     may_start.touch()
@@ -157,18 +148,18 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
     hostfile = tmp_path / "hosts.json"
     host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "python": str(python)}
     hostfile.write_text(json.dumps([host, host]))
-    options = ["--model", str(endless), "--seed", "1", "--hostfile", str(hostfile)]
+    options = ["--model", str(endless_model), "--seed", "1", "--hostfile", str(hostfile)]
     with terminal(tmp_path, [MLX_K2, "chat", *options], command_line.environment(TERM="xterm-256color")) as pane:
         pane.wait_for("/help lists the commands")
         pane.send_message("Hello")
         pane.wait_for(ENDLESS_MODEL_TEXT)
         may_start.unlink()
-        stages_below(pane)[1].kill()
+        stage_processes(pane.processes())[1].kill()
         pane.wait_for("restart 1 of at most 3: starting 2 stages")
-        began = time.monotonic()
+        interrupted_s = time.monotonic()
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - interrupted_s < 2.0
         pane.send_message(f"/save {tmp_path / 'chat.json'}")
         pane.wait_for("the conversation is in")
         messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
@@ -186,9 +177,9 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
 
 @pytest.mark.slow
 def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
-    run = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
-    assert run.returncode == 0, run.stderr
-    assert "error: there is no command /nonsense" in run.stderr
-    assert "1 replies" in run.stderr
-    assert "\x1b" not in run.stdout + run.stderr
-    assert "replies" not in run.stdout
+    result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
+    assert result.returncode == 0, result.stderr
+    assert "error: there is no command /nonsense" in result.stderr
+    assert "1 replies" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "replies" not in result.stdout

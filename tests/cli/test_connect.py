@@ -1,4 +1,4 @@
-"""Tests of --connect: chat and generate with the model of a running server."""
+"""Tests of --connect: chat, generate and bench with the model of a running server."""
 
 from collections.abc import Iterator
 
@@ -18,38 +18,38 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="module")
 def server(user: CommandLine) -> Iterator[Server]:
-    with serving(user) as found:
-        yield found
+    with serving(user) as server:
+        yield server
 
 
-def connect(server: Server) -> tuple[str, str]:
+def connect_option(server: Server) -> tuple[str, str]:
     return "--connect", f"http://127.0.0.1:{server.port}"
 
 
-def test_generate_answers_with_the_servers_model(user: CommandLine, server: Server) -> None:
-    ran = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect(server))
-    assert (ran.returncode, ran.stdout) == (0, "17 + 25 = 42\n")
-    assert "tokens (complete)" in ran.stderr
-    assert "loaded in" not in ran.stderr
-    again = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect(server))
-    assert "cached)" in again.stderr
+def test_generate_answers_with_the_servers_model_and_reuses_cached_prompts(user: CommandLine, server: Server) -> None:
+    result = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect_option(server))
+    assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n")
+    assert "tokens (complete)" in result.stderr
+    assert "loaded in" not in result.stderr
+    repeated = user.run("generate", QUESTION, "--temperature", "0", "--verbose", *connect_option(server))
+    assert "cached)" in repeated.stderr
 
 
-def test_chat_answers_with_the_servers_model_and_finds_its_prompt_cached(user: CommandLine, server: Server) -> None:
-    ran = user.run("chat", "--temperature", "0", *connect(server), stdin=f"{QUESTION}\nWhat is 3 plus 4?\n/stats\n")
-    assert (ran.returncode, ran.stdout) == (0, "17 + 25 = 42\n3 + 4 = 7\n")
-    assert "kimi-k2-tiny · /help" in ran.stderr
+def test_chat_answers_with_the_servers_model(user: CommandLine, server: Server) -> None:
+    result = user.run("chat", "--temperature", "0", *connect_option(server), stdin=f"{QUESTION}\nWhat is 3 plus 4?\n")
+    assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n3 + 4 = 7\n")
+    assert "kimi-k2-tiny · /help" in result.stderr
 
 
 @pytest.mark.slow
 def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) -> None:
     workload = ("--prompt-lengths", "20", "--streams", "1,2", "--generate", "10")
-    ran = user.run("bench", *workload, *connect(server))
-    assert (ran.returncode, ran.stdout) == (0, "")
-    assert len([line for line in ran.stderr.splitlines() if line.split()[:1] == ["20"]]) == 2
-    refused = user.run("bench", *workload, "--json", *connect(server))
-    assert refused.returncode == 2
-    assert "are for own stages" in refused.stderr
+    result = user.run("bench", *workload, *connect_option(server))
+    assert (result.returncode, result.stdout) == (0, "")
+    assert len([line for line in result.stderr.splitlines() if line.split()[:1] == ["20"]]) == 2  # rows of the table
+    refusal = user.run("bench", *workload, "--json", *connect_option(server))
+    assert refusal.returncode == 2
+    assert "are for own stages" in refusal.stderr
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) ->
         (("--json", "--logprobs", "3"), "leave out --logprobs"),
     ],
 )
-def test_an_option_that_is_not_for_a_server_is_one_clear_error(
+def test_an_option_that_a_server_does_not_support_is_refused_by_name(
     server: Server, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["generate", "a", *options, *connect(server)]) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert "Traceback" not in shown
+    assert run(["generate", "a", *options, *connect_option(server)]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors

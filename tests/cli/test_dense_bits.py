@@ -1,4 +1,4 @@
-"""Tests of `--dense-bits`: tokens of the quantized weights on 1 and 2 stages, and held bytes of the inventory."""
+"""Tests of `--dense-bits`: the tokens are those of the quantized weights, and held bytes are the inventory's."""
 
 import json
 from pathlib import Path
@@ -20,27 +20,27 @@ GREEDY = ("--token-ids", ",".join(map(str, PROMPT)), "--temperature", "0", "--ma
 
 
 def generate(command_line: CommandLine, model: Path, *arguments: str) -> list[dict[str, Any]]:
-    ran = command_line.run("generate", "--model", str(model), *GREEDY, *arguments)
-    assert ran.returncode == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    result = command_line.run("generate", "--model", str(model), *GREEDY, *arguments)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_tokens_come_from_the_quantized_weights_and_held_bytes_match_the_inventory(
-    command_line: CommandLine, endless: Path, num_stages: int
+    command_line: CommandLine, endless_model: Path, num_stages: int
 ) -> None:
-    *tokens, summary = generate(command_line, endless, "--dense-bits", "8", "--stages", str(num_stages))
+    *tokens, summary = generate(command_line, endless_model, "--dense-bits", "8", "--stages", str(num_stages))
     with like_a_stage_on_a_cpu():
-        expected = Chain(endless, 1, dense_bits=8).greedy(PROMPT, NUM_TOKENS)
-        assert expected != Chain(endless, 1).greedy(PROMPT, NUM_TOKENS)
+        expected = Chain(endless_model, 1, dense_bits=8).greedy(PROMPT, NUM_TOKENS)
+        assert expected != Chain(endless_model, 1).greedy(PROMPT, NUM_TOKENS)
     assert [line["token"] for line in tokens] == expected
-    held = sum(stage["held_bytes"] for stage in summary["summary"]["stages"])
-    assert held == held_bytes(model_specs(read_config(endless)), 4, 8)
+    reported_bytes = sum(stage["held_bytes"] for stage in summary["summary"]["stages"])
+    assert reported_bytes == held_bytes(model_specs(read_config(endless_model)), 4, 8)
 
 
-def test_dense_bits_4_is_warned_about_and_3_is_refused(endless: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("generate", "--model", str(endless), "--dry-run", "--dense-bits")
+def test_dense_bits_4_is_warned_about_and_3_is_refused(endless_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("generate", "--model", str(endless_model), "--dry-run", "--dense-bits")
     assert run([*arguments, "4"]) == 0
     assert "--dense-bits 4 may show in the answers" in capsys.readouterr().err
     assert run([*arguments, "3"]) == 2

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.testing.tiny_vocabulary import tiny_vocabulary
 from tests.advice import follows_advice
+from tests.cli.command import MLX_K2
 from tests.weights.hub_server import Hub, serve_hub
 
 REPO = "moonshotai/Kimi-K2-Tiny"
-COMMAND = (str(Path(sys.executable).with_name("mlx-k2")),)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,18 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 
 def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `mlx-k2` with a Hub and a folder for the Hub's cache."""
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", **environment}
-    command = [*COMMAND, *arguments]
+    command = [MLX_K2, *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=100)
+
+
+def fetched_weights(hub: Hub) -> set[str]:
+    return {name for name in hub.fetched if name.endswith(".safetensors")}
+
+
+def token_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if '"token"' in line]
 
 
 @follows_advice(
@@ -45,67 +53,63 @@ def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess
 )
 @pytest.mark.slow
 def test_generate_runs_offline_with_the_files_that_download_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    downloaded = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
-    assert downloaded.returncode == 0, downloaded.stderr
-    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {
-        path.name for path in folder.glob("*.safetensors")
-    }
+    download = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
+    assert download.returncode == 0, download.stderr
+    assert fetched_weights(hub) == {path.name for path in folder.glob("*.safetensors")}
     hub.requests.clear()
     options = ("--token-ids", "5,6,7", "--max-tokens", "12", "--temperature", "0", "--json")
     cached = run(hub, tmp_path, "generate", "--stages", "2", "--model", REPO, *options, HF_HUB_OFFLINE="1")
     assert cached.returncode == 0, cached.stderr
     assert hub.requests == []
     local = run(hub, tmp_path, "generate", "--stages", "1", "--model", str(folder), *options)
-    tokens = [line for line in local.stdout.splitlines() if '"token"' in line]
-    assert [line for line in cached.stdout.splitlines() if '"token"' in line] == tokens
-    assert len(tokens) == 12
+    assert token_lines(cached.stdout) == token_lines(local.stdout)
+    assert len(token_lines(local.stdout)) == 12
 
 
 @pytest.mark.slow
-def test_a_second_download_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
+def test_a_second_download_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert run(hub, tmp_path, "download", "--model", REPO).returncode == 0
     hub.requests.clear()
-    again = run(hub, tmp_path, "download", "--model", REPO)
-    assert again.returncode == 0, again.stderr
-    assert not any(name.endswith(".safetensors") for name in hub.fetched)
+    second = run(hub, tmp_path, "download", "--model", REPO)
+    assert second.returncode == 0, second.stderr
+    assert fetched_weights(hub) == set()
 
 
 def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> None:
-    shown = run(hub, tmp_path, "generate", "--dry-run", "--stages", "2", "--model", REPO)
-    assert shown.returncode == 0, shown.stderr
-    assert "model-{00001..0000" in shown.stderr
-    assert not any(name.endswith(".safetensors") for name in hub.fetched)
+    dry_run = run(hub, tmp_path, "generate", "--dry-run", "--stages", "2", "--model", REPO)
+    assert dry_run.returncode == 0, dry_run.stderr
+    assert "model-{00001..0000" in dry_run.stderr
+    assert fetched_weights(hub) == set()
 
 
 @pytest.mark.slow
-def test_a_corrupted_download_is_refused_by_file_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_corrupted_file_of_a_download_is_refused_by_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
     name = "model-00003-of-000008.safetensors"
     hub.wrong_contents[name] = bytes(len(hub.files[name]))
-    refused = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
-    assert refused.returncode == 1
-    assert refused.stderr.strip().splitlines()[-1].startswith("error: stage 0 on this machine: " + name)
-    assert "Traceback" not in refused.stderr
+    result = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: stage 0 on this machine: " + name)
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("model", [(), ("--model", "no-such-owner/no-such-model"), ("--model", "/no/such/folder")])
 def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
     hub: Hub, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    refused = run(hub, tmp_path, "download", *model)
-    assert refused.returncode == 2
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert refused.stderr.startswith("error: ")
+    result = run(hub, tmp_path, "download", *model)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ")
 
 
 @pytest.mark.slow
-def test_a_host_with_a_folder_of_its_own_downloads_nothing_and_the_other_its_files(
+def test_a_host_with_a_model_folder_downloads_nothing_and_the_other_its_files(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    here = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
+    host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
     hostfile = tmp_path / "hosts.json"
-    hostfile.write_text(json.dumps([here | {"model": str(folder)}, here]))
-    downloaded = run(hub, tmp_path, "download", "--hostfile", str(hostfile), "--split", "3,4", "--model", REPO)
-    assert downloaded.returncode == 0, downloaded.stderr
-    assert str(folder) in downloaded.stderr
-    fetched = {name for name in hub.fetched if name.endswith(".safetensors")}
-    assert fetched and fetched < {path.name for path in folder.glob("*.safetensors")}
+    hostfile.write_text(json.dumps([host | {"model": str(folder)}, host]))
+    download = run(hub, tmp_path, "download", "--hostfile", str(hostfile), "--split", "3,4", "--model", REPO)
+    assert download.returncode == 0, download.stderr
+    assert str(folder) in download.stderr
+    assert set() < fetched_weights(hub) < {path.name for path in folder.glob("*.safetensors")}

@@ -14,30 +14,30 @@ from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.tokenizer import load_tokenizer
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
-from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.command import MLX_K2, CommandLine, read_terminal
 
-ASKED = ("--seed", "5", "--max-tokens", "40")
+OPTIONS = ("--seed", "5", "--max-tokens", "40")
 ESCAPE = "\x1b"
 
 
 @pytest.fixture(scope="module")
-def text_run(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
-    """Return the result of the README's command: the built-in model on two stages."""
-    return command_line.run("generate", "Hello", *ASKED)
+def text_result(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
+    """Return the result of a run of the built-in model on two stages."""
+    return command_line.run("generate", "Hello", *OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def json_run(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
-    return command_line.run("generate", "Hello", *ASKED, "--json", "--logprobs", "2", "--stages", "3")
+def json_result(command_line: CommandLine) -> subprocess.CompletedProcess[str]:
+    return command_line.run("generate", "Hello", *OPTIONS, "--json", "--logprobs", "2", "--stages", "3")
 
 
 @pytest.fixture(scope="module")
-def lines(json_run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in json_run.stdout.splitlines()]
+def json_lines(json_result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in json_result.stdout.splitlines()]
 
 
 def answer_of(lines: list[dict[str, Any]]) -> str:
-    """Return the answer in the tokens of ``lines``, without reasoning and tool calls."""
+    """Return the answer in the tokens of JSON ``lines``, without reasoning and tool calls."""
     files = read_small_files(BUILTIN_FOLDER)
     tokenizer = load_tokenizer(files, describe_model(files, "built-in").config.vocab_size)
     reader = ReplyReader(tokenizer, (), tokenizer.stop_ids)
@@ -45,26 +45,21 @@ def answer_of(lines: list[dict[str, Any]]) -> str:
     return whole_reply([*parts, *reader.finish().parts]).content
 
 
-def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(
-    text_run: subprocess.CompletedProcess[str],
-) -> None:
-    assert text_run.returncode == 0, text_run.stderr
-    assert text_run.stdout.endswith("\n")
-    banner = text_run.stderr.splitlines()[: len(BANNER)]
-    thinking, *summaries = text_run.stderr.splitlines()[len(BANNER) :]
+def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(text_result: subprocess.CompletedProcess[str]) -> None:
+    assert text_result.returncode == 0, text_result.stderr
+    assert text_result.stdout.endswith("\n")
+    *banner, reasoning, summary = text_result.stderr.splitlines()
     assert tuple(banner) == BANNER
-    assert thinking == "I know the answer to this."
-    assert thinking not in text_run.stdout
-    (summary,) = summaries
+    assert reasoning == "I know the answer to this."
+    assert reasoning not in text_result.stdout
     assert re.fullmatch(r"\d+ tokens · [\d.]+ tok/s · first token after [\d.]+ s · seed 5", summary)
 
 
 @pytest.mark.slow
 def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: CommandLine) -> None:
-    run = command_line.run("generate", "Hello", *ASKED, "--verbose")
-    lines = run.stderr.splitlines()
-    at = next(number for number, line in enumerate(lines) if line.endswith(" seed 5"))
-    summary, times, headings, *stages = lines[at : at + 5]
+    lines = command_line.run("generate", "Hello", *OPTIONS, "--verbose").stderr.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.endswith(" seed 5"))
+    summary, times, headings, *stages = lines[start : start + 5]
     assert re.fullmatch(r"\d+ tokens \(.*\) · prompt \d+ tokens · seed 5", summary)
     assert re.fullmatch(
         r"loaded in [\d.]+ s · first token after [\d.]+ s · prefill [\d.]+ tok/s · decode [\d.]+ tok/s"
@@ -80,27 +75,27 @@ def test_verbose_shows_all_counts_and_times_and_the_stages(command_line: Command
 
 @pytest.mark.slow
 def test_the_built_in_model_reasons_on_stderr_and_answers_on_stdout(command_line: CommandLine) -> None:
-    run = command_line.run("generate", "What is 17 plus 25?")
-    assert run.returncode == 0, run.stderr
-    assert "7 + 5" in run.stderr
-    assert run.stdout.strip() == "17 + 25 = 42"
+    result = command_line.run("generate", "What is 17 plus 25?")
+    assert result.returncode == 0, result.stderr
+    assert "7 + 5" in result.stderr
+    assert result.stdout.strip() == "17 + 25 = 42"
 
 
-def test_json_output_has_a_line_for_each_token_and_a_summary(lines: list[dict[str, Any]]) -> None:
-    *tokens, last = lines
-    assert all(line.keys() == {"token", "text", "bytes", "logprob", "top"} for line in tokens)
-    for line in tokens:
-        assert [entry.keys() for entry in line["top"]] == [{"token", "text", "bytes", "logprob"}] * 2
-        assert line["logprob"] <= line["top"][0]["logprob"] <= 0
-    summary = last["summary"]
+def test_json_output_has_a_line_for_each_token_and_a_summary(json_lines: list[dict[str, Any]]) -> None:
+    *tokens, last_line = json_lines
+    for token in tokens:
+        assert token.keys() == {"token", "text", "bytes", "logprob", "top"}
+        assert [candidate.keys() for candidate in token["top"]] == [{"token", "text", "bytes", "logprob"}] * 2
+        assert token["logprob"] <= token["top"][0]["logprob"] <= 0
+    summary = last_line["summary"]
     assert (summary["usage"]["generated_tokens"], summary["seed"]) == (len(tokens), 5)
-    assert summary["text"] == answer_of(lines) != ""
+    assert summary["text"] == answer_of(json_lines) != ""
     assert summary["reasoning"].startswith("I know")
     assert summary["finish_reason"] in ("length", "stop")
 
 
-def test_the_summary_lists_layers_bytes_and_busy_fraction_of_each_stage(lines: list[dict[str, Any]]) -> None:
-    stages = lines[-1]["summary"]["stages"]
+def test_the_summary_lists_layers_bytes_and_busy_fraction_of_each_stage(json_lines: list[dict[str, Any]]) -> None:
+    stages = json_lines[-1]["summary"]["stages"]
     layers = [layer for stage in stages for layer in range(stage["first_layer"], stage["last_layer"] + 1)]
     assert (len(stages), layers) == (3, list(range(7)))
     assert sum(stage["busy_fraction"] for stage in stages) == pytest.approx(1)
@@ -109,66 +104,55 @@ def test_the_summary_lists_layers_bytes_and_busy_fraction_of_each_stage(lines: l
 
 
 def test_two_and_three_stages_give_the_same_answer(
-    text_run: subprocess.CompletedProcess[str], lines: list[dict[str, Any]]
+    text_result: subprocess.CompletedProcess[str], json_lines: list[dict[str, Any]]
 ) -> None:
-    assert answer_of(lines) + "\n" == text_run.stdout
+    assert answer_of(json_lines) + "\n" == text_result.stdout
 
 
 @pytest.mark.slow
 def test_one_stage_with_a_prompt_from_stdin_gives_the_same_answer_and_verbose_shows_phases(
-    command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
+    command_line: CommandLine, text_result: subprocess.CompletedProcess[str]
 ) -> None:
-    run = command_line.run("generate", *ASKED, "--stages", "1", "--split", "7", "--verbose", stdin="Hello")
-    assert (run.returncode, run.stdout) == (0, text_run.stdout), run.stderr
-    phases = [line for line in run.stderr.splitlines() if line.endswith(" ...")]
+    result = command_line.run("generate", *OPTIONS, "--stages", "1", "--split", "7", "--verbose", stdin="Hello")
+    assert (result.returncode, result.stdout) == (0, text_result.stdout), result.stderr
+    phases = [line for line in result.stderr.splitlines() if line.endswith(" ...")]
     assert phases[:3] == ["starting the stage ...", "connecting ...", "loading ..."]
 
 
 def test_piped_output_has_no_escape_codes(
-    text_run: subprocess.CompletedProcess[str], json_run: subprocess.CompletedProcess[str]
+    text_result: subprocess.CompletedProcess[str], json_result: subprocess.CompletedProcess[str]
 ) -> None:
-    assert ESCAPE not in text_run.stderr + json_run.stdout + json_run.stderr
+    assert ESCAPE not in text_result.stderr + json_result.stdout + json_result.stderr
 
 
-def on_a_terminal(command_line: CommandLine, *arguments: str, **environment: str) -> tuple[bytes, str]:
+def run_with_terminal(command_line: CommandLine, *arguments: str, **environment: str) -> tuple[str, str]:
     """Run the command with a terminal as stderr. Return its stdout and its stderr."""
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [MLX_K2, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=terminal,
         env=command_line.environment(**environment),
     )
-    os.close(theirs)
-    written = b""
-    while piece := _read(ours):
-        written += piece
-    os.close(ours)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, written
-    return stdout, written.decode()
-
-
-def _read(terminal: int) -> bytes:
-    """Return the next output, or b"" after the other side has closed, which Linux reports as an error."""
-    try:
-        return os.read(terminal, 65536)
-    except OSError:
-        return b""
+    os.close(terminal)
+    errors = read_terminal(controller)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return output.decode(), errors
 
 
 def test_a_terminal_shows_progress_on_stderr_and_only_the_answer_on_stdout(
-    command_line: CommandLine, text_run: subprocess.CompletedProcess[str]
+    command_line: CommandLine, text_result: subprocess.CompletedProcess[str]
 ) -> None:
-    stdout, stderr = on_a_terminal(command_line, "generate", "Hello", *ASKED, "--stages", "1")
-    assert stdout.decode() == text_run.stdout
-    for shown in ("starting the stage ...", "stage 0  127.0.0.1  layers 0-6", "seed 5"):
-        assert shown in stderr
+    stdout, stderr = run_with_terminal(command_line, "generate", "Hello", *OPTIONS, "--stages", "1")
+    assert stdout == text_result.stdout
+    for progress in ("starting the stage ...", "stage 0  127.0.0.1  layers 0-6", "seed 5"):
+        assert progress in stderr
 
 
-@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_no_color_turns_off_colours(command_line: CommandLine, environment: dict[str, str], coloured: bool) -> None:
-    _, stderr = on_a_terminal(command_line, "generate", "--dry-run", **environment)
-    assert (re.search(rf"{ESCAPE}\[[\d;]*m", stderr) is not None) == coloured
+@pytest.mark.parametrize(("environment", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_no_color_turns_off_colours(command_line: CommandLine, environment: dict[str, str], is_coloured: bool) -> None:
+    _, stderr = run_with_terminal(command_line, "generate", "--dry-run", **environment)
+    assert (re.search(rf"{ESCAPE}\[[\d;]*m", stderr) is not None) == is_coloured
     assert "nothing was started" in stderr

@@ -1,4 +1,4 @@
-"""Tests of `generate --prompts`: what is checked first, what a result holds, and that no end loses a result."""
+"""Tests of `generate --prompts`: checks before the start, fields of results, and no result lost by a killed run."""
 
 import json
 import random
@@ -21,10 +21,10 @@ from mlx_k2.cli.output import StageSummary, TokenLine
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines
 from mlx_k2.cli.result_file import ResultFile
 from mlx_k2.coordinator.answer_summary import Usage
-from mlx_k2.weights.checkpoint import describe_model
+from mlx_k2.weights.checkpoint import ModelDescription, describe_model
 from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_source import ModelSource
-from tests.cli.command import MLX_K2, CommandLine, processes_below
+from tests.cli.command import MLX_K2, CommandLine, descendants_of
 from tests.cli.test_generate_options import options_of
 from tests.conftest import MANY_EXAMPLES
 from tests.local_cluster import wait_until_gone
@@ -48,8 +48,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def describe(model: Path) -> ModelDescription:
+    return describe_model(read_model_files(ModelSource(path_or_repo=str(model))).files, "the model")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "error"),
     [
         (["--temperature", "11"], "temperature 11.0 is out of range"),
         (["--timeout", "0"], "timeout is 0 s: give more than 0"),
@@ -64,9 +68,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         (["--prompts", "nowhere"], "nowhere cannot be read"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_starts_and_leaves_no_file(
+def test_unusable_options_are_refused_before_any_process_starts_and_no_file_is_written(
     arguments: list[str],
-    words: str,
+    error: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -75,8 +79,8 @@ def test_what_cannot_run_is_refused_before_anything_starts_and_leaves_no_file(
     write_prompts(Path("prompts"), {"prompt": "x"})
     before = started_processes()
     assert run(["generate", "--prompts", "prompts", "--out", "out", *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert re.search(words, shown) and shown.count("\n") == 1, shown
+    errors = capsys.readouterr().err
+    assert re.search(error, errors) and errors.count("\n") == 1, errors
     assert started_processes() == before
     assert not Path("out").exists()
 
@@ -95,73 +99,77 @@ def test_what_cannot_run_is_refused_before_anything_starts_and_leaves_no_file(
         ["--raw"],
     ],
 )
-def test_results_of_other_options_are_those_of_another_run(arguments: list[str], endless: Path) -> None:
-    model = describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
-    lines = {1: PromptLine(prompt="x"), 5: PromptLine(prompt="x")}
-    given = ["--prompts", "p", "--out", "o"]
-    first, second = (result_digests(options_of(*given, *more), model, lines) for more in ([], arguments))
-    assert len(first) == len(second) == 2
-    assert not first.keys() & second.keys()
-    assert result_digests(options_of(*given, "--restarts", "off", "--verbose"), model, lines) == first
+def test_an_option_that_changes_results_changes_their_digests_and_other_options_do_not(
+    arguments: list[str], endless_model: Path
+) -> None:
+    model = describe(endless_model)
+
+    def digests(*options: str) -> dict[str, int]:
+        lines = {1: PromptLine(prompt="x"), 5: PromptLine(prompt="x")}
+        return result_digests(options_of("--prompts", "p", "--out", "o", *options), model, lines)
+
+    assert len(digests()) == len(digests(*arguments)) == 2
+    assert not digests().keys() & digests(*arguments).keys()
+    assert digests("--restarts", "off", "--verbose") == digests()
 
 
 @pytest.mark.slow
 def test_results_and_the_summary_of_json_have_the_same_fields_and_a_failed_line_is_exit_code_1(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    tool = {"type": "function", "function": WEATHER}
-    asked = {"prompt": "What is the weather in Rome?", "tools": [tool]}
-    lines = ("\n", {"prompt": "What is 17 plus 25?", "id": "sum"}, " \n", asked, {"messages": [{"role": "robot"}]})
-    prompts = write_prompts(tmp_path / "prompts", *lines).read_text()
+    tools = [{"type": "function", "function": WEATHER}]
+    sum_line = {"prompt": "What is 17 plus 25?", "id": "sum"}
+    tool_line = {"prompt": "What is the weather in Rome?", "tools": tools}
+    bad_line = {"messages": [{"role": "robot"}]}
+    prompts = write_prompts(tmp_path / "prompts", "\n", sum_line, " \n", tool_line, bad_line).read_text()
     out = tmp_path / "out"
-    many = command_line.run("generate", "--temperature", "0", "--prompts", "-", "--out", str(out), stdin=prompts)
-    assert many.returncode == 1, many.stderr
-    assert many.stderr.splitlines()[-1] == f"3 results are in {out}, 1 of them failed"
+    result = command_line.run("generate", "--temperature", "0", "--prompts", "-", "--out", str(out), stdin=prompts)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == f"3 results are in {out}, 1 of them failed"
     answer, call, failed = read_results(out)
     assert [answer["id"], call["id"], failed["id"]] == ["sum", 4, 5]
     assert answer.keys() == call.keys() == RESULT_FIELDS
     assert (answer["text"], answer["tool_calls"], answer["finish_reason"]) == ("17 + 25 = 42", [], "stop")
     assert "7 + 5" in answer["reasoning"]
-    (found,) = call["tool_calls"]
-    assert (found["id"], found["name"]) == ("functions.get_weather:0", "get_weather")
+    (tool_call,) = call["tool_calls"]
+    assert (tool_call["id"], tool_call["name"]) == ("functions.get_weather:0", "get_weather")
     assert failed.keys() == {"id", "error", "run"}
-    one = command_line.run("generate", "--temperature", "0", "--json", "What is 17 plus 25?")
-    summary = json.loads(one.stdout.splitlines()[-1])["summary"]
+    output = command_line.run("generate", "--temperature", "0", "--json", "What is 17 plus 25?").stdout
+    summary = json.loads(output.splitlines()[-1])["summary"]
     assert summary.keys() == (RESULT_FIELDS - {"id", "run"}) | {"load_s", "stages"}
-    same = ("text", "reasoning", "tool_calls", "finish_reason")
-    assert [summary[name] for name in same] == [answer[name] for name in same]
+    for name in ("text", "reasoning", "tool_calls", "finish_reason"):
+        assert summary[name] == answer[name]
     assert summary["usage"].keys() == answer["usage"].keys()
-    counts = ("prompt_tokens", "generated_tokens")
-    assert [summary["usage"][name] for name in counts] == [answer["usage"][name] for name in counts]
+    for name in ("prompt_tokens", "generated_tokens"):
+        assert summary["usage"][name] == answer["usage"][name]
 
 
 def test_the_documentation_names_every_field() -> None:
-    named = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "json.md").read_text()))
-    kinds = (Completion, Usage, PromptLine, StageSummary, TokenLine)
-    names = {field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)}
-    assert names | RESULT_FIELDS | {"left_out", "error"} <= named | {"token"}
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "json.md").read_text()))
+    structs = (Completion, Usage, PromptLine, StageSummary, TokenLine)
+    names = {field.encode_name for struct in structs for field in msgspec.structs.fields(struct)}
+    assert names | RESULT_FIELDS | {"left_out", "error"} <= documented | {"token"}
 
 
-def test_a_complete_file_is_sorted_without_starting_anything(
-    endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_complete_file_is_sorted_without_starting_a_process(
+    endless_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_prompts(Path("prompts"), {"prompt": "x"}, {"prompt": "y"})
-    given = ["--model", str(endless), "--prompts", "prompts", "--out", "out"]
-    model = describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
-    options = options_of(*given)
-    digests = result_digests(options, model, read_prompt_lines("prompts", options.conversation.sampling))
+    arguments = ["--model", str(endless_model), "--prompts", "prompts", "--out", "out"]
+    options = options_of(*arguments)
+    digests = result_digests(
+        options, describe(endless_model), read_prompt_lines("prompts", options.conversation.sampling)
+    )
     with ResultFile(Path("out")) as results:
         results.resume(digests)
         for number in (2, 1):
             results.write(number, {"id": number, "text": "kept"})
     before = started_processes()
-    assert run(["generate", *given]) == 0, capsys.readouterr().err
+    assert run(["generate", *arguments]) == 0, capsys.readouterr().err
     assert [(result["id"], result["text"]) for result in read_results(Path("out"))] == [(1, "kept"), (2, "kept")]
     assert started_processes() == before
 
-
-# ---- killed at random moments
 
 WRITER = """
 import sys
@@ -171,45 +179,46 @@ from mlx_k2.cli.result_file import ResultFile
 numbers = {f"digest {number}": number for number in range(1, 41)}
 with ResultFile(Path(sys.argv[1])) as results:
     results.resume(numbers)
-    for number in sorted(numbers.values(), key=lambda number: number * 17 % 41):
+    for number in sorted(numbers.values(), key=lambda number: number * 17 % 41):  # in a mixed order
         if number not in results:
             results.write(number, {"text": f"{number} {sys.argv[2]}" * 40})
     results.sort()
 """
 
 
-def kept_lines(out: Path) -> set[bytes]:
+def complete_lines(out: Path) -> set[bytes]:
     """Return the complete lines of a file of results."""
     data = out.read_bytes() if out.exists() else b""
     return set(data[: data.rfind(b"\n") + 1].splitlines())
 
 
 def test_a_file_of_results_whose_writer_is_killed_at_random_moments_keeps_every_line(tmp_path: Path) -> None:
-    out, moments = tmp_path / "out", random.Random(4)
+    out, random_numbers = tmp_path / "out", random.Random(4)
 
-    def start(content: str) -> subprocess.Popen[bytes]:
+    def start_writer(content: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", WRITER, out, content])
 
-    began = time.monotonic()
-    assert start("whole").wait(60) == 0
-    whole_s = time.monotonic() - began
+    start_s = time.monotonic()
+    assert start_writer("complete").wait(60) == 0
+    complete_run_s = time.monotonic() - start_s
     out.unlink()
-    before: set[bytes] = set()
+    old_lines: set[bytes] = set()
     for number in range(50 if IS_LONG else 8):
-        writer = start(str(number))
+        writer = start_writer(str(number))
+        time_limit_s = complete_run_s * (0.5 + 0.5 * random_numbers.random())  # in the first half Python starts
         try:
-            assert writer.wait(whole_s * (0.5 + 0.5 * moments.random())) == 0  # the first half is Python's start
+            assert writer.wait(time_limit_s) == 0
         except subprocess.TimeoutExpired:
             writer.kill()
             writer.wait()
-        lines = kept_lines(out)
-        assert before <= lines
-        before = lines
-        if writer.returncode == 0:  # complete: begin again
+        lines = complete_lines(out)
+        assert old_lines <= lines
+        old_lines = lines
+        if writer.returncode == 0:  # the file is complete: start with an empty one
             out.unlink()
-            before = set()
-    assert start("last").wait(60) == 0
-    assert before <= kept_lines(out)
+            old_lines = set()
+    assert start_writer("last").wait(60) == 0
+    assert old_lines <= complete_lines(out)
     texts = [json.loads(line)["text"] for line in out.read_bytes().splitlines()]
     assert [int(text.split()[0]) for text in texts] == list(range(1, 41))
 
@@ -217,11 +226,11 @@ def test_a_file_of_results_whose_writer_is_killed_at_random_moments_keeps_every_
 @pytest.mark.slow
 @pytest.mark.timeout(1800 if IS_LONG else 120)
 def test_a_run_killed_at_random_moments_is_completed_by_the_next_and_computes_no_result_twice(
-    endless: Path, tmp_path: Path, command_line: CommandLine
+    endless_model: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
-    prompts, out, moments = tmp_path / "prompts", tmp_path / "out", random.Random(5)
+    prompts, out, random_numbers = tmp_path / "prompts", tmp_path / "out", random.Random(5)
     write_prompts(prompts, *({"prompt": f"Hello {number}", "max_tokens": 12} for number in range(60)))
-    command = [MLX_K2, "generate", "--model", str(endless), "--raw", "--prompts", str(prompts), "--out", str(out)]
+    command = [MLX_K2, "generate", "--model", str(endless_model), "--raw", "--prompts", str(prompts), "--out", str(out)]
 
     def start() -> subprocess.Popen[bytes]:
         stderr = (tmp_path / "stderr").open("wb")
@@ -229,39 +238,35 @@ def test_a_run_killed_at_random_moments_is_completed_by_the_next_and_computes_no
             command, stdin=subprocess.DEVNULL, stderr=stderr, env=command_line.environment(), start_new_session=True
         )
 
-    began = time.monotonic()
+    start_s = time.monotonic()
     assert start().wait(100) == 0
-    whole_s = time.monotonic() - began
-    seen: dict[int, bytes] = {}
+    complete_run_s = time.monotonic() - start_s
+    old_lines: set[bytes] = set()
     out.unlink()
     num_kills = 0
     while num_kills < (50 if IS_LONG else 2):
         process = start()
         try:
-            process.wait(whole_s * moments.random())
+            process.wait(complete_run_s * random_numbers.random())
         except subprocess.TimeoutExpired:
-            below = processes_below(process)
+            descendants = descendants_of(process)
             process.send_signal(signal.SIGKILL)
             process.wait()
             num_kills += 1
-            assert not wait_until_gone(below, 20)
-        else:  # complete: begin again
+            assert not wait_until_gone(descendants, 20)
+            lines = complete_lines(out)
+            assert old_lines <= lines
+            old_lines = lines
+        else:  # the file is complete: start with an empty one
             assert process.returncode == 0, (tmp_path / "stderr").read_text()
-            seen = check_complete(out, seen)
+            check_complete(out, old_lines)
             out.unlink()
-            seen = {}
-            continue
-        lines = {json.loads(line)["id"]: line for line in kept_lines(out)}
-        assert seen.items() <= lines.items()
-        seen = lines
+            old_lines = set()
     assert start().wait(100) == 0, (tmp_path / "stderr").read_text()
-    check_complete(out, seen)
+    check_complete(out, old_lines)
 
 
-def check_complete(out: Path, seen: dict[int, bytes]) -> dict[int, bytes]:
-    """Check that all results are there, in order, and that those in ``seen`` are unchanged, with their times."""
-    lines = out.read_bytes().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == list(range(1, 61))
-    found = dict(enumerate(lines, start=1))
-    assert seen.items() <= found.items()
-    return found
+def check_complete(out: Path, old_lines: set[bytes]) -> None:
+    """Check that the results of all 60 prompts are in order, and that ``old_lines`` are unchanged, with their times."""
+    assert [result["id"] for result in read_results(out)] == list(range(1, 61))
+    assert old_lines <= complete_lines(out)

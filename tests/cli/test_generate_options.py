@@ -1,4 +1,4 @@
-"""Tests of the options of generate, and of the request made from them: prompt ids, sampling and stop conditions."""
+"""Tests of the options of generate, and of the request that they give: prompt ids, sampling and stop conditions."""
 
 import io
 import json
@@ -28,15 +28,19 @@ from tests.text.kimi import template_source
 
 def options_of(*arguments: str) -> GenerateOptions:
     """Return the options of a command line."""
-    read: list[GenerateOptions] = []
-    context = command.make_context("generate", list(arguments))
-    with_struct(GenerateOptions)(read.append)(**context.params)
-    return read[0]
+    return options_in(command.make_context("generate", list(arguments)))
+
+
+def options_in(context: click.Context) -> GenerateOptions:
+    """Return the options in a context of the command."""
+    received: list[GenerateOptions] = []
+    with_struct(GenerateOptions)(received.append)(**context.params)
+    return received[0]
 
 
 @pytest.fixture(scope="module")
-def model(endless: Path) -> ModelDescription:
-    return describe_model(read_model_files(ModelSource(path_or_repo=str(endless))).files, "the model")
+def model(endless_model: Path) -> ModelDescription:
+    return describe_model(read_model_files(ModelSource(path_or_repo=str(endless_model))).files, "the model")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,19 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
     return load_tokenizer(model.files, VOCAB_SIZE)
 
 
+def with_file(model: ModelDescription, name: str, data: bytes) -> ModelDescription:
+    """Return the model with another file, such as a chat template."""
+    files = {**model.files, name: data}
+    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
+
+
+def with_template(model: ModelDescription, name: str) -> ModelDescription:
+    """Return the model with the chat template of the Kimi model ``name``."""
+    return with_file(model, "chat_template.jinja", template_source(name).encode())
+
+
 def request_of(model: ModelDescription, *arguments: str) -> Request:
+    """Return the request that a command line gives."""
     options = options_of(*arguments)
     return first_submissions(options, options.read_prompt(), ModelFrontend(model, CONTEXT_TOKENS))[0].request
 
@@ -85,7 +101,7 @@ def test_without_a_prompt_standard_input_is_read(arguments: list[str], monkeypat
 @pytest.mark.parametrize(
     ("content", "prompt"), [("Grüße\n\n", "Grüße\n\nSummarise"), (" \n", "Summarise"), ("", "Summarise")]
 )
-def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
+def test_text_of_a_file_on_standard_input_comes_before_the_prompt(
     arguments: list[str], content: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").write_text(content)
@@ -101,51 +117,47 @@ def test_text_of_a_file_or_a_pipe_comes_before_the_prompt(
     "reading standard input to its end; add < /dev/null if it has no text",
 )
 def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    reads, writes = os.pipe()
+    logged: list[str] = []
+    read_end, write_end = os.pipe()
 
-    def end_the_text(line: str) -> None:
-        shown.append(line)
-        os.close(writes)
+    def log_and_end_the_pipe(line: str) -> None:
+        logged.append(line)
+        os.close(write_end)
 
-    monkeypatch.setattr("mlx_k2.cli.generate_options.log", end_the_text)
+    monkeypatch.setattr("mlx_k2.cli.generate_options.log", log_and_end_the_pipe)
     monkeypatch.setattr("mlx_k2.cli.generate_options._SILENT_WAIT_S", 0.1)
-    with os.fdopen(reads) as pipe:
+    with os.fdopen(read_end) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
         assert options_of("Hi").read_prompt() == "Hi"
     with Path(os.devnull).open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         assert options_of("Hi").read_prompt() == "Hi"
-    assert shown == ["reading standard input to its end; add < /dev/null if it has no text"]
+    assert logged == ["reading standard input to its end; add < /dev/null if it has no text"]
 
 
-def test_the_prompt_is_given_once() -> None:
+def test_a_prompt_as_an_argument_and_as_an_option_is_refused() -> None:
     with pytest.raises(click.UsageError, match="PROMPT and --prompt are the same"):
         options_of("Hello", "--prompt", "Hello")
 
 
-def test_the_short_names_of_options_are_those_of_other_programs() -> None:
+def test_options_have_also_the_short_names_of_other_programs() -> None:
     short = options_of("-p", "Hello", "-n", "3", "--temp", "0.5", "--system-prompt", "Be brief.", "-m", "a/b")
     long = options_of("Hello", "--max-tokens", "3", "--temperature", "0.5", "--system", "Be brief.", "--model", "a/b")
-    assert (short.read_prompt(), short.conversation, short.cluster) == (
-        long.read_prompt(),
-        long.conversation,
-        long.cluster,
-    )
+    assert short.read_prompt() == long.read_prompt()
+    assert (short.conversation, short.cluster) == (long.conversation, long.cluster)
 
 
-def test_values_that_other_programs_use_for_none_are_accepted(model: ModelDescription) -> None:
-    files = {**model.files, "generation_config.json": b'{"top_k": 20, "top_p": 0.9}'}
-    recommending = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-    assert request_of(recommending, "Hello").sampling.top_k == 20
-    assert request_of(recommending, "--top-k", "0", "Hello").sampling.top_k is None
-    greedy = request_of(recommending, "--top-p", "0", "--temperature", "2", "Hello").sampling
+def test_values_with_which_other_programs_turn_a_filter_or_a_seed_off_are_accepted(model: ModelDescription) -> None:
+    model = with_file(model, "generation_config.json", b'{"top_k": 20, "top_p": 0.9}')
+    assert request_of(model, "Hello").sampling.top_k == 20
+    assert request_of(model, "--top-k", "0", "Hello").sampling.top_k is None
+    greedy = request_of(model, "--top-p", "0", "--temperature", "2", "Hello").sampling
     assert (greedy.temperature, greedy.top_p) == (0.0, 1.0)
     assert len({request_of(model, "--seed", "-1", "Hello").sampling.seed for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize(
-    ("stdin", "words"),
+    ("stdin", "error"),
     [
         (SimpleNamespace(isatty=lambda: True), "there is no prompt: give PROMPT, or write one to standard input"),
         (None, "there is no prompt"),
@@ -154,32 +166,20 @@ def test_values_that_other_programs_use_for_none_are_accepted(model: ModelDescri
     ],
     ids=["a terminal", "closed", "not text", "empty"],
 )
-def test_standard_input_that_holds_no_prompt_is_refused(
-    stdin: object, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_input_without_a_prompt_is_refused(stdin: object, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", stdin)
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(RequestError, match=error):
         options_of().read_prompt()
 
 
-def test_options_override_the_generation_config_which_overrides_the_defaults(
-    model: ModelDescription,
-) -> None:
-    files = {**model.files, "generation_config.json": b'{"temperature": 0.6, "top_p": 0.9}'}
-    recommending = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-    sampling = request_of(recommending, "--temperature", "0.2", "--seed", "4", "Hello").sampling
+def test_options_override_the_generation_config_which_overrides_the_defaults(model: ModelDescription) -> None:
+    with_config = with_file(model, "generation_config.json", b'{"temperature": 0.6, "top_p": 0.9}')
+    sampling = request_of(with_config, "--temperature", "0.2", "--seed", "4", "Hello").sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.2, 0.9, None, 4)
     assert request_of(model, "Hello").sampling.temperature == 1.0
 
 
-def with_template(model: ModelDescription, source: str) -> ModelDescription:
-    files = {**model.files, "chat_template.jinja": source.encode()}
-    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-
-
-def test_an_empty_system_prompt_is_a_message_and_not_the_models_own(
-    model: ModelDescription, tokenizer: Tokenizer
-) -> None:
+def test_an_empty_system_prompt_replaces_the_models_own(model: ModelDescription, tokenizer: Tokenizer) -> None:
     request = request_of(model, "--system", "", "Hello")
     assert text_of(tokenizer, request).startswith("<|im_system|>system<|im_middle|><|im_end|><|im_user|>")
     conversation = options_of("--system", "").conversation.begin(ModelFrontend(model, CONTEXT_TOKENS), None)
@@ -187,22 +187,20 @@ def test_an_empty_system_prompt_is_a_message_and_not_the_models_own(
     assert tuple(conversation.prompt_ids()) == request.prompt_ids
 
 
-def test_an_answer_without_thinking_has_its_own_default_temperature(
-    model: ModelDescription, tokenizer: Tokenizer
-) -> None:
-    switching = with_template(model, template_source("kimi-k2.5"))
-    instant = request_of(switching, "--thinking", "off", "Hello")
+def test_without_thinking_the_default_temperature_is_another(model: ModelDescription, tokenizer: Tokenizer) -> None:
+    model = with_template(model, "kimi-k2.5")
+    instant = request_of(model, "--thinking", "off", "Hello")
     assert text_of(tokenizer, instant).endswith("<think></think>")
     assert instant.sampling.temperature == 0.6
-    assert request_of(switching, "--thinking", "off", "--temperature", "0.1", "Hello").sampling.temperature == 0.1
+    assert request_of(model, "--thinking", "off", "--temperature", "0.1", "Hello").sampling.temperature == 0.1
     for arguments in (("--thinking", "on"), ()):
-        request = request_of(switching, *arguments, "Hello")
+        request = request_of(model, *arguments, "Hello")
         assert text_of(tokenizer, request).endswith("<think>")
         assert request.sampling.temperature == 1.0
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "words"),
+    ("name", "arguments", "error"),
     [
         ("kimi-k2-thinking", ["--thinking", "off"], "thinking cannot be turned off: this model always thinks"),
         ("kimi-k2.7-code", ["--thinking", "off"], "thinking cannot be turned off: this model always thinks"),
@@ -211,14 +209,14 @@ def test_an_answer_without_thinking_has_its_own_default_temperature(
     ],
 )
 def test_a_mode_that_the_template_does_not_have_is_refused(
-    name: str, arguments: list[str], words: str, model: ModelDescription
+    name: str, arguments: list[str], error: str, model: ModelDescription
 ) -> None:
-    with pytest.raises(RequestError, match=words):
-        request_of(with_template(model, template_source(name)), *arguments, "Hello")
+    with pytest.raises(RequestError, match=error):
+        request_of(with_template(model, name), *arguments, "Hello")
 
 
 @pytest.mark.parametrize("arguments", [["--thinking", "off"], ["--thinking", "on"], ["--preserve-thinking"]])
-def test_a_raw_prompt_goes_without_options_for_thinking(arguments: list[str]) -> None:
+def test_a_raw_prompt_with_an_option_for_thinking_is_refused(arguments: list[str]) -> None:
     with pytest.raises(RequestError, match="go without --tools, --mcp and options for thinking"):
         options_of("--raw", *arguments, "x")
 
@@ -226,11 +224,11 @@ def test_a_raw_prompt_goes_without_options_for_thinking(arguments: list[str]) ->
 def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_declares_tools(
     model: ModelDescription, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    frontend = ModelFrontend(with_template(model, template_source("kimi-k2.6")), CONTEXT_TOKENS)
+    frontend = ModelFrontend(with_template(model, "kimi-k2.6"), CONTEXT_TOKENS)
     tools = [{"type": "function", "function": {"name": "f"}}]
     history = [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "reasoning": "WHY"},
+        {"role": "assistant", "content": "b", "reasoning": "r"},
         {"role": "user", "content": "c"},
     ]
     options = options_of("--thinking", "off", "--preserve-thinking")
@@ -242,41 +240,45 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(prompt="x", tools=tools))
     preserved = request(messages=history, thinking=True)
-    assert "<think>WHY</think>b" in text_of(tokenizer, preserved)
+    assert "<think>r</think>b" in text_of(tokenizer, preserved)
     assert (text_of(tokenizer, preserved)[-7:], preserved.sampling.temperature) == ("<think>", 1.0)
     dropped = request(messages=history, preserve_thinking=False)
     assert "<think></think>b" in text_of(tokenizer, dropped)
     assert dropped.sampling.temperature == 0.6
 
 
-def test_options_that_need_masks_are_refused_for_a_server_by_name() -> None:
-    for given in (
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ("--regex", "a"),
         ("--tool-choice", "none"),
         ("--parallel-tool-calls", "off"),
         ("--min-tokens", "3"),
         ("--thinking-budget", "3", "--presence-penalty", "1"),
-    ):
-        with pytest.raises(RequestError, match=f"--connect has no {given[0]}"):
-            options_of("x", *given).conversation.for_server()
-    one_call = options_of(
-        "x", "--parallel-tool-calls", "off", "--tool-choice", "auto"
-    ).conversation.sampling.constraint()
-    assert one_call is not None and one_call.tools is not None and not one_call.tools.is_parallel
+    ],
+)
+def test_an_option_that_needs_token_masks_is_refused_by_name_with_connect(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError, match=f"--connect has no {arguments[0]}"):
+        options_of("x", *arguments).conversation.for_server()
+
+
+def test_with_connect_other_sampling_options_are_accepted_and_the_grammar_of_tool_calls_is_off() -> None:
     assert not options_of("x", "--presence-penalty", "1").conversation.for_server().sampling.tool_grammar
+
+
+def test_parallel_tool_calls_off_allows_one_call_at_a_time() -> None:
+    options = options_of("x", "--parallel-tool-calls", "off", "--tool-choice", "auto")
+    constraint = options.conversation.sampling.constraint()
+    assert constraint is not None and constraint.tools is not None and not constraint.tools.is_parallel
 
 
 def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription) -> None:
     assert len({request_of(model, "Hello").sampling.seed for _ in range(5)}) > 1
 
 
-def test_stop_ids_come_from_the_tokenizer_and_the_generation_config(
-    model: ModelDescription, tokenizer: Tokenizer
-) -> None:
-    files = {**model.files, "generation_config.json": b'{"eos_token_id": [7]}'}
-    naming = ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
-    stops = request_of(naming, "Hello").stop_ids
-    assert stops == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
+def test_stop_ids_are_those_of_tokenizer_and_generation_config(model: ModelDescription, tokenizer: Tokenizer) -> None:
+    model = with_file(model, "generation_config.json", b'{"eos_token_id": [7]}')
+    assert request_of(model, "Hello").stop_ids == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 
 
 def test_max_tokens_defaults_to_the_context_length(model: ModelDescription) -> None:

@@ -1,4 +1,4 @@
-"""Tests of `mlx-k2 kernels`: output with and without a GPU, saved buffer limits, and the report that users send."""
+"""Tests of `mlx-k2 kernels`: its output with and without a GPU, the saved buffer limits, and the report to send."""
 
 import sys
 import zipfile
@@ -41,46 +41,47 @@ REPORT = KernelReport(
 )
 
 
+needs_no_gpu = pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
+@needs_no_gpu
 def test_without_a_gpu_the_command_reports_that_plain_mlx_runs(command_line: CommandLine) -> None:
-    ran = command_line.run("kernels")
-    assert ran.returncode == 0, ran.stderr
-    assert "this machine has no GPU that MLX can use" in ran.stderr
-    assert "plain MLX runs in their place" in ran.stderr
-    assert ran.stdout == ""
+    result = command_line.run("kernels")
+    assert result.returncode == 0, result.stderr
+    assert "this machine has no GPU that MLX can use" in result.stderr
+    assert "plain MLX runs in their place" in result.stderr
+    assert result.stdout == ""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "darwin", reason="needs no Metal GPU: run on Linux")
+@needs_no_gpu
 def test_without_a_gpu_the_report_has_no_chip_and_no_kernel(command_line: CommandLine) -> None:
-    ran = command_line.run("kernels", "--check")
-    report = msgspec.convert(msgspec.json.decode(ran.stdout)["report"], KernelReport)
+    result = command_line.run("kernels", "--check")
+    report = msgspec.convert(msgspec.json.decode(result.stdout)["report"], KernelReport)
     assert (report.chip, report.kernels, report.plain_mlx_gb_per_s) == (None, (), None)
 
 
-def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    chosen = kernels.CANDIDATES[1]
-    kept: list[BufferLimits] = []
+def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest = kernels.CANDIDATES[1]
+    saved: list[BufferLimits] = []
+    logged: list[str] = []
 
-    def measure(what: str, _wanted: type[Any], environment: Mapping[str, str] | None = None) -> Any:
-        if what == "report":
+    def measure(measurement: str, _result_type: type[Any], environment: Mapping[str, str] | None = None) -> Any:
+        if measurement == "report":
             return REPORT
-        return DecodeTime(0.010 if environment == chosen.environment() else 0.011)
+        return DecodeTime(0.010 if environment == fastest.environment() else 0.011)
 
-    shown: list[str] = []
     monkeypatch.setattr(kernels, "_measure", measure)
-    monkeypatch.setattr(kernels, "save_limits", kept.append)
-    monkeypatch.setattr(kernels, "log", shown.append)
-    ran = CliRunner().invoke(kernels.command)
-    assert ran.exit_code == 0, ran.output
-    assert kept == [chosen]
-    sent = msgspec.json.decode(ran.stdout)
-    assert msgspec.convert(sent["report"], KernelReport) == REPORT
-    assert len(sent["seconds_by_limits"]) == len(kernels.CANDIDATES)
-    assert "the router kernel is not used: it did not compile" in shown
+    monkeypatch.setattr(kernels, "save_limits", saved.append)
+    monkeypatch.setattr(kernels, "log", logged.append)
+    result = CliRunner().invoke(kernels.command)
+    assert result.exit_code == 0, result.output
+    assert saved == [fastest]
+    document = msgspec.json.decode(result.stdout)
+    assert msgspec.convert(document["report"], KernelReport) == REPORT
+    assert len(document["seconds_by_limits"]) == len(kernels.CANDIDATES)
+    assert "the router kernel is not used: it did not compile" in logged
 
 
 def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() -> None:
@@ -91,7 +92,7 @@ def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() ->
     ]
 
 
-def test_best_limits_keeps_the_default_unless_another_is_clearly_faster() -> None:
+def test_best_limits_keeps_the_default_unless_another_is_more_than_1_percent_faster() -> None:
     default, slower, faster = BufferLimits(100, 1_000_000), MLX_DEFAULTS, BufferLimits(200, 200)
     assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.995}, default) == default
     assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.9}, default) == faster
@@ -113,14 +114,14 @@ def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_en
 def test_the_report_is_one_file_with_every_measurement_and_the_trace_or_why_there_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Run the command with stand-ins for a Mac: its measuring program, and Xcode's tools."""
-    answers = {
+    """Replace the program that measures a Mac's GPU, and Xcode's tools, by shell scripts."""
+    measurements = {
         "report": msgspec.json.encode(REPORT).decode(),
         "decode": '{"seconds": 0.01}',
         "idle": '{"held_bytes": 1, "warm_seconds": 0.1, "idle_seconds": 5.${MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS}}',
         "attention": '{"fused_seconds": 0.2, "unfused_seconds": 0.1}',
     }
-    cases = "".join(f"{what}) cat <<END\n{answer}\nEND\n;;\n" for what, answer in answers.items())
+    cases = "".join(f"{name}) cat <<END\n{output}\nEND\n;;\n" for name, output in measurements.items())
     python, tools = tmp_path / "python", tmp_path / "bin"
     python.write_text(f"#!/bin/sh\ncase $4 in\n{cases}esac\n")
     python.chmod(0o755)
@@ -129,20 +130,21 @@ def test_the_report_is_one_file_with_every_measurement_and_the_trace_or_why_ther
     monkeypatch.setattr(kernels, "save_limits", lambda _: None)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
 
-    def sent() -> tuple[dict[str, Any], list[str]]:
-        ran = CliRunner().invoke(kernels.command, ["--report", str(tmp_path / "kernels.zip")])
-        assert ran.exit_code == 0, ran.output
+    def write_report() -> tuple[dict[str, Any], list[str]]:
+        """Return the content of report.json, and the names of all files."""
+        result = CliRunner().invoke(kernels.command, ["--report", str(tmp_path / "kernels.zip")])
+        assert result.exit_code == 0, result.output
         with zipfile.ZipFile(tmp_path / "kernels.zip") as file:
             return msgspec.json.decode(file.read("report.json")), file.namelist()
 
-    found, names = sent()
-    assert msgspec.convert(found["report"], KernelReport) == REPORT
-    assert len(found["seconds_by_limits"]) == len(kernels.CANDIDATES)
-    assert {ms: idle["idle_seconds"] for ms, idle in found["idle_by_refresh_ms"].items()} == {"0": 5.0, "500": 5.5}
-    assert found["attention"] == {"fused_seconds": 0.2, "unfused_seconds": 0.1}
-    assert found["trace"].startswith("not recorded: ")
+    document, names = write_report()
+    assert msgspec.convert(document["report"], KernelReport) == REPORT
+    assert len(document["seconds_by_limits"]) == len(kernels.CANDIDATES)
+    assert {ms: idle["idle_seconds"] for ms, idle in document["idle_by_refresh_ms"].items()} == {"0": 5.0, "500": 5.5}
+    assert document["attention"] == {"fused_seconds": 0.2, "unfused_seconds": 0.1}
+    assert document["trace"].startswith("not recorded: ")
     assert names == ["report.json"]
     (tools / "xcrun").write_text('#!/bin/sh\nmkdir "$6" && echo counters > "$6/data"\n')
     (tools / "xcrun").chmod(0o755)
-    found, names = sent()
-    assert (found["trace"], names) == ("recorded", ["report.json", "decode.trace/data"])
+    document, names = write_report()
+    assert (document["trace"], names) == ("recorded", ["report.json", "decode.trace/data"])

@@ -25,7 +25,7 @@ from tests.examples import scaled
 WIDTH, HEIGHT = 60, 12
 DEADLINE_S = 60.0
 
-numbers = itertools.count()
+marker_numbers = itertools.count()
 
 PYTHON = '''def first(names):
     """Return the first name.
@@ -38,10 +38,10 @@ PYTHON = '''def first(names):
 TEXT = f"""{first}
 for x in y"""
 '''
-C = "/* A comment,\n   int in it */\nint x; // one\n#define Y 2\n"
+C_CODE = "/* A comment,\n   int in it */\nint x; // one\n#define Y 2\n"
 JAVASCRIPT = "/**\n * if (x) return 'y'\n */\nconst x = `a\nif ${b}\n`;\n"
 
-LINES = (
+DOCUMENT_LINES = (
     "words **bold** `code`", "word " * 30, "- item", "  more of it", "  - nested", "1. one", "2. two", "10. ten", "1)",
     "- ```js", "  ```", "1. ```", "   ```", "> quote", "> - item", "> ```", "```", "```python", "~~~", "````",
     "def f():", "    '''doc", "    indented", "\tcode", "/* c", "*/", "# heading", "#", "##", "===", "---", "***", "-",
@@ -51,9 +51,9 @@ LINES = (
     "2\\. no \\*list\\*",
 )  # fmt: skip
 
-documents = st.builds(
+DOCUMENTS = st.builds(
     lambda lines, end: "[defined]: /url\n" + "\n".join(lines) + end,
-    st.lists(st.sampled_from(LINES), max_size=40),
+    st.lists(st.sampled_from(DOCUMENT_LINES), max_size=40),
     st.sampled_from(["", "\n"]),
 )
 
@@ -65,12 +65,12 @@ def console(file: TextIO) -> Console:
     )  # fmt: skip
 
 
-def stream(document: str, piece_chars: list[int]) -> str:
-    """Show ``document`` in pieces of ``piece_chars``, again and again, with a refresh after each; return the output."""
+def streamed_output(document: str, piece_lengths: list[int]) -> str:
+    """Return the output for ``document`` in pieces of ``piece_lengths`` characters, repeated, each with a refresh."""
     output = io.StringIO()
     display = MarkdownDisplay(console(output))
     start = 0
-    for num_chars in itertools.cycle(piece_chars):
+    for num_chars in itertools.cycle(piece_lengths):
         if start >= len(document):
             break
         display.add(document[start : start + num_chars])
@@ -80,8 +80,8 @@ def stream(document: str, piece_chars: list[int]) -> str:
     return output.getvalue()
 
 
-def printed(document: str) -> str:
-    """Return the output of rich's Markdown of the whole ``document``."""
+def complete_output(document: str) -> str:
+    """Return the output of rich's Markdown of the complete ``document``."""
     output = io.StringIO()
     console(output).print(ChatMarkdown(chat_parser().parse(document)))
     return output.getvalue()
@@ -89,7 +89,7 @@ def printed(document: str) -> str:
 
 @contextmanager
 def pseudo_terminal() -> Iterator[tuple[int, TextIO]]:
-    """Yield the end of a pseudo-terminal that a terminal reads, and the file that a program writes."""
+    """Yield the side of a pseudo-terminal from which its output is read, and the file that a program writes."""
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as output:
         yield reader, output
@@ -97,7 +97,7 @@ def pseudo_terminal() -> Iterator[tuple[int, TextIO]]:
 
 
 def read_until(reader: int, text: str) -> str:
-    """Read from the pseudo-terminal until ``text`` is in its output; return all of it."""
+    """Read from the pseudo-terminal until ``text`` is in its output. Return all output that was read."""
     output = b""
     deadline = time.monotonic() + DEADLINE_S
     while text.encode() not in output:
@@ -109,23 +109,23 @@ def read_until(reader: int, text: str) -> str:
 @pytest.fixture(scope="module")
 def pane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     folder = tmp_path_factory.mktemp("markdown")
-    with terminal(folder, ["sleep", "600"], {"PATH": os.environ["PATH"]}, WIDTH, HEIGHT) as opened:
-        yield opened
+    with terminal(folder, ["sleep", "600"], {"PATH": os.environ["PATH"]}, WIDTH, HEIGHT) as pane:
+        yield pane
 
 
-def shown(pane: Terminal, *outputs: str, with_colours: bool = False) -> list[str]:
-    """Write the outputs to the terminal, one after the other; return what each shows there."""
-    number = next(numbers)
+def screen_texts(pane: Terminal, *outputs: str, with_colours: bool = False) -> list[str]:
+    """Write the outputs to the terminal, one after the other. Return the text that the terminal shows for each."""
+    number = next(marker_numbers)
     with pane.tty.open("w") as tty:
         tty.write("".join(f"begin {number}.\n{output}\nend {number}.\n" for output in outputs))
     pane.wait_for(f"end {number}.", times=len(outputs))
-    parts = pane.shown(with_colours=with_colours).split(f"begin {number}.\n")[1:]
+    parts = pane.text(with_colours=with_colours).split(f"begin {number}.\n")[1:]
     return [part[: part.index(f"end {number}.")].rstrip() for part in parts]
 
 
 @needs_tmux
 @settings(max_examples=scaled(40))
-@given(documents, st.lists(st.sampled_from([1, 2, 5, 20, 100]), min_size=1, max_size=5))
+@given(DOCUMENTS, st.lists(st.sampled_from([1, 2, 5, 20, 100]), min_size=1, max_size=5))
 @example("````\n```\nnested\n```\n\nstill code\n````\ntext\n", [1])
 @example("- a\n\n  ```\n  code\n\n  # code\n  ```\n\n  more\n- b\n\ntext", [3])
 @example("text\n#\ntext\n#no heading", [1])
@@ -134,37 +134,37 @@ def shown(pane: Terminal, *outputs: str, with_colours: bool = False) -> list[str
 @example("1. code:\n   ```\n" + "   line\n" * 60 + "   ```\n\nend", [7])
 @example("| a | b |\n|---|---|\n" + "| cell | wide |\n" * 60 + "| a much wider cell | c |\n\nend", [7])
 @example("```\n\n\ncode\n\n  \n\nmore  \n\n\n```\nend", [1])
-def test_a_streamed_answer_ends_as_rich_prints_the_whole_answer(
-    pane: Terminal, document: str, piece_chars: list[int]
-) -> None:
-    streamed, whole = shown(pane, stream(document, piece_chars), printed(document))
-    assert streamed == whole
+def test_a_streamed_answer_ends_as_rich_prints_it(pane: Terminal, document: str, piece_lengths: list[int]) -> None:
+    streamed, complete = screen_texts(pane, streamed_output(document, piece_lengths), complete_output(document))
+    assert streamed == complete
 
 
 @needs_tmux
-@pytest.mark.parametrize(("language", "code"), [("python", PYTHON), ("c", C), ("js", JAVASCRIPT), ("nothing", C)])
-def test_code_that_is_printed_line_by_line_has_the_colours_of_the_whole_block(
-    pane: Terminal, language: str, code: str
-) -> None:
+@pytest.mark.parametrize(
+    ("language", "code"), [("python", PYTHON), ("c", C_CODE), ("js", JAVASCRIPT), ("nothing", C_CODE)]
+)
+def test_code_that_is_printed_by_lines_has_the_colours_of_the_block(pane: Terminal, language: str, code: str) -> None:
     document = f"```{language}\n{code}```\n"
-    streamed, whole = shown(pane, stream(document, [3]), printed(document), with_colours=True)
-    assert streamed == whole
+    streamed, complete = screen_texts(
+        pane, streamed_output(document, [3]), complete_output(document), with_colours=True
+    )
+    assert streamed == complete
 
 
-def most_calls(display: MarkdownDisplay, line: str, count: int) -> int:
-    """Add ``line`` and refresh ``count`` times; return the most Python functions that one refresh calls."""
-    most = 0
-    for _ in range(count):
+def max_refresh_calls(display: MarkdownDisplay, line: str) -> int:
+    """Add ``line`` and refresh 10 times. Return the largest number of function calls of one refresh."""
+    num_calls = []
+    for _ in range(10):
         display.add(line)
         profile = cProfile.Profile()
         profile.runcall(display.refresh)
-        most = max(most, sum(entry.callcount for entry in profile.getstats()))
-    return most
+        num_calls.append(sum(entry.callcount for entry in profile.getstats()))
+    return max(num_calls)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "line"),
+    ("start", "line"),
     [
         ("```python\n", "    x = 1  # comment\n"),
         ("", "- an **item**\n"),
@@ -177,20 +177,20 @@ def most_calls(display: MarkdownDisplay, line: str, count: int) -> int:
         ("<div>\n", "text\n"),
     ],
 )
-def test_the_work_of_a_refresh_does_not_grow_with_the_block(first: str, line: str) -> None:
+def test_the_function_calls_of_a_refresh_do_not_grow_with_the_block(start: str, line: str) -> None:
     display = MarkdownDisplay(console(io.StringIO()))
-    display.add(first)
+    display.add(start)
     display.refresh()
     display.add(line * 50)
-    at_50 = most_calls(display, line, 10)
+    calls_after_50_lines = max_refresh_calls(display, line)
     display.add(line * 300)
     display.refresh()
-    assert most_calls(display, line, 10) <= 1.1 * at_50
+    assert max_refresh_calls(display, line) <= 1.1 * calls_after_50_lines
     display.close()
 
 
-def plain(document: str) -> list[str]:
-    """Return the lines that show ``document``, without colours."""
+def plain_lines(document: str) -> list[str]:
+    """Return the lines that show the complete ``document``, without colours."""
     output = io.StringIO()
     Console(file=output, width=WIDTH, color_system=None).print(ChatMarkdown(chat_parser().parse(document)))
     return [line.rstrip() for line in output.getvalue().splitlines()]
@@ -198,16 +198,16 @@ def plain(document: str) -> list[str]:
 
 @pytest.mark.parametrize("level", range(1, 7))
 def test_a_heading_of_any_level_is_at_the_left(level: int) -> None:
-    assert plain(f"{'#' * level} Title\n\ntext")[-3] == "Title"
+    assert plain_lines(f"{'#' * level} Title\n\ntext")[-3] == "Title"
 
 
-def test_numbers_of_a_list_have_dots_and_further_lines_are_below_the_text() -> None:
-    assert plain("9. nine\n10. ten " + "x " * 30)[-3:] == [
+def test_numbers_of_a_list_have_dots_and_the_next_lines_of_an_item_are_indented_as_its_text() -> None:
+    assert plain_lines("9. nine\n10. ten " + "x " * 30)[-3:] == [
         "  9. nine",
         " 10. ten " + "x " * 25 + "x",
         "     x x x x",
     ]
-    assert plain("- a\n- b")[-2:] == [" • a", " • b"]
+    assert plain_lines("- a\n- b")[-2:] == [" • a", " • b"]
 
 
 @pytest.mark.parametrize(
@@ -222,20 +222,20 @@ def test_numbers_of_a_list_have_dots_and_further_lines_are_below_the_text() -> N
     ],
 )
 def test_a_formula_is_shown_as_it_was_written(formula: str) -> None:
-    assert plain(f"So {formula} holds, *really*.") == [f"So {formula} holds, really."]
+    assert plain_lines(f"So {formula} holds, *really*.") == [f"So {formula} holds, really."]
 
 
-def test_escapes_of_markdown_are_still_escapes() -> None:
-    assert plain(r"\*stars\*, 1\. and \`ticks\`, \$5") == ["*stars*, 1. and `ticks`, $5"]
-    assert plain(r"an open \( is *text*") == [r"an open \( is text"]
+def test_escapes_of_markdown_are_not_formulas() -> None:
+    assert plain_lines(r"\*stars\*, 1\. and \`ticks\`, \$5") == ["*stars*, 1. and `ticks`, $5"]
+    assert plain_lines(r"an open \( is *text*") == [r"an open \( is text"]
 
 
 def test_a_closing_key_tag_without_an_opening_one_is_no_error() -> None:
-    assert "press x" in stream("press </kbd>x\n\n<kbd>y\n\nz", [1])
+    assert "press x" in streamed_output("press </kbd>x\n\n<kbd>y\n\nz", [1])
 
 
 def test_a_link_is_resolved_by_a_definition_in_an_earlier_block() -> None:
-    assert "https://example.org" in stream("[a]: https://example.org\n\ntext\n\n[a]", [1])
+    assert "https://example.org" in streamed_output("[a]: https://example.org\n\ntext\n\n[a]", [1])
 
 
 def test_text_is_shown_before_the_answer_is_closed() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the profile: defaults from a file and from the environment, their sources, and mistakes by their line."""
+"""Tests of the profile: defaults of options from a file and from variables, their sources, and the lines of errors."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from mlx_k2.cli import doctor, serve
 from mlx_k2.cli.generate import command
 from mlx_k2.cli.generate_options import GenerateOptions
 from mlx_k2.cli.main import cli, run, user_profile
-from mlx_k2.cli.option_values import with_struct
 from tests.advice import follows_advice
+from tests.cli.test_generate_options import options_in
 
-FILE = """\
+PROFILE = """\
 hostfile = "~/two-macs.json"
 model = "moonshotai/Kimi-K2-Thinking"
 temperature = 0.5
@@ -30,9 +30,10 @@ port = 9000
 
 @pytest.fixture
 def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write PROFILE as the profile of the user kim and return its path."""
     path = tmp_path / "mlx-k2" / "config.toml"
     path.parent.mkdir()
-    path.write_text(FILE)
+    path.write_text(PROFILE)
     monkeypatch.delenv("MLX_K2_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", "/home/kim")
@@ -40,22 +41,18 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def options_of(*arguments: str) -> GenerateOptions:
-    read: list[GenerateOptions] = []
-    with command.make_context(
-        "generate", list(arguments), cli.make_context("mlx-k2", ["generate"], obj=user_profile)
-    ) as context:
-        with_struct(GenerateOptions)(read.append)(**context.params)
-    return read[0]
+    """Return the options of a command line of generate, with the profile's defaults."""
+    parent = cli.make_context("mlx-k2", ["generate"], obj=user_profile)
+    with command.make_context("generate", list(arguments), parent) as context:
+        return options_in(context)
 
 
-def test_the_command_line_overrides_the_environment_which_overrides_the_commands_table_and_the_file(
+def test_the_command_line_overrides_variables_which_override_the_commands_table_which_overrides_the_other_lines(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_of()
-    assert (options.cluster.hostfile, options.cluster.model) == (
-        "/home/kim/two-macs.json",
-        "moonshotai/Kimi-K2-Thinking",
-    )
+    assert options.cluster.hostfile == "/home/kim/two-macs.json"
+    assert options.cluster.model == "moonshotai/Kimi-K2-Thinking"
     assert (options.conversation.sampling.temperature, options.conversation.sampling.stop) == (0.7, ("END", "STOP"))
     assert (options.cluster.split, options.verbose) == ((32, 29), True)
     monkeypatch.setenv("MLX_K2_TEMPERATURE", "0.9")
@@ -72,7 +69,7 @@ def test_options_on_the_command_line_replace_defaults_that_contradict_them(profi
     assert (other.hostfile, other.split) == ("other.json", None)
 
 
-def test_config_shows_each_value_with_the_line_or_the_variable_that_has_it(
+def test_config_shows_each_value_with_the_line_or_the_variable_that_sets_it(
     profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLX_K2_MODEL", "built-in")
@@ -89,14 +86,14 @@ def test_config_shows_each_value_with_the_line_or_the_variable_that_has_it(
         f"serve.port = 9000  # {profile}, line 12",
     }
     assert run(["config", "doctor"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert f'hostfile = "/home/kim/two-macs.json"  # {profile}, line 1' in shown
-    assert "deep = false  # default" in shown
-    assert not any(line.startswith("temperature") for line in shown)
+    doctor_lines = capsys.readouterr().out.splitlines()
+    assert f'hostfile = "/home/kim/two-macs.json"  # {profile}, line 1' in doctor_lines
+    assert "deep = false  # default" in doctor_lines
+    assert not any(line.startswith("temperature") for line in doctor_lines)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "error"),
     [
         (
             "model = 'a'\nhostfil = 'x'",
@@ -121,15 +118,15 @@ def test_config_shows_each_value_with_the_line_or_the_variable_that_has_it(
         ("model = ", "config.toml cannot be read: Invalid value .at end of document"),
     ],
 )
-def test_a_mistake_is_named_by_its_file_and_line(
-    content: str, words: str, profile: Path, capsys: pytest.CaptureFixture[str]
+def test_an_error_in_the_profile_is_named_by_file_and_line_and_does_not_prevent_help(
+    content: str, error: str, profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile.write_text(content)
     assert run(["generate", "Hello"]) == 2
-    reported = capsys.readouterr().err
-    assert re.search(words, reported.splitlines()[-1]), reported
-    assert str(profile) in reported
-    assert run(["generate", "--help"]) == 0, "help is shown, whatever the profile holds"
+    errors = capsys.readouterr().err
+    assert re.search(error, errors.splitlines()[-1]), errors
+    assert str(profile) in errors
+    assert run(["generate", "--help"]) == 0
 
 
 @follows_advice(

@@ -1,4 +1,4 @@
-"""Tests of hints for misspelt commands and options, of the groups in help, and of shell completion."""
+"""Tests of hints for misspelt commands and options, of the groups of options in help, and of shell completion."""
 
 import os
 import subprocess
@@ -25,26 +25,25 @@ from tests.cli.command import MLX_K2
         (["serve", "--no-draft"], "Did you mean '--draft off'?"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_one_that_was_meant(
+def test_the_error_for_an_unknown_name_has_a_hint_to_an_existing_one(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
-    reported = capsys.readouterr()
-    assert reported.out == ""
-    assert hint in reported.err.splitlines()[-1]
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert hint in output.err.splitlines()[-1]
 
 
-def test_an_option_of_another_program_is_suggested_only_where_it_has_an_equivalent(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_option_is_suggested_that_the_command_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--max-new-tokens", "3"]) == 2
     assert "--max-tokens" not in capsys.readouterr().err
 
 
 def test_help_lists_options_in_groups_with_the_commands_own_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "--help"]) == 0
-    shown = capsys.readouterr().out
-    groups = [
+    text = capsys.readouterr().out
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
         "Options:",
         "Hosts and model:",
         "Sampling and thinking:",
@@ -52,13 +51,12 @@ def test_help_lists_options_in_groups_with_the_commands_own_first(capsys: pytest
         "Faults and logs:",
         "Tools:",
     ]
-    assert [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")] == groups
-    assert shown.index("Hosts and model:") < shown.index("-m, --model") < shown.index("Sampling and thinking:")
-    assert shown.count("-m, --model") == 1
+    assert text.index("Hosts and model:") < text.index("-m, --model") < text.index("Sampling and thinking:")
+    assert text.count("-m, --model") == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "completed"),
+    ("words", "completions"),
     [
         (["mlx-k2", "d"], ["plain,doctor", "plain,download"]),
         (["mlx-k2", "--ver"], ["plain,--version"]),
@@ -67,14 +65,14 @@ def test_help_lists_options_in_groups_with_the_commands_own_first(capsys: pytest
         (["mlx-k2", "generate", "--hostfile", "two"], ["file,two"]),
     ],
 )
-def test_a_shell_gets_completions(words: list[str], completed: list[str]) -> None:
-    asked = {"_MLX_K2_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
-    ran = subprocess.run([MLX_K2], env={**os.environ, **asked}, capture_output=True, text=True, timeout=30)
-    assert (ran.stdout.splitlines(), ran.stderr) == (completed, "")
+def test_a_shell_gets_completions(words: list[str], completions: list[str]) -> None:
+    variables = {"_MLX_K2_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    result = subprocess.run([MLX_K2], env={**os.environ, **variables}, capture_output=True, text=True, timeout=30)
+    assert (result.stdout.splitlines(), result.stderr) == (completions, "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_script_of_each_shell_is_printed(shell: str) -> None:
     environment = {**os.environ, "_MLX_K2_COMPLETE": f"{shell}_source"}
-    ran = subprocess.run([MLX_K2], env=environment, capture_output=True, text=True, timeout=30)
-    assert "_MLX_K2_COMPLETE" in ran.stdout
+    result = subprocess.run([MLX_K2], env=environment, capture_output=True, text=True, timeout=30)
+    assert "_MLX_K2_COMPLETE" in result.stdout

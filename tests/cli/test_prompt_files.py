@@ -1,4 +1,4 @@
-"""Tests of files of prompts: a bad line is named by its number, blank lines are skipped."""
+"""Tests of files of prompts: fields and defaults of a line, errors with the line's number, and digests."""
 
 import io
 from pathlib import Path
@@ -12,35 +12,42 @@ from mlx_k2.errors import RequestError
 from mlx_k2.sampling import derived_seed
 
 
-def prompts(folder: Path, *lines: str) -> Path:
+def write_prompts(folder: Path, *lines: str) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
 def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path) -> None:
-    path = prompts(tmp_path, '{"prompt": "x", "top_k": 3, "id": "one"}', '{"messages": [{"role": "user"}], "seed": 4}')
+    path = write_prompts(
+        tmp_path, '{"prompt": "x", "top_k": 3, "id": "one"}', '{"messages": [{"role": "user"}], "seed": 4}'
+    )
     first, second = read_prompt_lines(str(path)).values()
     assert (first.prompt, first.top_k, first.id, first.temperature) == ("x", 3, "one", None)
     assert (second.messages, second.seed) == ([{"role": "user"}], 4)
 
 
-def test_a_line_has_the_values_of_the_options_unless_it_gives_its_own_also_the_default(tmp_path: Path) -> None:
+def test_a_line_has_the_values_of_the_options_unless_it_has_its_own_also_if_they_are_the_defaults(
+    tmp_path: Path,
+) -> None:
     options = SamplingOptions(
         top_k=5, stop=("x",), num_answers=3, regex="a", ignore_eos=True, logit_bias={4: 1.0}, seed=9, timeout_s=2.0
     )
-    empty = '{"prompt": "x", "top_k": null, "stop": [], "n": 1, "regex": null, "ignore_eos": false, "logit_bias": {}}'
-    plain, default = read_prompt_lines(str(prompts(tmp_path, '{"prompt": "x"}', empty)), options).values()
-    found = (plain.top_k, plain.stop, plain.num_answers, plain.regex, plain.ignore_eos, plain.logit_bias)
-    assert found == (5, ("x",), 3, "a", True, {4: 1.0})
-    assert (plain.timeout_s, plain.seed) == (2.0, None)  # a seed is derived for each line
-    found = (default.top_k, default.stop, default.num_answers, default.regex, default.ignore_eos, default.logit_bias)
-    assert found == (None, (), 1, None, False, {})
-    assert result_digest([options], 1, plain) != result_digest([options], 1, default)
+
+    def values(line: PromptLine) -> tuple[object, ...]:
+        return line.top_k, line.stop, line.num_answers, line.regex, line.ignore_eos, line.logit_bias
+
+    default = '{"prompt": "x", "top_k": null, "stop": [], "n": 1, "regex": null, "ignore_eos": false, "logit_bias": {}}'
+    path = write_prompts(tmp_path, '{"prompt": "x"}', default)
+    without_values, with_defaults = read_prompt_lines(str(path), options).values()
+    assert values(without_values) == (5, ("x",), 3, "a", True, {4: 1.0})
+    assert (without_values.timeout_s, without_values.seed) == (2.0, None)  # each line gets a derived seed later
+    assert values(with_defaults) == (None, (), 1, None, False, {})
+    assert result_digest([options], 1, without_values) != result_digest([options], 1, with_defaults)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "error"),
     [
         ('{"prompt": "x"', "line 2: column 15: expecting ',' delimiter"),
         ("-", "line 2: column 1: expecting value"),
@@ -53,15 +60,15 @@ def test_a_line_has_the_values_of_the_options_unless_it_gives_its_own_also_the_d
         ('{"prompt": "x", "top_k": "many"}', "line 2: top_k: expected a whole number or null, got text"),
     ],
 )
-def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, words: str) -> None:
-    path = prompts(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
-    with pytest.raises(RequestError, match=words):
+def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, error: str) -> None:
+    path = write_prompts(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
+    with pytest.raises(RequestError, match=error):
         read_prompt_lines(str(path))
 
 
 def test_an_empty_and_a_missing_prompt_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no line"):
-        read_prompt_lines(str(prompts(tmp_path)))
+        read_prompt_lines(str(write_prompts(tmp_path)))
     with pytest.raises(RequestError, match="cannot be read: No such file"):
         read_prompt_lines(str(tmp_path / "none.jsonl"))
 
@@ -74,12 +81,12 @@ def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
     assert derived_seed(6, 0) != seeds[0]
 
 
-def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
-    path = prompts(tmp_path, "", '{"prompt": "x"}', "  \t", '{"prompt": "y"}', "")
+def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, "", '{"prompt": "x"}', "  \t", '{"prompt": "y"}', "")
     assert {number: line.prompt for number, line in read_prompt_lines(str(path)).items()} == {2: "x", 4: "y"}
 
 
-def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_as_the_path_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "x"}\n{"prompt": 3}')))
     with pytest.raises(RequestError, match="standard input, line 2: prompt: expected text or null"):
         read_prompt_lines("-")

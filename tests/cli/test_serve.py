@@ -1,4 +1,4 @@
-"""Tests of `mlx-k2 serve` as a command: its start, its errors, and its end by signals."""
+"""Tests of the command `mlx-k2 serve`: its options, its end by signals, restarts of its stages, and HTTPS."""
 
 import json
 import plistlib
@@ -15,38 +15,59 @@ import psutil
 import pytest
 
 from mlx_k2.cli.main import run
-from tests.cli.command import CommandLine, processes_below
+from tests.cli.command import CommandLine, descendants_of
 from tests.local_cluster import wait_until_gone
 from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
 
-def begin_answer(server: Server, **fields: object) -> socket.socket:
-    """Send a streamed request and return its connection once a token has come."""
+def chat_request(**fields: object) -> bytes:
+    """Return the bytes of an HTTP request of a chat, a streamed one by default."""
     body = json.dumps(CHAT | fields).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def start_answer(server: Server, **fields: object) -> socket.socket:
+    """Send a streamed request. Return its connection after the first three events, which include a token."""
     connection = server.connect()
-    connection.sendall(head.encode() + body)
+    connection.sendall(chat_request(**fields))
     received = b""
     while received.count(b"data: ") < 3:
-        part = connection.recv(65536)
-        assert part
-        received += part
+        data = connection.recv(65536)
+        assert data
+        received += data
     return connection
 
 
-def rest(connection: socket.socket) -> bytes:
+def read_to_end(connection: socket.socket) -> bytes:
+    """Return all that the server sends until it closes the connection."""
     received = b""
-    while part := connection.recv(65536):
-        received += part
+    while data := connection.recv(65536):
+        received += data
     return received
 
 
+def read_until_done(connection: socket.socket) -> bytes:
+    """Return all that a stream sends up to its last event, and close the connection."""
+    received = b""
+    while b"[DONE]" not in received:
+        data = connection.recv(65536)
+        assert data, received[-500:]
+        received += data
+    connection.close()
+    return received
+
+
+def read_text_until_done(connection: socket.socket) -> str:
+    """Return the text in the events that a stream sends up to its last event."""
+    events = [json.loads(line[6:]) for line in read_until_done(connection).split(b"\n") if line.startswith(b"data: {")]
+    return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+
+
 def test_a_port_in_use_is_an_error_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+    with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert run(["serve", "--port", str(port)]) == 2
     assert capsys.readouterr().err == (
@@ -66,100 +87,97 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(capsys: pytest.Capt
         (("--print-settings", "codex"), "clients must know the port"),
     ],
 )
-def test_a_bad_option_is_one_clear_error(
+def test_a_bad_option_is_an_error_without_a_traceback(
     options: tuple[str, ...],
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # without keys
+    monkeypatch.setenv("HOME", str(tmp_path))  # a home folder without API keys
     assert run(["serve", "--port", "0", *options]) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert "Traceback" not in shown
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
 
 
-def test_the_settings_of_a_client_are_printed_for_the_server_s_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_settings_of_a_client_follow_the_servers_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--port", "9000", "--context", "4096", "--print-settings", "codex"]) == 0
-    shown = capsys.readouterr()
-    settings = tomllib.loads(shown.out)
+    output = capsys.readouterr()
+    settings = tomllib.loads(output.out)
     provider = settings["model_providers"][settings["model_provider"]]
     assert provider["base_url"] == "http://127.0.0.1:9000/v1"
     assert (settings["model"], settings["model_context_window"]) == ("kimi-k2-tiny", 4096)
-    assert "config.toml" in shown.err
+    assert "config.toml" in output.err
 
 
 def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line: CommandLine, tmp_path: Path) -> None:
     options = ("serve", "--port", "9000", "--drain", "45")
-    printed = command_line.run(*options, "--launchd", cwd=tmp_path)
-    assert printed.returncode == 0
-    entries = plistlib.loads(printed.stdout.encode())
+    result = command_line.run(*options, "--launchd", cwd=tmp_path)
+    assert result.returncode == 0
+    entries = plistlib.loads(result.stdout.encode())
     program, *arguments = entries["ProgramArguments"]
     assert tuple(arguments) == options
     assert Path(entries["WorkingDirectory"]) == tmp_path
     assert entries["ExitTimeOut"] > 45
-    again = subprocess.run([program, "serve", "--help"], capture_output=True, timeout=60)
-    assert again.returncode == 0
+    subprocess.run([program, "serve", "--help"], capture_output=True, timeout=60, check=True)
 
 
-def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLine) -> None:
+def test_the_property_list_of_a_command_started_as_a_module_starts_the_module(command_line: CommandLine) -> None:
     command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
-    printed = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
-    assert plistlib.loads(printed.stdout)["ProgramArguments"] == command
+    result = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
+    assert plistlib.loads(result.stdout)["ProgramArguments"] == command
 
 
-def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--context", "200") as server:
-        started = processes_below(server.process)
-        connection = begin_answer(server)
+def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: CommandLine, endless_model: Path) -> None:
+    with serving(command_line, "--model", str(endless_model), "--context", "200") as server:
+        processes = descendants_of(server.process)
+        connection = start_answer(server)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("ending: running requests may continue")
-        assert b"[DONE]" in rest(connection)
+        assert b"[DONE]" in read_to_end(connection)
         assert server.process.wait(WAIT_S) == 0
-        assert not wait_until_gone(started, 5)
+        assert not wait_until_gone(processes, 5)
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "600") as server:
-        started = processes_below(server.process)
-        with begin_answer(server):
+def test_a_second_signal_ends_at_once(command_line: CommandLine, endless_model: Path) -> None:
+    with serving(command_line, "--model", str(endless_model), "--drain", "600") as server:
+        processes = descendants_of(server.process)
+        with start_answer(server):
             server.process.send_signal(signal.SIGTERM)
             server.wait_for("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
-        assert not wait_until_gone(started, 5)
+        assert not wait_until_gone(processes, 5)
 
 
 @pytest.mark.slow
-def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "1") as server:
-        connection = begin_answer(server, temperature=0)
+def test_an_answer_longer_than_the_drain_ends_with_an_error(command_line: CommandLine, endless_model: Path) -> None:
+    with serving(command_line, "--model", str(endless_model), "--drain", "1") as server:
+        connection = start_answer(server, temperature=0)
         assert server.end(signal.SIGTERM) == 0
-        assert b'"code":"unavailable"' in rest(connection)
+        assert b'"code":"unavailable"' in read_to_end(connection)
 
 
 @pytest.mark.slow
-def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
-    command_line: CommandLine, endless: Path
+def test_an_answer_without_streaming_longer_than_the_drain_is_a_503_in_the_apis_format(
+    command_line: CommandLine, endless_model: Path
 ) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "1") as server, server.connect() as connection:
-        body = json.dumps(CHAT | {"stream": False, "temperature": 0}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+    with serving(command_line, "--model", str(endless_model), "--drain", "1") as server, server.connect() as connection:
+        connection.sendall(chat_request(stream=False, temperature=0))
         while not server.request("GET", "/v1/status").json["requests"]:
             pass
         assert server.end(signal.SIGTERM) == 0
-        answer = parsed(rest(connection))
+        answer = parsed(read_to_end(connection))
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
         assert int(answer.headers["retry-after"]) > 0
 
 
 @pytest.mark.slow
-def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
-    command_line: CommandLine, endless: Path
+def test_a_server_whose_standard_error_is_closed_restarts_its_stages_and_continues_the_stream(
+    command_line: CommandLine, endless_model: Path
 ) -> None:
-    process = command_line.start("serve", "--port", "0", "--model", str(endless), "--context", "100", "--verbose")
+    process = command_line.start("serve", "--port", "0", "--model", str(endless_model), "--context", "100", "--verbose")
     assert process.stderr is not None
     lines: list[str] = []
     while not any("serving " in line for line in lines):
@@ -169,66 +187,55 @@ def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
     try:
         process.stderr.close()
         for number in (1, 2):
-            connection = begin_answer(server)
+            connection = start_answer(server)
             server.stages()[0].kill()
-            assert b"[DONE]" in rest_until_done(connection)
+            assert b"[DONE]" in read_until_done(connection)
             assert server.request("GET", "/v1/status").json["restarts"] == number
     finally:
         assert server.end() == 0
 
 
 @pytest.mark.slow
-def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLine, endless: Path) -> None:
-    options = ("--model", str(endless), "--stages", "2", "--context", "400")
+def test_after_a_killed_stage_the_stream_continues_and_health_and_status_report_the_restart(
+    command_line: CommandLine, endless_model: Path
+) -> None:
+    options = ("--model", str(endless_model), "--stages", "2", "--context", "400")
     with serving(command_line, *options) as server:
-        undisturbed = rest_of_text(begin_answer(server, seed=5, max_tokens=150))
-        connection = begin_answer(server, seed=5, max_tokens=150)
+        undisturbed = read_text_until_done(start_answer(server, seed=5, max_tokens=150))
+        connection = start_answer(server, seed=5, max_tokens=150)
         psutil.Process(server.stages()[1].pid).kill()
         server.wait_for("all stages start again")
         assert server.request("GET", "/health").status == 503
         assert [stage["loaded_bytes"] for stage in server.request("GET", "/v1/status").json["stages"]] == [0, 0]
-        assert rest_of_text(connection)[-200:] == undisturbed[-200:]
+        assert read_text_until_done(connection)[-200:] == undisturbed[-200:]
         assert server.request("GET", "/health").status == 200
         status = server.request("GET", "/v1/status").json
         assert (status["state"], status["faults"], status["restarts"]) == ("ready", 1, 1)
         faults = [stage["faults"] for stage in status["stages"]]
         assert sorted(faults) == [0, 1]
         assert all(stage["loaded_bytes"] == stage["shard_bytes"] for stage in status["stages"])
-        counted = f'mlx_k2_stage_faults_total{{stage="{faults.index(1)}"}} 1.0'
-        assert counted.encode() in server.request("GET", "/metrics").body
-
-
-def rest_until_done(connection: socket.socket) -> bytes:
-    """Return what a stream still sends, up to its end."""
-    received = b""
-    while b"[DONE]" not in received:
-        part = connection.recv(65536)
-        assert part, received[-500:]
-        received += part
-    connection.close()
-    return received
-
-
-def rest_of_text(connection: socket.socket) -> str:
-    """Return the text that a stream still sends, up to its end."""
-    events = [json.loads(line[6:]) for line in rest_until_done(connection).split(b"\n") if line.startswith(b"data: {")]
-    return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+        metric = f'mlx_k2_stage_faults_total{{stage="{faults.index(1)}"}} 1.0'
+        assert metric.encode() in server.request("GET", "/metrics").body
 
 
 @pytest.mark.slow
-def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "600") as server, server.connect() as connection:
+def test_a_reader_of_status_events_does_not_delay_the_end(command_line: CommandLine, endless_model: Path) -> None:
+    with (
+        serving(command_line, "--model", str(endless_model), "--drain", "600") as server,
+        server.connect() as connection,
+    ):
         connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"event: status" in connection.recv(65536) + connection.recv(65536)
         assert server.end(signal.SIGTERM) == 0
 
 
 @pytest.mark.slow
-def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, tmp_path: Path) -> None:
+def test_a_server_with_a_certificate_answers_https_and_not_http(command_line: CommandLine, tmp_path: Path) -> None:
     files = {name: str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run([*made, "-keyout", files["key"], "-out", files["cert"]], check=True, capture_output=True, timeout=60)
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    command = [*openssl, "-keyout", files["key"], "-out", files["cert"]]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     with serving(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
         context = ssl.create_default_context(cafile=files["cert"])
         with context.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:

@@ -1,4 +1,4 @@
-"""Tests of what setup writes and refuses without any host. tests/emulated_hosts/test_setup.py has the rest."""
+"""Tests of `mlx-k2 setup` on this machine alone. tests/emulated_hosts/test_setup.py has those on several hosts."""
 
 import json
 import os
@@ -29,26 +29,27 @@ LINES = st.lists(
 
 
 @given(lines=LINES, value=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=10))
-def test_a_value_is_set_and_nothing_else_changes(lines: list[str], value: str) -> None:
+def test_a_value_of_the_profile_is_set_and_no_other_changes(lines: list[str], value: str) -> None:
     text = "\n".join(lines)
     try:
-        before = tomllib.loads(text)
+        fields = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        return  # a key or a table twice
-    after = tomllib.loads(with_value(text, "hostfile", value))
-    assert after == before | {"hostfile": value}
-    assert with_value(with_value(text, "hostfile", value), "hostfile", value) == with_value(text, "hostfile", value)
+        return  # a key or a table occurs twice
+    changed_text = with_value(text, "hostfile", value)
+    assert tomllib.loads(changed_text) == fields | {"hostfile": value}
+    assert with_value(changed_text, "hostfile", value) == changed_text
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder, not yet there, in which this process's mlx-k2 writes the profile and the hostfile."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("MLX_K2_CONFIG")
     return tmp_path / "mlx-k2"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "error"),
     [
         ([], "nobody can be asked here: name the hosts, and give --yes"),
         (["this", "localhost"], "give each Mac once"),
@@ -57,39 +58,41 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["this", "--wheels", "/nowhere"], "--wheels /nowhere: there is no wheel in such a folder"),
     ],
 )
-def test_a_set_up_that_cannot_be_done_changes_nothing(
-    arguments: list[str], words: str, settings: Path, capsys: pytest.CaptureFixture[str]
+def test_a_setup_that_cannot_be_done_writes_nothing(
+    arguments: list[str], error: str, settings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["setup", *arguments]) == 2
-    assert words in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert not settings.exists()
 
 
 @pytest.mark.slow
-def test_this_machine_alone_needs_no_ssh(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_setup_of_this_machine_keeps_other_values_and_runs_the_doctor(
+    settings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings.mkdir()
     (settings / "config.toml").write_text("# mine\nseed = 3\n[chat]\nseed = 4\n")
     (settings / "hosts.json").write_text('[{"ssh": "127.0.0.1", "memory_gb": 8}]')
     assert run(["setup", "this", "--yes", "--model", "built-in"]) == 0
-    profile = tomllib.loads((settings / "config.toml").read_text())
-    assert profile == {
+    profile = (settings / "config.toml").read_text()
+    assert tomllib.loads(profile) == {
         "model": "built-in",
         "hostfile": str(settings / "hosts.json"),
         "seed": 3,
         "chat": {"seed": 4},
     }
-    assert "# mine" in (settings / "config.toml").read_text()
+    assert "# mine" in profile
     assert json.loads((settings / "hosts.json").read_text()) == [{"ssh": "127.0.0.1", "memory_gb": 8.0}]
-    reported = capsys.readouterr().err
-    assert "0 failure" in reported
-    assert "next: mlx-k2 chat; " in reported, "the built-in model is not downloaded"
+    errors = capsys.readouterr().err
+    assert "0 failure" in errors
+    assert "next: mlx-k2 chat; " in errors, "the next step is not the chat, although the model needs no download"
     assert run(["setup", "this", "--yes"]) == 0
     assert "written" not in capsys.readouterr().err
 
 
 @pytest.fixture
 def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this machine, with another home folder, reachable as mac-2. mlx-k2 is installed there."""
+    """Make `ssh mac-2` run commands on this machine, with another home folder in which mlx-k2 is installed."""
     home = tmp_path / "mac-2"
     python = home / FOLDER / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -111,41 +114,45 @@ def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("mac_2")
-def test_a_set_up_that_follows_the_advice_of_its_refusals_is_done(
+def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
     settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup = ("setup", "this", "mac-2", "--yes", "--python", sys.executable)
 
-    def shown(code: int, *words: str) -> str:
-        assert run(words) == code, capsys.readouterr().err
+    def output_of(exit_code: int, *arguments: str) -> str:
+        assert run(arguments) == exit_code, capsys.readouterr().err
         return "".join(capsys.readouterr())
 
-    assert "nobody can be asked here: name the hosts, and give --yes to change them" in shown(2, "setup")
-    assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in shown(2, "setup", "this", "this")
+    assert "nobody can be asked here: name the hosts, and give --yes to change them" in output_of(2, "setup")
+    assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in output_of(2, "setup", "this", "this")
     monkeypatch.setattr("mlx_k2.cli.setup.host_interfaces", lambda _request: [{"127.0.0.1": "lo0"}] * 2)
-    assert "the hosts share no network: give an address of each with --address" in shown(2, *setup)
-    assert "1 addresses for 2 hosts: give --address once for each" in shown(2, *setup, "--address", "127.0.0.1")
+    assert "the hosts share no network: give an address of each with --address" in output_of(2, *setup)
+    assert "1 addresses for 2 hosts: give --address once for each" in output_of(2, *setup, "--address", "127.0.0.1")
 
-    elsewhere = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")
-    first, again = (shown(1, *elsewhere) for _ in range(2))
+    unreachable = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")
+    first = output_of(1, *unreachable)
     assert "run the same command again to go on: what is done is not repeated" in first
-    assert ("written: " in first, "written: " in again) == (True, False)
-    assert "the doctor found a failure: fix it, then run `mlx-k2 doctor`" in again
+    assert "written: " in first
+    second = output_of(1, *unreachable)
+    assert "written: " not in second
+    assert "the doctor found a failure: fix it, then run `mlx-k2 doctor`" in second
     hostfile = settings / "hosts.json"
     hostfile.write_text(re.sub(r"192\.0\.2\.\d", "127.0.0.1", hostfile.read_text()))
-    assert "0 failure" in shown(0, "doctor")
+    assert "0 failure" in output_of(0, "doctor")
 
-    done = shown(0, *setup, "--address", "127.0.0.1", "--address", "127.0.0.1")
-    assert "next: mlx-k2 chat; `mlx-k2 config` shows the profile" in done
-    assert f'hostfile = "{hostfile}"' in shown(0, "config")
+    last = output_of(0, *setup, "--address", "127.0.0.1", "--address", "127.0.0.1")
+    assert "next: mlx-k2 chat; `mlx-k2 config` shows the profile" in last
+    assert f'hostfile = "{hostfile}"' in output_of(0, "config")
     user = CommandLine(settings.parent)
-    ran = user.run("chat", "--max-tokens", "2", stdin="Hi\n", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="")
-    assert ran.returncode == 0, ran.stderr
+    result = user.run("chat", "--max-tokens", "2", stdin="Hi\n", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="")
+    assert result.returncode == 0, result.stderr
 
 
-def test_a_model_on_the_hub_is_downloaded_next(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_step_after_setup_of_a_hub_model_is_a_download(
+    settings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["setup", "this", "--yes", "--model", REPO]) == 0
     assert "next: mlx-k2 download; " in capsys.readouterr().err
     user = CommandLine(settings.parent)
-    ran = user.run("download", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="", HF_HUB_OFFLINE="1")
-    assert f"config.json of {REPO} at main is not in this host's cache" in ran.stderr
+    result = user.run("download", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="", HF_HUB_OFFLINE="1")
+    assert f"config.json of {REPO} at main is not in this host's cache" in result.stderr

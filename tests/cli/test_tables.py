@@ -1,4 +1,4 @@
-"""Tests of the tables: no cell is cut, neither in a pipe nor at 80 columns of a terminal."""
+"""Tests of the tables of plans and checks: no cell is cut, neither in a pipe nor on a terminal of 80 columns."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.cli import console as console_module
 from mlx_k2.cli.console import show_plan
 from mlx_k2.cli.doctor import show_checks
 from mlx_k2.cli.main import run
@@ -36,7 +35,7 @@ def plans() -> list[StagePlan]:
 
 CELLS = [["123.4 GB", "21.5 GB", "31"], ["124.4 GB", "22.5 GB", "32"]]
 CHECKS = tuple(Check("an observation of it", CheckResult.OK, f"found on {host}", host) for host in HOSTS)
-TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {
+TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {  # a function that shows a table, and its cells
     "plan": (
         lambda: show_plan(plans(), CELLS, ("memory", "read a token", "files")),
         [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read a token"],
@@ -45,44 +44,45 @@ TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {
 }
 
 
-def shown(table: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool) -> list[str]:
+def output_lines(show_table: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool) -> list[str]:
+    """Return the lines of a table on a terminal of 80 columns, or in a pipe."""
     file = io.StringIO()
-    narrow = SafeConsole(file=file, force_terminal=is_terminal, width=80, color_system=None)
     if is_terminal:
-        monkeypatch.setattr(console_module, "console", narrow)
-        monkeypatch.setattr("mlx_k2.cli.doctor.console", narrow)
+        console = SafeConsole(file=file, force_terminal=True, width=80, color_system=None)
+        monkeypatch.setattr("mlx_k2.cli.console.console", console)
+        monkeypatch.setattr("mlx_k2.cli.doctor.console", console)
     else:
         monkeypatch.setattr("sys.stderr", file)
-    table()
+    show_table()
     return file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_in_a_pipe_each_row_is_on_one_line_and_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, cells = TABLES[name]
-    lines = shown(table, monkeypatch, is_terminal=False)
+def test_in_a_pipe_each_cell_is_complete_on_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    show_table, cells = TABLES[name]
+    lines = output_lines(show_table, monkeypatch, is_terminal=False)
     assert all(any(cell in line for line in lines) for cell in cells)
     assert not any("…" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_on_a_terminal_of_80_columns_long_cells_are_folded_and_the_others_whole(
+def test_on_a_terminal_of_80_columns_long_cells_are_folded_and_the_others_are_on_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, cells = TABLES[name]
-    lines = shown(table, monkeypatch, is_terminal=True)
+    show_table, cells = TABLES[name]
+    lines = output_lines(show_table, monkeypatch, is_terminal=True)
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
-    folded = [cell for cell in cells if len(cell) > 30]
-    assert all(any(cell in line for line in lines) for cell in cells if cell not in folded)
-    # each column by itself: the pieces of a folded cell are below each other
-    starts = [index for index in range(80) if index == 0 or all(line[index - 1 : index] in ("", " ") for line in lines)]
+    long_cells = [cell for cell in cells if len(cell) > 30]
+    assert all(any(cell in line for line in lines) for cell in cells if cell not in long_cells)
+    # A column starts where all lines have a space. The parts of a folded cell are below each other in its column.
+    starts = [0, *(index for index in range(1, 80) if all(line[index - 1 : index] in ("", " ") for line in lines))]
     columns = ["".join(line[start:].split("  ")[0].strip() for line in lines) for start in starts]
-    for cell in folded:
+    for cell in long_cells:
         assert any(cell.replace(" ", "") in column.replace(" ", "") for column in columns), cell
 
 
-def test_a_dry_run_in_a_pipe_shows_whole_names_and_all_columns(
+def test_a_dry_run_in_a_pipe_shows_complete_host_names_and_all_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,4 +1,4 @@
-"""Test of --timeout: an answer past its timeout ends with its tokens so far, and other answers do not change."""
+"""Test of timeouts in a file of prompts: an answer ends with its tokens so far, and other answers do not change."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,22 @@ SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
 
 
 @pytest.mark.slow
-def test_a_prompt_line_can_set_its_own_timeout(command_line: CommandLine, endless: Path, tmp_path: Path) -> None:
+def test_a_line_of_prompts_ends_at_its_own_timeout_and_does_not_change_the_others(
+    command_line: CommandLine, endless_model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
 
     def results(*lines: object, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         out.unlink(missing_ok=True)
-        asked = ("--model", str(endless), "--raw", "--prompts", str(prompts), "--out", str(out))
-        run = command_line.run("generate", *asked, *options)
-        assert run.returncode == 0, run.stderr
+        arguments = ("--model", str(endless_model), "--raw", "--prompts", str(prompts), "--out", str(out))
+        result = command_line.run("generate", *arguments, *options)
+        assert result.returncode == 0, result.stderr
         return [json.loads(line) for line in out.read_text().splitlines()]
 
-    (alone,) = results(SHORT)
-    cut, beside = results({**ENDLESS, "timeout": 1.0}, SHORT, options=("--timeout", "3600"))
-    assert (cut["finish_reason"], beside["finish_reason"]) == ("timeout", "length")
-    assert 0 < cut["usage"]["generated_tokens"] < 2000 and cut["text"]
-    assert beside["text"] == alone["text"]
+    (short_alone,) = results(SHORT)
+    endless, short = results({**ENDLESS, "timeout": 1.0}, SHORT, options=("--timeout", "3600"))
+    assert (endless["finish_reason"], short["finish_reason"]) == ("timeout", "length")
+    assert 0 < endless["usage"]["generated_tokens"] < 2000 and endless["text"]
+    assert short["text"] == short_alone["text"]

@@ -1,4 +1,4 @@
-"""A real terminal without a display: tmux runs a command in it, types keys and returns the visible text."""
+"""A terminal in tmux: a test runs a command in it, types keys and reads the visible text."""
 
 import shlex
 import shutil
@@ -17,7 +17,7 @@ needs_tmux = pytest.mark.skipif(
     shutil.which("tmux") is None, reason="needs tmux: apt install tmux, or brew install tmux"
 )
 
-_LOOK_EVERY_S = 0.05
+_POLL_INTERVAL_S = 0.05
 _TIMEOUT_S = 40.0
 
 
@@ -39,17 +39,17 @@ class Terminal:
     def resize(self, columns: int, rows: int) -> None:
         self._tmux("resize-window", "-t", "pane", "-x", str(columns), "-y", str(rows))
 
-    def shown(self, *, with_colours: bool = False) -> str:
+    def text(self, *, with_colours: bool = False) -> str:
         """Return the visible text and the scrollback."""
         return self._tmux("capture-pane", "-p", "-S", "-", "-t", "pane", *(["-e"] if with_colours else []))
 
     def wait_for(self, text: str, times: int = 1) -> str:
-        """Wait until ``text`` is shown at least ``times`` times. Return all shown text."""
+        """Wait until ``text`` is visible at least ``times`` times, at most 40 s. Return all text of the terminal."""
         deadline = time.monotonic() + _TIMEOUT_S
-        while (shown := self.shown()).count(text) < times:
-            assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{shown}"
-            threading.Event().wait(_LOOK_EVERY_S)
-        return shown
+        while (all_text := self.text()).count(text) < times:
+            assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{all_text}"
+            threading.Event().wait(_POLL_INTERVAL_S)
+        return all_text
 
     @property
     def pid(self) -> int:
@@ -77,12 +77,11 @@ def terminal(
     """Run ``command`` in a terminal, which stays open after its end and then shows ``exit code N``."""
     socket = folder / "tmux"
     line = f"env -i {shlex.join(f'{name}={value}' for name, value in environment.items())} {shlex.join(command)}"
-    pane = Terminal(socket)
-    start = ["tmux", "-f", "/dev/null", "-S", str(socket), "new-session", "-d", "-s", "pane", "-x", str(columns)]
-    keep = f"{line}; echo exit code $?; read _"
-    _start([*start, "-y", str(rows), keep])
+    size = ("-x", str(columns), "-y", str(rows))
+    start = ["tmux", "-f", "/dev/null", "-S", str(socket), "new-session", "-d", "-s", "pane", *size]
+    _start([*start, f"{line}; echo exit code $?; read _"])
     try:
-        yield pane
+        yield Terminal(socket)
     finally:
         subprocess.run(["tmux", "-S", str(socket), "kill-server"], capture_output=True, timeout=20)
 

@@ -1,7 +1,7 @@
-"""A program that shows texts on its terminal, in every way that the commands show what others wrote.
+"""A program that shows texts on its terminal as the commands show texts of models, tools, hosts and files.
 
-It reads one JSON object {"way": ..., "parts": [...]} a line from the file descriptor of its argument, and writes END
-after each.
+It reads lines from the file descriptor that its argument names. A line is a JSON object with a ``display``, a key of
+DISPLAYS, and a text in ``parts``. After the output for each line it writes END.
 """
 
 import json
@@ -27,17 +27,18 @@ from mlx_k2.tools.outcome import Outcome, ToolResult
 END = "<END OF THIS TEXT>"
 
 
-def call(text: str) -> ToolCall:
+def tool_call(text: str) -> ToolCall:
+    """Return a tool call that has ``text`` in every field."""
     return ToolCall(text, text, text, {text: [text]})
 
 
-def chat(screen: Screen, parts: list[str]) -> None:
+def show_chat(screen: Screen, parts: list[str]) -> None:
     text = "".join(parts)
     events: list[Event] = [
         *(Reasoning(part) for part in parts),
         *(Content(part) for part in parts),
-        CallStarted(call(text)),
-        CallEnded(call(text), ToolResult(Outcome.DONE, text), 1.0),
+        CallStarted(tool_call(text)),
+        CallEnded(tool_call(text), ToolResult(Outcome.DONE, text), 1.0),
         Restarting(Restart(text, 1, 3, 1.0), text),
     ]
     for event in events:
@@ -48,22 +49,22 @@ def chat(screen: Screen, parts: list[str]) -> None:
     screen.pause()
 
 
-def approval(parts: list[str]) -> None:
+def show_approval(parts: list[str]) -> None:
     for screen in (RichScreen(show_thinking=True), PlainScreen(show_thinking=True)):
-        screen.show_call(f"the model wants to call {full_call(call(''.join(parts)))}")
+        screen.show_call(f"the model wants to call {full_call(tool_call(''.join(parts)))}")
 
 
-def listener(parts: list[str]) -> None:
+def show_progress(parts: list[str]) -> None:
     text = "".join(parts)
-    with ConsoleListener(verbose=True) as shown:
-        shown.log(text)
-        shown.notify(text)
-        shown.phase(text)
-    with ConsoleListener(verbose=False) as shown:
-        shown.phase(text)
+    with ConsoleListener(verbose=True) as listener:
+        listener.log(text)
+        listener.notify(text)
+        listener.phase(text)
+    with ConsoleListener(verbose=False) as listener:
+        listener.phase(text)
 
 
-def errors(parts: list[str]) -> None:
+def show_errors(parts: list[str]) -> None:
     text = "".join(parts)
     main._print_error(f"error: {text}")
     logging.getLogger("a library").warning("%s", text)
@@ -73,18 +74,18 @@ def errors(parts: list[str]) -> None:
         raise RuntimeError(text)
     except RuntimeError as error:
         sys.excepthook(RuntimeError, error, error.__traceback__)
-    thread = threading.Thread(target=fail, args=[text], name=text)
+    thread = threading.Thread(target=raise_error, args=[text], name=text)
     thread.start()
     thread.join()
-    FailsAtItsEnd(text)
+    ErrorAtDeletion(text)
 
 
-def fail(text: str) -> None:
+def raise_error(text: str) -> None:
     raise RuntimeError(text)
 
 
-class FailsAtItsEnd:
-    """An object in whose end an error is raised, which Python reports and ignores."""
+class ErrorAtDeletion:
+    """An object whose deletion raises an error, which Python prints and ignores."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -93,33 +94,33 @@ class FailsAtItsEnd:
         raise RuntimeError(self._text)
 
 
-def doctor(parts: list[str]) -> None:
+def show_doctor(parts: list[str]) -> None:
     text = "".join(parts)
     checks = (Check(text, CheckResult.FAILURE, text, text),)
     show_checks(checks)
     _print_json(checks)
 
 
-WAYS: dict[str, Callable[[list[str]], None]] = {
-    "rich": lambda parts: chat(RichScreen(show_thinking=True), parts),
-    "plain": lambda parts: chat(PlainScreen(show_thinking=True), parts),
-    "approval": approval,
-    "listener": listener,
-    "errors": errors,
-    "doctor": doctor,
+DISPLAYS: dict[str, Callable[[list[str]], None]] = {
+    "rich": lambda parts: show_chat(RichScreen(show_thinking=True), parts),
+    "plain": lambda parts: show_chat(PlainScreen(show_thinking=True), parts),
+    "approval": show_approval,
+    "progress": show_progress,
+    "errors": show_errors,
+    "doctor": show_doctor,
 }
 
 
-def serve() -> None:
+def show_lines() -> None:
     main.make_errors_printable()
     with os.fdopen(int(sys.argv[1])) as lines:
         for line in lines:
-            asked = json.loads(line)
-            WAYS[asked["way"]](asked["parts"])
+            fields = json.loads(line)
+            DISPLAYS[fields["display"]](fields["parts"])
             sys.stderr.flush()
             sys.stdout.write(END)
             sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    serve()
+    show_lines()

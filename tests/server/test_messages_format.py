@@ -97,9 +97,9 @@ def check_order(events: Sequence[dict[str, Any]]) -> None:
 def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
     generation = generation_of()
     events = events_of(generation, token_ids(section(call("functions.f:0", arguments), call("functions.f:1", "{}"))))
-    text, whole_call = body_of(generation, events, "summarized")["content"]
+    text, full_call = body_of(generation, events, "summarized")["content"]
     assert text == {"type": "text", "text": f"functions.f:0{arguments}"}
-    assert (whole_call["type"], whole_call["input"]) == ("tool_use", {})
+    assert (full_call["type"], full_call["input"]) == ("tool_use", {})
 
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.TIMEOUT, FinishReason.CANCELLED])

@@ -24,7 +24,7 @@ from mlx_k2.weights.inventory import model_specs
 from mlx_k2.weights.manifest import MANIFEST_NAME, HubFile, identify, write_manifest
 from mlx_k2.weights.model_frontend import ModelFrontend
 from tests.advice import follows_advice
-from tests.test_advice_of_commands import NOBODY, REPO
+from tests.test_advice_of_commands import NO_SERVER, REPO
 from tests.weights.test_index import LFS_POINTER
 
 pytestmark = pytest.mark.timeout(60)
@@ -72,7 +72,7 @@ def test_a_server_with_a_certificate_of_its_own_is_reached_if_ssl_cert_file_name
 def test_a_copied_checkpoint_and_a_snapshot_in_the_hubs_cache_are_read(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
     with pytest.raises(DownloadError, match="or copy the checkpoint here and give --model its folder"):
-        fetch_small_files(HubRepo("owner/name", None, tmp_path / "cache", NOBODY))
+        fetch_small_files(HubRepo("owner/name", None, tmp_path / "cache", NO_SERVER))
     shutil.copytree(BUILTIN_FOLDER, snapshot)
     with pytest.raises(MlxK2Error, match="give --model owner/name, or a folder in its snapshots"):
         read_small_files(snapshot.parents[1])
