@@ -17,7 +17,8 @@ import pytest
 from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
-from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
+from tests.server.http_client import WAIT_S, exchange, parse_answer
+from tests.server.server_process import Server, running_server
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -110,11 +111,11 @@ def test_the_property_list_runs_a_module_with_its_python(command_line: CommandLi
 
 
 def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--context", "200") as server:
+    with running_server(command_line, "--model", str(endless), "--context", "200") as server:
         started = processes_below(server.process)
         connection = begin_answer(server)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("ending: running requests may continue")
+        server.wait_for_line("ending: running requests may continue")
         assert b"[DONE]" in rest(connection)
         assert server.process.wait(WAIT_S) == 0
         assert not wait_until_gone(started, 5)
@@ -122,18 +123,18 @@ def test_sigterm_lets_a_running_answer_end_and_then_exits_with_0(command_line: C
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "600") as server:
+    with running_server(command_line, "--model", str(endless), "--drain", "600") as server:
         started = processes_below(server.process)
         with begin_answer(server):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for("ending: running requests may continue")
+            server.wait_for_line("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert not wait_until_gone(started, 5)
 
 
 @pytest.mark.slow
 def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "1") as server:
+    with running_server(command_line, "--model", str(endless), "--drain", "1") as server:
         connection = begin_answer(server, temperature=0)
         assert server.end(signal.SIGTERM) == 0
         assert b'"code":"unavailable"' in rest(connection)
@@ -143,14 +144,17 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error_event(command_line: 
 def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
     command_line: CommandLine, endless: Path
 ) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "1") as server, server.connect() as connection:
+    with (
+        running_server(command_line, "--model", str(endless), "--drain", "1") as server,
+        server.connect() as connection,
+    ):
         body = json.dumps(CHAT | {"stream": False, "temperature": 0}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         while not server.request("GET", "/v1/status").json["requests"]:
             pass
         assert server.end(signal.SIGTERM) == 0
-        answer = parsed(rest(connection))
+        answer = parse_answer(rest(connection))
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
         assert int(answer.headers["retry-after"]) > 0
 
@@ -180,11 +184,11 @@ def test_a_server_whose_terminal_is_gone_restarts_its_stages_and_goes_on(
 @pytest.mark.slow
 def test_a_killed_stage_restarts_and_the_stream_goes_on(command_line: CommandLine, endless: Path) -> None:
     options = ("--model", str(endless), "--stages", "2", "--context", "400")
-    with serving(command_line, *options) as server:
+    with running_server(command_line, *options) as server:
         undisturbed = rest_of_text(begin_answer(server, seed=5, max_tokens=150))
         connection = begin_answer(server, seed=5, max_tokens=150)
         psutil.Process(server.stages()[1].pid).kill()
-        server.wait_for("all stages start again")
+        server.wait_for_line("all stages start again")
         assert server.request("GET", "/health").status == 503
         assert [stage["loaded_bytes"] for stage in server.request("GET", "/v1/status").json["stages"]] == [0, 0]
         assert rest_of_text(connection)[-200:] == undisturbed[-200:]
@@ -217,7 +221,10 @@ def rest_of_text(connection: socket.socket) -> str:
 
 @pytest.mark.slow
 def test_a_listener_for_the_status_does_not_delay_the_end(command_line: CommandLine, endless: Path) -> None:
-    with serving(command_line, "--model", str(endless), "--drain", "600") as server, server.connect() as connection:
+    with (
+        running_server(command_line, "--model", str(endless), "--drain", "600") as server,
+        server.connect() as connection,
+    ):
         connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"event: status" in connection.recv(65536) + connection.recv(65536)
         assert server.end(signal.SIGTERM) == 0
@@ -229,7 +236,7 @@ def test_a_certificate_makes_the_server_one_of_https(command_line: CommandLine, 
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
     subprocess.run([*made, "-keyout", files["key"], "-out", files["cert"]], check=True, capture_output=True, timeout=60)
-    with serving(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
+    with running_server(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
         context = ssl.create_default_context(cafile=files["cert"])
         with context.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
             request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

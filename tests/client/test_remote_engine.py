@@ -13,12 +13,12 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
 from tests.coordinator.token_engine import request
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.in_process import SteppedServer, running_stages, stepped_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SteppedServer]:
-    with stepped_server(num_slots=2, chunk_tokens=8) as found, stepping(found):
+    with stepped_server(num_slots=2, chunk_tokens=8) as found, running_stages(found):
         yield found
 
 
@@ -75,11 +75,11 @@ def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
     )
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(Request((60, 61), 50, sampling, frozenset()))
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
         assert job.submission.request == Request((60, 61), 50, sampling, frozenset())
         handle.cancel()
-        wait_until(lambda: server.num_used == 0, "the request is gone")
+        server.wait_for_requests(0)
 
 
 def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
@@ -112,18 +112,18 @@ def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> 
         engine = RemoteEngine(ServerAddress(server.url))
         submitted = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
         handle = engine.submit(submitted)
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
         assert job.submission.request.priority is priority
         handle.cancel()
         assert [type(event) for event in handle.events()] == [Finished]
-        wait_until(lambda: server.num_used == 0, "the request is gone")
+        server.wait_for_requests(0)
 
 
 def test_the_end_of_the_servers_engine_is_an_error() -> None:
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(request(60, max_tokens=100))
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         server.tokens.fail(0)
         server.tokens.cancel()
         with pytest.raises(ClusterError):
@@ -134,12 +134,12 @@ def test_a_request_waits_while_the_servers_stages_start_again() -> None:
     with stepped_server() as server:
         engine = RemoteEngine(ServerAddress(server.url))
         first = engine.submit(request(60, max_tokens=20, seed=2))
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.wait_for_plan()
         server.tokens.fail(0)
         second = engine.submit(request(60, max_tokens=20, seed=2))
-        server.wait_for("/v1/completions 503")
+        server.wait_for_line("/v1/completions 503")
         server.tokens.end_restart()
-        with stepping(server):
+        with running_stages(server):
             assert tokens_of(first)[0] == tokens_of(second)[0]
 
 
@@ -147,30 +147,30 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
         handles = [engine.submit(request(60, max_tokens=100))]
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.wait_for_plan()
         handles.append(engine.submit(request(61, max_tokens=100)))
-        wait_until(lambda: server.num_used == 2, "the second request waits")
+        server.wait_for_requests(2)
         with pytest.raises(EngineBusy) as caught:
             list(engine.submit(request(62)).events())
         assert caught.value.wait_s >= 1
         for handle in handles:
             handle.cancel()
-        wait_until(lambda: server.num_used == 0, "both are gone")
+        server.wait_for_requests(0)
 
 
 def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
         others = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
-        wait_until(lambda: bool(server.tokens.plans), "another request runs")
+        server.wait_for_plan()
         others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
         submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
         handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
-        server.wait_for("/v1/completions 429")
+        server.wait_for_line("/v1/completions 429")
         for other in others:
             other.cancel()
-        with stepping(server):
+        with running_stages(server):
             found, end = tokens_of(handle)
         assert found[0] == tokenizer.special_ids["</think>"]
         assert (len(found), end.reason) == (12, FinishReason.LENGTH)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import ReplyParser
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
+from mlx_k2.text.tokenizer import Tokenizer
 from tests.text.fixtures import tokenizer
 
 IN_VOCABULARY = frozenset(name for name in NAMES if name in tokenizer().special_ids)
@@ -20,6 +21,14 @@ def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozens
     parser = ReplyParser(names, in_reasoning=in_reasoning)
     pieces = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
     return [*pieces, *parser.finish()]
+
+
+def reply_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return a reply as token ids, with each marker as its control token."""
+    ids: list[int] = []
+    for piece, is_control in tokens_of(text):
+        ids += [tokenizer.special_ids[piece]] if is_control else tokenizer.encode_text(piece)
+    return ids
 
 
 def tokens_of(text: str) -> list[Token]:
