@@ -13,12 +13,12 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
 from tests.coordinator.token_engine import request
-from tests.server.in_process import SteppedServer, running_stages, stepped_server
+from tests.server.in_process import SteppedServer, stepped_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SteppedServer]:
-    with stepped_server(num_slots=2, chunk_tokens=8) as found, running_stages(found):
+    with stepped_server(num_slots=2, chunk_tokens=8) as found, found.running_stages():
         yield found
 
 
@@ -139,7 +139,7 @@ def test_a_request_waits_while_the_servers_stages_start_again() -> None:
         second = engine.submit(request(60, max_tokens=20, seed=2))
         server.wait_for_line("/v1/completions 503")
         server.tokens.end_restart()
-        with running_stages(server):
+        with server.running_stages():
             assert tokens_of(first)[0] == tokens_of(second)[0]
 
 
@@ -170,7 +170,7 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         server.wait_for_line("/v1/completions 429")
         for other in others:
             other.cancel()
-        with running_stages(server):
+        with server.running_stages():
             found, end = tokens_of(handle)
         assert found[0] == tokenizer.special_ids["</think>"]
         assert (len(found), end.reason) == (12, FinishReason.LENGTH)

@@ -1,8 +1,8 @@
 """A program that sends each request with OpenAI's client in four ways: complete and streamed, synchronous and not.
 
-It runs with the client 1.x and with the current one. A line of its input is a JSON array of a base URL and the
-arguments of ``create``, for a response if they have an ``input``, else for a chat completion. Its answer is a line of
-JSON with the client's version and the fields that it received in each way; the client joins the parts of a stream.
+It runs with the client 1.x and with the current one, and prints the client's version first. A line of its input is a
+JSON array of a base URL and the arguments of ``create``, for a response if they have an ``input``, else for a chat
+completion. Its answer is a line with the fields received in each way; the client joins the parts of a stream.
 """
 
 import asyncio
@@ -135,16 +135,20 @@ async def asynchronous_results(base_url: str, request: Fields) -> list[Fields]:
     return results
 
 
+def write_line(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
+    write_line(openai.__version__)
     for line in sys.stdin:
         base_url, request = json.loads(line)
         try:
             results = synchronous_results(base_url, request) + asyncio.run(asynchronous_results(base_url, request))
-            answer = {"version": openai.__version__, "results": results}
         except Exception:  # noqa: BLE001 - the test shows it
-            answer = {"failure": traceback.format_exc()}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            results = [{"failure": traceback.format_exc()}]
+        write_line(json.dumps(results))
 
 
 if __name__ == "__main__":

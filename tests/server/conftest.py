@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cli.command import CommandLine
-from tests.server.in_process import SteppedServer, running_stages, stepped_server
+from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.server_process import Server, running_server
 
 
@@ -19,5 +19,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def fast_server() -> Iterator[SteppedServer]:
     """A server in this process that answers at once, with tokens without meaning."""
-    with stepped_server(num_slots=4, chunk_tokens=512) as running, running_stages(running):
+    with stepped_server(num_slots=4, chunk_tokens=512) as running, running.running_stages():
         yield running

@@ -18,7 +18,7 @@ from mlx_k2.testing.token_stages import TokenStages
 from mlx_k2.text.tokenizer import Tokenizer
 from tests.server.client_script import completion_fields
 from tests.server.http_client import WAIT_S
-from tests.server.in_process import SteppedServer, builtin_frontend, running_stages, stepped_server
+from tests.server.in_process import SteppedServer, builtin_frontend, stepped_server
 from tests.text.replies import call, reply_ids, section
 
 TOOLS: list[Any] = [
@@ -110,7 +110,7 @@ def forced_server(
     stages = ForcedStages(reply_ids(reply, tokenizer), tokenizer.special_ids["<|im_end|>"])
     with (
         stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server,
-        running_stages(server),
+        server.running_stages(),
     ):
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
         prompt = {"messages": list(messages), "tools": TOOLS}

@@ -33,7 +33,7 @@ LONG_PROMPT = "one two three " * 60
 
 @dataclass(frozen=True)
 class SteppedServer:
-    """A server whose stages execute plans in ``tokens.run`` and in `running_stages`, and the lines of its log."""
+    """A server whose stages execute plans only in ``run_plans`` and in ``running_stages``, and the lines of its log."""
 
     port: int
     tokens: TokenEngine
@@ -62,6 +62,38 @@ class SteppedServer:
         """Send one request on a separate connection and return the whole answer."""
         with self.connect() as connection:
             return exchange(connection, request_bytes(method, path, body, **headers))
+
+    def send(self, method: str, path: str, body: object = None, **headers: str) -> socket.socket:
+        """Send a request on a new connection, and return the connection."""
+        return send(self.port, method, path, body, **headers)
+
+    def send_chat(self, text: str = "a", key: str = "", pipelined: bytes | None = None, **fields: Any) -> socket.socket:
+        """Send a chat request and return its connection.
+
+        ``pipelined`` follows the request on a connection that stays open; with None the request closes its connection.
+        """
+        body = {"messages": [{"role": "user", "content": text}], "seed": 3} | fields
+        headers = {"x-api-key": key, "Connection": "close" if pipelined is None else "keep-alive"}
+        connection = self.send("POST", CHAT_PATH, body, **headers)
+        connection.sendall(pipelined or b"")
+        return connection
+
+    @contextmanager
+    def running_stages(self) -> Iterator[None]:
+        """Execute all plans on another thread."""
+        stop = threading.Event()
+
+        def execute_plans() -> None:
+            while not stop.is_set():
+                num_executed = sum(self.tokens.stages.execute(rank) for rank in range(2))
+                if not num_executed:
+                    stop.wait(0.001)
+
+        thread = threading.Thread(target=execute_plans, daemon=True)
+        thread.start()
+        yield
+        stop.set()
+        thread.join(WAIT_S)
 
     def wait_for_line(self, text: str, count: int = 1) -> None:
         """Wait until ``count`` lines of the log have ``text``."""
@@ -115,38 +147,6 @@ def stepped_server(
     ):
         state.serve(tokens.engine, LanguageModel(builtin_frontend(), "tokens"))
         yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)
-
-
-def send_chat(
-    server: SteppedServer, text: str = "a", key: str = "", pipelined: bytes | None = None, **fields: Any
-) -> socket.socket:
-    """Send a chat request and return its connection.
-
-    ``pipelined`` follows the request on a connection that stays open; with None the request closes its connection.
-    """
-    body = {"messages": [{"role": "user", "content": text}], "seed": 3} | fields
-    headers = {"x-api-key": key, "Connection": "close" if pipelined is None else "keep-alive"}
-    connection = send(server.port, "POST", CHAT_PATH, body, **headers)
-    connection.sendall(pipelined or b"")
-    return connection
-
-
-@contextmanager
-def running_stages(server: SteppedServer) -> Iterator[None]:
-    """Execute all plans on another thread."""
-    stop = threading.Event()
-
-    def execute_plans() -> None:
-        while not stop.is_set():
-            num_executed = sum(server.tokens.stages.execute(rank) for rank in range(2))
-            if not num_executed:
-                stop.wait(0.001)
-
-    thread = threading.Thread(target=execute_plans, daemon=True)
-    thread.start()
-    yield
-    stop.set()
-    thread.join(WAIT_S)
 
 
 def wait_until(is_true: Callable[[], bool], description: str) -> None:

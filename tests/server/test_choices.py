@@ -5,15 +5,8 @@ from typing import Any
 
 from mlx_k2.server.routes import warning_headers
 from tests.server.chat_client import SUM_QUESTION
-from tests.server.http_client import CHAT_PATH, receive_answer, send
-from tests.server.in_process import (
-    LONG_PROMPT,
-    SteppedServer,
-    running_stages,
-    send_chat,
-    stepped_server,
-    wait_until,
-)
+from tests.server.http_client import CHAT_PATH, receive_answer
+from tests.server.in_process import LONG_PROMPT, SteppedServer, stepped_server, wait_until
 from tests.server.server_process import Server
 
 REQUEST: dict[str, Any] = {"messages": SUM_QUESTION, "seed": 3}
@@ -47,8 +40,8 @@ def test_several_choices_are_streamed_as_in_the_body(server: Server) -> None:
 
 def test_several_choices_compute_their_prompt_once_and_end_together() -> None:
     fields: dict[str, Any] = {"n": 4, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
-    with stepped_server(num_slots=4, chunk_tokens=64) as server, running_stages(server):
-        answer = receive_answer(send_chat(server, LONG_PROMPT, **fields))
+    with stepped_server(num_slots=4, chunk_tokens=64) as server, server.running_stages():
+        answer = receive_answer(server.send_chat(LONG_PROMPT, **fields))
         assert server.num_requests == 0
     usage = answer.events[-1]["usage"]
     assert server.num_planned_tokens < 2 * usage["prompt_tokens"]
@@ -58,12 +51,12 @@ def test_several_choices_compute_their_prompt_once_and_end_together() -> None:
 
 def test_a_hang_up_or_a_cancellation_ends_all_choices() -> None:
     with stepped_server(num_slots=4) as server:
-        connection = send_chat(server, n=3, stream=True)
+        connection = server.send_chat(n=3, stream=True)
         server.wait_for_requests(3)
         assert len(server.request("GET", "/v1/status").json["requests"]) == 3
         connection.close()
         server.wait_for_requests(0)
-        connection = send_chat(server, n=3)
+        connection = server.send_chat(n=3)
         wait_until(lambda: len(server.state.records) == 3 and server.num_requests == 3, "three choices run")
         request_id = next(iter(server.state.records))
         assert server.request("POST", f"/v1/requests/{request_id}/cancel").status == 200
@@ -78,7 +71,7 @@ def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
     """Slots and queue hold 3 requests: the fourth body is refused before it is read."""
     with stepped_server(num_slots=1, max_queued=2) as server, contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(send(server.port, "POST", CHAT_PATH, **{"Content-Length": "100"}))
+            stack.enter_context(server.send("POST", CHAT_PATH, **{"Content-Length": "100"}))
         wait_until(lambda: server.state._num_preparing[True] == 3, "three bodies are awaited")
         refused = server.request("POST", CHAT_PATH, REQUEST)
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
@@ -90,9 +83,9 @@ def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
 
 def test_tokens_are_counted_while_the_queue_is_full() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
-        running = send_chat(server, stream=True)
+        running = server.send_chat(stream=True)
         server.wait_for_plan()
-        waiting = send_chat(server, stream=True)
+        waiting = server.send_chat(stream=True)
         server.wait_for_requests(2)
         assert server.request("POST", CHAT_PATH, REQUEST).status == 429
         assert can_tokenize(server)

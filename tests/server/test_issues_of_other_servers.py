@@ -41,14 +41,7 @@ from tests.server.forced_replies import (
     streamed_reply_fields,
 )
 from tests.server.http_client import CHAT_PATH, receive_answer
-from tests.server.in_process import (
-    LONG_PROMPT,
-    SteppedServer,
-    builtin_frontend,
-    running_stages,
-    send_chat,
-    stepped_server,
-)
+from tests.server.in_process import LONG_PROMPT, SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import Server
 from tests.text.replies import CALL
 
@@ -218,11 +211,11 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
         chat = read_chat_request(json.dumps({"messages": USER_MESSAGES, "service_tier": tier}).encode())
         assert model.chat(chat, "").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
-        title = send_chat(server, LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
+        title = server.send_chat(LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
         server.wait_for_plan()
-        chat_connection = send_chat(server, stream=True, max_tokens=3)
+        chat_connection = server.send_chat(stream=True, max_tokens=3)
         server.wait_for_requests(2)
-        with running_stages(server):
+        with server.running_stages():
             for connection in (chat_connection, title):
                 assert b"[DONE]" in receive_answer(connection).body
     slots = [row.slot for step in server.tokens.plans for row in step.rows]
@@ -232,13 +225,13 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
 
 def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() -> None:
     with stepped_server() as server:
-        first = send_chat(server, LONG_PROMPT, stream=True)
+        first = server.send_chat(LONG_PROMPT, stream=True)
         server.wait_for_plan()
         server.tokens.run(lambda: server.num_planned_tokens > 80)
         first.close()
         server.wait_for_requests(0)
-        with running_stages(server):
-            usage = receive_answer(send_chat(server, LONG_PROMPT, max_tokens=1)).json["usage"]
+        with server.running_stages():
+            usage = receive_answer(server.send_chat(LONG_PROMPT, max_tokens=1)).json["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 64
 
 

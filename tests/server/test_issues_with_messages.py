@@ -14,7 +14,6 @@ from mlx_k2.scheduling.request import Priority
 from mlx_k2.server.messages_request import MessagesRequest
 from mlx_k2.server.request_fields import read_fields
 from tests.server.forced_replies import USER_MESSAGES
-from tests.server.http_client import send
 from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.messages_client import CLIENT_TOOLS, MESSAGES_PATH, client_of, create_message
 from tests.server.server_process import Server
@@ -63,9 +62,9 @@ def test_lms_2055_a_count_is_exact(server: Server) -> None:
 def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() -> None:
     with stepped_server(max_queued=1) as server, ThreadPoolExecutor(8) as pool:
         body = {"max_tokens": 5, "messages": USER_MESSAGES}
-        running = send(server.port, "POST", MESSAGES_PATH, body)
+        running = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_plan()
-        queued = send(server.port, "POST", MESSAGES_PATH, body)
+        queued = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_requests(2)
         started_at = time.monotonic()
         path = f"{MESSAGES_PATH}/count_tokens?beta=true"

@@ -14,23 +14,8 @@ import pytest
 from mlx_k2.server import http_connection, request_fields
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.http_client import (
-    CHAT_PATH,
-    WAIT_S,
-    HttpAnswer,
-    receive_answer,
-    receive_until,
-    request_bytes,
-    send,
-)
-from tests.server.in_process import (
-    LONG_PROMPT,
-    SteppedServer,
-    running_stages,
-    send_chat,
-    stepped_server,
-    wait_until,
-)
+from tests.server.http_client import CHAT_PATH, WAIT_S, HttpAnswer, receive_answer, receive_until, request_bytes
+from tests.server.in_process import LONG_PROMPT, SteppedServer, stepped_server, wait_until
 
 FIRST_CHUNK = b'"role":"assistant"'
 with_and_without_stream = pytest.mark.parametrize("stream", [True, False])
@@ -59,9 +44,9 @@ def content_of(answer: HttpAnswer) -> str:
 @with_and_without_pipelined_bytes
 def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server(num_slots=1) as server:
-        running = send_chat(server, stream=True)
+        running = server.send_chat(stream=True)
         server.wait_for_requests(1)
-        waiting = send_chat(server, pipelined=pipelined, stream=stream)
+        waiting = server.send_chat(pipelined=pipelined, stream=stream)
         server.wait_for_requests(2)
         waiting.close()
         server.wait_for_requests(1)
@@ -74,7 +59,7 @@ def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, pipelined: bytes 
 @with_and_without_pipelined_bytes
 def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server() as server:
-        connection = send_chat(server, LONG_PROMPT, pipelined=pipelined, stream=stream)
+        connection = server.send_chat(LONG_PROMPT, pipelined=pipelined, stream=stream)
         server.wait_for_plan()
         connection.close()
         server.wait_for_requests(0)
@@ -87,7 +72,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, pipelined: bytes | 
 @with_and_without_pipelined_bytes
 def test_a_hang_up_in_decode_ends_the_answer(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server() as server:
-        connection = send_chat(server, pipelined=pipelined, stream=stream)
+        connection = server.send_chat(pipelined=pipelined, stream=stream)
         server.wait_for_plan()
         server.run_plans(12)
         connection.close()
@@ -96,15 +81,15 @@ def test_a_hang_up_in_decode_ends_the_answer(stream: bool, pipelined: bytes | No
 
 
 def test_bytes_after_a_request_that_closes_its_connection_are_ignored() -> None:
-    with stepped_server() as server, send_chat(server, max_tokens=3) as connection:
+    with stepped_server() as server, server.send_chat(max_tokens=3) as connection:
         server.wait_for_requests(1)
         connection.sendall(b"\r\n")
-        with running_stages(server):
+        with server.running_stages():
             assert receive_answer(connection).status == 200
 
 
 def test_more_than_64_kib_after_a_request_end_the_connection_and_the_request() -> None:
-    with stepped_server() as server, send_chat(server, pipelined=b"", stream=True) as connection:
+    with stepped_server() as server, server.send_chat(pipelined=b"", stream=True) as connection:
         server.wait_for_requests(1)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(100):
@@ -115,16 +100,16 @@ def test_more_than_64_kib_after_a_request_end_the_connection_and_the_request() -
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_after_a_hang_up_the_next_plan_is_for_the_request_that_waited(phase: str) -> None:
     with stepped_server(num_slots=1, chunk_tokens=32) as server:
-        running = send_chat(server, LONG_PROMPT if phase == "prefill" else "a", stream=True)
+        running = server.send_chat(LONG_PROMPT if phase == "prefill" else "a", stream=True)
         server.wait_for_plan()
         if phase == "decode":
             server.run_plans(12)
-        waiting = send_chat(server, "four five six " * 60, stream=True)
+        waiting = server.send_chat("four five six " * 60, stream=True)
         server.wait_for_requests(2)
         num_plans = len(server.tokens.plans)
         running.close()
         server.wait_for_requests(1)
-        with running_stages(server):
+        with server.running_stages():
             wait_until(lambda: len(server.tokens.plans) > num_plans, "the next plan is sent")
         (row,) = server.tokens.plans[num_plans].rows
         assert row.position < 32, "the first chunk of the second prompt"
@@ -139,7 +124,7 @@ def test_a_client_that_reads_byte_by_byte_holds_no_slot() -> None:
     pause = threading.Event()
     with (
         stepped_server(num_slots=1) as server,
-        running_stages(server),
+        server.running_stages(),
         connect_with_small_buffer(server) as connection,
     ):
         connection.sendall(request_bytes("POST", CHAT_PATH, body))
@@ -150,16 +135,16 @@ def test_a_client_that_reads_byte_by_byte_holds_no_slot() -> None:
             if server.num_requests == 0:
                 break
         assert server.num_requests == 0
-        assert receive_answer(send_chat(server, max_tokens=1)).status == 200
+        assert receive_answer(server.send_chat(max_tokens=1)).status == 200
 
 
 def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
-        first = send_chat(server, stream=True)
+        first = server.send_chat(stream=True)
         server.wait_for_plan()
-        second = send_chat(server, stream=True)
+        second = server.send_chat(stream=True)
         server.wait_for_requests(2)
-        answer = receive_answer(send_chat(server))
+        answer = receive_answer(server.send_chat())
         assert answer.status == 429
         assert answer.error["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
@@ -174,20 +159,20 @@ def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
 )
 def test_a_stream_without_tokens_is_kept_alive_by_the_clock(kind: Any, keepalive: bytes) -> None:
     options = ServerOptions(keepalive=kind, keepalive_s=0.05)
-    with stepped_server(options) as server, send_chat(server, stream=True) as connection:
+    with stepped_server(options) as server, server.send_chat(stream=True) as connection:
         receive_until(connection, keepalive)
 
 
 def test_headers_and_the_first_chunk_come_before_the_prompt_is_computed() -> None:
-    with stepped_server() as server, send_chat(server, stream=True) as connection:
+    with stepped_server() as server, server.send_chat(stream=True) as connection:
         received = receive_until(connection, FIRST_CHUNK)
         assert received.startswith(b"HTTP/1.1 200 OK")
         assert b"text/event-stream" in received
 
 
 def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
-    with stepped_server() as server, running_stages(server):
-        answer = receive_answer(send_chat(server, LONG_PROMPT, stream=True, return_progress=True, max_tokens=3))
+    with stepped_server() as server, server.running_stages():
+        answer = receive_answer(server.send_chat(LONG_PROMPT, stream=True, return_progress=True, max_tokens=3))
     progress = [event["prompt_progress"] for event in answer.events if "prompt_progress" in event]
     assert progress
     assert all(0 <= report["processed"] < report["total"] for report in progress)
@@ -195,20 +180,20 @@ def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
 
 def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
     fields: dict[str, Any] = {"max_tokens": 40, "seed": 11}
-    with stepped_server() as server, running_stages(server):
-        undisturbed = content_of(receive_answer(send_chat(server, stream=True, **fields)))
+    with stepped_server() as server, server.running_stages():
+        undisturbed = content_of(receive_answer(server.send_chat(stream=True, **fields)))
     assert undisturbed
     with stepped_server(ServerOptions(keepalive_s=0.05)) as server:
-        connection = send_chat(server, stream=True, **fields)
+        connection = server.send_chat(stream=True, **fields)
         server.wait_for_plan()
         server.run_plans(8)
         server.tokens.fail(1)
-        refused = receive_answer(send_chat(server))
+        refused = receive_answer(server.send_chat())
         assert (refused.status, refused.error["code"]) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0
         received = receive_until(connection, b": keep-alive")
         server.tokens.end_restart()
-        with running_stages(server):
+        with server.running_stages():
             answer = receive_answer(connection, received)
         assert content_of(answer) == undisturbed
         assert answer.body.count(b"[DONE]") == 1
@@ -216,7 +201,7 @@ def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
 
 def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
     with stepped_server() as server:
-        connection = send_chat(server, stream=True)
+        connection = server.send_chat(stream=True)
         received = receive_until(connection, FIRST_CHUNK)
         server.wait_for_plan()
         server.tokens.fail(0)
@@ -242,8 +227,8 @@ def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_client_that_reads_slowly_keeps_its_answer() -> None:
-    with stepped_server() as server, running_stages(server):
-        connection = send_chat(server, stream=True, max_tokens=30, seed=11)
+    with stepped_server() as server, server.running_stages():
+        connection = server.send_chat(stream=True, max_tokens=30, seed=11)
         received = b""
         while part := connection.recv(64):
             received += part
@@ -255,7 +240,7 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
     path = tmp_path / "keys.json"
     alice, bob = add_key(path, "alice"), add_key(path, "bob")
     with stepped_server(keys=KeyRing(path, is_required=True)) as server:
-        connection = send_chat(server, key=alice, stream=True)
+        connection = server.send_chat(key=alice, stream=True)
         received = receive_until(connection, FIRST_CHUNK)
         request_id = received.split(b'"id":"')[1].split(b'"')[0].decode()
         cancel = f"/v1/requests/{request_id}/cancel"
@@ -320,14 +305,14 @@ def test_the_head_of_the_status_stream_ends() -> None:
 
 def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> None:
     with stepped_server(num_slots=1, chunk_tokens=64) as server:
-        first = send_chat(server, max_tokens=1)
+        first = server.send_chat(max_tokens=1)
         server.wait_for_plan()
-        second = send_chat(server, max_tokens=1)
+        second = server.send_chat(max_tokens=1)
         server.wait_for_requests(2)
         phases = [entry["phase"] for entry in server.request("GET", "/v1/status").json["requests"]]
         assert phases == ["prefill", "queued"]
         threading.Event().wait(0.5)
-        with running_stages(server):
+        with server.running_stages():
             for connection in (first, second):
                 assert receive_answer(connection).status == 200
         metrics = server.request("GET", "/metrics").body.decode()
@@ -339,14 +324,14 @@ def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> 
 
 def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:
     with stepped_server() as server:
-        connection = send(server.port, "GET", "/v1/status/events")
+        connection = server.send("GET", "/v1/status/events")
         received = receive_until(connection, b"event: status")
         assert b"id: 1\n" in received
-        running = send_chat(server, stream=True)
+        running = server.send_chat(stream=True)
         received = receive_until(connection, b'"phase":"', received)
         receive_until(connection, b"id: 3\n", received)
         running.close()
         connection.close()
-        with send(server.port, "GET", "/v1/status/events", **{"Last-Event-ID": "41"}) as reconnected:
+        with server.send("GET", "/v1/status/events", **{"Last-Event-ID": "41"}) as reconnected:
             assert b"id: 42\n" in receive_until(reconnected, b"event: status")
         server.wait_for_line("GET /v1/status/events", 2)

@@ -15,7 +15,7 @@ from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.forced_replies import CALLS, REPLIES, TEXT, USER_MESSAGES, forced_server
-from tests.server.http_client import WAIT_S, HttpAnswer, receive_until, send
+from tests.server.http_client import WAIT_S, HttpAnswer, receive_until
 from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.messages_client import (
     CLIENT_TOOLS,
@@ -124,7 +124,7 @@ def test_pings_are_sent_while_nothing_is_computed() -> None:
     request = {"max_tokens": 5, "messages": USER_MESSAGES, "stream": True}
     with (
         stepped_server(ServerOptions(keepalive_s=0.02)) as server,
-        send(server.port, "POST", MESSAGES_PATH, request) as connection,
+        server.send("POST", MESSAGES_PATH, request) as connection,
     ):
         receive_until(connection, b'event: ping\ndata: {"type":"ping"}\n\n', count=3)
 
@@ -143,9 +143,9 @@ def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
 def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
     with stepped_server(max_queued=1) as server:
         body = {"max_tokens": 5, "messages": USER_MESSAGES, "stream": True}
-        running = send(server.port, "POST", MESSAGES_PATH, body)
+        running = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_plan()
-        waiting = send(server.port, "POST", MESSAGES_PATH, body)
+        waiting = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_requests(2)
         with pytest.raises(APIStatusError) as caught:
             create_message(client_of(server))

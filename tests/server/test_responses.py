@@ -12,8 +12,8 @@ from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.forced_replies import CALLS, TOOLS, USER_MESSAGES, ForcedServer, forced_server, prompt_ids
-from tests.server.http_client import WAIT_S, parse_answer, receive_until, send
-from tests.server.in_process import SteppedServer, running_stages, stepped_server
+from tests.server.http_client import WAIT_S, parse_answer, receive_until
+from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.responses_events import (
     FUNCTIONS,
     RESPONSES_PATH,
@@ -55,7 +55,7 @@ def create_response(server: SteppedServer, **fields: Any) -> Fields:
 
 def send_streamed(server: SteppedServer, **fields: Any) -> socket.socket:
     """Send a streamed request and return its connection."""
-    return send(server.port, "POST", RESPONSES_PATH, REQUEST | {"stream": True} | fields)
+    return server.send("POST", RESPONSES_PATH, REQUEST | {"stream": True} | fields)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +99,7 @@ def test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_
     with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
         received = receive_until(connection, b"event: response.in_progress", count=3)
         assert b"event: response.created" in received.partition(b"response.in_progress")[0]
-        with running_stages(server):
+        with server.running_stages():
             answer = parse_answer(receive_until(connection, b"[DONE]", received))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert b": keep-alive" not in answer.body
@@ -111,7 +111,7 @@ def test_without_keep_alives_in_progress_is_sent_once() -> None:
         received = receive_until(connection, b"event: response.in_progress")
         server.wait_for_plan()
         server.run_plans(2)
-        with running_stages(server):
+        with server.running_stages():
             answer = parse_answer(receive_until(connection, b"[DONE]", received))
     assert answer.body.count(b"event: response.in_progress") == 1
 
@@ -129,7 +129,7 @@ def test_a_request_is_cancelled_by_the_id_of_its_response() -> None:
         created = parse_answer(receive_until(connection, b"event: response.in_progress")).events[0]
         response_id = created["response"]["id"]
         assert server.request("POST", f"/v1/requests/{response_id}/cancel").json["cancelled"]
-        with running_stages(server):
+        with server.running_stages():
             assert b"response.completed" in receive_until(connection, b"[DONE]")
 
 
