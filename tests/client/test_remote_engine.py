@@ -18,8 +18,8 @@ from tests.server.in_process import SteppedServer, stepped_server
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SteppedServer]:
-    with stepped_server(num_slots=2, chunk_tokens=8) as found, found.running_stages():
-        yield found
+    with stepped_server(num_slots=2, chunk_tokens=8) as running, running.running_stages():
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,16 @@ def engine(server: SteppedServer) -> RemoteEngine:
 
 
 def tokens_of(handle: Handle) -> tuple[list[int], Finished]:
+    """Return the token ids of an answer, and its last event."""
     events: list[Event] = list(handle.events())
     last = events[-1]
     assert isinstance(last, Finished)
     return [event.token_id for event in events if isinstance(event, Token)], last
 
 
-def with_stop_tokens(plain: Request, engine: RemoteEngine) -> Request:
+def with_stop_tokens(request: Request, engine: RemoteEngine) -> Request:
     """Return the request with the stop tokens of the server's model."""
-    return Request(plain.prompt_ids, plain.max_tokens, plain.sampling, engine.frontend.stop_ids)
+    return Request(request.prompt_ids, request.max_tokens, request.sampling, engine.frontend.stop_ids)
 
 
 def test_the_model_is_read_from_the_server(server: SteppedServer, engine: RemoteEngine) -> None:
@@ -51,14 +52,14 @@ def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
 ) -> None:
     for seed in range(3):
         submitted = with_stop_tokens(request(*range(50, 90), max_tokens=25, seed=seed), engine)
-        own, _ = tokens_of(server.tokens.engine.submit(submitted))
-        remote, end = tokens_of(engine.submit(submitted))
-        assert remote == own
-        assert end.summary.prompt_tokens == 40
-        assert end.summary.generated_tokens == len(own)
-        assert end.summary.seed == seed
-        assert end.reason is (FinishReason.LENGTH if len(own) == 25 else FinishReason.STOP)
-        assert end.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
+        own_tokens, _ = tokens_of(server.tokens.engine.submit(submitted))
+        remote_tokens, finished = tokens_of(engine.submit(submitted))
+        assert remote_tokens == own_tokens
+        assert finished.summary.prompt_tokens == 40
+        assert finished.summary.generated_tokens == len(own_tokens)
+        assert finished.summary.seed == seed
+        assert finished.reason is (FinishReason.LENGTH if len(own_tokens) == 25 else FinishReason.STOP)
+        assert finished.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
 
 
 def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
@@ -86,7 +87,7 @@ def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
     events = list(engine.submit(with_stop_tokens(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
-    assert all(0 <= one.done < one.total == 90 for one in progress)
+    assert all(0 <= report.done < report.total == 90 for report in progress)
 
 
 def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
@@ -96,11 +97,13 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
     think = tokenizer.special_ids["<think>"]
     submitted = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
-        own, own_end = tokens_of(server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
-        remote, end = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
-        assert remote == own
-        assert end.parts == own_end.parts
-        assert end.reason is own_end.reason
+        own_tokens, own_finished = tokens_of(
+            server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
+        )
+        remote_tokens, finished = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
+        assert remote_tokens == own_tokens
+        assert finished.parts == own_finished.parts
+        assert finished.reason is own_finished.reason
     close = tokenizer.special_ids["</think>"]
     budget = ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=4))
     assert tokens_of(engine.submit(submitted, budget))[0].index(close) <= 4
@@ -161,19 +164,19 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
 def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
-        others = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
+        other_handles = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
         server.wait_for_plan()
-        others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
+        other_handles.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
         submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
         handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
         server.wait_for_line("/v1/completions 429")
-        for other in others:
+        for other in other_handles:
             other.cancel()
         with server.running_stages():
-            found, end = tokens_of(handle)
-        assert found[0] == tokenizer.special_ids["</think>"]
-        assert (len(found), end.reason) == (12, FinishReason.LENGTH)
+            tokens, finished = tokens_of(handle)
+        assert tokens[0] == tokenizer.special_ids["</think>"]
+        assert (len(tokens), finished.reason) == (12, FinishReason.LENGTH)
 
 
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:

@@ -47,7 +47,7 @@ REPLIES = {
     "broken arguments": ForcedReply("<think></think>" + section(call("functions.f:0", '{"a": ')), "tool_calls"),
     "markers as text": ForcedReply("<think></think>Say `<|tool_calls_section_begin|` and </thin", "stop"),
 }
-TEXT, CALLS = REPLIES["text"].text, REPLIES["calls"].text
+TEXT_REPLY, CALLS_REPLY = REPLIES["text"].text, REPLIES["calls"].text
 
 
 @dataclass

@@ -62,33 +62,33 @@ def exchange(connection: socket.socket, data: bytes) -> HttpAnswer:
     """Send bytes and return the answer, read until the server closes the connection."""
     with suppress(BrokenPipeError, ConnectionResetError):  # the server may answer before it has read everything
         connection.sendall(data)
-    received = b""
+    received_bytes = b""
     with suppress(ConnectionResetError):
         while part := connection.recv(65536):
-            received += part
-    return parse_answer(received)
+            received_bytes += part
+    return parse_answer(received_bytes)
 
 
-def receive_until(connection: socket.socket, text: bytes, received: bytes = b"", count: int = 1) -> bytes:
-    """Append to ``received`` until it has ``text`` ``count`` times, and return it."""
-    while received.count(text) < count:
+def receive_until(connection: socket.socket, text: bytes, received_bytes: bytes = b"", count: int = 1) -> bytes:
+    """Append to ``received_bytes`` until they have ``text`` ``count`` times, and return them."""
+    while received_bytes.count(text) < count:
         part = connection.recv(65536)
-        assert part, f"the answer ended without {text!r}: {received!r}"
-        received += part
-    return received
+        assert part, f"the answer ended without {text!r}: {received_bytes!r}"
+        received_bytes += part
+    return received_bytes
 
 
-def receive_answer(connection: socket.socket, received: bytes = b"") -> HttpAnswer:
-    """Return the answer that begins with ``received``, and close its connection."""
+def receive_answer(connection: socket.socket, received_bytes: bytes = b"") -> HttpAnswer:
+    """Return the answer that begins with ``received_bytes``, and close its connection."""
     with connection:
         while part := connection.recv(65536):
-            received += part
-    return parse_answer(received)
+            received_bytes += part
+    return parse_answer(received_bytes)
 
 
-def parse_answer(received: bytes) -> HttpAnswer:
+def parse_answer(received_bytes: bytes) -> HttpAnswer:
     """Return the answer of which all bytes are received."""
-    head, _, body = received.partition(b"\r\n\r\n")
+    head, _, body = received_bytes.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     is_chunked = headers.get("transfer-encoding") == "chunked"

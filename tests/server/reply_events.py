@@ -71,16 +71,16 @@ def engine_events(generation: Generation, text: str, reason: FinishReason = Fini
     return [*events, Finished(summary, policy.finish().parts)]
 
 
-def add_events(form: ReplyFormat, events: Sequence[Event]) -> bytes:
+def add_events(reply_format: ReplyFormat, events: Sequence[Event]) -> bytes:
     """Add events of the first choice, and return their part of the stream."""
-    return form.events([(0, event) for event in events])
+    return reply_format.events([(0, event) for event in events])
 
 
-def stream_in_groups(form: ReplyFormat, events: Sequence[Event], group_sizes: Sequence[int]) -> bytes:
+def stream_in_groups(reply_format: ReplyFormat, events: Sequence[Event], group_sizes: Sequence[int]) -> bytes:
     """Return the stream of events that are read in groups, with a keep-alive before each. The last has the rest."""
-    stream, rest = form.begin(), list(events)
+    stream, remaining_events = reply_format.begin(), list(events)
     for size in [*group_sizes, len(events)]:
-        if rest:
-            stream += form.keepalive() + add_events(form, rest[:size])
-        rest = rest[size:]
+        if remaining_events:
+            stream += reply_format.keepalive() + add_events(reply_format, remaining_events[:size])
+        remaining_events = remaining_events[size:]
     return stream

@@ -15,13 +15,13 @@ FUNCTIONS: list[Any] = [{"type": "function", **tool["function"]} for tool in TOO
 LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 _TEXT_EVENTS = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
 """The prefix of an item's text events, by the item's type."""
-_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+_EVENT_TYPE: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 def parse_events(stream: bytes) -> list[Fields]:
     """Return the events of a stream. Check that each is named as its type, and that [DONE] ends the stream."""
-    *frames, done, rest = stream.decode().split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
+    *frames, last_frame, empty = stream.decode().split("\n\n")
+    assert (last_frame, empty) == ("data: [DONE]", "")
     events = []
     for frame in frames:
         name, _, data = frame.partition("\n")
@@ -34,12 +34,13 @@ def parse_events(stream: bytes) -> list[Fields]:
 def check_events(events: list[Fields]) -> Fields:
     """Check a whole stream: order, indexes, ids, and that the items equal their deltas. Return the last response."""
     for event in events:
-        _EVENT.validate_python(event)
+        _EVENT_TYPE.validate_python(event)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
-    assert [event["type"] in LAST_EVENTS for event in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1]["type"] in LAST_EVENTS
     items = _ItemChecker()
     for event in events[2:-1]:
+        assert event["type"] not in LAST_EVENTS
         if event["type"] == "response.in_progress":
             assert event["response"]["id"] == events[0]["response"]["id"]
         else:
@@ -54,7 +55,7 @@ def check_events(events: list[Fields]) -> Fields:
 
 
 class _ItemChecker:
-    """Checks of the events of output items: one item is open at a time, and its deltas are its text."""
+    """A checker of the events of output items: one item is open at a time, and its deltas are its text."""
 
     def __init__(self) -> None:
         self.done: list[Fields] = []

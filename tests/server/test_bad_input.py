@@ -293,8 +293,8 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     models = request_bytes("GET", "/v1/models", Connection="keep-alive")
     with server.connect() as connection:
         connection.sendall(models * 2 + request_bytes("GET", "/nothing"))
-        received = receive_until(connection, b"HTTP/1.1 404")
-    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200", b"404"]
+        received_bytes = receive_until(connection, b"HTTP/1.1 404")
+    assert re.findall(rb"HTTP/1.1 (\d+)", received_bytes) == [b"200", b"200", b"404"]
 
 
 @pytest.mark.parametrize(

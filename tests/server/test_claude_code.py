@@ -80,5 +80,5 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_
 
     num_expected = num_prompt_tokens(history, system_prompt(98))
     assert num_prompt_tokens(without_reasoning(history), system_prompt(99)) == num_expected, "reasoning is put back"
-    changed = [{"type": "text", "text": "Another prompt."}]
-    assert num_prompt_tokens(without_reasoning(history), changed) < num_prompt_tokens(history, changed)
+    changed_system = [{"type": "text", "text": "Another prompt."}]
+    assert num_prompt_tokens(without_reasoning(history), changed_system) < num_prompt_tokens(history, changed_system)

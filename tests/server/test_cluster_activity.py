@@ -50,8 +50,8 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     sequence = Sequence(prompt, context_tokens=100)
     sequence.slot = 0
     row = PlannedRow.of(sequence, prompt.prompt_ids)
-    done = StepDone(0, busy_s, receive_s=receive_s)
-    activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
+    step_done = StepDone(0, busy_s, receive_s=receive_s)
+    activity.add_report(StageReport(rank, Microbatch(0, (row,)), step_done, 0.0))
 
 
 def test_fractions_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from openai import APIError
 
-from tests.server.forced_replies import CALLS, REPLIES, forced_server, reply_fields, streamed_reply_fields
+from tests.server.forced_replies import CALLS_REPLY, REPLIES, forced_server, reply_fields, streamed_reply_fields
 
 
 @pytest.mark.parametrize("name", REPLIES)
@@ -22,7 +22,7 @@ def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 3, 20, 40])
 def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         body = reply_fields(server.client)
         assert len(server.forced.token_ids) > 40
         server.fail_once(index, restarts=True)
@@ -31,7 +31,7 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
 
 
 def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         server.fail_once(20, restarts=False)
         with pytest.raises(APIError) as caught:
             streamed_reply_fields(server.client)
@@ -39,7 +39,7 @@ def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:
 
 
 def test_parallel_tool_calls_false_ends_the_answer_after_one_call() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         body = reply_fields(server.client, parallel_tool_calls=False)
         assert [call_id for call_id, _, _ in body["calls"]] == ["functions.f:0"]
         assert body["finish_reason"] == "tool_calls"

@@ -65,12 +65,12 @@ def test_the_connection_of_a_client_that_does_not_read_its_answer_is_closed(port
 
 def test_a_client_that_reads_slowly_gets_its_whole_answer(port: int) -> None:
     with connection_with_request(port, "/large") as connection:
-        received = bytearray()
+        received_bytes = bytearray()
         pause = threading.Event()
         while part := connection.recv(1 << 18):
-            received += part
+            received_bytes += part
             pause.wait(0.01)
-    assert parse_answer(bytes(received)).body == LARGE_BODY
+    assert parse_answer(bytes(received_bytes)).body == LARGE_BODY
 
 
 def test_the_connection_of_a_client_that_sends_its_body_after_the_answer_is_closed(port: int) -> None:

@@ -29,9 +29,9 @@ from tests.server import (
 )
 from tests.server.chat_client import SUM_QUESTION, WEATHER_TOOLS
 from tests.server.forced_replies import (
-    CALLS,
+    CALLS_REPLY,
     REPLIES,
-    TEXT,
+    TEXT_REPLY,
     TOOLS,
     USER_MESSAGES,
     builtin_tokenizer,
@@ -68,7 +68,7 @@ def model() -> LanguageModel:
 
 @pytest.mark.parametrize("mirrors", [False, True])
 def test_vllm_27755_reasoning_is_sent_as_reasoning_content_and_mirrored_by_option(mirrors: bool) -> None:
-    with forced_server(TEXT, ServerOptions(mirrors_reasoning=mirrors)) as server:
+    with forced_server(TEXT_REPLY, ServerOptions(mirrors_reasoning=mirrors)) as server:
         deltas = deltas_of(chunks_of(server))
         message = server.client.chat.completions.create(**REQUEST).choices[0].message.to_dict()
     for name, text in (("reasoning_content", "Short."), ("reasoning", "Short." if mirrors else "")):
@@ -127,7 +127,7 @@ def test_zed_46794_the_request_of_zed_is_answered(fast_server: SteppedServer) ->
 
 
 def test_zed_54872_and_opencode_43328_id_name_and_role_are_sent_once_and_never_empty() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         chunks = chunks_of(server)
     deltas = deltas_of(chunks)
     assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
@@ -193,10 +193,10 @@ def test_mlx_lm_1327_a_short_prompt_is_no_404(fast_server: SteppedServer, conten
 def test_mlx_lm_1327_a_defect_is_a_500_and_the_next_request_works(
     fast_server: SteppedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise LookupError("a secret prompt")
 
-    monkeypatch.setattr(LanguageModel, "chat", broken)
+    monkeypatch.setattr(LanguageModel, "chat", raise_error)
     answer = fast_server.request("POST", CHAT_PATH, {"messages": USER_MESSAGES})
     assert (answer.status, answer.error["type"]) == (500, "server_error")
     assert b"secret" not in answer.body
@@ -251,7 +251,7 @@ def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(fast_server: SteppedS
 
 
 def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         server.fail_once(20, restarts=False)
         body = server.request("POST", CHAT_PATH, REQUEST | {"stream": True}).body
     assert b'"error"' in body
@@ -313,7 +313,7 @@ def test_vllm_38579_draft_tokens_that_cross_markers_change_nothing(name: str) ->
 
 
 def test_vllm_54701_streams_side_by_side_do_not_mix() -> None:
-    with forced_server(CALLS) as server, ThreadPoolExecutor(4) as pool:
+    with forced_server(CALLS_REPLY) as server, ThreadPoolExecutor(4) as pool:
         body = reply_fields(server.client)
         replies = list(pool.map(lambda seed: streamed_reply_fields(server.client, seed=seed), range(4)))
     assert replies == [body] * 4
@@ -327,7 +327,7 @@ def test_sglang_8087_strict_tools_are_accepted(fast_server: SteppedServer, stric
 
 
 def test_sglang_23363_names_with_dots_and_hyphens_stay_whole() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         assert [name for _, name, _ in reply_fields(server.client)["calls"]] == ["f", "mcp__a-b.c"]
 
 

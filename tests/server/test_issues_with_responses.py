@@ -10,7 +10,7 @@ import pytest
 
 from mlx_k2.server.chat_request import EFFORT_TOKENS
 from tests.server import test_open_responses, test_responses, test_responses_format, test_responses_request
-from tests.server.forced_replies import CALLS, USER_MESSAGES, forced_server
+from tests.server.forced_replies import CALLS_REPLY, USER_MESSAGES, forced_server
 from tests.server.in_process import SteppedServer
 from tests.server.responses_events import FUNCTIONS, RESPONSES_PATH, check_events, parse_events
 from tests.server.test_responses_format import body_and_stream
@@ -88,7 +88,7 @@ def test_sglang_25362_a_section_without_a_readable_call_is_a_message() -> None:
 
 
 def test_vllm_50604_arguments_are_sent_as_they_are_sampled() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         answer = server.request("POST", RESPONSES_PATH, {"input": "a", "tools": FUNCTIONS, "stream": True})
     events = parse_events(answer.body)
     check_events(events)
@@ -143,6 +143,6 @@ TESTS_BY_ERROR: dict[str, tuple[Test, ...]] = {
 
 
 def test_every_test_of_this_file_is_in_the_list() -> None:
-    listed = {test for tests in TESTS_BY_ERROR.values() for test in tests}
+    listed_tests = {test for tests in TESTS_BY_ERROR.values() for test in tests}
     tests = {value for name, value in globals().items() if name.startswith("test_") and callable(value)}
-    assert tests - listed == {test_every_test_of_this_file_is_in_the_list}
+    assert tests - listed_tests == {test_every_test_of_this_file_is_in_the_list}

@@ -165,9 +165,9 @@ def test_a_stream_without_tokens_is_kept_alive_by_the_clock(kind: Any, keepalive
 
 def test_headers_and_the_first_chunk_come_before_the_prompt_is_computed() -> None:
     with stepped_server() as server, server.send_chat(stream=True) as connection:
-        received = receive_until(connection, FIRST_CHUNK)
-        assert received.startswith(b"HTTP/1.1 200 OK")
-        assert b"text/event-stream" in received
+        received_bytes = receive_until(connection, FIRST_CHUNK)
+        assert received_bytes.startswith(b"HTTP/1.1 200 OK")
+        assert b"text/event-stream" in received_bytes
 
 
 def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
@@ -191,10 +191,10 @@ def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
         refused = receive_answer(server.send_chat())
         assert (refused.status, refused.error["code"]) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0
-        received = receive_until(connection, b": keep-alive")
+        received_bytes = receive_until(connection, b": keep-alive")
         server.tokens.end_restart()
         with server.running_stages():
-            answer = receive_answer(connection, received)
+            answer = receive_answer(connection, received_bytes)
         assert content_of(answer) == undisturbed
         assert answer.body.count(b"[DONE]") == 1
 
@@ -202,11 +202,11 @@ def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
 def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
     with stepped_server() as server:
         connection = server.send_chat(stream=True)
-        received = receive_until(connection, FIRST_CHUNK)
+        received_bytes = receive_until(connection, FIRST_CHUNK)
         server.wait_for_plan()
         server.tokens.fail(0)
         server.tokens.cancel()
-        answer = receive_answer(connection, received)
+        answer = receive_answer(connection, received_bytes)
         assert answer.events[-1]["error"]["code"] == "unavailable"
         assert answer.body.endswith(b"data: [DONE]\n\n")
 
@@ -219,20 +219,20 @@ def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatc
         connection.sendall(request_bytes("POST", CHAT_PATH, body))
         server.wait_for_plan()
         server.wait_for_requests(0)
-        received = b""
+        received_bytes = b""
         with contextlib.suppress(ConnectionResetError):
             while part := connection.recv(1 << 20):
-                received += part
-        assert b"[DONE]" not in received
+                received_bytes += part
+        assert b"[DONE]" not in received_bytes
 
 
 def test_a_client_that_reads_slowly_keeps_its_answer() -> None:
     with stepped_server() as server, server.running_stages():
         connection = server.send_chat(stream=True, max_tokens=30, seed=11)
-        received = b""
+        received_bytes = b""
         while part := connection.recv(64):
-            received += part
-        assert b"[DONE]" in received
+            received_bytes += part
+        assert b"[DONE]" in received_bytes
         connection.close()
 
 
@@ -241,8 +241,8 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
     alice, bob = add_key(path, "alice"), add_key(path, "bob")
     with stepped_server(keys=KeyRing(path, is_required=True)) as server:
         connection = server.send_chat(key=alice, stream=True)
-        received = receive_until(connection, FIRST_CHUNK)
-        request_id = received.split(b'"id":"')[1].split(b'"')[0].decode()
+        received_bytes = receive_until(connection, FIRST_CHUNK)
+        request_id = received_bytes.split(b'"id":"')[1].split(b'"')[0].decode()
         cancel = f"/v1/requests/{request_id}/cancel"
         for key, cancel_path in ((bob, cancel), (alice, "/v1/requests/nothing/cancel")):
             answer = server.request("POST", cancel_path, **{"x-api-key": key})
@@ -252,7 +252,7 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
             assert [entry["id"] for entry in status["requests"]] == [visible_id]
         cancelled = server.request("POST", cancel, **{"x-api-key": alice}).json
         assert cancelled == {"id": request_id, "cancelled": True}
-        answer = receive_answer(connection, received)
+        answer = receive_answer(connection, received_bytes)
         assert b'"finish_reason":"stop"' in answer.body
         assert answer.body.count(b"[DONE]") == 1
         assert server.num_requests == 0
@@ -325,11 +325,11 @@ def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> 
 def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:
     with stepped_server() as server:
         connection = server.send("GET", "/v1/status/events")
-        received = receive_until(connection, b"event: status")
-        assert b"id: 1\n" in received
+        received_bytes = receive_until(connection, b"event: status")
+        assert b"id: 1\n" in received_bytes
         running = server.send_chat(stream=True)
-        received = receive_until(connection, b'"phase":"', received)
-        receive_until(connection, b"id: 3\n", received)
+        received_bytes = receive_until(connection, b'"phase":"', received_bytes)
+        receive_until(connection, b"id: 3\n", received_bytes)
         running.close()
         connection.close()
         with server.send("GET", "/v1/status/events", **{"Last-Event-ID": "41"}) as reconnected:

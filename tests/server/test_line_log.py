@@ -7,11 +7,11 @@ from mlx_k2.server.line_log import MAX_LINES, LineLog
 
 
 def test_lines_are_written_in_order_before_the_end() -> None:
-    written: list[str] = []
-    with LineLog(written.append) as log:
+    written_lines: list[str] = []
+    with LineLog(written_lines.append) as log:
         for number in range(100):
             log.write(str(number))
-    assert written == [str(number) for number in range(100)]
+    assert written_lines == [str(number) for number in range(100)]
 
 
 def test_a_writer_that_blocks_delays_neither_write_nor_the_end() -> None:
@@ -29,14 +29,14 @@ def test_a_writer_that_blocks_delays_neither_write_nor_the_end() -> None:
 
 
 def test_after_a_line_that_cannot_be_written_the_next_one_is() -> None:
-    written: list[str] = []
+    written_lines: list[str] = []
 
     def write(line: str) -> None:
         if line == "bad":
             raise BrokenPipeError
-        written.append(line)
+        written_lines.append(line)
 
     with LineLog(write) as log:
         for line in ("bad", "good"):
             log.write(line)
-    assert written == ["good"]
+    assert written_lines == ["good"]

@@ -14,7 +14,7 @@ from mlx_k2.server import access, routes
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.forced_replies import CALLS, REPLIES, TEXT, USER_MESSAGES, forced_server
+from tests.server.forced_replies import CALLS_REPLY, REPLIES, TEXT_REPLY, USER_MESSAGES, forced_server
 from tests.server.http_client import WAIT_S, HttpAnswer, receive_until
 from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.messages_client import (
@@ -60,7 +60,7 @@ def test_the_asynchronous_client_accumulates_the_same() -> None:
             async with client.messages.stream(**request) as stream:
                 return [body, (await stream.get_final_message()).to_dict()]
 
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         expected = comparable_fields(create_message(client_of(server)))
         assert [comparable_fields(message) for message in asyncio.run(receive(server.url))] == [expected] * 2
 
@@ -70,7 +70,7 @@ def test_the_asynchronous_client_accumulates_the_same() -> None:
     [({}, "end_turn", None), (MAX_TOKENS, "max_tokens", None), (STOP_SEQUENCE, "stop_sequence", "answer")],
 )
 def test_the_stop_reasons_are_anthropics(fields: dict[str, Any], stop_reason: str, stop_sequence: str | None) -> None:
-    with forced_server(TEXT) as server:
+    with forced_server(TEXT_REPLY) as server:
         message = create_message(client_of(server), **fields)
     assert (message["stop_reason"], message["stop_sequence"]) == (stop_reason, stop_sequence)
 
@@ -100,7 +100,7 @@ def test_only_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
         request = {"max_tokens": 500, "messages": USER_MESSAGES, "tools": tools, "stream": True}
         return server.request("POST", MESSAGES_PATH, request).body.count(b"input_json_delta")
 
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         assert num_deltas(server, CLIENT_TOOLS) == 2, "one for each call"
         assert num_deltas(server, eager_tools) > 8
         eager_message = stream_message(client_of(server), tools=eager_tools)
@@ -109,7 +109,7 @@ def test_only_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
 
 def test_a_stream_begins_with_the_prompts_tokens_and_a_ping() -> None:
     prompt: dict[str, Any] = {"messages": USER_MESSAGES, "tools": CLIENT_TOOLS}
-    with forced_server(TEXT) as server:
+    with forced_server(TEXT_REPLY) as server:
         num_prompt_tokens = client_of(server).messages.count_tokens(model="m", **prompt).input_tokens
         answer = server.request("POST", MESSAGES_PATH, prompt | {"max_tokens": 20, "stream": True})
     start, ping, *_, stop = answer.events
@@ -130,7 +130,7 @@ def test_pings_are_sent_while_nothing_is_computed() -> None:
 
 
 def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
-    with forced_server(TEXT) as server:
+    with forced_server(TEXT_REPLY) as server:
         client = client_of(server)
         empty = create_message(client, max_tokens=0)
         assert (empty["content"], empty["stop_reason"], empty["usage"]["output_tokens"]) == ([], "max_tokens", 0)
@@ -198,7 +198,7 @@ def test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_k
         assert thinking["thinking"] == "Think first."
         results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in calls]
         signature_only = thinking | {"thinking": ""}
-        changed = [{"role": "user", "content": "changed"}]
+        changed_question = [{"role": "user", "content": "changed"}]
 
         def num_prompt_tokens(name: str, question: list[Any], answer: list[Any]) -> int:
             turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": results}]
@@ -209,13 +209,14 @@ def test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_k
         for question, answer in (
             (USER_MESSAGES, calls),
             (USER_MESSAGES, [signature_only, *calls]),
-            (changed, [signature_only, *calls]),
+            (changed_question, [signature_only, *calls]),
         ):
             num_complete = num_prompt_tokens("bob", question, [thinking, *calls])
             assert num_prompt_tokens("alice", question, answer) == num_complete
             assert num_prompt_tokens("bob", question, answer) < num_complete
         unknown = thinking | {"thinking": "", "signature": "unknown"}
-        assert num_prompt_tokens("alice", changed, [unknown, *calls]) == num_prompt_tokens("bob", changed, calls)
+        num_without_reasoning = num_prompt_tokens("bob", changed_question, calls)
+        assert num_prompt_tokens("alice", changed_question, [unknown, *calls]) == num_without_reasoning
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
@@ -316,7 +317,7 @@ def test_a_missing_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         server.fail_once(20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
             stream_message(client_of(server))
@@ -325,7 +326,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
 
 @pytest.mark.parametrize("index", [3, 40])
 def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         body = create_message(client_of(server))
         server.fail_once(index, restarts=True)
         assert comparable_fields(stream_message(client_of(server))) == comparable_fields(body)

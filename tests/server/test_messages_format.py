@@ -43,9 +43,9 @@ def new_format(generation: Generation, display: str) -> MessagesFormat:
 
 
 def create_body(generation: Generation, events: Sequence[Event], display: str = "summarized") -> Fields:
-    form = new_format(generation, display)
-    add_events(form, events)
-    body: Fields = json.loads(bytes(json_response(form.body()).body))
+    reply_format = new_format(generation, display)
+    add_events(reply_format, events)
+    body: Fields = json.loads(bytes(json_response(reply_format.body()).body))
     return body
 
 
@@ -127,9 +127,9 @@ def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(co
     tools = [MessagesTool(name="f", eager_input_streaming=True)]
     turns = [Turn(role="user", content="a")]
     request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
-    form = MessagesFormat("1", "m", request, ChatReply(generation))
+    reply_format = MessagesFormat("1", "m", request, ChatReply(generation))
     events = engine_events(generation, section(call("functions.f:0", '{"a": x')))
-    assert (b'"tool_use"' in add_events(form, events)) is constrains_calls
+    assert (b'"tool_use"' in add_events(reply_format, events)) is constrains_calls
 
 
 def test_a_byte_order_mark_before_arguments_is_left_out() -> None:
@@ -151,7 +151,7 @@ def test_the_client_accumulates_the_body_for_any_groups_of_events(
 ) -> None:
     text = "".join(parts)
     for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
-    form = new_format(for_stream, display)
-    events = parse_events(stream_in_groups(form, engine_events(for_stream, text), group_sizes))
+    reply_format = new_format(for_stream, display)
+    events = parse_events(stream_in_groups(reply_format, engine_events(for_stream, text), group_sizes))
     check_blocks(events)
     assert accumulate_events(events) == create_body(for_body, engine_events(for_body, text), display)

@@ -14,15 +14,23 @@ import pytest
 
 from tests.server import client_script
 from tests.server.chat_client import SUM_QUESTION, WEATHER_QUESTION, WEATHER_TOOLS
-from tests.server.forced_replies import CALLS, REPLIES, TEXT, TOOLS, USER_MESSAGES, ForcedReply, forced_server
+from tests.server.forced_replies import (
+    CALLS_REPLY,
+    REPLIES,
+    TEXT_REPLY,
+    TOOLS,
+    USER_MESSAGES,
+    ForcedReply,
+    forced_server,
+)
 from tests.server.in_process import SteppedServer
 from tests.server.responses_events import FUNCTIONS
 from tests.server.server_process import Server
 
 OLD_CLIENT = "openai>=1.60,<2"
 CUT_REPLIES: dict[str, tuple[ForcedReply, dict[str, Any]]] = {
-    "length": (ForcedReply(TEXT, "length"), {"max_tokens": 6}),
-    "stop": (ForcedReply(TEXT, "stop"), {"stop": ["answer"]}),
+    "length": (ForcedReply(TEXT_REPLY, "length"), {"max_tokens": 6}),
+    "stop": (ForcedReply(TEXT_REPLY, "stop"), {"stop": ["answer"]}),
 }
 """Replies with the fields of the request that end them early."""
 CASES: dict[str, tuple[ForcedReply, dict[str, Any]]] = {name: (reply, {}) for name, reply in REPLIES.items()}
@@ -76,8 +84,8 @@ def clients(old_client: Path) -> Iterator[list[Client]]:
 
 def common_result(clients: list[Client], server: SteppedServer | Server, request: dict[str, Any]) -> dict[str, Any]:
     """Return what both clients receive in each of the four ways. Assert that it is the same."""
-    first, *others = [result for client in clients for result in client.results(server, request)]
-    assert others == [first] * 7
+    first, *other_results = [result for client in clients for result in client.results(server, request)]
+    assert other_results == [first] * 7
     return first
 
 
@@ -110,7 +118,7 @@ def test_old_and_new_client_accumulate_the_body_in_every_way(clients: list[Clien
 def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client]) -> None:
     """The stages fail in the first request and are not restarted, so that the server refuses the others."""
     for client in clients:
-        with forced_server(CALLS) as server:
+        with forced_server(CALLS_REPLY) as server:
             server.fail_once(20, restarts=False)
             assert client.results(server, {}) == [{"error": "unavailable"}] * 4
 
@@ -118,7 +126,7 @@ def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client])
 @pytest.mark.slow
 def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(clients: list[Client]) -> None:
     for client in clients:
-        with forced_server(CALLS) as server:
+        with forced_server(CALLS_REPLY) as server:
             undisturbed = client.results(server, {})
             server.fail_once(20, restarts=True)
             assert client.results(server, {}) == undisturbed
@@ -146,11 +154,11 @@ def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(clien
 def test_old_and_new_client_agree_on_a_response_whose_stages_fail(clients: list[Client], restarts: bool) -> None:
     results = []
     for client in clients:
-        with forced_server(CALLS) as server:
+        with forced_server(CALLS_REPLY) as server:
             server.fail_once(20, restarts=restarts)
             results += client.results(server, {"input": "a"})
-    first, *others = results
-    assert others == [first] * 7
+    first, *other_results = results
+    assert other_results == [first] * 7
     if restarts:
         assert first["status"] == "completed"
     else:

@@ -194,15 +194,15 @@ def test_the_metrics_are_those_of_the_list(server: Server) -> None:
 
 
 def test_the_metrics_count_the_tokens_of_a_request(server: Server) -> None:
-    before = metric_families(server)
+    families_before = metric_families(server)
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     usage = server.request("POST", CHAT_PATH, body).json["usage"]
-    after = metric_families(server)
+    families_after = metric_families(server)
     for metric, field in (
         ("mlx_k2_prompt_tokens", "prompt_tokens"),
         ("mlx_k2_generation_tokens", "completion_tokens"),
     ):
-        assert total(after, metric) - total(before, metric) == usage[field]
+        assert total(families_after, metric) - total(families_before, metric) == usage[field]
 
 
 def test_vllms_metrics_of_draft_tokens_are_the_sums_over_all_drafters(server: Server) -> None:

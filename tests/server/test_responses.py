@@ -11,7 +11,7 @@ from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.forced_replies import CALLS, TOOLS, USER_MESSAGES, ForcedServer, forced_server, prompt_ids
+from tests.server.forced_replies import CALLS_REPLY, TOOLS, USER_MESSAGES, ForcedServer, forced_server, prompt_ids
 from tests.server.http_client import WAIT_S, parse_answer, receive_until
 from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.responses_events import (
@@ -35,7 +35,7 @@ RESULTS: list[Any] = [
 @pytest.fixture(scope="module")
 def calling_server() -> Iterator[ForcedServer]:
     """A server whose model thinks, writes a text and calls two tools."""
-    with forced_server(CALLS, ServerOptions(strict_model=False)) as server:
+    with forced_server(CALLS_REPLY, ServerOptions(strict_model=False)) as server:
         yield server
 
 
@@ -71,7 +71,7 @@ def test_the_stream_is_the_body_for_every_kind_of_reply(name: str) -> None:
 
 
 def test_a_restart_in_the_middle_changes_nothing() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         body = create_response(server)
         server.fail_once(20, restarts=True)
         assert comparable_fields(stream_response(server)) == comparable_fields(body)
@@ -79,7 +79,7 @@ def test_a_restart_in_the_middle_changes_nothing() -> None:
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         server.fail_once(20, restarts=False)
         response = stream_response(server)
     assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
@@ -87,7 +87,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
 
 
 def test_a_failure_before_a_body_is_sent_is_a_503() -> None:
-    with forced_server(CALLS) as server:
+    with forced_server(CALLS_REPLY) as server:
         server.fail_once(20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
             server.client.responses.create(**REQUEST)
@@ -97,10 +97,10 @@ def test_a_failure_before_a_body_is_sent_is_a_503() -> None:
 def test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_repeated() -> None:
     options = ServerOptions(keepalive_s=0.05)
     with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
-        received = receive_until(connection, b"event: response.in_progress", count=3)
-        assert b"event: response.created" in received.partition(b"response.in_progress")[0]
+        received_bytes = receive_until(connection, b"event: response.in_progress", count=3)
+        assert b"event: response.created" in received_bytes.partition(b"response.in_progress")[0]
         with server.running_stages():
-            answer = parse_answer(receive_until(connection, b"[DONE]", received))
+            answer = parse_answer(receive_until(connection, b"[DONE]", received_bytes))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert b": keep-alive" not in answer.body
 
@@ -108,11 +108,11 @@ def test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_
 def test_without_keep_alives_in_progress_is_sent_once() -> None:
     options = ServerOptions("off", keepalive_s=0.01)
     with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
-        received = receive_until(connection, b"event: response.in_progress")
+        received_bytes = receive_until(connection, b"event: response.in_progress")
         server.wait_for_plan()
         server.run_plans(2)
         with server.running_stages():
-            answer = parse_answer(receive_until(connection, b"[DONE]", received))
+            answer = parse_answer(receive_until(connection, b"[DONE]", received_bytes))
     assert answer.body.count(b"event: response.in_progress") == 1
 
 
@@ -155,8 +155,8 @@ def test_a_warning_names_the_types_of_tools_that_are_left_out(calling_server: Fo
 def test_one_call_is_made_without_parallel_calls(calling_server: ForcedServer) -> None:
     body = create_response(calling_server, parallel_tool_calls=False)
     assert [item["call_id"] for item in body["output"] if item["type"] == "function_call"] == ["functions.f:0"]
-    streamed = stream_response(calling_server, parallel_tool_calls=False)
-    assert comparable_fields(streamed) == comparable_fields(body)
+    streamed_response = stream_response(calling_server, parallel_tool_calls=False)
+    assert comparable_fields(streamed_response) == comparable_fields(body)
 
 
 # ---- the store
@@ -222,21 +222,21 @@ def test_the_next_response_has_the_turn_without_the_instructions_of_the_first(ca
 def test_lost_reasoning_is_put_back(calling_server: ForcedServer, lost: str) -> None:
     """A client may send the reasoning as text, the handle alone, or nothing."""
     client = calling_server.client
-    reasoning, *others = [item.to_dict() for item in client.responses.create(**REQUEST, store=False).output]
+    reasoning, *other_items = [item.to_dict() for item in client.responses.create(**REQUEST, store=False).output]
     sent_reasoning: dict[str, list[Any]] = {
         "the text": [reasoning | {"content": None}],
         "the handle": [reasoning | {"encrypted_content": None}],
         "the reasoning": [],
     }
-    complete = [*USER_MESSAGES, reasoning, *others, *RESULTS]
-    incomplete = [*USER_MESSAGES, *sent_reasoning[lost], *others, *RESULTS]
+    complete = [*USER_MESSAGES, reasoning, *other_items, *RESULTS]
+    incomplete = [*USER_MESSAGES, *sent_reasoning[lost], *other_items, *RESULTS]
     assert num_prompt_tokens(client, incomplete, store=False) == num_prompt_tokens(client, complete, store=False)
 
 
 def test_two_keys_never_see_each_others_responses_and_handles(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     alice_key, bob_key = add_key(path, "alice"), add_key(path, "bob")
-    with forced_server(CALLS, keys=KeyRing(path, is_required=True), key=alice_key) as server:
+    with forced_server(CALLS_REPLY, keys=KeyRing(path, is_required=True), key=alice_key) as server:
         alice = server.client
         bob = OpenAI(base_url=f"{server.url}/v1", api_key=bob_key, max_retries=0, timeout=WAIT_S)
         response = alice.responses.create(**REQUEST)
@@ -245,12 +245,12 @@ def test_two_keys_never_see_each_others_responses_and_handles(tmp_path: Path) ->
                 method(response.id)
         with pytest.raises(BadRequestError):
             bob.responses.create(**REQUEST, previous_response_id=response.id)
-        reasoning, *others = [item.to_dict() for item in response.output]
+        reasoning, *other_items = [item.to_dict() for item in response.output]
         assert reasoning["encrypted_content"]
         handle = reasoning | {"content": None}
-        changed = [{"role": "user", "content": "b"}]  # the conversation is unknown: only the handle finds the turn
-        with_handle = [*changed, handle, *others, *RESULTS]
-        without_handle = [*changed, *others, *RESULTS]
+        changed_question = [{"role": "user", "content": "b"}]  # so that only the handle finds the turn
+        with_handle = [*changed_question, handle, *other_items, *RESULTS]
+        without_handle = [*changed_question, *other_items, *RESULTS]
         num_without = num_prompt_tokens(alice, without_handle)
         assert num_prompt_tokens(alice, with_handle) > num_without
         assert num_prompt_tokens(bob, with_handle) == num_prompt_tokens(bob, without_handle) == num_without

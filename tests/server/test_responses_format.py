@@ -39,9 +39,9 @@ def new_format(reply: ChatReply, store: Callable[[bytes], None] = lambda _: None
 def create_body(generation: Generation, events: Sequence[Event]) -> Fields:
     """Return the body, which is also what the response store gets."""
     stored: list[bytes] = []
-    form = new_format(ChatReply(generation), stored.append)
-    add_events(form, events)
-    body = bytes(form.body())
+    reply_format = new_format(ChatReply(generation), stored.append)
+    add_events(reply_format, events)
+    body = bytes(reply_format.body())
     assert stored == [body]
     fields: Fields = json.loads(body)
     return fields
@@ -106,9 +106,9 @@ def test_the_items_have_the_order_of_the_model() -> None:
 def test_an_item_with_reasoning_has_the_handle_of_the_turn() -> None:
     generation = new_generation()
     reply = ChatReply(generation)
-    form = new_format(reply)
-    add_events(form, engine_events(generation, "<think>a</think>b"))
-    reasoning, _ = json.loads(bytes(form.body()))["output"]
+    reply_format = new_format(reply)
+    add_events(reply_format, engine_events(generation, "<think>a</think>b"))
+    reasoning, _ = json.loads(bytes(reply_format.body()))["output"]
     assert reasoning["encrypted_content"] == reply.handle
 
 
@@ -131,13 +131,15 @@ def test_a_call_that_is_cut_is_an_incomplete_item_of_an_incomplete_response(reas
 
 def test_a_failure_ends_the_stream_with_an_event_and_finishes_no_call() -> None:
     generation = new_generation()
-    form = new_format(ChatReply(generation))
+    reply_format = new_format(ChatReply(generation))
     *events, _ = engine_events(generation, f"<think>Why?{OPEN_CALL}")
-    sent_events = parse_events(form.begin() + add_events(form, events) + form.error(unavailable_error("x")))
+    sent_events = parse_events(
+        reply_format.begin() + add_events(reply_format, events) + reply_format.error(unavailable_error("x"))
+    )
     response = check_events(sent_events)
     assert response["error"] == {"code": "server_error", "message": "x"}
-    done = [event["item"]["type"] for event in sent_events if event["type"] == "response.output_item.done"]
-    assert done == ["reasoning"]
+    done_types = [event["item"]["type"] for event in sent_events if event["type"] == "response.output_item.done"]
+    assert done_types == ["reasoning"]
     assert response["output"][-1]["status"] == "incomplete"
 
 

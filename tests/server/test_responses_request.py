@@ -116,8 +116,8 @@ def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
     started_at = time.process_time()
     reader.read(items * num_items)
     assert time.process_time() - started_at < 5
-    joined = text * num_items
-    assert reader.messages == [{"role": "assistant", "content": joined, "reasoning_content": joined}]
+    joined_text = text * num_items
+    assert reader.messages == [{"role": "assistant", "content": joined_text, "reasoning_content": joined_text}]
 
 
 def test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named() -> None:
@@ -141,7 +141,7 @@ def test_a_request_whose_tools_all_run_on_a_server_has_none() -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_a_tool_choice_that_is_a_word_stays(choice: str) -> None:
+def test_a_tool_choice_that_is_a_word_is_unchanged(choice: str) -> None:
     assert conversation(tools=[FUNCTION_F], tool_choice=choice).chat.tool_choice == choice
 
 

@@ -49,7 +49,7 @@ def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changed_messages",
     [
         [OTHER_QUESTION, answer()],
         [QUESTION, answer("other")],
@@ -57,11 +57,11 @@ def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
         [QUESTION, answer(reasoning_content="other")],
     ],
 )
-def test_a_changed_conversation_gets_nothing(changed: list[Message]) -> None:
+def test_a_changed_conversation_gets_nothing(changed_messages: list[Message]) -> None:
     store = TurnStore()
     keep(store)
-    restored = store.restore("", changed)
-    assert (restored.turns, restored.messages) == ({}, changed)
+    restored = store.restore("", changed_messages)
+    assert (restored.turns, restored.messages) == ({}, changed_messages)
 
 
 @pytest.mark.parametrize("arguments", ['{"b":[2],"a":1}', {"a": 1, "b": [2]}], ids=["text", "object"])
@@ -106,8 +106,8 @@ def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
     store = TurnStore()
     handles = [keep(store, stored_turn=turn(reasoning)) for reasoning in ("first", "second")]
     for handle, reasoning in zip(handles, ("first", "second"), strict=True):
-        changed = [OTHER_QUESTION, answer()]
-        restored = store.restore("", changed, [None, handle])
+        changed_messages = [OTHER_QUESTION, answer()]
+        restored = store.restore("", changed_messages, [None, handle])
         assert restored.turns == {0: turn(reasoning)}
         assert restored.messages[1].reasoning_content == reasoning
 

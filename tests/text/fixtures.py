@@ -45,7 +45,8 @@ def as_text(pieces: list[PromptPiece]) -> str:
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 
-def decoded(ids: list[int]) -> str:
+def text_of_ids(ids: list[int]) -> str:
+    """Return the text of token ids, with the names of control tokens."""
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
 
 
@@ -54,8 +55,8 @@ SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 
 def tiktoken_files(tokens: list[bytes], control_tokens: dict[int, str] | None = None) -> dict[str, bytes]:
     """Return the files of a vocabulary: ordinary tokens in the order of their ids, and control tokens by their ids."""
-    added = {str(token_id): {"content": name} for token_id, name in (control_tokens or {}).items()}
+    added_tokens = {str(token_id): {"content": name} for token_id, name in (control_tokens or {}).items()}
     return {
         "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
-        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added_tokens}).encode(),
     }

@@ -135,8 +135,8 @@ def test_a_warning_names_the_variables_that_nothing_sets(source: str, names: str
 def test_chat_template_jinja_overrides_the_template_in_tokenizer_config() -> None:
     config = json.dumps({"chat_template": "from the config"}).encode()
     assert load_chat_template({"tokenizer_config.json": config}).source == "from the config"
-    both = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
-    assert load_chat_template(both).source == "from the file é"
+    files = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
+    assert load_chat_template(files).source == "from the file é"
 
 
 def test_a_byte_order_mark_before_a_template_is_no_part_of_it() -> None:
@@ -172,7 +172,7 @@ def test_an_unreadable_template_is_refused(files: dict[str, bytes]) -> None:
 
 
 EVASIVE_TEMPLATES = {
-    "assignments to names of the interpreter's hooks": (
+    "assignments to names that may be the limit's": (
         "\n{% set mlx_k2_on_turn = dict %}{% set mlx_k2_on_iteration = dict %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     ),

@@ -22,9 +22,9 @@ def k2_tokens() -> list[bytes]:
     published = {token_id: text.encode() for text, token_id in PUBLISHED_IDS.items()}
     pairs = [bytes(pair) for pair in itertools.product(range(256), range(256))]
     triples = (bytes([first]) + pair for first in (0, 1) for pair in pairs)
-    known = set(published.values())
-    others = (token for token in itertools.chain(SINGLE_BYTES, pairs, triples) if token not in known)
-    return [published.get(token_id) or next(others) for token_id in range(163_584)]
+    published_tokens = set(published.values())
+    other_tokens = (token for token in itertools.chain(SINGLE_BYTES, pairs, triples) if token not in published_tokens)
+    return [published.get(token_id) or next(other_tokens) for token_id in range(163_584)]
 
 
 @functools.cache

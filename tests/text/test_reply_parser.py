@@ -169,8 +169,8 @@ def test_well_formed_calls_are_parsed_like_mlx_lm(
     calls = [call(call_id, text) for (call_id, _), text in zip(ids_and_values, arguments, strict=True)]
     text = section(*calls)
     reply = parse_reply(text) if has_control_tokens else whole_reply(parse_tokens([(text, False)], names=frozenset()))
-    parsed = [{"id": part.written_id, "name": part.name, "arguments": part.values} for part in reply.calls]
-    assert parsed == parse_tool_call("".join(calls))
+    calls_as_dicts = [{"id": part.written_id, "name": part.name, "arguments": part.values} for part in reply.calls]
+    assert calls_as_dicts == parse_tool_call("".join(calls))
     assert [part.arguments for part in reply.calls] == arguments
     assert reply.content == reply.reasoning == ""
 

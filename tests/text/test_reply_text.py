@@ -17,8 +17,8 @@ def raw_reader() -> ReplyReader:
 @given(id_lists)
 def test_streamed_text_equals_all_tokens_decoded_at_once(ids: list[int]) -> None:
     reader = raw_reader()
-    streamed = "".join(reader.add(token_id).text for token_id in ids) + reader.finish().text
-    assert streamed == b"".join(map(tokenizer().token_bytes, ids)).decode(errors="replace")
+    streamed_text = "".join(reader.add(token_id).text for token_id in ids) + reader.finish().text
+    assert streamed_text == b"".join(map(tokenizer().token_bytes, ids)).decode(errors="replace")
 
 
 @given(st.text())

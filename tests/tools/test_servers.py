@@ -1,4 +1,7 @@
-"""Tests of MCP files: the formats of other programs are read, and an error names the server."""
+"""Tests of MCP files: the formats of other programs are read, and an error names the server.
+
+Where no problem is expected, `pytest.fail` gets the text of one.
+"""
 
 import json
 from pathlib import Path
@@ -48,8 +51,11 @@ def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> No
 
 def test_null_values_numbers_in_env_and_other_names_of_the_url_are_read(tmp_path: Path) -> None:
     """Gemini writes ``httpUrl``, Windsurf ``serverUrl``."""
-    nulls = {"args": None, "env": {"PORT": 8080}, "cwd": None, "url": None}
-    entries = {"a": {"command": "x"} | nulls, "b": {"httpUrl": "http://h/%E4%B8%AD"}, "c": {"serverUrl": "https://h"}}
+    entries = {
+        "a": {"command": "x", "args": None, "env": {"PORT": 8080}, "cwd": None, "url": None},
+        "b": {"httpUrl": "http://h/%E4%B8%AD"},
+        "c": {"serverUrl": "https://h"},
+    }
     assert read_mcp_file(write_mcp_file(tmp_path, entries), {}, pytest.fail) == (
         StdioServer(name="a", command="x", env={"PORT": "8080"}),
         HttpServer(name="b", url="http://h/%E4%B8%AD"),
@@ -107,7 +113,7 @@ def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
 
 FILE_WITH_COMMENTS = """\ufeff// my servers
 {
-  /* VS Code's name for it */
+  /* VS Code's name of mcpServers */
   "servers": {
     "files": {
       "command": "npx", // "quoted"

@@ -190,7 +190,7 @@ def test_letters_of_any_script_stay_in_a_tools_name() -> None:
 
 
 def test_when_no_server_starts_the_error_names_all_and_no_process_is_left() -> None:
-    before = descendant_pids()
+    pids_before = descendant_pids()
     servers: list[Server] = [
         StdioServer(name="absent", command="/no/such/program"),
         StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key given')")),
@@ -202,18 +202,18 @@ def test_when_no_server_starts_the_error_names_all_and_no_process_is_left() -> N
     assert "absent: [Errno 2] No such file or directory" in message
     assert "ends: it ended; it wrote last: no key given" in message
     assert "unreachable: All connection attempts failed" in message
-    assert descendant_pids() == before
+    assert descendant_pids() == pids_before
 
 
 def test_a_server_that_does_not_answer_at_start_is_refused_and_ended() -> None:
     silent = StdioServer(name="silent", command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))
-    before = descendant_pids()
+    pids_before = descendant_pids()
     with (
         pytest.raises(ToolsError, match=r"silent: it did not answer within 0\.5 s"),
         open_toolbox([silent], Limits(start_timeout_s=0.5)),
     ):
         pass
-    assert descendant_pids() == before
+    assert descendant_pids() == pids_before
 
 
 def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
@@ -228,21 +228,21 @@ def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
     ids=["a server that ends", "one that ignores SIGTERM"],
 )
 def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
-    before = descendant_pids()
+    pids_before = descendant_pids()
     with open_toolbox([stdio_server("s", *arguments)], LIMITS) as box:
         assert box.call("add", {"a": 1}).text == "3"
-        assert descendant_pids() > before
+        assert descendant_pids() > pids_before
         calls = [box.start("hang", {}), box.start("stay", {})]
-    assert descendant_pids() == before
+    assert descendant_pids() == pids_before
     assert all(call.done() for call in calls)
 
 
 def test_an_exception_with_running_calls_leaves_no_process() -> None:
-    before = descendant_pids()
+    pids_before = descendant_pids()
     with pytest.raises(KeyboardInterrupt), open_toolbox([stdio_server("s")], LIMITS) as box:
         box.start("hang", {})
         raise KeyboardInterrupt
-    assert descendant_pids() == before
+    assert descendant_pids() == pids_before
 
 
 def test_without_servers_the_toolbox_is_empty() -> None:
