@@ -13,17 +13,17 @@ from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800
-FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
+MODEL_FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(FILES, VOCAB_SIZE)
+    return load_tokenizer(MODEL_FILES, VOCAB_SIZE)
 
 
 @functools.cache
 def builtin_template() -> ChatTemplate:
-    return load_chat_template(FILES)
+    return load_chat_template(MODEL_FILES)
 
 
 def pieces_of(

@@ -96,7 +96,7 @@ def test_a_typescript_declaration_is_part_of_the_prompt_and_none_of_its_text_is_
     names += ["<|im_assistant|>", "<|im_middle|>", "<think>"]
     control_ids = [piece for piece in pieces if isinstance(piece, int)]
     assert control_ids == [tokenizer().token_id(name) for name in names]
-    declaration = str(pieces[3])
+    declaration = str(pieces[3])  # after <|im_system|>, its name and <|im_middle|>
     # A prompt's tools have sorted keys; `typescript_tools` expects them.
     with_sorted_keys = [dict(sorted(function.items())) for function in declared_functions]
     assert declaration == typescript_tools(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer, slices
-from tests.text.fixtures import FILES, SINGLE_BYTES, VOCAB_SIZE, text_of_ids, tiktoken_files, tokenizer
+from tests.text.fixtures import MODEL_FILES, SINGLE_BYTES, VOCAB_SIZE, text_of_ids, tiktoken_files, tokenizer
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
 texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
@@ -101,7 +101,7 @@ def test_a_bad_control_token_is_named(control_tokens: dict[int, str], error: str
 @pytest.mark.parametrize("config", [b"", b"[]", b'{"added_tokens_decoder": 3}', b'{"added_tokens_decoder": {"x": {}}}'])
 def test_a_bad_tokenizer_config_is_named(config: bytes) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
-        load_tokenizer(FILES | {"tokenizer_config.json": config}, VOCAB_SIZE)
+        load_tokenizer(MODEL_FILES | {"tokenizer_config.json": config}, VOCAB_SIZE)
 
 
 def test_missing_files_are_named() -> None:
