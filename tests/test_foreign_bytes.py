@@ -42,7 +42,7 @@ from mlx_k2.tools.servers import read_mcp_file
 from mlx_k2.weights.index import CheckpointIndex
 from mlx_k2.weights.safetensors_file import read_header
 from tests.examples import at_least
-from tests.text.fixtures import MODEL_FILES, VOCAB_SIZE
+from tests.text.fixtures import FILES, VOCAB_SIZE
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=20),
@@ -208,9 +208,9 @@ READERS: dict[str, tuple[type[MlxK2Error], Callable[[bytes], object]]] = {
     "generation_config.json": (RequestError, GenerationConfig.from_json),
     "tokenizer_config.json": (
         TokenizerError,
-        lambda data: load_tokenizer(MODEL_FILES | {"tokenizer_config.json": data}, VOCAB_SIZE),
+        lambda data: load_tokenizer(FILES | {"tokenizer_config.json": data}, VOCAB_SIZE),
     ),
-    "tiktoken.model": (TokenizerError, lambda data: load_tokenizer(MODEL_FILES | {"tiktoken.model": data}, VOCAB_SIZE)),
+    "tiktoken.model": (TokenizerError, lambda data: load_tokenizer(FILES | {"tiktoken.model": data}, VOCAB_SIZE)),
     "a chat template": (TokenizerError, lambda data: load_chat_template({"chat_template.jinja": data})),
     "the template in the config": (TokenizerError, lambda data: load_chat_template({"tokenizer_config.json": data})),
     "a saved chat": (RequestError, on_disk(lambda path: load_chat(path, "digest"))),

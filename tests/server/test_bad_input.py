@@ -306,7 +306,7 @@ def test_wrong_paths_and_methods_have_errors_of_the_api(server: Server, method: 
     assert answer.error["message"]
 
 
-def test_after_half_a_body_and_a_hang_up_the_next_request_is_served(server: Server) -> None:
+def test_half_a_body_and_a_hang_up_do_not_affect_the_next_request(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(request_bytes("POST", CHAT_PATH, b'{"messages"', **{"Content-Length": "1000"}))
     assert server.request("POST", CHAT_PATH, chat()).status == 200

@@ -13,17 +13,17 @@ from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800
-MODEL_FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
+FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(MODEL_FILES, VOCAB_SIZE)
+    return load_tokenizer(FILES, VOCAB_SIZE)
 
 
 @functools.cache
 def builtin_template() -> ChatTemplate:
-    return load_chat_template(MODEL_FILES)
+    return load_chat_template(FILES)
 
 
 def pieces_of(
@@ -45,7 +45,7 @@ def as_text(pieces: list[PromptPiece]) -> str:
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 
-def text_of_ids(ids: list[int]) -> str:
+def decoded(ids: list[int]) -> str:
     """Return the text of token ids, with the names of control tokens."""
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
 
