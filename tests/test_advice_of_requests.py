@@ -88,7 +88,7 @@ MESSAGES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
     ),
     (
-        "messages end with the assistant's: this server does not continue an answer, so end with the user's",
+        "the last message is the assistant's: this server does not continue an answer, so end with a user's",
         {"messages": [USER, {"role": "assistant", "content": "b"}]},
         {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlx_k2.text.markers import Found, Marker, MarkerScanner
 from mlx_k2.text.prompt import opens_reasoning
-from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallHeader
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import ToolCall, broken_call, read_call, tool_name
 
@@ -147,9 +147,9 @@ class ReplyParser:
         self.phase, self._after_call = Phase.CALL_ID, after
         self._id, self._arguments = [], []
 
-    def _begin_arguments(self) -> ToolCallBegun:
+    def _begin_arguments(self) -> ToolCallHeader:
         self.phase = Phase.ARGUMENTS
-        return ToolCallBegun(tool_name("".join(self._id)))
+        return ToolCallHeader(tool_name("".join(self._id)))
 
     def _ended_call(self) -> ToolCall:
         if self.phase is Phase.CALL_ID:

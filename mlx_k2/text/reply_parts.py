@@ -22,7 +22,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class ToolCallBegun:
+class ToolCallHeader:
     """The header of a tool call that begins. The parts of its arguments follow, then the complete ToolCall."""
 
     name: str
@@ -36,7 +36,7 @@ class ArgumentsText:
     text: str
 
 
-Part: TypeAlias = Reasoning | Content | ToolCallBegun | ArgumentsText | ToolCall
+Part: TypeAlias = Reasoning | Content | ToolCallHeader | ArgumentsText | ToolCall
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def run(
         program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\nenv -0\n")
         program.chmod(0o700)
     variables = {"PATH": f"{folder}:/usr/bin:/bin"} | ({} if key is None else {KEY_VARIABLE: key})
-    program_text = CLIENTS[client].text(address) + command
+    program_text = CLIENTS[client].text_for(address) + command
     ran = subprocess.run(["/bin/sh", "-euc", program_text], env=variables, capture_output=True, timeout=20)
     assert ran.stderr == b""
     return ran.stdout.decode().split("\0")
@@ -60,7 +60,7 @@ def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address:
 @pytest.mark.parametrize("address", NAMES)
 @pytest.mark.parametrize("present", ["", 'approval_policy = "never"\n[model_providers.own]\nname = "own"\n[tui]\n'])
 def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str) -> None:
-    settings = tomllib.loads(CLIENTS["codex"].text(address) + present)
+    settings = tomllib.loads(CLIENTS["codex"].text_for(address) + present)
     own = tomllib.loads(present)
     assert {name: settings[name] for name in own if name != "model_providers"}.items() <= own.items()
     assert settings["model_providers"].items() >= own.get("model_providers", {}).items()
@@ -75,7 +75,7 @@ def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str)
 )
 @pytest.mark.parametrize("address", NAMES)
 def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
-    settings = added({"provider": {"own": {}}, "theme": "x"}, json.loads(CLIENTS["opencode"].text(address)))
+    settings = added({"provider": {"own": {}}, "theme": "x"}, json.loads(CLIENTS["opencode"].text_for(address)))
     assert (settings["theme"], settings["provider"]["own"]) == ("x", {})
     provider_id, _, model = settings["model"].partition("/")
     provider: dict[str, Any] = settings["provider"][provider_id]
@@ -92,12 +92,12 @@ def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
 )
 @pytest.mark.parametrize("address", NAMES)
 def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: ModelAddress) -> None:
-    settings = added({"language_models": {"ollama": {}}}, json.loads(CLIENTS["zed"].text(address)))
+    settings = added({"language_models": {"ollama": {}}}, json.loads(CLIENTS["zed"].text_for(address)))
     assert settings["language_models"]["ollama"] == {}
     ((name, provider),) = settings["language_models"]["openai_compatible"].items()
     (model,) = provider["available_models"]
     variable = "_".join(re.findall(r"[A-Z]+|[0-9]+", f"{name}_API_KEY".upper()))
-    assert variable in CLIENTS["zed"].destination.split()
+    assert variable in CLIENTS["zed"].instruction.split()
     assert provider["api_url"] == address.base_url
     assert (model["name"], model["max_tokens"]) == (address.name, address.context_tokens)
     assert model["capabilities"]["tools"]

@@ -15,7 +15,7 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, MessagesTool, Turn
+from mlx_k2.server.messages_request import MessageEntry, MessagesRequest, MessagesThinking, MessagesTool
 from mlx_k2.server.sse import json_response
 from tests.server.test_chat_reply import PIECES, events_of, generation_of, stream_of, token_ids
 from tests.text.replies import call, section
@@ -29,8 +29,10 @@ MORE_CALLS = st.builds(
 
 def format_of(generation: Generation, display: str) -> MessagesFormat:
     thinking = MessagesThinking(type="enabled", display=display)
-    asked = MessagesRequest(messages=[Turn(role="user", content="a")], max_tokens=1000, stream=True, thinking=thinking)
-    return MessagesFormat("1", "m", asked, ChatReply(generation, handle="handle"))
+    asked = MessagesRequest(
+        messages=[MessageEntry(role="user", content="a")], max_tokens=1000, stream=True, thinking=thinking
+    )
+    return MessagesFormat("1", "m", asked, ChatReply(generation, turn_handle="handle"))
 
 
 def body_of(generation: Generation, events: Sequence[Event], display: str) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def test_a_call_that_is_cut_is_text_and_only_its_length_fills_the_context(argume
 def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(constrains_calls: bool) -> None:
     generation = replace(generation_of(), constrains_calls=constrains_calls)
     tools = [MessagesTool(name="f", eager_input_streaming=True)]
-    turns = [Turn(role="user", content="a")]
+    turns = [MessageEntry(role="user", content="a")]
     asked = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
     form = MessagesFormat("1", "m", asked, ChatReply(generation))
     broken = events_of(generation, token_ids(section(call("functions.f:0", '{"a": x'))))

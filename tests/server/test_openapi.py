@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.server.cluster_activity import ClusterActivity
-from mlx_k2.server.openapi import document
+from mlx_k2.server.openapi import openapi_document
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerOptions, ServerState
 from tests.examples import scaled
@@ -19,7 +19,7 @@ from tests.server.server_process import Server
 
 LIMIT = 3
 """Tokens of an answer, so that a valid request ends soon."""
-schema = schemathesis.openapi.from_dict(document()).exclude(path="/v1/status/events")
+schema = schemathesis.openapi.from_dict(openapi_document()).exclude(path="/v1/status/events")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def answering() -> Iterator[SteppedServer]:
 def test_the_document_has_every_route_and_no_other() -> None:
     routes = Routes(ServerState(ServerOptions(), "m", ClusterActivity())).table()
     table = {(re.sub(r":path\}", "}", route.path), method) for route in routes for method in route.methods or ()}
-    documented = {(path, method.upper()) for path, found in document()["paths"].items() for method in found}
+    documented = {(path, method.upper()) for path, found in openapi_document()["paths"].items() for method in found}
     assert {entry for entry in table if entry[1] != "HEAD"} == documented
 
 
 def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> None:
     answer = server.request("GET", "/openapi.json")
-    assert answer.json == document()
+    assert answer.json == openapi_document()
     names = set(re.findall(r'"#/components/schemas/(\w+)"', answer.body.decode()))
     assert "ChatRequest" in names
     assert names <= answer.json["components"]["schemas"].keys()
@@ -64,7 +64,7 @@ def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer
         assert error["message"]
         assert error["type"]
     if case.method == case.operation.method.upper():
-        assert str(response.status_code) in document()["paths"][case.path][case.operation.method]["responses"]
+        assert str(response.status_code) in openapi_document()["paths"][case.path][case.operation.method]["responses"]
     assert "defect" not in "\n".join(answering.lines)
     answering.lines.clear()
 

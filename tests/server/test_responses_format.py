@@ -105,7 +105,7 @@ def test_all_items_with_reasoning_have_the_handle_of_the_turn() -> None:
     form = format_of(reply)
     form.events([(0, event) for event in engine_events_of(generation, token_ids("<think>a</think>b"))])
     (reasoning, _) = json.loads(bytes(form.body()))["output"]
-    assert reasoning["encrypted_content"] == reply.handle
+    assert reasoning["encrypted_content"] == reply.turn_handle
 
 
 def test_arguments_that_are_no_json_are_passed_on_as_written() -> None:

@@ -9,7 +9,7 @@ import pytest
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.responses_input import InputReader
 from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 
 CALLED: list[Any] = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"},
@@ -73,7 +73,7 @@ def test_a_handle_names_its_turn_and_another_one_begins_another() -> None:
 
     answer = {"type": "message", "role": "assistant", "content": "b"}
     found = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
-    assert found == [{"role": "assistant", "content": "b", HANDLE_FIELD: handle} for handle in ("h1", "h2")]
+    assert found == [{"role": "assistant", "content": "b", TURN_HANDLE_FIELD: handle} for handle in ("h1", "h2")]
 
 
 def test_a_summary_stands_in_for_reasoning_only_if_there_is_nothing_else() -> None:

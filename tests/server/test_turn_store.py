@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.server.turn_store import StoredTurn, TurnStore, new_handle
+from mlx_k2.server.turn_store import StoredTurn, TurnStore, new_turn_handle
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from tests.server.server_process import Server
 from tests.server.test_chat_completions import IN_PARIS, WEATHER
@@ -27,7 +27,7 @@ def turn(reasoning: str = "thought", num_tokens: int = 3, message: Message | Non
 
 def keep(store: TurnStore, owner: str = "", stored: StoredTurn | None = None) -> str:
     """Store the answer to USER and return its handle."""
-    handle = new_handle()
+    handle = new_turn_handle()
     store.keep(owner, handle, store.restore(owner, [USER]).digest, stored or turn())
     return handle
 

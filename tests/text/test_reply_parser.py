@@ -12,7 +12,7 @@ from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import ReplyParser
-from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallBegun, whole_reply
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallHeader, whole_reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
 from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
@@ -81,7 +81,7 @@ def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
     kept = "".join(
         part.text if isinstance(part, Reasoning | Content) else part.written_id + part.arguments
         for part in parts(tokens, in_reasoning=in_reasoning, names=names)
-        if not isinstance(part, ToolCallBegun | ArgumentsText)  # the complete call has the same text
+        if not isinstance(part, ToolCallHeader | ArgumentsText)  # the complete call has the same text
     )
     assert significant(kept) == significant("".join(piece for piece, _ in tokens))
 
@@ -95,11 +95,11 @@ def significant(text: str) -> str:
 def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    begun: ToolCallBegun | None = None
+    begun: ToolCallHeader | None = None
     written = ""
     for part in parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names):
         match part:
-            case ToolCallBegun():
+            case ToolCallHeader():
                 assert begun is None, "a call begins after the call before has ended"
                 begun, written = part, ""
             case ArgumentsText(text):
@@ -214,7 +214,7 @@ def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> Non
     parser = ReplyParser(IN_VOCABULARY, in_reasoning=False)
     *tokens, _section_end = tokens_of(CALL)
     found = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
-    assert found == [ToolCallBegun("f"), ArgumentsText('{"a": 1}'), *parsed(CALL).calls]
+    assert found == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parsed(CALL).calls]
     assert list(parser.finish()) == []
 
 
