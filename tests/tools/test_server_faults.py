@@ -249,13 +249,13 @@ def test_a_server_that_refuses_the_start_is_named_with_its_http_status(status: s
     server.server_close()
 
 
-def received(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMessage]:
+def inspect(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMessage]:
     """Return what mcp's client gets for a line of a server's stdout."""
     try:
         parsed = mcp_types.jsonrpc_message_adapter.validate_json(line.decode(errors="surrogateescape"), by_name=False)
     except ValidationError as error:
-        return [found.message for found in output.received(error)]
-    return [found.message for found in output.received(SessionMessage(parsed))]
+        return [found.message for found in output.inspect(error)]
+    return [found.message for found in output.inspect(SessionMessage(parsed))]
 
 
 @given(text=st.binary(max_size=20), number=st.integers(0, 9), others=st.sets(st.integers(0, 9)), end=st.integers(0, 12))
@@ -269,7 +269,7 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
         request = mcp_types.JSONRPCRequest(jsonrpc="2.0", id=pending, method="tools/call")
         output.record_sent(SessionMessage(request))
     whole = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "%s"}]}}' % (number, text)
-    answers = received(output, whole[: len(whole) - end])
+    answers = inspect(output, whole[: len(whole) - end])
     ids = [answer.id for answer in answers if isinstance(answer, mcp_types.JSONRPCResponse | mcp_types.JSONRPCError)]
     assert len(ids) == len(answers)
     if b'"id"' not in text:
@@ -284,4 +284,4 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
 def test_a_line_of_a_log_does_not_end_the_connection(line: str) -> None:
     output = ServerOutput()
     output.record_sent(SessionMessage(mcp_types.JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")))
-    assert received(output, line.encode(errors="replace")) == []
+    assert inspect(output, line.encode(errors="replace")) == []
