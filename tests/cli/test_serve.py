@@ -17,7 +17,7 @@ import pytest
 from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine, processes_below
 from tests.local_cluster import wait_until_gone
-from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
+from tests.server.server_process import WAIT_S, Server, exchange, parse_answer, serving
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -150,7 +150,7 @@ def test_a_whole_answer_longer_than_the_drain_is_a_503_in_the_api_s_shape(
         while not server.request("GET", "/v1/status").json["requests"]:
             pass
         assert server.end(signal.SIGTERM) == 0
-        answer = parsed(rest(connection))
+        answer = parse_answer(rest(connection))
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
         assert int(answer.headers["retry-after"]) > 0
 

@@ -39,8 +39,8 @@ def text_of(item: Any) -> str:
     return str(item.arguments) if item.type == "function_call" else "".join(part.text for part in item.content)
 
 
-class Accumulated:
-    """What a reader of events builds: the items that are done, which the snapshots and deltas must equal."""
+class ResponseAccumulator:
+    """The response that the events of a stream build: its complete items, which the snapshots and deltas must equal."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
@@ -82,11 +82,11 @@ def complete(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
 def stream(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "input" in request:
-            found = Accumulated()
+            accumulator = ResponseAccumulator()
             with client.responses.stream(**request) as events:
                 for event in events:
-                    found.add(event)
-            return found.response
+                    accumulator.add(event)
+            return accumulator.response
         state = ChatCompletionStreamState()
         for chunk in client.chat.completions.create(stream=True, **request):
             state.handle_chunk(chunk)
@@ -103,11 +103,11 @@ async def complete_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[s
 
 async def stream_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
     if "input" in request:
-        found = Accumulated()
+        accumulator = ResponseAccumulator()
         async with client.responses.stream(**request) as events:
             async for event in events:
-                found.add(event)
-        return found.response
+                accumulator.add(event)
+        return accumulator.response
     state = ChatCompletionStreamState()
     async for chunk in await client.chat.completions.create(stream=True, **request):
         state.handle_chunk(chunk)
@@ -115,20 +115,20 @@ async def stream_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str
 
 
 async def complete_and_stream(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    results = []
     async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
-        for ask in (complete_async, stream_async):
+        for send in (complete_async, stream_async):
             try:
-                found.append(await ask(client, request))
+                results.append(await send(client, request))
             except APIError as error:
-                found.append(error_of(error))
-    return found
+                results.append(error_of(error))
+    return results
 
 
 def results(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
     with OpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
-        found = [complete(client, request), stream(client, request)]
-    return found + asyncio.run(complete_and_stream(base_url, request))
+        sync_results = [complete(client, request), stream(client, request)]
+    return sync_results + asyncio.run(complete_and_stream(base_url, request))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Servers whose model gives a reply that a test has chosen: its tokens are forced at the sampler of the last stage.
+"""Servers whose model gives a reply that a test chooses: the sampler of the last stage returns its tokens.
 
 Scheduler, slots, cache, engine, token policy and HTTP are the real ones.
 """
@@ -41,24 +41,24 @@ REPLIES = {
 
 @dataclass
 class ForcedStages:
-    """A maker of stages that sample ``token_ids`` after a prompt of ``num_prompt`` tokens, then the end of a turn."""
+    """A factory of stages that sample ``token_ids`` after a prompt of ``num_prompt`` tokens, then ``end_id``."""
 
     token_ids: Sequence[int]
     end_id: int
     num_prompt: int = 0
     fail_at: int | None = None
-    """A stage fails, once, when this token of the reply is sampled, or the next one that the grammar does not force."""
+    """The index in the reply at which a stage fails once, or at the next token that the grammar does not force."""
 
     def __call__(self, num_stages: int, on_plan: Callable[[Step], None]) -> TokenStages:
-        forced = self
+        factory = self
 
         class Stages(TokenStages):
             def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
-                at = len(token_ids) - forced.num_prompt
-                if forced.fail_at is not None and at >= forced.fail_at:
-                    forced.fail_at = None
+                index = len(token_ids) - factory.num_prompt
+                if factory.fail_at is not None and index >= factory.fail_at:
+                    factory.fail_at = None
                     self.fail(1)
-                return forced.token_ids[at] if 0 <= at < len(forced.token_ids) else forced.end_id
+                return factory.token_ids[index] if 0 <= index < len(factory.token_ids) else factory.end_id
 
         return Stages(num_stages, on_plan)
 
@@ -69,7 +69,7 @@ def builtin_tokenizer() -> Tokenizer:
 
 
 @contextmanager
-def forcing(
+def forced_server(
     reply: str,
     options: ServerOptions | None = None,
     *,
@@ -86,8 +86,8 @@ def forcing(
     stages = ForcedStages(ids, tokenizer.special_ids["<|im_end|>"])
     with stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
-        asked = {"messages": list(messages), "tools": TOOLS}
-        stages.num_prompt = server.request("POST", "/tokenize", asked, **{"x-api-key": key}).json["count"]
+        request = {"messages": list(messages), "tools": TOOLS}
+        stages.num_prompt = server.request("POST", "/tokenize", request, **{"x-api-key": key}).json["count"]
         yield server, client, stages
 
 
@@ -97,25 +97,26 @@ def prompt_of(server: SteppedServer, **request: Any) -> list[int]:
     return tokens
 
 
-def accumulated(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of a stream."""
+def accumulate(client: OpenAI, **fields: Any) -> dict[str, Any]:
+    """Return the compared fields of the completion that the client accumulates from a stream."""
     with client.chat.completions.stream(model="m", messages=USER, tools=TOOLS, **fields) as stream:
-        return comparable(stream.get_final_completion().to_dict())
+        return fields_of(stream.get_final_completion().to_dict())
 
 
 def body_of(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    return comparable(client.chat.completions.create(model="m", messages=USER, tools=TOOLS, **fields).to_dict())
+    """Return the compared fields of a completion that is not streamed."""
+    return fields_of(client.chat.completions.create(model="m", messages=USER, tools=TOOLS, **fields).to_dict())
 
 
-def comparable(body: dict[str, Any]) -> dict[str, Any]:
+def fields_of(body: dict[str, Any]) -> dict[str, Any]:
     (choice,) = body["choices"]
     message = choice["message"]
     return {
         "content": message.get("content") or "",
         "reasoning": message.get("reasoning_content") or "",
         "calls": [
-            (one["id"], one["function"]["name"], one["function"]["arguments"])
-            for one in message.get("tool_calls") or ()
+            (tool_call["id"], tool_call["function"]["name"], tool_call["function"]["arguments"])
+            for tool_call in message.get("tool_calls") or ()
         ],
         "finish_reason": choice["finish_reason"],
     }

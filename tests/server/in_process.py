@@ -1,4 +1,4 @@
-"""A server in this process, over stages that execute plans on token ids when a test says so."""
+"""A server in this process, whose stages execute plans on token ids, without arithmetic, when a test calls them."""
 
 import functools
 import threading
@@ -29,7 +29,7 @@ CONTEXT_TOKENS = 4000
 
 @dataclass(frozen=True)
 class SteppedServer:
-    """A server whose stages wait for ``tokens.run``, and the lines of its log."""
+    """A server whose stages execute plans in ``tokens.run`` only, and the lines of its log."""
 
     port: int
     tokens: TokenEngine
@@ -41,7 +41,7 @@ class SteppedServer:
         return f"http://127.0.0.1:{self.port}"
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
-        """Send one request on a separate connection and return the whole answer."""
+        """Send one request on a separate connection and return the complete answer."""
         return request_on(self.port, method, path, body, **headers)
 
     def wait_for(self, text: str, count: int = 1) -> None:
@@ -72,7 +72,7 @@ def stepped_server(
     drafts: bool = False,
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages,
 ) -> Iterator[SteppedServer]:
-    """Yield a server over stages without arithmetic, with the built-in model's tokenizer and template."""
+    """Yield a server with the built-in model's tokenizer and template, and stages without arithmetic."""
     state = ServerState(options or ServerOptions(), "tokens", ClusterActivity())
     lines: list[str] = []
     app = make_app(state, Access((), ("https://chat.example",), keys), lines.append)
@@ -93,7 +93,7 @@ def stepped_server(
 
 @contextmanager
 def stepping(server: SteppedServer) -> Iterator[None]:
-    """Execute plans on another thread."""
+    """Execute the stages' plans on another thread until the block ends."""
     stop = threading.Event()
 
     def run() -> None:
@@ -108,9 +108,8 @@ def stepping(server: SteppedServer) -> Iterator[None]:
     thread.join(WAIT_S)
 
 
-def wait_until(holds: object, what: str) -> None:
-    """Wait until ``holds()`` is true."""
-    assert callable(holds)
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Wait until ``holds()`` is true; ``what`` names this in the error."""
     pause = threading.Event()
     for _ in range(int(WAIT_S / 0.005)):
         if holds():

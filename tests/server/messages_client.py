@@ -1,4 +1,4 @@
-"""Anthropic's official client, and what the tests compare of its messages."""
+"""Anthropic's official client, and the fields of its messages that tests compare."""
 
 from typing import Any
 
@@ -21,32 +21,34 @@ def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
     return Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=WAIT_S)
 
 
-def whole(client: Anthropic, **fields: Any) -> dict[str, Any]:
+def message_of(client: Anthropic, **fields: Any) -> dict[str, Any]:
     """Return the message of a request that is not streamed."""
     message: dict[str, Any] = client.messages.create(**_request(fields)).to_dict()
     return message
 
 
-def accumulated(client: Anthropic, **fields: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of a stream."""
+def accumulate(client: Anthropic, **fields: Any) -> dict[str, Any]:
+    """Return the message that the client accumulates from a stream."""
     with client.messages.stream(**_request(fields)) as stream:
         return stream.get_final_message().to_dict()
 
 
-def comparable(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without what differs between two equal answers: its id, its handle and its cached tokens."""
+def fields_of(message: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a message that are the same in two equal answers."""
     usage = message["usage"]
     num_prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
     return {
         "role": message["role"],
-        "content": [{name: value for name, value in one.items() if name != "signature"} for one in message["content"]],
+        "content": [
+            {name: value for name, value in block.items() if name != "signature"} for block in message["content"]
+        ],
         "stop": (message["stop_reason"], message["stop_sequence"]),
         "tokens": (num_prompt, usage["output_tokens"], usage["output_tokens_details"]),
     }
 
 
 def error_of(body: Any) -> tuple[str, str]:
-    """Return the type and the message of an error in Anthropic's shape; nothing else is in it."""
+    """Return the type and the message of an error body; check that it has Anthropic's fields and no others."""
     assert body.keys() == {"type", "error", "request_id"}
     assert body["type"] == "error"
     assert body["error"].keys() == {"type", "message"}

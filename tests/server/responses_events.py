@@ -1,4 +1,4 @@
-"""Checks of the events of a response, and the fields by which two responses are compared."""
+"""Checks of the events of a response, and the fields of responses that tests compare."""
 
 import json
 from typing import Any
@@ -16,18 +16,18 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 def without_chunks(body: bytes) -> bytes:
-    """Return a body in HTTP's chunked encoding as it was before that."""
-    whole = b""
+    """Return the decoded body of an answer in HTTP's chunked encoding."""
+    decoded = b""
     while body:
         size, _, body = body.partition(b"\r\n")
         length = int(size, 16)
-        whole, body = whole + body[:length], body[length + 2 :]
-    return whole
+        decoded, body = decoded + body[:length], body[length + 2 :]
+    return decoded
 
 
-def events_of(sent: bytes) -> list[Fields]:
-    """Return the events of a stream, each with the name of its data's type, and [DONE] at the end alone."""
-    *frames, done, rest = sent.decode().split("\n\n")
+def events_of(stream: bytes) -> list[Fields]:
+    """Return the events of a stream; check that each is named by its type, and that [DONE] ends the stream."""
+    *frames, done, rest = stream.decode().split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     events = []
     for frame in frames:
@@ -38,15 +38,15 @@ def events_of(sent: bytes) -> list[Fields]:
     return events
 
 
-def checked(events: list[Fields]) -> Fields:
-    """Check a whole stream: order, indexes, ids, and that its deltas are its items; return the last response."""
+def check_events(events: list[Fields]) -> Fields:
+    """Check order, indexes, ids and deltas of all events of a stream; return the response of the last event."""
     for event in events:
         _EVENT.validate_python(event)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     assert [event["type"] in ENDS for event in events] == [False] * (len(events) - 1) + [True]
     items: list[Fields] = []
-    opened: Fields | None = None
+    open_item: Fields | None = None
     text = ""
     for event in events[2:-1]:
         kind = event["type"].removeprefix("response.")
@@ -54,34 +54,34 @@ def checked(events: list[Fields]) -> Fields:
             assert event["response"]["id"] == events[0]["response"]["id"]
             continue
         if kind == "output_item.added":
-            assert opened is None
-            opened, text = event["item"], ""
-            assert opened["status"] == "in_progress"
+            assert open_item is None
+            open_item, text = event["item"], ""
+            assert open_item["status"] == "in_progress"
             assert event["output_index"] == len(items)
             continue
-        assert opened is not None, f"{kind} belongs to no item"
+        assert open_item is not None, f"{kind} belongs to no item"
         assert event["output_index"] == len(items)
         if kind == "output_item.done":
             assert all(
-                event["item"].get(name) == opened.get(name) for name in ("type", "id", "role", "call_id", "name")
+                event["item"].get(name) == open_item.get(name) for name in ("type", "id", "role", "call_id", "name")
             )
             items.append(event["item"])
             assert text_of(event["item"]) == text
-            opened = None
+            open_item = None
             continue
-        assert event["item_id"] == opened["id"]
+        assert event["item_id"] == open_item["id"]
         assert event.get("content_index", 0) == 0
-        if kind == f"{_TEXT_OF[opened['type']]}.delta":
+        if kind == f"{_TEXT_OF[open_item['type']]}.delta":
             assert event["delta"]
             text += event["delta"]
-        elif kind == f"{_TEXT_OF[opened['type']]}.done":
-            assert event["arguments" if opened["type"] == "function_call" else "text"] == text
+        elif kind == f"{_TEXT_OF[open_item['type']]}.done":
+            assert event["arguments" if open_item["type"] == "function_call" else "text"] == text
         else:
             assert kind in ("content_part.added", "content_part.done")
-            assert opened["type"] == "message"
+            assert open_item["type"] == "message"
     response: Fields = events[-1]["response"]
     if response["status"] != "failed":
-        assert opened is None
+        assert open_item is None
         assert response["output"] == items
     Response.model_validate(response)
     assert len({item["id"] for item in response["output"]}) == len(response["output"])
@@ -95,8 +95,8 @@ def text_of(item: Fields) -> str:
     )
 
 
-def comparable(response: Fields) -> Fields:
-    """Return what must be equal however a response is received."""
+def fields_of(response: Fields) -> Fields:
+    """Return the fields that are the same in a stream and in a body."""
     usage = response["usage"]
     return {
         "status": response["status"],

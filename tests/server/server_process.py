@@ -23,7 +23,7 @@ WAIT_S = 60.0
 
 @dataclass
 class Server:
-    """A running server process, and the lines of its stderr so far."""
+    """A server process, and the lines that it has written to stderr."""
 
     process: subprocess.Popen[bytes]
     lines: list[str]
@@ -33,9 +33,9 @@ class Server:
 
     @property
     def port(self) -> int:
-        found = re.search(r":(\d+);", self.wait_for("listening on"))
-        assert found
-        return int(found[1])
+        match = re.search(r":(\d+);", self.wait_for("listening on"))
+        assert match
+        return int(match[1])
 
     @property
     def url(self) -> str:
@@ -49,12 +49,12 @@ class Server:
     def wait_for(self, text: str) -> str:
         """Wait for a line with ``text`` on stderr and return it."""
 
-        def found() -> str | None:
+        def matching_line() -> str | None:
             return next((line for line in self.lines if text in line), None)
 
         with self.changed:
-            self.changed.wait_for(lambda: found() is not None or self.has_ended, WAIT_S)
-            line = found()
+            self.changed.wait_for(lambda: matching_line() is not None or self.has_ended, WAIT_S)
+            line = matching_line()
             assert line is not None, f"no {text!r} in {self.lines}"
             return line
 
@@ -64,16 +64,16 @@ class Server:
         return [process for process in children if "mlx_k2.stage.program" in process.cmdline()]
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> "HttpAnswer":
-        """Send one request on a separate connection and return the whole answer."""
+        """Send one request on a separate connection and return the complete answer."""
         return request_on(self.port, method, path, body, **headers)
 
     def connect(self) -> socket.socket:
         """Return a connection to the server, with a deadline."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
 
-    def end(self, number: int = signal.SIGTERM) -> int:
+    def end(self, signal_number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""
-        self.process.send_signal(number)
+        self.process.send_signal(signal_number)
         return self.process.wait(WAIT_S)
 
 
@@ -100,7 +100,7 @@ class HttpAnswer:
 
 
 def request_on(port: int, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
-    """Send one request on a separate connection and return the whole answer."""
+    """Send one request on a separate connection and return the complete answer."""
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -121,10 +121,10 @@ def exchange(connection: socket.socket, data: bytes) -> HttpAnswer:
         if not part:
             break
         received += part
-    return parsed(received)
+    return parse_answer(received)
 
 
-def parsed(received: bytes) -> HttpAnswer:
+def parse_answer(received: bytes) -> HttpAnswer:
     head, _, body = received.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}

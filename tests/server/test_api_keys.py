@@ -59,8 +59,8 @@ def test_keys_that_two_processes_add_at_once_are_all_kept(tmp_path: Path) -> Non
     path = tmp_path / "keys.json"
     names = [f"user-{number}" for number in range(8)]
     code = "import sys, pathlib, mlx_k2.server.api_keys as keys; keys.add_key(pathlib.Path(sys.argv[1]), sys.argv[2])"
-    adding = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in names]
-    assert [process.wait(WAIT_S) for process in adding] == [0] * len(names)
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in names]
+    assert [process.wait(WAIT_S) for process in processes] == [0] * len(names)
     assert sorted(stored.name for stored in read_keys(path)) == names
 
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_no_key_file_is_an_error(tmp_path: Path, content: str) ->
         read_keys(path)
 
 
-def test_a_key_file_that_others_can_read_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_key_file_that_others_can_read_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     add_key(path, "alice")
     path.chmod(0o644)
@@ -86,7 +86,7 @@ def test_a_key_file_that_others_can_read_is_refused_with_the_way_out(tmp_path: P
         KeyRing(path, is_required=False)
 
 
-def test_a_name_is_used_once_and_an_unknown_one_is_not_removed(tmp_path: Path) -> None:
+def test_a_second_key_with_a_name_and_the_removal_of_an_unknown_key_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     add_key(path, "alice")
     with pytest.raises(SetupError, match="already"):
@@ -109,7 +109,7 @@ def keys(key_file: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def locked(key_file: Path, keys: dict[str, str]) -> Iterator[SteppedServer]:
+def keyed_server(key_file: Path, keys: dict[str, str]) -> Iterator[SteppedServer]:
     """A server that requires keys."""
     with stepped_server(keys=KeyRing(key_file, is_required=False)) as server:
         yield server
@@ -119,35 +119,35 @@ def test_the_command_lists_the_names_of_keys(
     key_file: Path, keys: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["keys", "list", "--key-file", str(key_file)]) == 0
-    listed = capsys.readouterr().out
-    assert [line.split("\t")[0] for line in listed.splitlines()] == ["alice", "bob"]
-    assert not any(key in listed for key in keys.values())
+    output = capsys.readouterr().out
+    assert [line.split("\t")[0] for line in output.splitlines()] == ["alice", "bob"]
+    assert not any(key in output for key in keys.values())
 
 
 def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(
-    locked: SteppedServer, keys: dict[str, str]
+    keyed_server: SteppedServer, keys: dict[str, str]
 ) -> None:
-    base_url = f"http://127.0.0.1:{locked.port}/v1"
+    base_url = f"http://127.0.0.1:{keyed_server.port}/v1"
     assert OpenAI(base_url=base_url, api_key=keys["alice"], timeout=WAIT_S).models.list().data
     with pytest.raises(AuthenticationError) as caught:
         OpenAI(base_url=base_url, api_key="mk2-wrong", timeout=WAIT_S).models.list()
     assert caught.value.code == "invalid_api_key"
 
 
-def test_every_path_but_health_needs_a_key(locked: SteppedServer, keys: dict[str, str]) -> None:
+def test_every_path_but_health_needs_a_key(keyed_server: SteppedServer, keys: dict[str, str]) -> None:
     for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/v1/status"), ("POST", "/tokenize")):
-        answer = locked.request(method, path)
+        answer = keyed_server.request(method, path)
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.error["type"] == "authentication_error"
-    assert locked.request("GET", "/health").status == 200
-    assert locked.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
+    assert keyed_server.request("GET", "/health").status == 200
+    assert keyed_server.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
 
 
-def test_no_key_is_in_the_log(locked: SteppedServer, keys: dict[str, str]) -> None:
-    assert locked.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
-    assert locked.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
-    log = "\n".join(locked.lines)
+def test_no_key_is_in_the_log(keyed_server: SteppedServer, keys: dict[str, str]) -> None:
+    assert keyed_server.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
+    assert keyed_server.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
+    log = "\n".join(keyed_server.lines)
     assert keys["alice"] not in log
     assert "mk2-" not in log
 

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
 from tests.server.server_process import WAIT_S, Server
 
-ASKED: list[Any] = [{"role": "user", "content": "What is 17 plus 25?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "What is 17 plus 25?"}]
 WEATHER: list[Any] = [
     {
         "type": "function",
@@ -23,8 +23,8 @@ WEATHER: list[Any] = [
 IN_PARIS: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
-def streamed(server: Server, **request: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of the stream, as the fields of a body."""
+def stream_fields(server: Server, **request: Any) -> dict[str, Any]:
+    """Return the fields that a client accumulates from the stream; check that role and reason are sent once."""
     fields: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": {}}
     options: Any = {"include_usage": True}
     roles, reasons = [], []
@@ -51,8 +51,8 @@ def streamed(server: Server, **request: Any) -> dict[str, Any]:
     return fields
 
 
-def complete(server: Server, **request: Any) -> dict[str, Any]:
-    """Return the same fields of the body that is not streamed."""
+def body_fields(server: Server, **request: Any) -> dict[str, Any]:
+    """Return the same fields of a body that is not streamed."""
     body = server.client.chat.completions.create(**request)
     (choice,) = body.choices
     assert body.usage is not None
@@ -76,24 +76,22 @@ def without_cache(fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("request_fields", "finish_reason"),
     [
-        ({"messages": ASKED, "temperature": 0}, "stop"),
-        ({"messages": ASKED, "temperature": 0, "max_tokens": 7}, "length"),
-        ({"messages": ASKED, "temperature": 0, "stop": ["+ 25"]}, "stop"),
+        ({"messages": QUESTION, "temperature": 0}, "stop"),
+        ({"messages": QUESTION, "temperature": 0, "max_tokens": 7}, "length"),
+        ({"messages": QUESTION, "temperature": 0, "stop": ["+ 25"]}, "stop"),
         ({"messages": IN_PARIS, "temperature": 0, "tools": WEATHER}, "tool_calls"),
-        ({"messages": ASKED, "seed": 5, "temperature": 1.0}, "stop"),
+        ({"messages": QUESTION, "seed": 5, "temperature": 1.0}, "stop"),
     ],
     ids=["text", "length", "stop", "call", "sampled"],
 )
-def test_what_the_client_accumulates_equals_the_body(
-    server: Server, request_fields: dict[str, Any], finish_reason: str
-) -> None:
-    body = complete(server, model="any", **request_fields)
-    assert without_cache(streamed(server, model="any", **request_fields)) == without_cache(body)
+def test_the_client_accumulates_the_body(server: Server, request_fields: dict[str, Any], finish_reason: str) -> None:
+    body = body_fields(server, model="any", **request_fields)
+    assert without_cache(stream_fields(server, model="any", **request_fields)) == without_cache(body)
     assert body["finish_reason"] == finish_reason
 
 
 def test_the_answer_has_its_reasoning_in_a_field_of_its_own(server: Server) -> None:
-    body = complete(server, model="kimi-k2-tiny", messages=ASKED, temperature=0)
+    body = body_fields(server, model="kimi-k2-tiny", messages=QUESTION, temperature=0)
     assert body["content"] == "17 + 25 = 42"
     assert body["reasoning_content"].startswith("17 + 25.")
     details = body["usage"]["completion_tokens_details"]
@@ -101,7 +99,7 @@ def test_the_answer_has_its_reasoning_in_a_field_of_its_own(server: Server) -> N
 
 
 def test_a_stop_string_is_not_part_of_the_answer(server: Server) -> None:
-    assert complete(server, model="any", messages=ASKED, temperature=0, stop="+ 25")["content"] == "17 "
+    assert body_fields(server, model="any", messages=QUESTION, temperature=0, stop="+ 25")["content"] == "17 "
 
 
 def test_a_tool_loop_continues_from_the_cache_with_ids_of_the_conversation(server: Server) -> None:
@@ -128,34 +126,35 @@ def test_a_tool_loop_continues_from_the_cache_with_ids_of_the_conversation(serve
 
 @pytest.mark.parametrize("call_id", ["functions_get_weather_0", "call_8f3a", "toolu_01", "functions.get_weather:7"])
 def test_ids_of_any_form_in_the_history_give_the_same_prompt(server: Server, call_id: str) -> None:
-    def follow_up(written: str) -> dict[str, Any]:
+    def follow_up(client_id: str) -> dict[str, Any]:
         function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
         messages: list[Any] = [
             *IN_PARIS,
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [{"id": written, "type": "function", "function": function}],
+                "tool_calls": [{"id": client_id, "type": "function", "function": function}],
             },
             {
                 "role": "tool",
-                "tool_call_id": written,
+                "tool_call_id": client_id,
                 "content": '{"city": "Paris", "sky": "sunny", "temperature": 21}',
             },
         ]
-        return complete(server, model="any", messages=messages, tools=WEATHER, temperature=0)
+        return body_fields(server, model="any", messages=messages, tools=WEATHER, temperature=0)
 
     assert without_cache(follow_up(call_id)) == without_cache(follow_up("functions.get_weather:0"))
 
 
 def test_tool_choice_none_calls_no_tool(server: Server) -> None:
-    body = complete(server, model="any", messages=IN_PARIS, tools=WEATHER, tool_choice="none", temperature=0)
+    body = body_fields(server, model="any", messages=IN_PARIS, tools=WEATHER, tool_choice="none", temperature=0)
     assert body["tool_calls"] == []
     assert "tool_call" not in body["content"]
 
 
 def test_log_probabilities_cover_the_content_and_not_the_reasoning(server: Server) -> None:
-    request: dict[str, Any] = {"model": "any", "messages": ASKED, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    request: dict[str, Any] = {"model": "any", "messages": QUESTION, "logprobs": True, "top_logprobs": 2}
+    request["temperature"] = 0
     body = server.client.chat.completions.create(**request)
     (choice,) = body.choices
     assert choice.logprobs is not None
@@ -163,8 +162,8 @@ def test_log_probabilities_cover_the_content_and_not_the_reasoning(server: Serve
     assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
     chunks = server.client.chat.completions.create(stream=True, **request)
-    found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
-    joined = [token for one in found if one is not None for token in one.content or ()]
+    logprobs = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
+    joined = [token for part in logprobs if part is not None for token in part.content or ()]
     assert joined == choice.logprobs.content
 
 
@@ -200,7 +199,7 @@ def test_the_model_is_listed_and_another_is_not_found(server: Server) -> None:
 
 
 def test_another_models_name_is_accepted_with_a_warning(server: Server) -> None:
-    body = {"model": "gpt-9", "messages": ASKED, "max_tokens": 1}
+    body = {"model": "gpt-9", "messages": QUESTION, "max_tokens": 1}
     answer = server.request("POST", "/v1/chat/completions", body)
     assert answer.status == 200
     assert "another model" in answer.headers["warning"]

@@ -63,7 +63,7 @@ def generation_of(stop_strings: tuple[str, ...] = (), first_call: int = 0, in_re
 
 
 def events_of(generation: Generation, ids: Sequence[int], reason: FinishReason = FinishReason.LENGTH) -> list[Event]:
-    """Return the events that the engine makes of a reply's tokens."""
+    """Return the engine's events for a reply's tokens, and the end for ``reason`` if no stop string ends it before."""
     events: list[Event] = []
     policy = generation.submissions[0].policy
     assert policy is not None
@@ -95,25 +95,25 @@ def body_of(generation: Generation, events: Sequence[Event]) -> dict[str, Any]:
 
 
 def format_of(reply: ChatReply) -> ChatFormat:
-    asked = ChatRequest(messages=[], logprobs=True, stream_options=StreamOptions(include_usage=True))
-    head = {"id": "chatcmpl-1", "created": 1, "model": "m"}
-    return ChatFormat(head, [reply], asked, ServerOptions(keepalive="chunk"))
+    request = ChatRequest(messages=[], logprobs=True, stream_options=StreamOptions(include_usage=True))
+    common_fields = {"id": "chatcmpl-1", "created": 1, "model": "m"}
+    return ChatFormat(common_fields, [reply], request, ServerOptions(keepalive="chunk"))
 
 
-def stream_of(form: ReplyFormat, events: Sequence[Event], cuts: Sequence[int]) -> bytes:
-    """Return the stream when the events are read in groups of ``cuts``, with a keep-alive before each group."""
-    sent, rest, sizes = form.begin(), [(0, event) for event in events], list(cuts)
-    while rest:
-        size = sizes.pop(0) if sizes else len(rest)
-        sent += form.keepalive() + form.events(rest[:size])
-        rest = rest[size:]
-    return sent
+def stream_of(reply_format: ReplyFormat, events: Sequence[Event], cuts: Sequence[int]) -> bytes:
+    """Return the stream if the events are read in groups of ``cuts``, with a keep-alive before each group."""
+    stream, remaining, sizes = reply_format.begin(), [(0, event) for event in events], list(cuts)
+    while remaining:
+        size = sizes.pop(0) if sizes else len(remaining)
+        stream += reply_format.keepalive() + reply_format.events(remaining[:size])
+        remaining = remaining[size:]
+    return stream
 
 
-def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
-    """Return what the official client makes of the stream, when the events are read in groups of ``cuts``."""
-    sent = stream_of(format_of(ChatReply(generation)), events, cuts)
-    *lines, done = [line for line in sent.decode().split("\n\n") if line]
+def accumulate(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
+    """Return the body that the official client accumulates if the events are read in groups of ``cuts``."""
+    stream = stream_of(format_of(ChatReply(generation)), events, cuts)
+    *lines, done = [line for line in stream.decode().split("\n\n") if line]
     assert done == "data: [DONE]"
     state = ChatCompletionStreamState()
     for line in lines:
@@ -123,8 +123,8 @@ def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]
     return {**snapshot, "usage": usage}
 
 
-def comparable(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a body that the accumulator has as well."""
+def fields_of(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a body that the client's accumulator has, too."""
     (choice,) = body["choices"]
     message = choice["message"]
     calls = [
@@ -155,37 +155,37 @@ def test_the_client_accumulates_the_body_from_any_cut_of_the_stream(
     ids = token_ids("".join(pieces))
     whole, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
     body = body_of(whole, events_of(whole, ids))
-    assert comparable(accumulated(cut, events_of(cut, ids), cuts)) == comparable(body)
+    assert fields_of(accumulate(cut, events_of(cut, ids), cuts)) == fields_of(body)
 
 
-def answered(text: str, **options: Any) -> dict[str, Any]:
+def fields_for_text(text: str, **options: Any) -> dict[str, Any]:
     generation = generation_of(**options)
     reason = FinishReason.STOP if text.endswith("<|tool_calls_section_end|>") else FinishReason.LENGTH
-    return comparable(body_of(generation, events_of(generation, token_ids(text), reason)))
+    return fields_of(body_of(generation, events_of(generation, token_ids(text), reason)))
 
 
 def test_calls_are_numbered_on_from_the_conversation() -> None:
-    found = answered(section(call("functions.f:0", "{}"), call("call_x", "{}")), first_call=4)
-    assert found["calls"][0][0] == "functions.f:4"
-    assert found["finish_reason"] == "tool_calls"
+    fields = fields_for_text(section(call("functions.f:0", "{}"), call("call_x", "{}")), first_call=4)
+    assert fields["calls"][0][0] == "functions.f:4"
+    assert fields["finish_reason"] == "tool_calls"
 
 
 def test_a_call_without_arguments_has_an_empty_object() -> None:
-    assert answered(section(call("functions.f:0", "")))["calls"] == [("functions.f:0", "function", "f", "{}")]
+    assert fields_for_text(section(call("functions.f:0", "")))["calls"] == [("functions.f:0", "function", "f", "{}")]
 
 
 def test_arguments_stay_the_text_that_the_model_wrote() -> None:
-    written = '{"zip": "5777", "x": 1.0,  "y": [ ]}'
-    assert answered(section(call("functions.f:0", written)))["calls"][0][3] == written
+    arguments = '{"zip": "5777", "x": 1.0,  "y": [ ]}'
+    assert fields_for_text(section(call("functions.f:0", arguments)))["calls"][0][3] == arguments
 
 
 @pytest.mark.parametrize("header", ["functionsf", "functionsf5", "functions.f:0", "f:7", "f"])
 def test_a_name_without_its_separators_is_found_among_the_declared_tools(header: str) -> None:
-    assert answered(section(call(header, "{}")))["calls"][0][2] == "f"
+    assert fields_for_text(section(call(header, "{}")))["calls"][0][2] == "f"
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("sampled_name", "expected"),
     [
         ("write_file_v2", "write_file_v2"),
         ("functionswrite_file3", "write_file"),
@@ -196,8 +196,8 @@ def test_a_name_without_its_separators_is_found_among_the_declared_tools(header:
         ("functionsexec5", "functionsexec5"),
     ],
 )
-def test_a_name_that_only_contains_a_tools_name_stays_as_written(written: str, meant: str) -> None:
-    assert declared_name(written, ("write_file", "write_file2", "read")) == meant
+def test_a_name_becomes_the_longest_tool_it_stands_for_or_stays(sampled_name: str, expected: str) -> None:
+    assert declared_name(sampled_name, ("write_file", "write_file2", "read")) == expected
 
 
 def test_a_cancelled_reply_with_an_open_call_ends_with_length() -> None:
@@ -210,17 +210,17 @@ def test_a_cancelled_reply_with_an_open_call_ends_with_length() -> None:
 
 
 def test_a_section_without_a_readable_call_is_content_and_never_nothing() -> None:
-    found = answered(section(call("00003", '{"a": 1}')))
-    assert found["calls"] == []
-    assert found["content"] == '00003{"a": 1}'
-    assert found["finish_reason"] == "stop"
+    fields = fields_for_text(section(call("00003", '{"a": 1}')))
+    assert fields["calls"] == []
+    assert fields["content"] == '00003{"a": 1}'
+    assert fields["finish_reason"] == "stop"
 
 
 def test_a_call_that_max_tokens_cuts_ends_with_length() -> None:
     cut = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"
-    found = answered(cut)
-    assert found["calls"] == [("functions.f:0", "function", "f", "{")]
-    assert found["finish_reason"] == "length"
+    fields = fields_for_text(cut)
+    assert fields["calls"] == [("functions.f:0", "function", "f", "{")]
+    assert fields["finish_reason"] == "length"
 
 
 def test_arguments_are_streamed_as_they_are_sampled() -> None:
@@ -237,5 +237,5 @@ def test_arguments_are_streamed_as_they_are_sampled() -> None:
     [([], 0), (["functions.f:0"], 1), (["call_a", "call_b"], 2), (["functions.f:80"], 81), (["functions.f:0", "x"], 2)],
 )
 def test_a_new_calls_number_is_above_all_that_occur(ids: list[str], number: int) -> None:
-    calls = [{"id": written, "function": {"name": "f", "arguments": "{}"}} for written in ids]
+    calls = [{"id": call_id, "function": {"name": "f", "arguments": "{}"}} for call_id in ids]
     assert next_call_number([{"role": "assistant", "tool_calls": calls}]) == number

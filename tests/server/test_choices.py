@@ -11,19 +11,19 @@ from tests.server.server_process import WAIT_S, Server
 from tests.server.test_life_of_a_request import LONG_PROMPT, answer_of, send_chat
 
 CHAT = "/v1/chat/completions"
-ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 17 plus 25?"}], "seed": 3}
+REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 17 plus 25?"}], "seed": 3}
 
 
 def choices_of(stream: bytes) -> dict[int, dict[str, Any]]:
     """Return the text and the finish reason of each choice of a stream."""
-    found: dict[int, dict[str, Any]] = {}
+    choices: dict[int, dict[str, Any]] = {}
     for line in stream.split(b"\n"):
         for choice in json.loads(line[6:])["choices"] if line.startswith(b"data: {") else ():
-            one = found.setdefault(choice["index"], {"content": "", "roles": 0, "finish_reason": None})
-            one["content"] += choice["delta"].get("reasoning_content", "") + choice["delta"].get("content", "")
-            one["roles"] += "role" in choice["delta"]
-            one["finish_reason"] = one["finish_reason"] or choice["finish_reason"]
-    return found
+            fields = choices.setdefault(choice["index"], {"content": "", "roles": 0, "finish_reason": None})
+            fields["content"] += choice["delta"].get("reasoning_content", "") + choice["delta"].get("content", "")
+            fields["roles"] += "role" in choice["delta"]
+            fields["finish_reason"] = fields["finish_reason"] or choice["finish_reason"]
+    return choices
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def test_several_choices_are_those_of_single_requests_with_their_seeds_streamed_and_not(server: Server) -> None:
-    fields = ASKED | {"temperature": 4.0, "max_tokens": 30}
+    fields = REQUEST | {"temperature": 4.0, "max_tokens": 30}
     body = server.request("POST", CHAT, fields | {"n": 3}).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
     contents = [text_of(choice["message"]) for choice in body["choices"]]
@@ -45,7 +45,7 @@ def test_several_choices_are_those_of_single_requests_with_their_seeds_streamed_
     assert [streamed[index]["finish_reason"] for index in range(3)] == [
         choice["finish_reason"] for choice in body["choices"]
     ]
-    assert all(one["roles"] == 1 for one in streamed.values())
+    assert all(choice["roles"] == 1 for choice in streamed.values())
 
 
 def test_several_choices_compute_their_prompt_once_and_end_together() -> None:
@@ -83,15 +83,15 @@ def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S))
             connection.sendall(head)
         wait_until(lambda: server.state._num_preparing[True] == 3, "three bodies are awaited")
-        refused = server.request("POST", CHAT, ASKED)
+        refused = server.request("POST", CHAT, REQUEST)
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
         stack.close()
         wait_until(lambda: server.state._num_preparing[True] == 0, "their clients are gone")
-        assert tokenized(server) == 200
+        assert tokenize_status(server) == 200
 
 
-def tokenized(server: SteppedServer) -> int:
+def tokenize_status(server: SteppedServer) -> int:
     return server.request("POST", "/tokenize", {"prompt": "a"}).status
 
 
@@ -101,8 +101,8 @@ def test_tokens_are_counted_while_the_queue_is_full() -> None:
         wait_until(lambda: bool(server.tokens.plans), "the first request runs")
         connections.append(send_chat(server, stream=True))
         wait_until(lambda: server.num_used == 2, "slot and queue are full")
-        assert server.request("POST", CHAT, ASKED).status == 429
-        assert tokenized(server) == 200
+        assert server.request("POST", CHAT, REQUEST).status == 429
+        assert tokenize_status(server) == 200
         for connection in connections:
             connection.close()
         wait_until(lambda: server.num_used == 0, "both are gone")
@@ -110,6 +110,6 @@ def test_tokens_are_counted_while_the_queue_is_full() -> None:
 
 def test_warnings_become_one_header_of_harmless_characters() -> None:
     assert warning_headers([]) == {}
-    found = warning_headers(['the "schema"\r\nset-cookie: a=b', "snö\x00w\\", "a" * 1000])["warning"]
-    assert found.startswith('299 mlx-k2 "the ?schema???set-cookie: a=b", 299 mlx-k2 "sn??w?", 299 mlx-k2 "aaa')
-    assert len(found) < 500
+    header = warning_headers(['the "schema"\r\nset-cookie: a=b', "snö\x00w\\", "a" * 1000])["warning"]
+    assert header.startswith('299 mlx-k2 "the ?schema???set-cookie: a=b", 299 mlx-k2 "sn??w?", 299 mlx-k2 "aaa')
+    assert len(header) < 500

@@ -12,7 +12,7 @@ from tests.server.test_request_shapes import OTHERS
 
 ROUNDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
 CACHED = {"cache_control": {"type": "ephemeral"}}
-SHAPE: dict[str, Any] = {
+REQUEST_FIELDS: dict[str, Any] = {
     "model": "claude-sonnet-5",
     "max_tokens": 80,
     "tool_choice": {"type": "tool", "name": "get_weather"},
@@ -28,8 +28,9 @@ SHAPE: dict[str, Any] = {
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Lyon"]}}, "required": ["city"]}
 TOOLS: list[Any] = [
     *(
-        {"name": one["name"], "description": one["description"], "input_schema": one["parameters"]} | CACHED
-        for one in (tool["function"] for tool in OTHERS)
+        {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]}
+        | CACHED
+        for function in (tool["function"] for tool in OTHERS)
     ),
     {"name": "get_weather", "description": "Current weather in a city.", "input_schema": CITY},
 ]
@@ -56,7 +57,7 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_
     complete: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
     num_prompt = num_cached = num_thoughts = 0
     for number in range(ROUNDS):
-        request: dict[str, Any] = SHAPE | {"system": system_of(number), "tools": TOOLS}
+        request: dict[str, Any] = REQUEST_FIELDS | {"system": system_of(number), "tools": TOOLS}
         with client.messages.stream(messages=without_reasoning(complete), **request) as stream:
             message = stream.get_final_message().to_dict()
         usage: Any = message["usage"]

@@ -28,9 +28,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    found = Clock()
-    monkeypatch.setattr(cluster_activity, "time", found)
-    yield found
+    clock = Clock()
+    monkeypatch.setattr(cluster_activity, "time", clock)
+    yield clock
 
 
 def activity_of_two_stages() -> ClusterActivity:
@@ -45,10 +45,10 @@ def activity_of_two_stages() -> ClusterActivity:
 
 
 def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: float = 0.0, num_tokens: int = 4) -> None:
-    asked = request(*range(num_tokens))
-    sequence = Sequence(asked, context_tokens=100)
+    engine_request = request(*range(num_tokens))
+    sequence = Sequence(engine_request, context_tokens=100)
     sequence.slot = 0
-    row = PlannedRow.of(sequence, asked.prompt_ids)
+    row = PlannedRow.of(sequence, engine_request.prompt_ids)
     done = StepDone(0, busy_s, receive_s=receive_s)
     activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
 

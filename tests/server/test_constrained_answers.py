@@ -13,7 +13,7 @@ from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 from tests.server.server_process import Server
-from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER, complete, streamed
+from tests.server.test_chat_completions import IN_PARIS, QUESTION, WEATHER, body_fields, stream_fields
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -34,7 +34,7 @@ FORECAST: list[Any] = [
     *WEATHER,
     {"type": "function", "function": {"name": "set_forecast", "description": "Set it.", "parameters": SCHEMA}},
 ]
-HOT: dict[str, Any] = {
+HOT_REQUEST: dict[str, Any] = {
     "model": "any",
     "messages": IN_PARIS,
     "temperature": 1.5,
@@ -44,42 +44,42 @@ HOT: dict[str, Any] = {
 """A request whose unconstrained answer would be of no form."""
 
 
-@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize("send_request", [stream_fields, body_fields])
 @pytest.mark.parametrize("seed", range(3))
-def test_an_answer_with_a_schema_is_valid_after_the_reasoning(server: Server, ask: Any, seed: int) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
-    found = ask(server, response_format=form, seed=seed, **HOT)
-    jsonschema.validate(json.loads(found["content"]), SCHEMA)
-    assert found["finish_reason"] == "stop"
-    assert found["reasoning_content"]
+def test_an_answer_with_a_schema_is_valid_after_the_reasoning(server: Server, send_request: Any, seed: int) -> None:
+    response_format = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
+    answer = send_request(server, response_format=response_format, seed=seed, **HOT_REQUEST)
+    jsonschema.validate(json.loads(answer["content"]), SCHEMA)
+    assert answer["finish_reason"] == "stop"
+    assert answer["reasoning_content"]
 
 
 def test_a_json_object_is_an_object(server: Server) -> None:
     close = server.request("POST", "/tokenize", {"prompt": "}"}).json["tokens"]
     bias = {str(token_id): 30.0 for token_id in close}
-    found = complete(server, response_format={"type": "json_object"}, seed=1, logit_bias=bias, **HOT)
-    assert isinstance(json.loads(found["content"]), dict)
-    assert found["finish_reason"] == "stop"
+    answer = body_fields(server, response_format={"type": "json_object"}, seed=1, logit_bias=bias, **HOT_REQUEST)
+    assert isinstance(json.loads(answer["content"]), dict)
+    assert answer["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize("send_request", [stream_fields, body_fields])
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "set_forecast"}}], ids=["required", "named"]
 )
-def test_a_forced_call_has_valid_arguments(server: Server, ask: Any, choice: Any) -> None:
+def test_a_forced_call_has_valid_arguments(server: Server, send_request: Any, choice: Any) -> None:
     tools = FORECAST[1:] if choice == "required" else FORECAST
-    found = ask(server, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2, **HOT)
-    (call,) = found["tool_calls"]
+    answer = send_request(server, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2, **HOT_REQUEST)
+    (call,) = answer["tool_calls"]
     assert (call["name"], call["id"]) == ("set_forecast", "functions.set_forecast:0")
     jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
-    assert found["finish_reason"] == "tool_calls"
+    assert answer["finish_reason"] == "tool_calls"
 
 
 def test_with_tool_choice_none_no_call_is_made(server: Server) -> None:
     for seed in range(3):
-        found = complete(server, tools=FORECAST, tool_choice="none", seed=seed, **HOT)
-        assert found["tool_calls"] == []
-        assert "tool_call" not in found["content"] + found["reasoning_content"]
+        answer = body_fields(server, tools=FORECAST, tool_choice="none", seed=seed, **HOT_REQUEST)
+        assert answer["tool_calls"] == []
+        assert "tool_call" not in answer["content"] + answer["reasoning_content"]
 
 
 def test_an_operator_can_let_the_model_write_calls_without_a_grammar() -> None:
@@ -98,18 +98,18 @@ def test_a_schema_with_an_unknown_keyword_is_answered_with_a_warning_and_a_stric
     server: Server,
 ) -> None:
     schema = SCHEMA | {"not": {"required": ["rain"]}}
-    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": schema}}
-    body = {"messages": IN_PARIS, "max_tokens": 2, "response_format": form}
+    response_format: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": schema}}
+    body = {"messages": IN_PARIS, "max_tokens": 2, "response_format": response_format}
     answer = server.request("POST", "/v1/chat/completions", body)
     assert answer.status == 200
     assert answer.headers["warning"].startswith('299 mlx-k2 "')
     assert "not" in answer.headers["warning"]
-    form["json_schema"]["strict"] = True
+    response_format["json_schema"]["strict"] = True
     refused = server.request("POST", "/v1/chat/completions", body)
     assert (refused.status, refused.error["param"]) == (400, "response_format")
 
 
-def continued(server: Server, **fields: Any) -> list[int]:
+def completion_ids(server: Server, **fields: Any) -> list[int]:
     """Return the tokens of a raw completion."""
     body = {"prompt": "Count from 3", "temperature": 0, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
     ids: list[int] = server.request("POST", "/v1/completions", body | fields).json["choices"][0]["token_ids"]
@@ -117,22 +117,22 @@ def continued(server: Server, **fields: Any) -> list[int]:
 
 
 def test_a_bias_makes_a_token_certain_or_impossible(server: Server) -> None:
-    free = continued(server)
-    assert free[0] not in continued(server, logit_bias={str(free[0]): -100})
-    assert continued(server, logit_bias={str(free[0]): 100}) == [free[0]] * 40
+    free = completion_ids(server)
+    assert free[0] not in completion_ids(server, logit_bias={str(free[0]): -100})
+    assert completion_ids(server, logit_bias={str(free[0]): 100}) == [free[0]] * 40
 
 
 def test_a_penalty_ends_a_repetition(server: Server) -> None:
-    first, second = continued(server)[:2]
+    first, second = completion_ids(server)[:2]
     assert first != second
     bias = {str(first): 60.0, str(second): 60.0}
-    repeated = continued(server, logit_bias=bias, presence_penalty=-2)
+    repeated = completion_ids(server, logit_bias=bias, presence_penalty=-2)
     assert set(repeated) <= {first, second}
-    assert continued(server, logit_bias=bias, frequency_penalty=2) != continued(server, logit_bias=bias)
+    assert completion_ids(server, logit_bias=bias, frequency_penalty=2) != completion_ids(server, logit_bias=bias)
 
 
 def test_an_answer_has_at_least_min_tokens(server: Server) -> None:
-    fields: dict[str, Any] = {"messages": ASKED, "temperature": 0, "model": "any"}
-    num_tokens = complete(server, **fields)["usage"]["completion_tokens"]
-    longer = complete(server, **fields, extra_body={"min_tokens": num_tokens + 10})
+    fields: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "model": "any"}
+    num_tokens = body_fields(server, **fields)["usage"]["completion_tokens"]
+    longer = body_fields(server, **fields, extra_body={"min_tokens": num_tokens + 10})
     assert longer["usage"]["completion_tokens"] >= num_tokens + 10

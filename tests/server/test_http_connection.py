@@ -13,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 from mlx_k2.server import http_connection
 from mlx_k2.server.http_server import HttpServer
 from tests.server.in_process import wait_until
-from tests.server.server_process import WAIT_S, parsed
+from tests.server.server_process import WAIT_S, parse_answer
 
-BIG = b"a" * 16_000_000  # more than the system's buffers hold
+LARGE = b"a" * 16_000_000  # more than the system's buffers hold
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -23,7 +23,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x-path", scope["path"].encode())]})
     if scope["path"] == "/stream":
         await send({"type": "http.response.body", "body": b"begun", "more_body": True})
-    await send({"type": "http.response.body", "body": BIG if scope["path"] in ("/whole", "/stream") else b""})
+    await send({"type": "http.response.body", "body": LARGE if scope["path"] in ("/whole", "/stream") else b""})
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @contextmanager
-def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
+def open_request(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
     """Yield a connection on which a request was sent."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
@@ -48,8 +48,9 @@ def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
 
 def is_open(port: int) -> bool:
     """Return whether the server has an established connection."""
-    found = psutil.Process().net_connections("tcp")
-    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr[1] == port for one in found)
+    connections = psutil.Process().net_connections("tcp")
+    ports = [entry.laddr[1] for entry in connections if entry.status == psutil.CONN_ESTABLISHED and entry.laddr]
+    return port in ports
 
 
 @pytest.mark.parametrize("path", ["/whole", "/stream"])
@@ -57,23 +58,23 @@ def is_open(port: int) -> bool:
 def test_a_client_that_does_not_read_its_answer_to_the_end_is_closed(
     port: int, path: str, headers: tuple[str, ...]
 ) -> None:
-    with asked(port, path, "Content-Length: 0", *headers):
+    with open_request(port, path, "Content-Length: 0", *headers):
         wait_until(lambda: is_open(port), "the connection is open")
         wait_until(lambda: not is_open(port), "the server has closed the connection")
 
 
 def test_a_client_that_reads_slowly_gets_its_whole_answer(port: int) -> None:
-    with asked(port, "/whole", "Content-Length: 0", "Connection: close") as connection:
+    with open_request(port, "/whole", "Content-Length: 0", "Connection: close") as connection:
         received = bytearray()
         pause = threading.Event()
         while part := connection.recv(1 << 18):
             received += part
             pause.wait(0.01)
-    assert parsed(bytes(received)).body.count(b"a") >= len(BIG)
+    assert parse_answer(bytes(received)).body.count(b"a") >= len(LARGE)
 
 
-def test_a_body_that_goes_on_after_its_answer_is_ended(port: int) -> None:
-    with asked(port, "/small", "Content-Length: 1000000000") as connection:
+def test_a_connection_whose_body_continues_after_the_answer_is_closed(port: int) -> None:
+    with open_request(port, "/small", "Content-Length: 1000000000") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             for _ in range(int(WAIT_S / 0.01)):

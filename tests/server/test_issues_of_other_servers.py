@@ -1,6 +1,6 @@
-"""Tests of what broke clients of other servers, and of errors that other servers made with Kimi K2.
+"""Tests of defects of other servers: those that broke their clients, and those in the use of Kimi K2.
 
-A test is named after an issue or a report where the error was described. `CLIENTS` and `MODEL` list all of them.
+A test has the name of the issue or report that describes the defect. `CLIENTS` and `MODEL` list all of these tests.
 """
 
 import json
@@ -35,11 +35,11 @@ from tests.server.forced_replies import (
     REPLIES,
     TOOLS,
     USER,
-    accumulated,
+    accumulate,
     body_of,
     builtin_tokenizer,
-    comparable,
-    forcing,
+    fields_of,
+    forced_server,
     prompt_of,
 )
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
@@ -52,7 +52,7 @@ CALL = section(call("functions.f:0", '{"a": 1}'))
 
 
 def events_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
-    """Return the chunks of a streamed answer, with nothing added and nothing left out."""
+    """Return the chunks of a streamed answer as they were sent."""
     answer = server.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "stream": True} | fields)
     return [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
 
@@ -69,8 +69,8 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
+def ready_server() -> Iterator[SteppedServer]:
+    """A server that answers at once with random tokens."""
     with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
         yield server
 
@@ -80,7 +80,10 @@ def answering() -> Iterator[SteppedServer]:
 
 @pytest.mark.parametrize("mirrors", [False, True])
 def test_vllm_27755_reasoning_is_sent_as_reasoning_content_and_mirrored_by_option(mirrors: bool) -> None:
-    with forcing(REPLIES["text"][0], ServerOptions(mirrors_reasoning=mirrors)) as (server, client, _), stepping(server):
+    with (
+        forced_server(REPLIES["text"][0], ServerOptions(mirrors_reasoning=mirrors)) as (server, client, _),
+        stepping(server),
+    ):
         deltas = deltas_of(events_of(server))
         message = client.chat.completions.create(model="m", messages=USER, tools=TOOLS).choices[0].message.to_dict()
     for name, sent in (("reasoning_content", "Short."), ("reasoning", "Short." if mirrors else "")):
@@ -89,11 +92,11 @@ def test_vllm_27755_reasoning_is_sent_as_reasoning_content_and_mirrored_by_optio
     assert not any("reasoning_details" in delta for delta in deltas)  # mlx-vlm#1408
 
 
-def test_vllm_33402_reasoning_is_accepted_under_both_names(answering: SteppedServer) -> None:
+def test_vllm_33402_reasoning_is_accepted_under_both_names(ready_server: SteppedServer) -> None:
     def follow_up(**reasoning: str) -> list[int]:
         calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
         turn = {"role": "assistant", "content": "", "tool_calls": calls} | reasoning
-        return prompt_of(answering, messages=[*USER, turn, {"role": "tool", "tool_call_id": "x", "content": "1"}])
+        return prompt_of(ready_server, messages=[*USER, turn, {"role": "tool", "tool_call_id": "x", "content": "1"}])
 
     as_content = follow_up(reasoning_content="Why?")
     assert as_content == follow_up(reasoning="Why?") == follow_up(reasoning_content="Why?", reasoning="other")
@@ -102,17 +105,17 @@ def test_vllm_33402_reasoning_is_accepted_under_both_names(answering: SteppedSer
 
 def test_opencode_16318_missing_reasoning_is_accepted_and_put_back() -> None:
     reply = f"<think>Think first.</think>I call.{CALL}"
-    with forcing(reply) as (server, client, _), stepping(server):
+    with forced_server(reply) as (server, client, _), stepping(server):
         message: Any = client.chat.completions.create(model="m", messages=USER, tools=TOOLS).choices[0].message
         result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"}
-        whole = message.to_dict()
-        assert whole["reasoning_content"] == "Think first."
-        lost = {name: value for name, value in whole.items() if name != "reasoning_content"}
-        prompts = [prompt_of(server, messages=[*USER, turn, result], tools=TOOLS) for turn in (whole, lost)]
+        sent = message.to_dict()
+        assert sent["reasoning_content"] == "Think first."
+        without_reasoning = {name: value for name, value in sent.items() if name != "reasoning_content"}
+        prompts = [prompt_of(server, messages=[*USER, turn, result], tools=TOOLS) for turn in (sent, without_reasoning)]
     assert prompts[0] == prompts[1]
 
 
-def test_zed_46794_the_request_of_zed_is_answered(answering: SteppedServer) -> None:
+def test_zed_46794_the_request_of_zed_is_answered(ready_server: SteppedServer) -> None:
     calls = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     body = {
         "model": "kimi",
@@ -133,50 +136,50 @@ def test_zed_46794_the_request_of_zed_is_answered(answering: SteppedServer) -> N
         "prompt_cache_key": "k",
         "reasoning_effort": "medium",
     }
-    answer = answering.request("POST", CHAT, body)
+    answer = ready_server.request("POST", CHAT, body)
     assert answer.status == 200
     assert b"data: [DONE]" in answer.body
 
 
 def test_zed_54872_and_opencode_43328_id_name_and_role_are_sent_once_and_never_empty() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, _, _), stepping(server):
         events = events_of(server)
     deltas = deltas_of(events)
     assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
     assert len({event["id"] for event in events}) == 1  # zed#54804
     assert all(event["object"] == "chat.completion.chunk" and event["created"] and event["model"] for event in events)
-    begun: set[int] = set()
+    started: set[int] = set()
     for part in (part for delta in deltas for part in delta.get("tool_calls", ())):
         function = part["function"]
-        if part["index"] in begun:
+        if part["index"] in started:
             assert part.keys() == {"index", "function"}
             assert function.keys() == {"arguments"}
         else:
-            begun.add(part["index"])
+            started.add(part["index"])
             assert part["id"]
             assert part["type"] == "function"
             assert function["name"]
             assert function["arguments"] == ""
-    assert begun == {0, 1}
+    assert started == {0, 1}
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("include_usage", [None, False, True])
 def test_openai4j_60_a_chunk_without_choices_comes_only_when_usage_is_asked_for(
-    answering: SteppedServer, asked: bool | None
+    ready_server: SteppedServer, include_usage: bool | None
 ) -> None:
-    options = {} if asked is None else {"stream_options": {"include_usage": asked}}
-    events = events_of(answering, max_tokens=3, **options)
+    options = {} if include_usage is None else {"stream_options": {"include_usage": include_usage}}
+    events = events_of(ready_server, max_tokens=3, **options)
     assert all("choices" in event for event in events)  # ATOM#1711
     empty = [event for event in events if not event["choices"]]
-    assert [("usage" in event) for event in empty] == ([True] if asked else [])
+    assert [("usage" in event) for event in empty] == ([True] if include_usage else [])
     assert not any("usage" in event for event in events if event["choices"])
 
 
-def test_9router_1468_unknown_fields_are_ignored_at_every_level(answering: SteppedServer) -> None:
+def test_9router_1468_unknown_fields_are_ignored_at_every_level(ready_server: SteppedServer) -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "e"}}], "x": [1]}
     tool = {**TOOLS[0], "defer_loading": True, "function": {**TOOLS[0]["function"], "x": 1}}
     body = {"messages": [message], "tools": [tool], "max_tokens": 1, "context_management": {"edits": []}}
-    assert answering.request("POST", CHAT, body | {"stream_options": {"x": 1}}).status == 200
+    assert ready_server.request("POST", CHAT, body | {"stream_options": {"x": 1}}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -190,29 +193,29 @@ def test_9router_1468_unknown_fields_are_ignored_at_every_level(answering: Stepp
     ],
     ids=str,
 )
-def test_claude_code_69379_thinking_is_never_refused(answering: SteppedServer, fields: dict[str, Any]) -> None:
-    assert answering.request("POST", CHAT, {"messages": USER, "max_tokens": 1} | fields).status == 200
+def test_claude_code_69379_thinking_is_never_refused(ready_server: SteppedServer, fields: dict[str, Any]) -> None:
+    assert ready_server.request("POST", CHAT, {"messages": USER, "max_tokens": 1} | fields).status == 200
 
 
 @pytest.mark.parametrize("content", ["", "a", " ", None])
-def test_mlx_lm_1327_a_short_prompt_is_no_404(answering: SteppedServer, content: str | None) -> None:
+def test_mlx_lm_1327_a_short_prompt_is_no_404(ready_server: SteppedServer, content: str | None) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-    assert answering.request("POST", CHAT, body).status == 200
+    assert ready_server.request("POST", CHAT, body).status == 200
 
 
 def test_mlx_lm_1327_a_defect_is_a_500_and_the_next_request_works(
-    answering: SteppedServer, monkeypatch: pytest.MonkeyPatch
+    ready_server: SteppedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise LookupError("a secret prompt")
 
     monkeypatch.setattr(LanguageModel, "chat", broken)
-    answer = answering.request("POST", CHAT, {"messages": USER})
+    answer = ready_server.request("POST", CHAT, {"messages": USER})
     assert (answer.status, answer.error["type"]) == (500, "server_error")
     assert b"secret" not in answer.body
-    assert "secret" not in "\n".join(answering.lines)
+    assert "secret" not in "\n".join(ready_server.lines)
     monkeypatch.undo()
-    assert answering.request("POST", CHAT, {"messages": USER, "max_tokens": 1}).status == 200
+    assert ready_server.request("POST", CHAT, {"messages": USER, "max_tokens": 1}).status == 200
 
 
 def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: LanguageModel) -> None:
@@ -254,20 +257,21 @@ def test_ds4_333_a_prompt_sent_again_goes_on_from_what_was_computed() -> None:
 # ---- what was wrong with Kimi K2
 
 
-def test_vllm_kimi_k2_accuracy_the_prompt_ends_with_the_assistants_header(answering: SteppedServer) -> None:
-    tokens = prompt_of(answering, messages=USER)
-    text = answering.request("POST", "/detokenize", {"tokens": tokens}).json["prompt"]
+def test_vllm_kimi_k2_accuracy_the_prompt_ends_with_the_assistants_header(ready_server: SteppedServer) -> None:
+    tokens = prompt_of(ready_server, messages=USER)
+    text = ready_server.request("POST", "/detokenize", {"tokens": tokens}).json["prompt"]
     assert text.endswith("<|im_user|>user<|im_middle|>a<|im_end|><|im_assistant|>assistant<|im_middle|>")
 
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "a"}], [{"type": "text", "text": ""}, {"text": "a"}]])
-def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(answering: SteppedServer, content: list[Any]) -> None:
+def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(ready_server: SteppedServer, content: list[Any]) -> None:
     content = [{"type": "text"} | part for part in content]
-    assert prompt_of(answering, messages=[{"role": "user", "content": content}]) == prompt_of(answering, messages=USER)
+    messages = [{"role": "user", "content": content}]
+    assert prompt_of(ready_server, messages=messages) == prompt_of(ready_server, messages=USER)
 
 
 def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
         stages.fail_at = 20
         server.tokens.cancel()
         sent = server.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "stream": True}).body
@@ -276,26 +280,26 @@ def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
+    "tool_choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
 )
-def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server, choice: object) -> None:
-    body = {"messages": test_chat_completions.ASKED, "tools": test_chat_completions.WEATHER, "temperature": 0}
-    (found,) = server.request("POST", CHAT, body | {"tool_choice": choice, "max_tokens": 100}).json["choices"]
-    (made, *_) = found["message"]["tool_calls"]
-    assert (made["id"], made["function"]["name"]) == ("functions.get_weather:0", "get_weather")
-    assert found["finish_reason"] in ("tool_calls", "length")
-    assert "<|" not in found["message"]["content"]
+def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server, tool_choice: object) -> None:
+    body = {"messages": test_chat_completions.QUESTION, "tools": test_chat_completions.WEATHER, "temperature": 0}
+    (choice,) = server.request("POST", CHAT, body | {"tool_choice": tool_choice, "max_tokens": 100}).json["choices"]
+    (first_call, *_) = choice["message"]["tool_calls"]
+    assert (first_call["id"], first_call["function"]["name"]) == ("functions.get_weather:0", "get_weather")
+    assert choice["finish_reason"] in ("tool_calls", "length")
+    assert "<|" not in choice["message"]["content"]
 
 
-def test_vllm_37397_a_literal_extra_body_is_refused(answering: SteppedServer) -> None:
+def test_vllm_37397_a_literal_extra_body_is_refused(ready_server: SteppedServer) -> None:
     extra = {"chat_template_kwargs": {"thinking": False}}
-    answer = answering.request("POST", CHAT, {"messages": USER, "extra_body": extra})
+    answer = ready_server.request("POST", CHAT, {"messages": USER, "extra_body": extra})
     assert (answer.status, answer.error["param"]) == (400, "extra_body")
 
 
 def test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reasoning() -> None:
     for name in ("calls", "calls within the reasoning"):
-        with forcing(REPLIES[name][0]) as (server, client, _), stepping(server):
+        with forced_server(REPLIES[name][0]) as (server, client, _), stepping(server):
             body = body_of(client)
         assert body["finish_reason"] == "tool_calls"
         assert body["reasoning"] == "Think first."
@@ -321,43 +325,43 @@ def test_vllm_38579_draft_tokens_that_cross_markers_change_nothing(name: str) ->
     """The reply is repeated, so that the drafter proposes its markers."""
     reply = REPLIES[name][0]
     history: list[Any] = [*USER]
-    with forcing(reply) as (server, client, _), stepping(server):
-        without = comparable(client.chat.completions.create(model="m", messages=history, tools=TOOLS).to_dict())
-    with forcing(reply, drafts=True) as (server, client, _), stepping(server):
+    with forced_server(reply) as (server, client, _), stepping(server):
+        without = fields_of(client.chat.completions.create(model="m", messages=history, tools=TOOLS).to_dict())
+    with forced_server(reply, drafts=True) as (server, client, _), stepping(server):
         for _ in range(2):
             assert body_of(client) == without
-            assert accumulated(client) == without
+            assert accumulate(client) == without
 
 
 def test_vllm_54701_streams_side_by_side_do_not_mix() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, _), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, client, _), stepping(server):
         body = body_of(client)
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(lambda seed: accumulated(client, seed=seed), range(4))) == [body] * 4
+            assert list(pool.map(lambda seed: accumulate(client, seed=seed), range(4))) == [body] * 4
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
-def test_sglang_8087_strict_tools_are_accepted(answering: SteppedServer, strict: bool | None) -> None:
+def test_sglang_8087_strict_tools_are_accepted(ready_server: SteppedServer, strict: bool | None) -> None:
     tool = {"type": "function", "function": {"name": "f", "strict": strict}}
-    assert answering.request("POST", CHAT, {"messages": USER, "tools": [tool], "max_tokens": 1}).status == 200
+    assert ready_server.request("POST", CHAT, {"messages": USER, "tools": [tool], "max_tokens": 1}).status == 200
 
 
 def test_sglang_23363_names_with_dots_and_hyphens_stay_whole() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, _), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, client, _), stepping(server):
         assert [name for _, name, _ in body_of(client)["calls"]] == ["f", "mcp__a-b.c"]
 
 
 def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
     for fields, finish_reason in (({}, "stop"), ({"max_tokens": 2}, "length")):
-        with forcing(REPLIES["reasoning alone"][0]) as (server, client, _), stepping(server):
+        with forced_server(REPLIES["reasoning alone"][0]) as (server, client, _), stepping(server):
             body = body_of(client, **fields)
         assert body["reasoning"]
         assert (body["content"], body["finish_reason"]) == ("", finish_reason)
 
 
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
-    by_model = test_chat_reply.answered(f"<think>a</think>b{CALL}")
-    by_prompt = test_chat_reply.answered(f"a</think>b{CALL}", in_reasoning=True)
+    by_model = test_chat_reply.fields_for_text(f"<think>a</think>b{CALL}")
+    by_prompt = test_chat_reply.fields_for_text(f"a</think>b{CALL}", in_reasoning=True)
     assert by_model | {"usage": {}} == by_prompt | {"usage": {}}
     assert by_model["reasoning"] == "a"
 
@@ -365,7 +369,7 @@ def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
 def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> None:
-    with forcing(REPLIES[name][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES[name][0]) as (server, _, _), stepping(server):
         events = events_of(server)
     reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
     assert reasons[-1] == REPLIES[name][1]
@@ -373,15 +377,15 @@ def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> Non
 
 
 @pytest.mark.slow
-def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer) -> None:
+def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(ready_server: SteppedServer) -> None:
     """One run of one character, and one of spaces: both are hard for a tokenizer. /health answers meanwhile."""
     for text in ("a" * (8 << 20), " " * (8 << 20)):
         body = {"messages": [{"role": "user", "content": text}]}
         answers: list[Any] = []
-        sending = threading.Thread(target=lambda: answers.append(answering.request("POST", CHAT, body)))  # noqa: B023
+        sending = threading.Thread(target=lambda: answers.append(ready_server.request("POST", CHAT, body)))  # noqa: B023
         sending.start()
         while sending.is_alive():
-            assert answering.request("GET", "/health").status == 200
+            assert ready_server.request("GET", "/health").status == 200
             sending.join(0.1)
         assert (answers[0].status, answers[0].error["code"]) == (400, "context_length_exceeded")
 
@@ -490,6 +494,6 @@ MODEL: dict[str, tuple[Test, ...]] = {
 
 def test_every_test_of_this_file_is_in_a_list() -> None:
     listed = {test for tests in (*CLIENTS.values(), *MODEL.values()) for test in tests}
-    here = {found for name, found in globals().items() if name.startswith("test_") and callable(found)}
+    here = {item for name, item in globals().items() if name.startswith("test_") and callable(item)}
     assert here - listed == {test_every_test_of_this_file_is_in_a_list}
     assert (len(CLIENTS), len(MODEL)) == (14, 26)

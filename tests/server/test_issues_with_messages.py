@@ -1,6 +1,6 @@
-"""Tests of what broke Claude Code and other clients of the Messages API with other servers.
+"""Tests of defects of other servers that broke Claude Code and other clients of the Messages API.
 
-A test is named after an issue. Further ones are in `test_messages_format` and `test_messages_request`.
+A test has the name of the issue that describes the defect.
 """
 
 import json
@@ -15,14 +15,14 @@ from mlx_k2.scheduling.request import Priority
 from mlx_k2.server.messages_request import MessagesRequest
 from mlx_k2.server.request_fields import read_fields
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
-from tests.server.messages_client import CLIENT_TOOLS, MESSAGES, USER, client_of, whole
+from tests.server.messages_client import CLIENT_TOOLS, MESSAGES, USER, client_of, message_of
 from tests.server.server_process import Server
 from tests.server.test_life_of_a_request import send
 
 
 @pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
+def ready_server() -> Iterator[SteppedServer]:
+    """A server that answers at once with random tokens."""
     with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
         yield server
 
@@ -34,26 +34,26 @@ def prompt_text(server: SteppedServer, **fields: Any) -> str:
     return model.text_of(model.chat_prompt(read_fields(json.dumps(body).encode(), MessagesRequest).chat, "")[0])
 
 
-def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(answering: SteppedServer) -> None:
-    client = client_of(answering)
+def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(ready_server: SteppedServer) -> None:
+    client = client_of(ready_server)
     usages = []
     for number in range(2):
         billing = f"x-anthropic-billing-header: cc_version=2.1.36; cch={number:05x}"
         system = [{"type": "text", "text": billing}, {"type": "text", "text": "Be short."}]
-        usages.append(whole(client, system=system, max_tokens=2)["usage"])
+        usages.append(message_of(client, system=system, max_tokens=2)["usage"])
     assert usages[1]["input_tokens"] == 1
 
 
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "new"}, None])
-def test_claude_code_69379_thinking_is_never_refused(answering: SteppedServer, thinking: Any) -> None:
+def test_claude_code_69379_thinking_is_never_refused(ready_server: SteppedServer, thinking: Any) -> None:
     fields = {} if thinking is None else {"thinking": thinking}
-    assert answering.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER} | fields).status == 200
+    assert ready_server.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER} | fields).status == 200
 
 
-def test_copilot_api_217_server_tools_are_left_out(answering: SteppedServer) -> None:
+def test_copilot_api_217_server_tools_are_left_out(ready_server: SteppedServer) -> None:
     tools = [*CLIENT_TOOLS, {"type": "web_search_20250305", "name": "web_search"}]
-    assert prompt_text(answering, tools=tools) == prompt_text(answering)
-    assert answering.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER, "tools": tools}).status == 200
+    assert prompt_text(ready_server, tools=tools) == prompt_text(ready_server)
+    assert ready_server.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER, "tools": tools}).status == 200
 
 
 def test_lms_2055_a_count_is_exact(server: Server) -> None:
@@ -79,22 +79,22 @@ def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() 
             connection.close()
 
 
-def test_kimi_k2_128_ids_of_any_form_are_written_as_the_model_knows_them(answering: SteppedServer) -> None:
+def test_kimi_k2_128_ids_of_any_form_are_written_as_the_model_knows_them(ready_server: SteppedServer) -> None:
     def loop(*ids: str) -> list[Any]:
         messages = list(USER)
-        for number, written in enumerate(ids):
-            call = {"type": "tool_use", "id": written, "name": "f", "input": {"n": number}}
-            result = {"type": "tool_result", "tool_use_id": written, "content": "r"}
+        for number, client_id in enumerate(ids):
+            call = {"type": "tool_use", "id": client_id, "name": "f", "input": {"n": number}}
+            result = {"type": "tool_result", "tool_use_id": client_id, "content": "r"}
             messages += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
         return messages
 
-    found = prompt_text(answering, messages=loop("toolu_01A", "functions_f_0"))
-    assert found == prompt_text(answering, messages=loop("functions.f:0", "functions.f:1"))
-    assert found.count("functions.f:0") == found.count("functions.f:1") == 2
+    text = prompt_text(ready_server, messages=loop("toolu_01A", "functions_f_0"))
+    assert text == prompt_text(ready_server, messages=loop("functions.f:0", "functions.f:1"))
+    assert text.count("functions.f:0") == text.count("functions.f:1") == 2
 
 
-def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(answering: SteppedServer) -> None:
-    model = answering.state.model()
+def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(ready_server: SteppedServer) -> None:
+    model = ready_server.state.model()
     for fields, priority in (
         ({"max_tokens": 512}, Priority.BRIEF),
         ({"max_tokens": 512, "tools": CLIENT_TOOLS}, Priority.INTERACTIVE),
@@ -104,8 +104,8 @@ def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(answer
         assert model.chat(chat, "").submissions[0].request.priority is priority
 
 
-def test_exo_an_errors_word_reaches_the_model(answering: SteppedServer) -> None:
+def test_exo_the_text_of_a_failed_call_reaches_the_model(ready_server: SteppedServer) -> None:
     call = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "x", "content": "no such file", "is_error": True}
     messages = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
-    assert "Error: no such file" in prompt_text(answering, messages=messages)
+    assert "Error: no such file" in prompt_text(ready_server, messages=messages)

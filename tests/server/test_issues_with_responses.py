@@ -1,6 +1,6 @@
-"""Tests of what broke clients of the Responses API on other servers, and of errors with Kimi K2 as that API shows them.
+"""Tests of defects of other servers that broke clients of the Responses API, or that occurred with Kimi K2.
 
-A test is named after an issue where the error was described. `ROWS` lists all of them, those of other files included.
+A test has the name of the issue that describes the defect. `ROWS` lists these tests and those of other files.
 """
 
 import json
@@ -11,18 +11,18 @@ import pytest
 
 from mlx_k2.server.chat_request import EFFORT_TOKENS
 from tests.server import test_open_responses, test_responses, test_responses_format, test_responses_request
-from tests.server.forced_replies import REPLIES, USER, forcing
+from tests.server.forced_replies import REPLIES, USER, forced_server
 from tests.server.in_process import SteppedServer, stepped_server, stepping
-from tests.server.responses_events import FUNCTIONS, checked, comparable, events_of, without_chunks
-from tests.server.test_responses_format import answered
+from tests.server.responses_events import FUNCTIONS, check_events, events_of, fields_of, without_chunks
+from tests.server.test_responses_format import body_for_text
 from tests.text.replies import call, section
 
 PATH = "/v1/responses"
 
 
 @pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
+def ready_server() -> Iterator[SteppedServer]:
+    """A server that answers at once with random tokens."""
     with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
         yield server
 
@@ -35,39 +35,43 @@ def num_prompt_tokens(server: SteppedServer, items: list[Any]) -> int:
 
 
 @pytest.mark.parametrize("kind", ["custom", "web_search", "local_shell", "namespace", "mcp", "image_generation", "x"])
-def test_unsloth_5141_tools_of_other_types_and_unknown_fields_are_no_error(answering: SteppedServer, kind: str) -> None:
+def test_unsloth_5141_tools_of_other_types_and_unknown_fields_are_no_error(
+    ready_server: SteppedServer, kind: str
+) -> None:
     tool = {"type": kind, "name": "t", "x": [1]}
     message = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a", "x": 1}], "x": {}}
     body = {"input": [message], "tools": [tool, FUNCTIONS[0] | {"defer_loading": True}], "client_metadata": {"x": 1}}
-    assert answering.request("POST", PATH, body | {"max_output_tokens": 1}).status == 200
+    assert ready_server.request("POST", PATH, body | {"max_output_tokens": 1}).status == 200
 
 
 @pytest.mark.parametrize("effort", EFFORT_TOKENS)
-def test_claude_code_69379_no_effort_is_refused(answering: SteppedServer, effort: str) -> None:
+def test_claude_code_69379_no_effort_is_refused(ready_server: SteppedServer, effort: str) -> None:
     body = {"input": "a", "reasoning": {"effort": effort, "summary": "detailed"}, "max_output_tokens": 1}
-    assert answering.request("POST", PATH, body).status == 200
+    assert ready_server.request("POST", PATH, body).status == 200
 
 
 @pytest.mark.parametrize("text", ["", "a", " "])
-def test_mlx_lm_1327_a_short_prompt_is_no_404(answering: SteppedServer, text: str) -> None:
-    assert answering.request("POST", PATH, {"input": text, "max_output_tokens": 1}).status == 200
+def test_mlx_lm_1327_a_short_prompt_is_no_404(ready_server: SteppedServer, text: str) -> None:
+    assert ready_server.request("POST", PATH, {"input": text, "max_output_tokens": 1}).status == 200
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
-def test_sglang_8087_strict_functions_are_accepted(answering: SteppedServer, strict: bool | None) -> None:
+def test_sglang_8087_strict_functions_are_accepted(ready_server: SteppedServer, strict: bool | None) -> None:
     body = {"input": "a", "tools": [FUNCTIONS[0] | {"strict": strict}], "max_output_tokens": 1}
-    assert answering.request("POST", PATH, body).status == 200
+    assert ready_server.request("POST", PATH, body).status == 200
 
 
 @pytest.mark.parametrize("ids", [("functions.f:0", "functions.f:1"), ("call_x", "call_y"), ("same", "same")])
-def test_kimi_k2_128_call_ids_of_any_form_give_the_same_prompt(answering: SteppedServer, ids: tuple[str, str]) -> None:
+def test_kimi_k2_128_call_ids_of_any_form_give_the_same_prompt(
+    ready_server: SteppedServer, ids: tuple[str, str]
+) -> None:
     def items(*ids: str) -> list[Any]:
-        calls = [{"type": "function_call", "call_id": one, "name": "f", "arguments": "{}"} for one in ids]
-        outputs = [{"type": "function_call_output", "call_id": one, "output": "1"} for one in ids]
+        calls = [{"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"} for call_id in ids]
+        outputs = [{"type": "function_call_output", "call_id": call_id, "output": "1"} for call_id in ids]
         return [*USER, *calls, *outputs]
 
-    usual = num_prompt_tokens(answering, items("functions.f:0", "functions.f:1"))
-    assert num_prompt_tokens(answering, items(*ids)) == usual
+    usual = num_prompt_tokens(ready_server, items("functions.f:0", "functions.f:1"))
+    assert num_prompt_tokens(ready_server, items(*ids)) == usual
 
 
 def test_sglang_33343_a_new_call_has_a_number_that_does_not_occur() -> None:
@@ -80,7 +84,7 @@ def test_sglang_33343_a_new_call_has_a_number_that_does_not_occur() -> None:
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     messages = [*USER, turn, {"role": "tool", "tool_call_id": "functions.f:80", "content": "1"}]
     numbered = section(call("functions.f:81", "{}"), call("functions.mcp__a-b.c:82", "{}"))
-    with forcing(f"<think></think>{numbered}", messages=messages) as (server, client, _), stepping(server):
+    with forced_server(f"<think></think>{numbered}", messages=messages) as (server, client, _), stepping(server):
         made = client.responses.create(model="m", input=[*USER, *history], tools=FUNCTIONS)  # type: ignore[list-item]
     assert [item.call_id for item in made.output if item.type == "function_call"] == [
         "functions.f:81",
@@ -89,20 +93,20 @@ def test_sglang_33343_a_new_call_has_a_number_that_does_not_occur() -> None:
 
 
 def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
-    body = comparable(answered("<think>Never ended"))
+    body = fields_of(body_for_text("<think>Never ended"))
     assert body["output"] == [("reasoning", "completed", None, None, "Never ended")]
 
 
 def test_sglang_25362_a_section_without_a_readable_call_is_a_message_and_never_nothing() -> None:
-    body = comparable(answered(section(call("00003", '{"a": 1}'))))
+    body = fields_of(body_for_text(section(call("00003", '{"a": 1}'))))
     assert body["output"] == [("message", "completed", None, None, '00003{"a": 1}')]
 
 
 def test_vllm_50604_arguments_are_sent_as_they_are_sampled() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, _, _), stepping(server):
         answer = server.request("POST", PATH, {"input": "a", "tools": FUNCTIONS, "stream": True})
     events = events_of(without_chunks(answer.body))
-    checked(events)
+    check_events(events)
     deltas = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
     assert len(deltas) > 8
     assert json.loads("[" + "".join(deltas).replace("}{", "},{") + "]")[1] == {"number": 5777}

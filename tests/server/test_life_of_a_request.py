@@ -11,9 +11,10 @@ import pytest
 
 from mlx_k2.server import http_connection, request_fields
 from mlx_k2.server.api_keys import KeyRing, add_key
+from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
-from tests.server.server_process import WAIT_S, HttpAnswer, parsed
+from tests.server.server_process import WAIT_S, HttpAnswer, parse_answer
 
 LONG_PROMPT = "one two three " * 60
 
@@ -50,7 +51,7 @@ def answer_of(connection: socket.socket, received: bytes = b"") -> HttpAnswer:
     while part := connection.recv(65536):
         received += part
     connection.close()
-    return parsed(received)
+    return parse_answer(received)
 
 
 def text_of(answer: bytes) -> str:
@@ -182,13 +183,13 @@ def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mark"), [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{},"finish_reason":null')]
+    ("kind", "keepalive"), [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{},"finish_reason":null')]
 )
-def test_a_stream_without_tokens_is_kept_alive_by_the_clock(kind: Any, mark: bytes) -> None:
+def test_a_stream_without_tokens_is_kept_alive_by_the_clock(kind: Any, keepalive: bytes) -> None:
     options = ServerOptions(keepalive=kind, keepalive_s=0.05)
     with stepped_server(options) as server, send_chat(server, stream=True) as connection:
         received = receive_until(connection, b'"role":"assistant"')
-        assert mark in receive_until(connection, mark, received)
+        assert keepalive in receive_until(connection, keepalive, received)
 
 
 def test_headers_and_the_first_chunk_come_before_the_prompt_is_computed() -> None:
@@ -205,10 +206,10 @@ def test_the_progress_of_the_prompt_is_sent_on_request() -> None:
         events = [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
         progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
         assert progress
-        assert all(0 <= one["processed"] < one["total"] for one in progress)
+        assert all(0 <= entry["processed"] < entry["total"] for entry in progress)
 
 
-def test_a_stream_goes_on_where_it_was_after_a_restart() -> None:
+def test_a_stream_has_the_same_text_after_a_restart() -> None:
     fields: dict[str, Any] = {"max_tokens": 40, "seed": 11}
     with stepped_server() as server, stepping(server):
         undisturbed = text_of(answer_of(send_chat(server, stream=True, **fields)).body)
@@ -241,6 +242,23 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
         (error,) = [json.loads(line[6:])["error"] for line in answer.body.split(b"\n") if b'"error"' in line]
         assert error["code"] == "unavailable"
         assert answer.body.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_an_unexpected_error_in_a_stream_is_its_last_event(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("a secret prompt")
+
+    monkeypatch.setattr(ChatReply, "add", fail)
+    user = [{"role": "user", "content": "a"}]
+    body = {"messages": user, "input": user, "max_tokens": 3, "stream": True}
+    with stepped_server() as server, stepping(server):
+        answer = answer_of(send(server, "POST", path, body))
+        assert answer.status == 200
+        assert b"unexpected error in the server" in answer.body
+        assert answer.body.endswith(b"0\r\n\r\n"), "the end of the chunked body"
+        server.wait_for("LookupError")
+        assert "secret" not in answer.body.decode() + "\n".join(server.lines)
 
 
 def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +302,9 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
         for key, where in ((bob, cancel), (alice, "/v1/requests/nothing/cancel")):
             answer = answer_of(send(server, "POST", where, {}, key))
             assert (answer.status, answer.error["code"]) == (404, "request_not_found")
-        for key, found in ((alice, request_id.removeprefix("chatcmpl-")), (bob, None)):
+        for key, visible_id in ((alice, request_id.removeprefix("chatcmpl-")), (bob, None)):
             status = answer_of(send(server, "GET", "/v1/status", {}, key)).json
-            assert [entry["id"] for entry in status["requests"]] == [found]
+            assert [entry["id"] for entry in status["requests"]] == [visible_id]
         assert answer_of(send(server, "POST", cancel, {}, alice)).json == {"id": request_id, "cancelled": True}
         answer = answer_of(connection, received)
         assert b'"finish_reason":"stop"' in answer.body
@@ -297,8 +315,8 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
     with stepped_server() as server:
         for origin, status in (("https://chat.example", 204), ("https://evil.example", 403)):
-            asked = "Access-Control-Request-Headers: x-stainless-os, authorization"
-            lines = ("OPTIONS /v1/models HTTP/1.1", "Host: localhost", f"Origin: {origin}", asked, "Connection: close")
+            names = "Access-Control-Request-Headers: x-stainless-os, authorization"
+            lines = ("OPTIONS /v1/models HTTP/1.1", "Host: localhost", f"Origin: {origin}", names, "Connection: close")
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
             connection.sendall("\r\n".join([*lines, "", ""]).encode())
             answer = answer_of(connection)
@@ -336,7 +354,7 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
             assert connection.recv(100) == b""
 
 
-def test_the_head_of_the_status_stream_ends() -> None:
+def test_a_head_request_for_the_status_stream_has_no_body() -> None:
     with stepped_server() as server:
         answer = server.request("HEAD", "/v1/status/events")
         assert (answer.status, answer.body) == (200, b"")

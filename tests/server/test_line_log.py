@@ -28,7 +28,7 @@ def test_a_writer_that_blocks_holds_up_neither_writing_nor_the_end() -> None:
     blocked.set()
 
 
-def test_a_writer_that_fails_ends_nothing() -> None:
+def test_lines_after_one_that_the_writer_refuses_are_written() -> None:
     written: list[str] = []
 
     def write(line: str) -> None:

@@ -12,7 +12,7 @@ from tests.server.server_process import Server, home_of, serving
 CHAT = "/v1/chat/completions"
 
 
-def one_client(server: Server, number: int) -> None:
+def run_client(server: Server, number: int) -> None:
     """Send a request. Of ten clients, two hang up after the headers, one after half of its body."""
     body = {"messages": [{"role": "user", "content": f"Count from {number}"}], "stream": number % 2 == 0}
     data = json.dumps(body | {"max_tokens": 2}).encode()
@@ -30,14 +30,14 @@ def one_client(server: Server, number: int) -> None:
 def test_500_clients_need_no_more_memory_threads_and_files_than_100(tmp_path: Path) -> None:
     with serving(home_of(tmp_path), "--max-sequences", "4") as server, ThreadPoolExecutor(4) as pool:
         process = psutil.Process(server.process.pid)
-        found = []
+        measurements = []
         for numbers in (range(100), range(100, 500)):
-            list(pool.map(lambda number: one_client(server, number), numbers))
+            list(pool.map(lambda number: run_client(server, number), numbers))
             status = server.request("GET", "/v1/status").json
             while status["requests"]:
                 status = server.request("GET", "/v1/status").json
-            found.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
-        (bytes_before, threads_before, files_before), (bytes_after, threads_after, files_after) = found
+            measurements.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
+        (bytes_before, threads_before, files_before), (bytes_after, threads_after, files_after) = measurements
         assert bytes_after - bytes_before < 5_000_000
         assert threads_after <= threads_before + 2  # the pool of worker threads grows to its limit
         assert files_after <= files_before + 4  # connections that the server has not closed yet

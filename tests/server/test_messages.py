@@ -15,17 +15,17 @@ from mlx_k2.server import access, routes
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.forced_replies import REPLIES, forcing
+from tests.server.forced_replies import REPLIES, forced_server
 from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
 from tests.server.messages_client import (
     CLIENT_TOOLS,
     MESSAGES,
     USER,
-    accumulated,
+    accumulate,
     client_of,
-    comparable,
     error_of,
-    whole,
+    fields_of,
+    message_of,
 )
 from tests.server.server_process import WAIT_S, HttpAnswer, Server
 from tests.server.test_life_of_a_request import receive_until, send
@@ -39,8 +39,8 @@ ENDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
+def ready_server() -> Iterator[SteppedServer]:
+    """A server that answers at once with random tokens."""
     with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
         yield server
 
@@ -48,12 +48,12 @@ def answering() -> Iterator[SteppedServer]:
 @pytest.mark.parametrize("name", REPLIES)
 def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> None:
     reply, finish_reason = REPLIES[name]
-    with forcing(reply) as (server, _, _), stepping(server):
+    with forced_server(reply) as (server, _, _), stepping(server):
         client = client_of(server)
         for fields in ({}, *ENDS.values()):
-            body = whole(client, **fields)
-            assert comparable(accumulated(client, **fields)) == comparable(body)
-        content = whole(client)["content"]
+            body = message_of(client, **fields)
+            assert fields_of(accumulate(client, **fields)) == fields_of(body)
+        content = message_of(client)["content"]
     calls = [(block["id"], block["name"], block["input"]) for block in content if block["type"] == "tool_use"]
     if "calls" in name:
         inputs = ({"text": "one two three four five"}, {"number": 5777})
@@ -62,35 +62,39 @@ def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> No
 
 
 def test_the_asynchronous_client_accumulates_the_same() -> None:
-    async def asked(url: str) -> list[dict[str, Any]]:
+    async def body_and_stream(url: str) -> list[dict[str, Any]]:
         request: Any = {"model": "m", "max_tokens": 500, "messages": USER, "tools": CLIENT_TOOLS}
         async with AsyncAnthropic(base_url=url, api_key="any", max_retries=0, timeout=WAIT_S) as client:
             body = (await client.messages.create(**request)).to_dict()
             async with client.messages.stream(**request) as stream:
                 return [body, (await stream.get_final_message()).to_dict()]
 
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
-        body, streamed = asyncio.run(asked(server.url))
-        assert comparable(streamed) == comparable(body) == comparable(whole(client_of(server)))
+    with forced_server(REPLIES["calls"][0]) as (server, _, _), stepping(server):
+        body, streamed = asyncio.run(body_and_stream(server.url))
+        assert fields_of(streamed) == fields_of(body) == fields_of(message_of(client_of(server)))
 
 
 def test_the_reasons_of_the_end_are_anthropics() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["text"][0]) as (server, _, _), stepping(server):
         client = client_of(server)
         ends = [
             (message["stop_reason"], message["stop_sequence"])
-            for message in (whole(client), whole(client, **ENDS["length"]), whole(client, **ENDS["stop"]))
+            for message in (
+                message_of(client),
+                message_of(client, **ENDS["length"]),
+                message_of(client, **ENDS["stop"]),
+            )
         ]
     assert ends == [("end_turn", None), ("max_tokens", None), ("stop_sequence", "answer")]
 
 
 @pytest.mark.parametrize("arguments", ['{"a": ', '{"a": "b', ""])
-@pytest.mark.parametrize("ask", [whole, accumulated])
-def test_broken_arguments_are_text_and_never_a_tool_use(arguments: str, ask: Any) -> None:
+@pytest.mark.parametrize("send_request", [message_of, accumulate])
+def test_broken_arguments_are_text_and_never_a_tool_use(arguments: str, send_request: Any) -> None:
     """The forced tokens pass by the grammar, which a real model's cannot."""
     reply = "<think></think>" + section(call("functions.f:0", arguments), call("functions.f:1", '{"b": 2}'))
-    with forcing(reply) as (server, _, _), stepping(server):
-        message = ask(client_of(server))
+    with forced_server(reply) as (server, _, _), stepping(server):
+        message = send_request(client_of(server))
     inputs = [block["input"] for block in message["content"] if block["type"] == "tool_use"]
     assert inputs == ([{"b": 2}] if arguments else [{}, {"b": 2}])
     if arguments:
@@ -100,17 +104,17 @@ def test_broken_arguments_are_text_and_never_a_tool_use(arguments: str, ask: Any
 def test_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
     eager = [{**tool, "eager_input_streaming": True} for tool in CLIENT_TOOLS]
     counts = []
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, _, _), stepping(server):
         for tools in (CLIENT_TOOLS, eager):
             request = {"max_tokens": 500, "messages": USER, "tools": tools, "stream": True}
             counts.append(server.request("POST", MESSAGES, request).body.count(b"input_json_delta"))
-        assert comparable(accumulated(client_of(server), tools=eager)) == comparable(whole(client_of(server)))
+        assert fields_of(accumulate(client_of(server), tools=eager)) == fields_of(message_of(client_of(server)))
     assert counts[0] == 2
     assert counts[1] > 8
 
 
 def test_a_stream_begins_with_the_prompts_tokens_and_a_ping() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["text"][0]) as (server, _, _), stepping(server):
         counted = client_of(server).messages.count_tokens(model="m", messages=USER, tools=CLIENT_TOOLS).input_tokens
         request = {"max_tokens": 20, "messages": USER, "tools": CLIENT_TOOLS, "stream": True}
         answer = server.request("POST", MESSAGES, request)
@@ -135,12 +139,12 @@ def test_pings_are_sent_while_nothing_is_computed() -> None:
 
 
 def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
+    with forced_server(REPLIES["text"][0]) as (server, _, _), stepping(server):
         client = client_of(server)
-        warm = whole(client, max_tokens=0)
+        warm = message_of(client, max_tokens=0)
         assert (warm["content"], warm["stop_reason"], warm["usage"]["output_tokens"]) == ([], "max_tokens", 0)
-        assert comparable(accumulated(client, max_tokens=0)) == comparable(warm)
-        after = whole(client)["usage"]
+        assert fields_of(accumulate(client, max_tokens=0)) == fields_of(warm)
+        after = message_of(client)["usage"]
         assert after["input_tokens"] == 1
         assert after["cache_read_input_tokens"] == warm["usage"]["input_tokens"] - 1
 
@@ -153,7 +157,7 @@ def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
         connections.append(send(server, "POST", MESSAGES, body))
         wait_until(lambda: server.num_used == 2, "both requests are there")
         with pytest.raises(APIStatusError) as caught:
-            whole(client_of(server))
+            message_of(client_of(server))
         counted = client_of(server).messages.count_tokens(model="m", messages=USER)
         for connection in connections:
             connection.close()
@@ -198,8 +202,8 @@ def test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_k
     keys = {name: add_key(tmp_path / "keys", name) for name in ("alice", "bob")}
     ring = KeyRing(tmp_path / "keys", is_required=True)
     reply = REPLIES["calls within the reasoning"][0]
-    with forcing(reply, keys=ring, key=keys["alice"]) as (server, _, _), stepping(server):
-        content = whole(client_of(server, keys["alice"]))["content"]
+    with forced_server(reply, keys=ring, key=keys["alice"]) as (server, _, _), stepping(server):
+        content = message_of(client_of(server, keys["alice"]))["content"]
         assert content[0]["thinking"] == "Think first."
         results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in content[1:]]
         result = {"role": "user", "content": results}
@@ -228,10 +232,10 @@ def test_a_forced_call_is_made_and_disable_parallel_tool_use_makes_one(server: S
     choice = {**choice, "disable_parallel_tool_use": True}
     client = client_of(server)
     thinking = {"type": "enabled", "budget_tokens": 20}
-    message = whole(client, max_tokens=300, tools=[tool], tool_choice=choice, thinking=thinking)
+    message = message_of(client, max_tokens=300, tools=[tool], tool_choice=choice, thinking=thinking)
     (block,) = [block for block in message["content"] if block["type"] == "tool_use"]
     assert (block["name"], block["input"], message["stop_reason"]) == ("get_weather", {"city": "Paris"}, "tool_use")
-    none = whole(client, max_tokens=40, tools=[tool], tool_choice={"type": "none"}, thinking=thinking)
+    none = message_of(client, max_tokens=40, tools=[tool], tool_choice={"type": "none"}, thinking=thinking)
     assert all(block["type"] != "tool_use" for block in none["content"])
 
 
@@ -261,7 +265,7 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
         ({"max_tokens": "many"}, "max_tokens: expected a whole number"),
         ({"messages": []}, "there is no message"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role is 'robot'"),
-        ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "end with the user's"),
+        ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "end with a user's"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"output_config": {"effort": "extreme"}}, "output_config.effort 'extreme' is unknown"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
@@ -273,10 +277,10 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
     ],
 )
 def test_a_refused_request_is_400_in_anthropics_shape(
-    answering: SteppedServer, fields: dict[str, Any], text: str
+    ready_server: SteppedServer, fields: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(BadRequestError) as caught:
-        whole(client_of(answering), **fields)
+        message_of(client_of(ready_server), **fields)
     kind, message = error_of(caught.value.body)
     assert kind == "invalid_request_error"
     assert text in message
@@ -294,9 +298,9 @@ def test_a_refused_request_is_400_in_anthropics_shape(
     ],
 )
 def test_every_error_of_these_paths_is_in_anthropics_shape(
-    answering: SteppedServer, method: str, path: str, headers: dict[str, str], status: int, kind: str
+    ready_server: SteppedServer, method: str, path: str, headers: dict[str, str], status: int, kind: str
 ) -> None:
-    answer = answering.request(method, path, {} if "Content-Length" not in headers else b"", **headers)
+    answer = ready_server.request(method, path, {} if "Content-Length" not in headers else b"", **headers)
     assert (answer.status, error_of(answer.json)[0]) == (status, kind)
     assert answer.json["request_id"] == answer.headers["request-id"]
 
@@ -313,24 +317,24 @@ def test_a_missing_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+    with forced_server(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
         stages.fail_at = 20
         server.tokens.cancel()
         with pytest.raises(APIStatusError) as caught:
-            accumulated(client_of(server))
+            accumulate(client_of(server))
         assert error_of(caught.value.body)[0] == "api_error"
 
 
 @pytest.mark.parametrize("at", [3, 40])
 def test_a_restart_in_the_middle_of_a_reply_changes_nothing(at: int) -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-        body = whole(client_of(server))
+    with forced_server(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+        body = message_of(client_of(server))
         stages.fail_at = at
         server.tokens.may_restart.set()
-        assert comparable(accumulated(client_of(server))) == comparable(body)
+        assert fields_of(accumulate(client_of(server))) == fields_of(body)
         assert len(server.tokens.restarts) == 1
 
 
-def test_the_client_lists_the_model(answering: SteppedServer) -> None:
-    (model,) = client_of(answering).models.list().data
+def test_the_client_lists_the_model(ready_server: SteppedServer) -> None:
+    (model,) = client_of(ready_server).models.list().data
     assert (model.id, model.type, model.display_name) == ("tokens", "model", "tokens")

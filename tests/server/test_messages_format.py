@@ -20,7 +20,7 @@ from mlx_k2.server.sse import json_response
 from tests.server.test_chat_reply import PIECES, events_of, generation_of, stream_of, token_ids
 from tests.text.replies import call, section
 
-STARTS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+DELTA_TYPES = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 ARGUMENTS = st.text(st.sampled_from('{}[]":,\\ \ufeff01eNa☃'), max_size=12)
 MORE_CALLS = st.builds(
     lambda arguments: section(call("functions.f:0", arguments)), ARGUMENTS | st.just('{"a": 1e999, "a": "\\ud800"}')
@@ -29,16 +29,16 @@ MORE_CALLS = st.builds(
 
 def format_of(generation: Generation, display: str) -> MessagesFormat:
     thinking = MessagesThinking(type="enabled", display=display)
-    asked = MessagesRequest(
+    request = MessagesRequest(
         messages=[MessageEntry(role="user", content="a")], max_tokens=1000, stream=True, thinking=thinking
     )
-    return MessagesFormat("1", "m", asked, ChatReply(generation, turn_handle="handle"))
+    return MessagesFormat("1", "m", request, ChatReply(generation, turn_handle="handle"))
 
 
 def body_of(generation: Generation, events: Sequence[Event], display: str) -> dict[str, Any]:
-    form = format_of(generation, display)
-    form.events([(0, event) for event in events])
-    body: dict[str, Any] = json.loads(bytes(json_response(form.body()).body))
+    messages_format = format_of(generation, display)
+    messages_format.events([(0, event) for event in events])
+    body: dict[str, Any] = json.loads(bytes(json_response(messages_format.body()).body))
     return body
 
 
@@ -46,16 +46,16 @@ def sent_events(
     generation: Generation, events: Sequence[Event], cuts: Sequence[int], display: str
 ) -> list[dict[str, Any]]:
     """Return the events of the stream, when the engine's are read in groups of ``cuts``."""
-    sent = stream_of(format_of(generation, display), events, cuts)
-    found = []
-    for text in sent.decode().split("\n\n")[:-1]:
+    stream = stream_of(format_of(generation, display), events, cuts)
+    api_events = []
+    for text in stream.decode().split("\n\n")[:-1]:
         name, data = text.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
+        api_events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {api_events[-1]['type']}"
+    return api_events
 
 
-def accumulated(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def accumulate(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     snapshot, buffers = None, dict[int, bytes]()
     for event in events:
         if event["type"] != "ping":
@@ -82,7 +82,7 @@ def check_order(events: Sequence[dict[str, Any]]) -> None:
                 if event["delta"]["type"] == "signature_delta":
                     assert open_block["type"] == "thinking"
                     continue
-                assert event["delta"]["type"] == STARTS[open_block["type"]]
+                assert event["delta"]["type"] == DELTA_TYPES[open_block["type"]]
                 arguments += event["delta"].get("partial_json", "")
             case "content_block_stop":
                 assert open_block is not None
@@ -108,8 +108,8 @@ def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
 @pytest.mark.parametrize("arguments", ["", " ", "\n\t", '{"a": '])
 def test_a_call_that_is_cut_is_text_and_only_its_length_fills_the_context(arguments: str, reason: FinishReason) -> None:
     generation = generation_of()
-    whole = section(call("functions.f:0", arguments + "|"))
-    body = body_of(generation, events_of(generation, token_ids(whole.partition("|<|")[0]), reason), "summarized")
+    section_text = section(call("functions.f:0", arguments + "|"))
+    body = body_of(generation, events_of(generation, token_ids(section_text.partition("|<|")[0]), reason), "summarized")
     assert body["content"] == [{"type": "text", "text": f"functions.f:0{arguments}"}]
     assert (body["stop_reason"] == "model_context_window_exceeded") is (reason is FinishReason.LENGTH)
 
@@ -118,11 +118,11 @@ def test_a_call_that_is_cut_is_text_and_only_its_length_fills_the_context(argume
 def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(constrains_calls: bool) -> None:
     generation = replace(generation_of(), constrains_calls=constrains_calls)
     tools = [MessagesTool(name="f", eager_input_streaming=True)]
-    turns = [MessageEntry(role="user", content="a")]
-    asked = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
-    form = MessagesFormat("1", "m", asked, ChatReply(generation))
+    entries = [MessageEntry(role="user", content="a")]
+    request = MessagesRequest(messages=entries, max_tokens=1000, stream=True, tools=tools)
+    messages_format = MessagesFormat("1", "m", request, ChatReply(generation))
     broken = events_of(generation, token_ids(section(call("functions.f:0", '{"a": x'))))
-    assert (b'"tool_use"' in form.events([(0, event) for event in broken])) is constrains_calls
+    assert (b'"tool_use"' in messages_format.events([(0, event) for event in broken])) is constrains_calls
 
 
 def test_a_byte_order_mark_before_arguments_is_left_out() -> None:
@@ -143,7 +143,7 @@ def test_the_client_accumulates_the_body_from_any_cut_of_the_stream(
     pieces: list[str], cuts: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], display: str
 ) -> None:
     ids = token_ids("".join(pieces))
-    whole, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
-    sent = sent_events(cut, events_of(cut, ids), cuts, display)
-    check_order(sent)
-    assert accumulated(sent) == body_of(whole, events_of(whole, ids), display)
+    section_text, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
+    stream = sent_events(cut, events_of(cut, ids), cuts, display)
+    check_order(stream)
+    assert accumulate(stream) == body_of(section_text, events_of(section_text, ids), display)

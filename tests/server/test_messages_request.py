@@ -19,7 +19,7 @@ def read(**fields: Any) -> ChatRequest:
 
 
 def text(*texts: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": one} for one in texts]
+    return [{"type": "text", "text": part} for part in texts]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_billing_line_is_dropped_at_the_start_of_system_only(system: Any, re
 
 def test_results_come_before_the_text_and_turns_of_one_role_are_one() -> None:
     call = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
-    thought = {"type": "thinking", "thinking": "hm", "signature": "handle"}
+    thinking_block = {"type": "thinking", "thinking": "hm", "signature": "handle"}
     result = {"type": "tool_result", "tool_use_id": "x"}
     parts = [
         *text("r", "s"),
@@ -56,7 +56,7 @@ def test_results_come_before_the_text_and_turns_of_one_role_are_one() -> None:
         messages=[
             USER,
             {"role": "user", "content": text("b", "c")},
-            {"role": "assistant", "content": [thought, *text("I "), {"type": "server_tool_use", "id": "s"}]},
+            {"role": "assistant", "content": [thinking_block, *text("I "), {"type": "server_tool_use", "id": "s"}]},
             {"role": "assistant", "content": [*text("call."), call]},
             {"role": "user", "content": [*text("d"), {**result, "content": "gone", "is_error": True}]},
             {"role": "user", "content": [{**result, "content": parts}, result]},
@@ -110,9 +110,9 @@ def test_tools_of_the_client_are_functions_and_others_are_left_out() -> None:
         ({"type": "tool", "name": "f"}, ({"type": "function", "function": {"name": "f"}}, None)),
     ],
 )
-def test_tool_choice_is_openais(choice: Any, read_as: Any) -> None:
-    asked = read(tool_choice=choice, tools=[{"name": "f", "input_schema": {}}])
-    assert (asked.tool_choice, asked.parallel_tool_calls) == read_as
+def test_tool_choice_becomes_that_of_chat_completions(choice: Any, read_as: Any) -> None:
+    chat = read(tool_choice=choice, tools=[{"name": "f", "input_schema": {}}])
+    assert (chat.tool_choice, chat.parallel_tool_calls) == read_as
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_tool_choice_is_openais(choice: Any, read_as: Any) -> None:
     ],
 )
 def test_thinking_and_effort_are_read(fields: dict[str, Any], thinks: bool | None, budget: int | None) -> None:
-    asked = read(**fields)
-    assert (asked.wants_thinking, asked.thinking_budget) == (thinks, budget)
+    chat = read(**fields)
+    assert (chat.wants_thinking, chat.thinking_budget) == (thinks, budget)
 
 
 def test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level() -> None:
@@ -147,8 +147,8 @@ def test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level(
         "thinking": {"type": "adaptive", **new},
     }
     block = {"type": "text", "text": "a", "citations": None, **new}
-    asked = read(**sampling, **ignored, messages=[{"role": "user", "content": [block], **new}])
-    found = (asked.temperature, asked.top_p, asked.top_k, asked.stop_strings, asked.stream, asked.limit_tokens)
+    chat = read(**sampling, **ignored, messages=[{"role": "user", "content": [block], **new}])
+    found = (chat.temperature, chat.top_p, chat.top_k, chat.stop_strings, chat.stream, chat.limit_tokens)
     assert found == (0.5, 0.9, 7, ("x",), True, 5)
-    assert asked.messages == [USER]
-    assert asked.service_tier is None
+    assert chat.messages == [USER]
+    assert chat.service_tier is None

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.server import client_script
-from tests.server.forced_replies import REPLIES, TOOLS, USER, forcing
+from tests.server.forced_replies import REPLIES, TOOLS, USER, forced_server
 from tests.server.in_process import SteppedServer, stepping
 from tests.server.responses_events import FUNCTIONS
 from tests.server.server_process import Server
-from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER
+from tests.server.test_chat_completions import IN_PARIS, QUESTION, WEATHER
 
 OLD = "openai>=1.60,<2"
 ENDS: dict[str, dict[str, Any]] = {
@@ -47,35 +47,35 @@ class Client:
 
     def results(self, server: SteppedServer | Server, request: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         """Return the client's version, and what it accumulates in each of the four ways."""
-        asked = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
+        defaults = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([f"{server.url}/v1", {"model": "m"} | asked | request]) + "\n")
+        self.process.stdin.write(json.dumps([f"{server.url}/v1", {"model": "m"} | defaults | request]) + "\n")
         self.process.stdin.flush()
-        found = json.loads(self.process.stdout.readline())
-        assert "failure" not in found, found["failure"]
-        return found["version"].partition(".")[0], found["results"]
+        answer = json.loads(self.process.stdout.readline())
+        assert "failure" not in answer, answer["failure"]
+        return answer["version"].partition(".")[0], answer["results"]
 
 
 @pytest.fixture(scope="module")
 def clients(old_client: Path) -> Iterator[list[Client]]:
     """Yield the client 1.x and the current one."""
     with ExitStack() as stack:
-        found = []
+        clients = []
         for changes in ({"PYTHONPATH": str(old_client)}, {}):
             command = [sys.executable, client_script.__file__]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
             process = subprocess.Popen(command, env={**os.environ, **changes}, text=True, **pipes)
-            found.append(Client(stack.enter_context(process)))
-        yield found
+            clients.append(Client(stack.enter_context(process)))
+        yield clients
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("messages", [ASKED, IN_PARIS], ids=["text", "call"])
+@pytest.mark.parametrize("messages", [QUESTION, IN_PARIS], ids=["text", "call"])
 def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
     server: Server, clients: list[Client], messages: list[Any]
 ) -> None:
     request = {"messages": messages, "tools": WEATHER, "temperature": 0}
-    (first, *others) = [one for client in clients for one in client.results(server, request)[1]]
+    (first, *others) = [result for client in clients for result in client.results(server, request)[1]]
     assert others == [first] * 7
     assert first["content"] or first["calls"]
 
@@ -84,11 +84,11 @@ def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
 @pytest.mark.parametrize("name", ENDS)
 def test_old_and_new_client_accumulate_the_body_in_every_way(clients: list[Client], name: str) -> None:
     reply, finish_reason = REPLIES.get(name, (REPLIES["text"][0], name))
-    with forcing(reply) as (server, _, _), stepping(server):
-        versions, found = zip(*(client.results(server, ENDS[name]) for client in clients), strict=True)
+    with forced_server(reply) as (server, _, _), stepping(server):
+        versions, results = zip(*(client.results(server, ENDS[name]) for client in clients), strict=True)
     assert versions[0] == "1"
     assert int(versions[1]) > 1
-    (first, *others) = [one for each in found for one in each]
+    (first, *others) = [result for client_results in results for result in client_results]
     assert others == [first] * 7
     assert first["finish_reason"] == finish_reason
 
@@ -97,23 +97,23 @@ def test_old_and_new_client_accumulate_the_body_in_every_way(clients: list[Clien
 def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client]) -> None:
     """The stages fail at token 20 and are not restarted: two clients, one request each, and then none is served."""
     for client in clients:
-        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+        with forced_server(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
             stages.fail_at = 20
             server.tokens.cancel()
-            _, found = client.results(server, {})
-        assert found == [{"error": "unavailable"}] * 4
+            _, results = client.results(server, {})
+        assert results == [{"error": "unavailable"}] * 4
 
 
 @pytest.mark.slow
 def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(clients: list[Client]) -> None:
     for client in clients:
-        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
+        with forced_server(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
             _, undisturbed = client.results(server, {})
             stages.fail_at = 20
             server.tokens.may_restart.set()
-            _, found = client.results(server, {})
+            _, results = client.results(server, {})
             assert len(server.tokens.restarts) == 1
-        assert found == undisturbed
+        assert results == undisturbed
 
 
 @pytest.mark.slow
@@ -123,14 +123,14 @@ def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(clien
     ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
     request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
     reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for client in clients:
-        with forcing(reply) as (server, _, stages), stepping(server):
+        with forced_server(reply) as (server, _, stages), stepping(server):
             if name in ("restart", "error"):
                 stages.fail_at = 20
                 (server.tokens.cancel if name == "error" else server.tokens.may_restart.set)()
-            found += client.results(server, request)[1]
-    first, *others = found
+            results += client.results(server, request)[1]
+    first, *others = results
     assert others == [first] * 7
     if name == "error":
         assert first == {"error": "unavailable"}

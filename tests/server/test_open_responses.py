@@ -7,7 +7,7 @@ import hypothesis
 import jsonschema
 import pytest
 
-from tests.server.responses_events import Fields, checked, comparable, events_of, text_of, without_chunks
+from tests.server.responses_events import Fields, check_events, events_of, fields_of, text_of, without_chunks
 from tests.server.server_process import Server
 from tests.server.test_constrained_answers import SCHEMA
 from tests.server.test_request_shapes import OTHERS
@@ -43,7 +43,7 @@ def ask(server: Server, *, stream: bool = False, **fields: Any) -> Fields:
     """Return a complete response, received in either way, with all of its fields."""
     answer = server.request("POST", PATH, {"model": "any", "temperature": 0, "stream": stream} | fields)
     assert answer.status == 200, answer.body
-    response: Fields = checked(events_of(without_chunks(answer.body))) if stream else answer.json
+    response: Fields = check_events(events_of(without_chunks(answer.body))) if stream else answer.json
     for name, kind in REQUIRED.items():
         assert isinstance(response[name], kind), name
     assert set(NULLABLE) <= response.keys()
@@ -68,7 +68,7 @@ def test_open_responses_basic_a_question_is_answered(server: Server) -> None:
 
 def test_open_responses_streaming_the_events_are_valid_and_end_with_the_response(server: Server) -> None:
     response = ask(server, stream=True, input=[user(SUM)])
-    assert comparable(response) == comparable(ask(server, input=[user(SUM)]))
+    assert fields_of(response) == fields_of(ask(server, input=[user(SUM)]))
     assert response["status"] == "completed"
 
 
@@ -77,7 +77,7 @@ def test_open_responses_system_prompt_a_system_message_is_read(server: Server, r
     system = {"type": "message", "role": role, "content": "You are a helpful assistant."}
     response = ask(server, input=[system, user(SUM)])
     instructed = ask(server, input=[user(SUM)], instructions=system["content"])
-    assert comparable(response) == comparable(instructed)
+    assert fields_of(response) == fields_of(instructed)
     assert response["status"] == "completed"
 
 
@@ -110,7 +110,7 @@ def test_open_responses_previous_response_id_continues_a_conversation(server: Se
     second = ask(server, input=[user(SUM)], previous_response_id=first["id"])
     whole = ask(server, input=[user("What is 1 plus 1?"), *first["output"], user(SUM)])
     assert second["previous_response_id"] == first["id"]
-    assert comparable(second) == comparable(whole)
+    assert fields_of(second) == fields_of(whole)
 
 
 def test_log_probabilities_are_those_of_the_answer(server: Server) -> None:
@@ -118,7 +118,7 @@ def test_log_probabilities_are_those_of_the_answer(server: Server) -> None:
     answer = server.request("POST", PATH, {"temperature": 0, "stream": True} | fields)
     sent = events_of(without_chunks(answer.body))
     deltas = [entry for event in sent if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
-    for response in (checked(sent), ask(server, **fields)):
+    for response in (check_events(sent), ask(server, **fields)):
         (message,) = [item for item in response["output"] if item["type"] == "message"]
         (part,) = message["content"]
         assert [entry["token"] for entry in part["logprobs"]] == [entry["token"] for entry in deltas]
@@ -191,7 +191,7 @@ def test_codex_with_40_tools_and_a_loop_of_calls_is_computed_from_the_cache_with
         answer = server.request("POST", PATH, body)
         assert answer.status == 200, answer.body
         events = events_of(without_chunks(answer.body))
-        usage = checked(events)["usage"]
+        usage = check_events(events)["usage"]
         if number:
             prompt_tokens += usage["input_tokens"]
             cached_tokens += usage["input_tokens_details"]["cached_tokens"]

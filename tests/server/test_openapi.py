@@ -23,7 +23,7 @@ schema = schemathesis.openapi.from_dict(openapi_document()).exclude(path="/v1/st
 
 
 @pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
+def ready_server() -> Iterator[SteppedServer]:
     """A server that answers at once, with tokens of no meaning."""
     with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
         yield server
@@ -47,7 +47,9 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
 @pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=scaled(10))
-def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer, case: schemathesis.Case[Any]) -> None:
+def test_no_request_that_schemathesis_makes_is_a_defect(
+    ready_server: SteppedServer, case: schemathesis.Case[Any]
+) -> None:
     """Each is served, or refused with a documented status and an error in the API's shape."""
     if isinstance(case.body, dict):
         case.body |= {
@@ -55,7 +57,7 @@ def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer
             for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")
             if _is_long(case.body.get(name))
         }
-    response = case.call(base_url=answering.url)
+    response = case.call(base_url=ready_server.url)
     assert response.status_code < 500, response.text
     if response.status_code >= 400:
         error = response.json()["error"]
@@ -65,8 +67,8 @@ def test_no_request_that_schemathesis_makes_is_a_defect(answering: SteppedServer
         assert error["type"]
     if case.method == case.operation.method.upper():
         assert str(response.status_code) in openapi_document()["paths"][case.path][case.operation.method]["responses"]
-    assert "unexpected error" not in "\n".join(answering.lines)
-    answering.lines.clear()
+    assert "unexpected error" not in "\n".join(ready_server.lines)
+    ready_server.lines.clear()
 
 
 def _is_long(limit: object) -> bool:
@@ -94,9 +96,9 @@ MORE_FIELDS: dict[Any, st.SearchStrategy[Any]] = {
 
 
 @given(st.lists(st.fixed_dictionaries(MESSAGE_FIELDS, optional=MORE_FIELDS), max_size=4))
-def test_no_conversation_is_a_defect(answering: SteppedServer, messages: list[dict[str, Any]]) -> None:
-    """The document has no schema of messages, which are read by their roles: these are nearly right."""
-    answer = answering.request("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+def test_no_conversation_is_a_defect(ready_server: SteppedServer, messages: list[dict[str, Any]]) -> None:
+    """The document has no schema of messages, so that the test generates almost valid ones."""
+    answer = ready_server.request("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
     assert answer.status in (200, 400), answer.body
     if answer.status == 400:
         assert answer.error["type"] == "invalid_request_error"

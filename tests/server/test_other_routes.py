@@ -68,33 +68,33 @@ def test_a_text_completion_has_its_token_ids_if_they_are_asked_for(server: Serve
     (choice,) = server.request("POST", "/v1/completions", request).json["choices"]
     stream = server.request("POST", "/v1/completions", request | {"stream": True}).body
     events = [json.loads(line[6:]) for line in stream.split(b"\n") if line.startswith(b"data: {")]
-    sent = [number for event in events for one in event["choices"] for number in one.get("token_ids", ())]
+    sent = [number for event in events for choice in event["choices"] for number in choice.get("token_ids", ())]
     assert sent == choice["token_ids"]
     assert server.request("POST", "/detokenize", {"tokens": sent}).json["prompt"].startswith(choice["text"])
 
 
-def test_with_ignore_eos_an_answer_goes_on_after_its_end(server: Server) -> None:
+def test_with_ignore_eos_an_answer_continues_after_its_end(server: Server) -> None:
     request: dict[str, Any] = {"prompt": "Hello", "temperature": 0, "max_tokens": 60, "return_token_ids": True}
-    found = {
+    bodies = {
         ignored: server.request("POST", "/v1/completions", request | {"ignore_eos": ignored}).json
         for ignored in (False, True)
     }
-    assert found[True]["usage"]["completion_tokens"] == 60
-    assert found[True]["choices"][0]["finish_reason"] == "length"
-    shorter, longer = (found[ignored]["choices"][0]["token_ids"] for ignored in (False, True))
+    assert bodies[True]["usage"]["completion_tokens"] == 60
+    assert bodies[True]["choices"][0]["finish_reason"] == "length"
+    shorter, longer = (bodies[ignored]["choices"][0]["token_ids"] for ignored in (False, True))
     assert longer[: len(shorter)] == shorter
 
 
 def test_the_models_small_files_are_those_of_its_folder(server: Server) -> None:
-    found = server.request("GET", "/v1/model-files").json
-    assert (found["name"], found["context_tokens"]) == ("kimi-k2-tiny", 16384)
-    for name, text in found["files"].items():
+    answer = server.request("GET", "/v1/model-files").json
+    assert (answer["name"], answer["context_tokens"]) == ("kimi-k2-tiny", 16384)
+    for name, text in answer["files"].items():
         assert base64.b64decode(text) == (BUILTIN_FOLDER / name).read_bytes()
-    assert {"config.json", "tiktoken.model"} <= found["files"].keys()
+    assert {"config.json", "tiktoken.model"} <= answer["files"].keys()
 
 
 @pytest.mark.parametrize("prompt", [[], "", ["a", "b"], [1, "a"], [10**9], [[1], [2]], 5, None, [True]])
-def test_a_prompt_that_is_none_is_a_400(server: Server, prompt: object) -> None:
+def test_an_invalid_prompt_is_a_400(server: Server, prompt: object) -> None:
     answer = server.request("POST", "/v1/completions", {"prompt": prompt})
     assert (answer.status, answer.error["param"]) == (400, "prompt")
 
@@ -116,7 +116,7 @@ def test_choices_of_a_text_completion_are_those_of_single_requests_with_their_se
 
 
 @pytest.mark.parametrize("name", ["suffix", "echo", "logprobs", "best_of", "n"])
-def test_what_text_completions_do_not_do_is_a_400(server: Server, name: str) -> None:
+def test_unsupported_fields_of_text_completions_are_a_400(server: Server, name: str) -> None:
     value = "a" if name == "suffix" else 5 if name in ("logprobs", "best_of") else 0 if name == "n" else True
     answer = server.request("POST", "/v1/completions", {"prompt": "a", name: value})
     assert (answer.status, answer.error["param"]) == (400, name)
@@ -200,9 +200,9 @@ def metrics_of(server: Server) -> str:
 
 
 def value(text: str, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-    assert found
-    return float(found[1])
+    match = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+    assert match
+    return float(match[1])
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1"])
@@ -213,5 +213,5 @@ def test_a_page_of_another_origin_is_refused_and_gets_no_cors_headers(server: Se
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_page_of_the_server_itself_may_use_it(server: Server) -> None:
+def test_a_page_of_the_servers_own_origin_is_allowed(server: Server) -> None:
     assert server.request("GET", "/v1/models", Origin="http://localhost").status == 200

@@ -7,41 +7,41 @@ def response(num_bytes: int) -> StoredResponse:
     return StoredResponse(b"x" * (num_bytes - 4), b"[]", b"{}")
 
 
-def found(store: ResponseStore, owner: str, *ids: str) -> list[bool]:
-    return [store.find(owner, one) is not None for one in ids]
+def are_stored(store: ResponseStore, owner: str, *ids: str) -> list[bool]:
+    return [store.find(owner, response_id) is not None for response_id in ids]
 
 
-def test_the_response_used_longest_ago_gives_way() -> None:
+def test_the_least_recently_used_response_is_removed() -> None:
     store = ResponseStore(max_bytes=30)
-    for one in ("a", "b", "c"):
-        store.keep("", one, response(10))
-    assert found(store, "", "a") == [True]
+    for response_id in ("a", "b", "c"):
+        store.keep("", response_id, response(10))
+    assert are_stored(store, "", "a") == [True]
     store.keep("", "d", response(10))
-    assert found(store, "", "a", "b", "c", "d") == [True, False, True, True]
+    assert are_stored(store, "", "a", "b", "c", "d") == [True, False, True, True]
 
 
-def test_the_owner_with_the_most_bytes_gives_way_to_others() -> None:
+def test_responses_of_the_owner_with_the_most_bytes_are_removed_first() -> None:
     store = ResponseStore(max_bytes=40)
     store.keep("alice", "a", response(10))
     for number in range(9):
         store.keep("bob", f"b{number}", response(10))
-    assert found(store, "alice", "a") == [True]
-    assert found(store, "bob", "b5", "b6", "b7", "b8") == [False, True, True, True]
+    assert are_stored(store, "alice", "a") == [True]
+    assert are_stored(store, "bob", "b5", "b6", "b7", "b8") == [False, True, True, True]
 
 
 def test_a_response_that_is_larger_than_the_store_is_not_kept_and_nothing_else_is_lost() -> None:
     store = ResponseStore(max_bytes=30)
     store.keep("alice", "a", response(10))
     store.keep("bob", "b", response(40))
-    assert found(store, "alice", "a") == [True]
-    assert found(store, "bob", "b") == [False]
+    assert are_stored(store, "alice", "a") == [True]
+    assert are_stored(store, "bob", "b") == [False]
 
 
 def test_a_response_belongs_to_its_owner_and_is_deleted_once() -> None:
     store = ResponseStore()
     store.keep("alice", "a", response(10))
     assert not store.delete("bob", "a")
-    assert found(store, "bob", "a") == [False]
+    assert are_stored(store, "bob", "a") == [False]
     assert [store.delete("alice", "a") for _ in range(2)] == [True, False]
 
 

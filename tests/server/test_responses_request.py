@@ -11,17 +11,17 @@ from mlx_k2.server.responses_input import InputReader
 from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
 from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 
-CALLED: list[Any] = [
+CALLS: list[Any] = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"},
     {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
 ]
 SEARCH = {"type": "web_search", "external_web_access": True}
-F = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
-G = {"type": "function", "name": "g"}
+TOOL_F = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
+TOOL_G = {"type": "function", "name": "g"}
 
 
-def conversation(earlier: list[Any] | None = None, **fields: Any) -> Conversation:
-    return conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()), earlier or [])
+def conversation(previous: list[Any] | None = None, **fields: Any) -> Conversation:
+    return conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()), previous or [])
 
 
 def messages(items: list[Any]) -> list[dict[str, Any]]:
@@ -31,19 +31,19 @@ def messages(items: list[Any]) -> list[dict[str, Any]]:
 def refused(**fields: Any) -> ApiError:
     """Return the error that a client gets."""
     try:
-        asked = read_responses_request(json.dumps({"input": "a"} | fields).encode())
+        request = read_responses_request(json.dumps({"input": "a"} | fields).encode())
     except ApiError as error:
         return error
     with pytest.raises(ApiError) as caught:
-        conversation_of(asked)
+        conversation_of(request)
     return in_responses_words(caught.value)
 
 
-def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
-    found = conversation(instructions="Be brief.")
+def test_a_text_becomes_a_user_message_after_the_instructions() -> None:
+    result = conversation(instructions="Be brief.")
     user = {"role": "user", "content": "a"}
-    assert found.chat.messages == [{"role": "system", "content": "Be brief."}, user]
-    assert found.messages == [user], "a later response has its own instructions"
+    assert result.chat.messages == [{"role": "system", "content": "Be brief."}, user]
+    assert result.messages == [user], "a later response has its own instructions"
 
 
 def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
@@ -53,12 +53,12 @@ def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
         {"type": "function_call_output", "call_id": "c1", "output": "1"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
     ]
-    found = messages([{"role": "user", "content": "a"}, reasoning, answer, *CALLED, *outputs, answer])
+    result = messages([{"role": "user", "content": "a"}, reasoning, answer, *CALLS, *outputs, answer])
     calls = [
         {"id": "c1", "function": {"name": "f", "arguments": '{"a": 1}'}},
         {"id": "c2", "function": {"name": "g", "arguments": "{}"}},
     ]
-    assert found == [
+    assert result == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "I call.", "reasoning_content": "Why?", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "c1", "content": "1"},
@@ -72,15 +72,15 @@ def test_a_handle_names_its_turn_and_another_one_begins_another() -> None:
         return {"type": "reasoning", "summary": [], "encrypted_content": handle}
 
     answer = {"type": "message", "role": "assistant", "content": "b"}
-    found = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
-    assert found == [{"role": "assistant", "content": "b", TURN_HANDLE_FIELD: handle} for handle in ("h1", "h2")]
+    result = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
+    assert result == [{"role": "assistant", "content": "b", TURN_HANDLE_FIELD: handle} for handle in ("h1", "h2")]
 
 
 def test_a_summary_stands_in_for_reasoning_only_if_there_is_nothing_else() -> None:
     summary = {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in ("s", "t")]}
-    assert messages([summary, *CALLED])[0]["reasoning_content"] == "st"
-    whole = summary | {"content": [{"type": "reasoning_text", "text": "Why?"}]}
-    assert messages([whole, *CALLED])[0]["reasoning_content"] == "Why?"
+    assert messages([summary, *CALLS])[0]["reasoning_content"] == "st"
+    with_text = summary | {"content": [{"type": "reasoning_text", "text": "Why?"}]}
+    assert messages([with_text, *CALLS])[0]["reasoning_content"] == "Why?"
 
 
 def test_the_parts_of_a_message_are_joined() -> None:
@@ -92,20 +92,20 @@ def test_the_parts_of_a_message_are_joined() -> None:
 
 def test_the_image_of_a_tool_is_replaced_by_a_line_of_text() -> None:
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
-    found = messages([*CALLED, {"type": "function_call_output", "call_id": "c1", "output": output}])
-    assert found[-1]["content"] == "a[input_image left out: this model reads text only]"
+    result = messages([*CALLS, {"type": "function_call_output", "call_id": "c1", "output": output}])
+    assert result[-1]["content"] == "a[input_image left out: this model reads text only]"
 
 
 def test_a_response_continues_an_earlier_conversation() -> None:
-    earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    found = conversation(earlier, instructions="s")
-    assert [message["content"] for message in found.chat.messages] == ["s", "x", "y", "a"]
-    assert [message["content"] for message in found.messages] == ["x", "y", "a"]
+    previous = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    result = conversation(previous, instructions="s")
+    assert [message["content"] for message in result.chat.messages] == ["s", "x", "y", "a"]
+    assert [message["content"] for message in result.messages] == ["x", "y", "a"]
 
 
 def test_an_item_whose_type_is_null_is_a_message() -> None:
-    found = conversation(input=[{"type": None, "role": "user", "content": "a"}])
-    assert [message["content"] for message in found.chat.messages] == ["a"]
+    result = conversation(input=[{"type": None, "role": "user", "content": "a"}])
+    assert [message["content"] for message in result.chat.messages] == ["a"]
 
 
 def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
@@ -115,22 +115,22 @@ def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
     began = time.process_time()
     reader.read([item for _ in range(num_items) for item in items])
     assert time.process_time() - began < 5
-    whole = text * num_items
-    assert reader.messages == [{"role": "assistant", "content": whole, "reasoning_content": whole}]
+    with_text = text * num_items
+    assert reader.messages == [{"role": "assistant", "content": with_text, "reasoning_content": with_text}]
 
 
 def test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named() -> None:
     custom = {"type": "custom", "name": "apply_patch"}
-    namespace = {"type": "namespace", "name": "mcp", "tools": [F]}
-    found = conversation(
-        tools=[SEARCH, F, custom, namespace, {"type": "local_shell"}],
+    namespace = {"type": "namespace", "name": "mcp", "tools": [TOOL_F]}
+    result = conversation(
+        tools=[SEARCH, TOOL_F, custom, namespace, {"type": "local_shell"}],
         input=[{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "ws_1", "status": "completed"}],
     )
-    assert found.chat.tools == [
-        {"type": "function", "function": {name: value for name, value in F.items() if name != "type"}}
+    assert result.chat.tools == [
+        {"type": "function", "function": {name: value for name, value in TOOL_F.items() if name != "type"}}
     ]
-    assert len(found.chat.messages) == 1
-    assert found.warnings == (
+    assert len(result.chat.messages) == 1
+    assert result.warnings == (
         "tools of these types are left out: custom, local_shell, namespace, web_search",
         "input items of these types are left out: web_search_call",
     )
@@ -141,27 +141,32 @@ def test_a_request_whose_tools_all_run_on_a_server_has_none() -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_a_word_for_the_choice_of_tools_stays(choice: str) -> None:
-    assert conversation(tools=[F], tool_choice=choice).chat.tool_choice == choice
+def test_a_tool_choice_in_one_word_stays_unchanged(choice: str) -> None:
+    assert conversation(tools=[TOOL_F], tool_choice=choice).chat.tool_choice == choice
 
 
 def test_the_choice_of_one_function_and_of_some_are_those_of_chat_completions() -> None:
-    named = conversation(tools=[F, G], tool_choice={"type": "function", "name": "g"}).chat
+    named = conversation(tools=[TOOL_F, TOOL_G], tool_choice={"type": "function", "name": "g"}).chat
     assert named.tool_choice == {"type": "function", "function": {"name": "g"}}
-    some = conversation(tools=[F, G], tool_choice={"type": "allowed_tools", "mode": "required", "tools": [G]}).chat
+    allowed = conversation(
+        tools=[TOOL_F, TOOL_G], tool_choice={"type": "allowed_tools", "mode": "required", "tools": [TOOL_G]}
+    ).chat
     many = [{"type": "function", "name": f"f{number}"} for number in range(40_000)]
     began = time.process_time()
     with pytest.raises(ApiError, match="40000 tools are declared"):
         conversation(tools=many, tool_choice={"type": "allowed_tools", "tools": [{"name": [1]}, *many]})
     assert time.process_time() - began < 5
-    assert (some.tool_choice, some.tools) == ("required", [{"type": "function", "function": {"name": "g"}}])
+    assert (allowed.tool_choice, allowed.tools) == (
+        "required",
+        [{"type": "function", "function": {"name": "g"}}],
+    )
 
 
-def test_the_form_of_the_answer_is_that_of_chat_completions() -> None:
+def test_the_format_of_the_answer_becomes_that_of_chat_completions() -> None:
     schema = {"type": "object"}
-    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
-    found = conversation(text={"format": form, "verbosity": "low"}).chat
-    assert found.response_format == {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
+    answer_format = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    result = conversation(text={"format": answer_format, "verbosity": "low"}).chat
+    assert result.response_format == {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
     assert conversation(text={"format": {"type": "json_object"}}).chat.response_format == {"type": "json_object"}
     assert conversation(text={"verbosity": "high"}).chat.response_format is None
 
@@ -201,7 +206,7 @@ def test_limits_sampling_and_log_probabilities_are_passed_on() -> None:
         ({"max_output_tokens": 0}, "max_output_tokens", None),
         ({"reasoning": {"effort": "extreme"}}, "reasoning.effort", None),
         ({"tools": [{"type": "function"}]}, "tools[0].name", None),
-        ({"tools": [F, F]}, "tools", None),
+        ({"tools": [TOOL_F, TOOL_F]}, "tools", None),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", None),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools", None),
         ({"background": True}, "background", None),
@@ -212,7 +217,7 @@ def test_limits_sampling_and_log_probabilities_are_passed_on() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_by_its_name(fields: dict[str, Any], param: str, code: str | None) -> None:
+def test_a_field_that_cannot_be_used_is_refused_by_name(fields: dict[str, Any], param: str, code: str | None) -> None:
     error = refused(**fields)
     assert (error.status, error.param, error.code) == (400, param, code)
     assert "messages" not in error.message

@@ -20,7 +20,7 @@ from tests.coordinator.schemas import SCHEMAS, TOOL, as_parameters
 from tests.local_cluster import VOCAB_SIZE, write_model
 from tests.server.forced_replies import builtin_tokenizer
 from tests.server.server_process import Server, home_of, serving
-from tests.server.test_chat_completions import complete, streamed, without_cache
+from tests.server.test_chat_completions import body_fields, stream_fields, without_cache
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
 SOME = dict(list(SCHEMAS.items())[:: 1 if IS_LONG else 30])
@@ -87,7 +87,7 @@ def replies_to(model: Model, schema: Any, **fields: Any) -> list[tuple[dict[str,
         "extra_body": {"thinking": {"type": "enabled", "budget_tokens": 4}},
         "timeout": 600.0,  # four replies of 4,096 tokens at once
     }
-    asks: list[Callable[..., dict[str, Any]]] = [streamed, complete]
+    asks: list[Callable[..., dict[str, Any]]] = [stream_fields, body_fields]
     with ThreadPoolExecutor(4) as pool:
         found = [[pool.submit(ask, model.server, **base, **asked, **fields) for ask in asks] for asked, _ in wanted]
         replies = [[without_cache(one.result(timeout=600)) for one in pair] for pair in found]

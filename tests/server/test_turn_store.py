@@ -21,8 +21,8 @@ def answer(content: str = "b", **fields: Any) -> Message:
 
 
 def turn(reasoning: str = "thought", num_tokens: int = 3, message: Message | None = None) -> StoredTurn:
-    written = msgspec.structs.replace(message or answer(), reasoning_content=reasoning)
-    return StoredTurn(written, array("I", range(num_tokens)))
+    message_with_reasoning = msgspec.structs.replace(message or answer(), reasoning_content=reasoning)
+    return StoredTurn(message_with_reasoning, array("I", range(num_tokens)))
 
 
 def keep(store: TurnStore, owner: str = "", stored: StoredTurn | None = None) -> str:
@@ -50,26 +50,26 @@ def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
         [USER, answer(reasoning_content="other")],
     ],
 )
-def test_a_changed_conversation_gets_nothing(changed: list[Message]) -> None:
+def test_a_changed_conversation_gets_no_stored_turn(changed: list[Message]) -> None:
     store = TurnStore()
     keep(store)
     restored = store.restore("", changed)
     assert (restored.turns, restored.messages) == ({}, changed)
 
 
-def called(arguments: object, content: str, number: int = 0) -> Message:
+def answer_with_call(arguments: object, content: str, number: int = 0) -> Message:
     return answer(content, tool_calls=(MessageCall(id=f"x{number}", function=CalledFunction("f", arguments)),))
 
 
 @pytest.mark.parametrize("arguments", ['{"b":[2],"a":1}', {"a": 1, "b": [2]}], ids=["text", "object"])
 def test_arguments_written_otherwise_and_lost_space_come_back_as_they_were_sampled(arguments: object) -> None:
     store = TurnStore()
-    sampled = called('{"a": 1,  "b": [2]}', "\nb ")
-    keep(store, stored=turn(message=sampled))
-    restored = store.restore("", [USER, called(arguments, "b", number=7)])
-    assert restored.turns == {0: turn(message=sampled)}
+    sampled_answer = answer_with_call('{"a": 1,  "b": [2]}', "\nb ")
+    keep(store, stored=turn(message=sampled_answer))
+    restored = store.restore("", [USER, answer_with_call(arguments, "b", number=7)])
+    assert restored.turns == {0: turn(message=sampled_answer)}
     (call,) = restored.messages[1].tool_calls
-    assert (restored.messages[1].content, call.function) == ("\nb ", sampled.tool_calls[0].function)
+    assert (restored.messages[1].content, call.function) == ("\nb ", sampled_answer.tool_calls[0].function)
     assert call.id == "x7"
 
 
@@ -80,7 +80,7 @@ def test_an_answer_that_the_client_has_edited_stays_edited() -> None:
     assert (restored.content, restored.reasoning_content) == ("edited", "thought")
 
 
-def test_the_turns_used_longest_ago_are_forgotten() -> None:
+def test_the_least_recently_used_turns_are_removed() -> None:
     store = TurnStore(max_bytes=3 * turn().num_bytes)
     owners = ["a", "b", "c", "d"]
     for owner in owners[:3]:
@@ -95,8 +95,8 @@ def test_the_store_never_holds_more_than_its_limit(turns: list[tuple[str, str, i
     store = TurnStore(max_bytes=20_000)
     for number, (owner, reasoning, num_tokens) in enumerate(turns):
         keep(store, owner, turn(reasoning, num_tokens, answer(str(number % 3))))
-        held = [held_turn.num_bytes for held_turn, _ in store._entries.values()]
-        assert store._num_bytes == sum(held) <= 20_000
+        sizes = [stored_turn.num_bytes for stored_turn, _ in store._entries.values()]
+        assert store._num_bytes == sum(sizes) <= 20_000
         assert store._entries.keys() >= set(store._latest.values())
 
 
@@ -111,7 +111,7 @@ def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
 
 
 @pytest.mark.parametrize("handle", ["unknown", "", 7, None, [], "x" * 100_000])
-def test_a_handle_that_is_none_finds_nothing(handle: object) -> None:
+def test_a_value_that_is_no_turn_handle_finds_nothing(handle: object) -> None:
     store = TurnStore()
     keep(store)
     assert store.restore("", [Message(role="user", content="other"), answer()], [None, handle]).turns == {}
@@ -139,5 +139,5 @@ def test_a_client_that_drops_reasoning_finds_the_whole_answer_cached(server: Ser
     second = server.client.chat.completions.create(messages=messages, **request)
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
-    written = usage["prompt_tokens"] + usage["completion_tokens"]
-    assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= 0.95 * written
+    message_with_reasoning = usage["prompt_tokens"] + usage["completion_tokens"]
+    assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= 0.95 * message_with_reasoning
