@@ -18,8 +18,8 @@ from tests.server.in_process import SteppedServer, stepped_server, stepping, wai
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SteppedServer]:
-    with stepped_server(num_slots=2, chunk_tokens=8) as found, stepping(found):
-        yield found
+    with stepped_server(num_slots=2, chunk_tokens=8) as shared, stepping(shared):
+        yield shared
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
     events = list(engine.submit(with_stop_tokens(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
-    assert all(0 <= one.done < one.total == 90 for one in progress)
+    assert all(0 <= event.done < event.total == 90 for event in progress)
 
 
 def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
@@ -171,17 +171,17 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         for other in others:
             other.cancel()
         with stepping(server):
-            found, end = tokens_of(handle)
-        assert found[0] == tokenizer.special_ids["</think>"]
-        assert (len(found), end.reason) == (12, FinishReason.LENGTH)
+            token_ids, end = tokens_of(handle)
+        assert token_ids[0] == tokenizer.special_ids["</think>"]
+        assert (len(token_ids), end.reason) == (12, FinishReason.LENGTH)
 
 
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
-    stopping = Request((60,), 5, Sampling(seed=1), engine.frontend.stop_ids)
-    early = ReplyPolicy(tokenizer, stopping, ReplyLimits(min_tokens=3))
+    with_stop = Request((60,), 5, Sampling(seed=1), engine.frontend.stop_ids)
+    early = ReplyPolicy(tokenizer, with_stop, ReplyLimits(min_tokens=3))
     scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
-    for submitted, policy, message in ((stopping, early, "restricts its tokens"), (scored, None, "--logprobs")):
+    for submitted, policy, message in ((with_stop, early, "restricts its tokens"), (scored, None, "--logprobs")):
         with pytest.raises(RequestError, match=message):
             engine.submit(submitted, policy)
     with pytest.raises(RequestError, match="outside the vocabulary"):

@@ -1,4 +1,4 @@
-"""Tests of the one reader of JSON: what it refuses, and that each message names the line or the field."""
+"""Tests of the reader of JSON: which text it refuses, and that each message names the line or the field."""
 
 import json
 import subprocess
@@ -53,10 +53,10 @@ def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(v
     texts = (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1))
     for text in texts:
         assert parse_json(f"{between}{text}{between}", has_comments=True) == value
-    wrapped = f'{{"a": [{texts[0]}{between},{between}],{between}}}'
-    assert parse_json(wrapped, has_comments=True) == {"a": [value]}
+    nested = f'{{"a": [{texts[0]}{between},{between}],{between}}}'
+    assert parse_json(nested, has_comments=True) == {"a": [value]}
     with pytest.raises(JsonError):
-        parse_json(wrapped)
+        parse_json(nested)
 
 
 @pytest.mark.parametrize(
@@ -146,5 +146,5 @@ for number in range(30):
 
 
 def test_several_threads_may_use_a_type_for_the_first_time_at_once() -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr) == (0, "")

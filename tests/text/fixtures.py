@@ -1,4 +1,4 @@
-"""The tokenizer and chat template that the tests of this package share."""
+"""The tokenizer, the chat template and conversions that the tests of this package share."""
 
 import base64
 import functools
@@ -29,14 +29,14 @@ def builtin_template() -> ChatTemplate:
 def pieces_of(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
 ) -> list[PromptPiece]:
-    """Return the prompt of messages as JSON holds them, in pieces."""
+    """Return the prompt of messages in OpenAI's format as pieces."""
     return render_pieces(template, tokenizer, read_history(messages, template.fields).messages, *tools, **options)
 
 
 def ids_of(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
 ) -> list[int]:
-    """Return the prompt of messages as JSON holds them, in token ids."""
+    """Return the prompt of messages in OpenAI's format as token ids."""
     return encode_pieces(tokenizer, pieces_of(template, tokenizer, messages, *tools, **options))
 
 
@@ -44,15 +44,16 @@ def as_text(pieces: list[PromptPiece]) -> str:
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 
-def decoded(ids: list[int]) -> str:
+def decode(ids: list[int]) -> str:
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
 
 
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
-def tiktoken_files(tokens: list[bytes], named: dict[int, str] | None = None) -> dict[str, bytes]:
-    added = {str(number): {"content": name} for number, name in (named or {}).items()}
+def tiktoken_files(tokens: list[bytes], control_names: dict[int, str] | None = None) -> dict[str, bytes]:
+    """Return a tokenizer's files: ``tokens`` by rank, and control tokens with these names by id."""
+    added = {str(token_id): {"content": name} for token_id, name in (control_names or {}).items()}
     return {
         "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
         "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),

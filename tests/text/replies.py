@@ -8,15 +8,15 @@ from mlx_k2.text.reply_parser import ReplyParser
 from mlx_k2.text.reply_parts import Part, Reply, whole_reply
 from tests.text.fixtures import tokenizer
 
-IN_VOCABULARY = frozenset(name for name in NAMES if name in tokenizer().special_ids)
-MARKERS = "(" + "|".join(map(re.escape, sorted(IN_VOCABULARY))) + ")"
-SINGULAR = sorted(NAMES.keys() - IN_VOCABULARY)
+CONTROL_NAMES = frozenset(name for name in NAMES if name in tokenizer().special_ids)
+MARKERS = "(" + "|".join(map(re.escape, sorted(CONTROL_NAMES))) + ")"
+SINGULAR_NAMES = sorted(NAMES.keys() - CONTROL_NAMES)
 
 Token = tuple[str, bool]
 """A part of a reply's text, and whether it is a control token."""
 
 
-def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozenset[str] = IN_VOCABULARY) -> list[Part]:
+def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozenset[str] = CONTROL_NAMES) -> list[Part]:
     parser = ReplyParser(names, in_reasoning=in_reasoning)
     pieces = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
     return [*pieces, *parser.finish()]
@@ -24,10 +24,10 @@ def parts(tokens: Sequence[Token], *, in_reasoning: bool = False, names: frozens
 
 def tokens_of(text: str) -> list[Token]:
     """Return a reply as tokens, with each marker of the vocabulary as one control token."""
-    return [(piece, piece in IN_VOCABULARY) for piece in re.split(MARKERS, text) if piece]
+    return [(piece, piece in CONTROL_NAMES) for piece in re.split(MARKERS, text) if piece]
 
 
-def parsed(text: str, *, in_reasoning: bool = False) -> Reply:
+def parse(text: str, *, in_reasoning: bool = False) -> Reply:
     return whole_reply(parts(tokens_of(text), in_reasoning=in_reasoning))
 
 

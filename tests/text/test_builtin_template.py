@@ -13,7 +13,7 @@ ANSWER = "<|im_assistant|>assistant<|im_middle|>"
 Message = dict[str, Any]
 
 
-def rendered(messages: list[Message], **options: Any) -> str:
+def render(messages: list[Message], **options: Any) -> str:
     return as_text(pieces_of(builtin_template(), tokenizer(), messages, **options))
 
 
@@ -44,32 +44,32 @@ def result_text(name: str = "tool", number: int = 0) -> str:
 
 
 def test_a_user_message_renders_with_the_default_system_prompt_and_an_opened_answer() -> None:
-    assert rendered([HELLO]) == DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
+    assert render([HELLO]) == DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
 
 
 def test_a_system_prompt_replaces_the_default_one() -> None:
-    assert rendered([{"role": "system", "content": "Be brief."}, HELLO]) == (
+    assert render([{"role": "system", "content": "Be brief."}, HELLO]) == (
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|>" + HELLO_TEXT + ANSWER
     )
 
 
 def test_a_later_system_message_does_not_replace_the_default_one() -> None:
-    assert rendered([HELLO, {"role": "system", "content": "S"}]) == (
+    assert render([HELLO, {"role": "system", "content": "S"}]) == (
         DEFAULT_SYSTEM + HELLO_TEXT + "<|im_system|>system<|im_middle|>S<|im_end|>" + ANSWER
     )
 
 
 def test_without_add_generation_prompt_no_answer_is_opened() -> None:
-    assert rendered([HELLO], add_generation_prompt=False) == DEFAULT_SYSTEM + HELLO_TEXT
+    assert render([HELLO], add_generation_prompt=False) == DEFAULT_SYSTEM + HELLO_TEXT
 
 
 def test_a_message_name_replaces_the_role() -> None:
-    assert "<|im_user|>Ada<|im_middle|>hello" in rendered([HELLO | {"name": "Ada"}])
+    assert "<|im_user|>Ada<|im_middle|>hello" in render([HELLO | {"name": "Ada"}])
 
 
 def test_a_tool_turn_renders_as_the_golden_text() -> None:
     messages = [HELLO, call({"city": "Rome"}, reasoning_content="R"), result(name="get_weather")]
-    assert rendered(messages) == (
+    assert render(messages) == (
         DEFAULT_SYSTEM
         + HELLO_TEXT
         + "<|im_assistant|>assistant<|im_middle|><think>R</think><|tool_calls_section_begin|><|tool_call_begin|>"
@@ -80,27 +80,27 @@ def test_a_tool_turn_renders_as_the_golden_text() -> None:
 
 
 def test_string_arguments_are_kept_as_the_model_wrote_them() -> None:
-    assert call_text('{"city":"Rome",  "n":1}') in rendered([HELLO, call('{"city":"Rome",  "n":1}')])
+    assert call_text('{"city":"Rome",  "n":1}') in render([HELLO, call('{"city":"Rome",  "n":1}')])
 
 
 def test_arguments_keep_key_order_and_are_not_ascii_escaped() -> None:
-    assert call_text('{"z": "é<&", "a": [1, null]}') in rendered([HELLO, call({"z": "é<&", "a": [1, None]})])
+    assert call_text('{"z": "é<&", "a": [1, null]}') in render([HELLO, call({"z": "é<&", "a": [1, None]})])
 
 
 def test_several_calls_of_one_turn_are_in_one_section() -> None:
-    both = call("{}")
-    both["tool_calls"] += call("[]", 1)["tool_calls"]
+    turn = call("{}")
+    turn["tool_calls"] += call("[]", 1)["tool_calls"]
     assert (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{}"
         "<|tool_call_end|><|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>[]<|tool_call_end|>"
         "<|tool_calls_section_end|>"
-    ) in rendered([HELLO, both])
+    ) in render([HELLO, turn])
 
 
 def test_tools_are_declared_first_with_sorted_keys_and_no_spaces() -> None:
     parameters = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"enum": [{"y": 1, "x": "é"}]}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    assert rendered([HELLO], tools=[tool]) == (
+    assert render([HELLO], tools=[tool]) == (
         "<|im_system|>tool_declare<|im_middle|>"
         '[{"function":{"name":"f","parameters":{"properties":{"a":{"enum":[{"x":"é","y":1}]},"z":{"type":"string"}},'
         '"type":"object"}},"type":"function"}]<|im_end|>' + DEFAULT_SYSTEM + HELLO_TEXT + ANSWER
@@ -109,7 +109,7 @@ def test_tools_are_declared_first_with_sorted_keys_and_no_spaces() -> None:
 
 def test_reasoning_is_kept_through_a_tool_loop() -> None:
     messages = [HELLO, call("{}", 0, reasoning_content="R0", content="C"), result(0), call("{}", 1), result(1)]
-    assert rendered(messages) == (
+    assert render(messages) == (
         DEFAULT_SYSTEM
         + HELLO_TEXT
         + call_text("{}", "R0", "C", 0)
@@ -130,7 +130,7 @@ def test_reasoning_up_to_the_last_answer_is_dropped() -> None:
         call("{}", 1, reasoning_content="R1"),
         result(1),
     ]
-    assert rendered(messages) == (
+    assert render(messages) == (
         DEFAULT_SYSTEM
         + HELLO_TEXT
         + call_text("{}", "", "", 0)
@@ -145,16 +145,16 @@ def test_reasoning_up_to_the_last_answer_is_dropped() -> None:
 
 @pytest.mark.parametrize("empty", [{"reasoning_content": None}, {"reasoning_content": ""}, {}])
 def test_missing_reasoning_renders_as_an_empty_think_block(empty: Message) -> None:
-    assert call_text("{}") in rendered([HELLO, call("{}") | empty])
+    assert call_text("{}") in render([HELLO, call("{}") | empty])
 
 
 def test_whitespace_of_messages_is_kept() -> None:
     text = "\n  a \n\n\tb  \n"
-    assert f"<|im_user|>user<|im_middle|>{text}<|im_end|>" in rendered([{"role": "user", "content": text}])
-    assert f"functions.get_weather:0\n{text}<|im_end|>" in rendered([HELLO, call("{}"), result(content=text)])
+    assert f"<|im_user|>user<|im_middle|>{text}<|im_end|>" in render([{"role": "user", "content": text}])
+    assert f"functions.get_weather:0\n{text}<|im_end|>" in render([HELLO, call("{}"), result(content=text)])
 
 
-def expected(messages: list[Message]) -> str:
+def reference(messages: list[Message]) -> str:
     """Return the messages in Kimi K2 Thinking's format: a reference implementation without a template."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
     text = "" if messages[0]["role"] == "system" else DEFAULT_SYSTEM
@@ -163,8 +163,8 @@ def expected(messages: list[Message]) -> str:
         marker = role if role in ("user", "assistant") else "system"
         text += f"<|im_{marker}|>{message.get('name') or role}<|im_middle|>"
         if role == "assistant":
-            kept = not answers or i > answers[-1]
-            text += f"<think>{message.get('reasoning_content') or '' if kept else ''}</think>"
+            is_kept = not answers or i > answers[-1]
+            text += f"<think>{message.get('reasoning_content') or '' if is_kept else ''}</think>"
         if role == "tool":
             text += f"## Return of {message['tool_call_id']}\n"
         text += message["content"] or ""
@@ -196,4 +196,4 @@ any_message = st.sampled_from(
 
 @given(st.lists(any_message, min_size=1, max_size=9))
 def test_messages_in_any_order_render_like_the_reference_function(messages: list[Message]) -> None:
-    assert rendered(messages) == expected(messages)
+    assert render(messages) == reference(messages)

@@ -1,3 +1,5 @@
+"""Tests of chat templates: rendering like Hugging Face's, limits on CPU, memory and size, and errors."""
+
 import json
 import os
 import subprocess
@@ -43,7 +45,7 @@ def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "complaint"),
+    ("source", "problem"),
     [
         ("\n\n{% if %}", "line 3: Expected an expression"),
         ("\n{{ messages[0].text.length }}", "line 2: 'dict object' has no attribute 'text'"),
@@ -55,8 +57,8 @@ def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
         ("{{ messages | tojson }}{{ tojson }}{{ {1: ''.join} | tojson }}", "line 1: .*not JSON serializable"),
     ],
 )
-def test_a_template_error_names_the_file_and_line(source: str, complaint: str) -> None:
-    with pytest.raises(TokenizerError, match=f"^chat_template.jinja {complaint}"):
+def test_a_template_error_names_the_file_and_line(source: str, problem: str) -> None:
+    with pytest.raises(TokenizerError, match=f"^chat_template.jinja {problem}"):
         render(source, messages=[{}])
 
 
@@ -246,11 +248,11 @@ def test_a_worker_that_was_killed_is_started_again() -> None:
 @pytest.mark.timeout(40)
 def test_the_worker_ends_with_the_program() -> None:
     program = "from mlx_k2.text.chat_template import ChatTemplate; ChatTemplate('a'); import os; "
-    for ending in ("", "os.kill(os.getpid(), 9)"):
-        marked = {**os.environ, "MLX_K2_TEST_WORKER": str(os.getpid()) + ending[:2]}
-        subprocess.run([sys.executable, "-c", program + ending], timeout=20, env=marked)
+    for last_line in ("", "os.kill(os.getpid(), 9)"):
+        environment = {**os.environ, "MLX_K2_TEST_WORKER": str(os.getpid()) + last_line[:2]}
+        subprocess.run([sys.executable, "-c", program + last_line], timeout=20, env=environment)
         deadline = time.monotonic() + 10
-        while any(is_worker(process, marked["MLX_K2_TEST_WORKER"]) for process in psutil.process_iter()):
+        while any(is_worker(process, environment["MLX_K2_TEST_WORKER"]) for process in psutil.process_iter()):
             assert time.monotonic() < deadline
             threading.Event().wait(0.05)
 

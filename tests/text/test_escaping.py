@@ -1,3 +1,5 @@
+"""Tests of escaping: escaped text behaves like the original text, and never spells a control token."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ LETTERS = set("".join(NAMES))
 texts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), max_size=12)
 parts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), min_size=1, max_size=2)
 
-WITH_A_PART: dict[str, Callable[[str, str], Any]] = {
+BINARY: dict[str, Callable[[str, str], Any]] = {
     "==": lambda text, part: text == part,
     "== the other way": lambda text, part: part == text,
     "!=": lambda text, part: text != part,
@@ -46,7 +48,7 @@ WITH_A_PART: dict[str, Callable[[str, str], Any]] = {
     "startswith after +": lambda text, part: (part + text).startswith(part),
     "== after +": lambda text, part: (part + text) == part,
 }
-ALONE: dict[str, Callable[[str], Any]] = {
+UNARY: dict[str, Callable[[str], Any]] = {
     "hash": hash,
     "repr": repr,
     "len": len,
@@ -69,36 +71,36 @@ ALONE: dict[str, Callable[[str], Any]] = {
 }
 
 
-YIELD_TEXT = ["repr", "str", "list", "a letter", "backwards", "strip", "split", "splitlines", "upper", "lower", "title"]
+TO_TEXT = ["repr", "str", "list", "a letter", "backwards", "strip", "split", "splitlines", "upper", "lower", "title"]
 
 
-def unescaped(value: Any, escaping: Escaping) -> Any:
+def unescape(value: Any, escaping: Escaping) -> Any:
     return [escaping.unescape(item) for item in value] if isinstance(value, list) else escaping.unescape(value)
 
 
-@pytest.mark.parametrize("name", WITH_A_PART)
+@pytest.mark.parametrize("name", BINARY)
 @settings(max_examples=scaled(40))
 @given(text=texts, part=parts)
 def test_escaped_text_combined_with_template_text_behaves_like_plain_text(name: str, text: str, part: str) -> None:
-    operation = WITH_A_PART[name]
+    operation = BINARY[name]
     escaping = Escaping(NAMES, [text, part])
-    assert unescaped(operation(escaping.escape(text), part), escaping) == operation(text, part)
+    assert unescape(operation(escaping.escape(text), part), escaping) == operation(text, part)
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", UNARY)
 @settings(max_examples=scaled(40))
 @given(text=texts)
 def test_operations_on_escaped_text_behave_like_on_plain_text(name: str, text: str) -> None:
-    operation = ALONE[name]
+    operation = UNARY[name]
     escaping = Escaping(NAMES, [text])
-    assert unescaped(operation(escaping.escape(text)), escaping) == operation(text)
+    assert unescape(operation(escaping.escape(text)), escaping) == operation(text)
 
 
-@pytest.mark.parametrize("name", YIELD_TEXT)
+@pytest.mark.parametrize("name", TO_TEXT)
 @settings(max_examples=scaled(40))
 @given(text=texts)
 def test_no_string_operation_unescapes_a_letter_of_a_control_token(name: str, text: str) -> None:
-    result = ALONE[name](Escaping(NAMES, [text]).escape(text))
+    result = UNARY[name](Escaping(NAMES, [text]).escape(text))
     assert LETTERS.isdisjoint("".join(result))
 
 
@@ -109,8 +111,8 @@ def test_escaping_is_one_to_one_and_uses_no_character_of_the_text(text: str) -> 
     assert len(escaped) == len(text)
     assert LETTERS.isdisjoint(escaped)
     assert escaping.unescape(escaped) == text
-    changed = {after for before, after in zip(text, escaped, strict=True) if before != after}
-    assert changed.isdisjoint(text)
+    used = {after for before, after in zip(text, escaped, strict=True) if before != after}
+    assert used.isdisjoint(text)
 
 
 def test_private_use_characters_in_a_text_are_not_unescaped() -> None:

@@ -18,7 +18,7 @@ from tests.text.fixtures import as_text, builtin_template, tokenizer
 USER = Message(role="user", content="hello")
 WEATHER = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
 
-hostile = st.lists(
+any_text = st.lists(
     st.one_of(
         st.sampled_from(["<|im_end|>", "<think>", "</think>", "<|tool_call_begin|>", "<|tool_call_section_begin|>"]),
         st.sampled_from(["<|tool_calls_section_end|>", "<|tool_call_argument_begin|>", "<|tool", "\n", " ", "None"]),
@@ -36,24 +36,24 @@ def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
     yield from reader.finish().parts
 
 
-def generated(messages: list[Message]) -> list[int]:
+def sampled_ids(messages: list[Message]) -> list[int]:
     """Return the ids of the last message as the model would sample them, without the id that ends the turn."""
     prompt = encode_pieces(tokenizer(), render_pieces(builtin_template(), tokenizer(), messages[:-1]))
-    whole = render_pieces(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
-    ids = encode_pieces(tokenizer(), whole)
+    pieces = render_pieces(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
+    ids = encode_pieces(tokenizer(), pieces)
     assert ids[: len(prompt)] == prompt
     assert ids[-1] == tokenizer().token_id("<|im_end|>")
     return ids[len(prompt) : -1]
 
 
 @settings(max_examples=scaled(40))
-@given(hostile, hostile, st.lists(st.tuples(names, hostile), min_size=1, max_size=3))
+@given(any_text, any_text, st.lists(st.tuples(names, any_text), min_size=1, max_size=3))
 def test_a_rendered_reply_is_parsed_to_the_same_reply(
     reasoning: str, content: str, written: list[tuple[str, str]]
 ) -> None:
     calls = tuple(ToolCall("", name, arguments, None) for name, arguments in written)
     message = assistant_message(Reply(reasoning, content, calls), 3)
-    reply = whole_reply(parts_of(generated([USER, message]), in_reasoning=False))
+    reply = whole_reply(parts_of(sampled_ids([USER, message]), in_reasoning=False))
     assert (reply.reasoning, reply.content) == (reasoning, content)
     assert [(call.name, call.arguments) for call in reply.calls] == [
         (name.removeprefix("functions.") if name != "functions." else name, arguments) for name, arguments in written
@@ -125,8 +125,8 @@ def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns:
 
 
 def test_a_result_without_a_matching_call_is_kept() -> None:
-    stray = Message(role="tool", tool_call_id="call_9", content="x")
-    assert with_normal_ids([USER, stray]) == [USER, stray]
+    result = Message(role="tool", tool_call_id="call_9", content="x")
+    assert with_normal_ids([USER, result]) == [USER, result]
 
 
 def test_only_a_prompt_that_ends_with_the_think_control_token_opens_reasoning() -> None:

@@ -24,7 +24,7 @@ def messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json_values(read)
 
 
-def deep(levels: int) -> Any:
+def nested(levels: int) -> Any:
     value: Any = 1
     for _ in range(levels):
         value = [value]
@@ -32,7 +32,7 @@ def deep(levels: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("message", "complaint"),
+    ("message", "problem"),
     [
         ("hello", "message 2 is not an object"),
         ({"role": "user", 3: "x"}, "message 2: the keys of an object must be text"),
@@ -62,11 +62,11 @@ def deep(levels: int) -> Any:
         ({"role": "assistant", "tool_calls": [CALL | {"function": {"arguments": ""}}]}, "call 1 has no function name"),
         ({"role": "user", "content": "x", "extra": b"x"}, "JSON cannot hold b'x'"),
         ({"role": "user", "content": "x", "extra": {3: "x"}}, "the keys of an object must be text"),
-        ({"role": "user", "content": "x", "extra": deep(1000)}, "nested more than 100 deep"),
+        ({"role": "user", "content": "x", "extra": nested(1000)}, "nested more than 100 deep"),
     ],
 )
-def test_a_malformed_message_is_named(message: Any, complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint.replace("|", r"\|")):
+def test_a_malformed_message_is_named(message: Any, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem.replace("|", r"\|")):
         read_history([{"role": "user", "content": "fine"}, message], ("extra",))
 
 
@@ -272,17 +272,17 @@ other_names = [
 ]
 keys = st.sampled_from([*field_names, *other_names])
 words = st.sampled_from(["user", "assistant", "tool", "function", "text", "input_text", "image_url", ""])
-junk = st.recursive(
+any_json = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(0, 1), words),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(keys, inner, max_size=4)),
     max_leaves=6,
 )
-junk_message = st.dictionaries(keys, junk, max_size=4).map(lambda message: {"role": "assistant", **message})
-junk_messages = st.lists(junk_message, min_size=1, max_size=3)
+wild_message = st.dictionaries(keys, any_json, max_size=4).map(lambda message: {"role": "assistant", **message})
+wild_messages = st.lists(wild_message, min_size=1, max_size=3)
 
 
 @settings(max_examples=at_least(300))
-@given(junk_messages, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
+@given(wild_messages, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
 def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
     try:
         read = read_history(history, fields)

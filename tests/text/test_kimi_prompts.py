@@ -72,18 +72,18 @@ def test_the_options_of_a_model_follow_from_the_variables_of_its_template(model:
     assert template(model).has_reasoning == (model != "kimi-k2-instruct")
 
 
-hostile = st.lists(
+any_text = st.lists(
     st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<think>", "</think>", "\n", "// ", '"', "é", "x"]), max_size=3
 ).map("".join)
 functions = st.fixed_dictionaries(
-    {"name": hostile},
+    {"name": any_text},
     optional={
-        "description": hostile,
+        "description": any_text,
         "parameters": st.fixed_dictionaries(
             {
                 "type": st.just("object"),
                 "properties": st.dictionaries(
-                    hostile, st.fixed_dictionaries({"type": hostile, "description": hostile}), max_size=2
+                    any_text, st.fixed_dictionaries({"type": any_text, "description": any_text}), max_size=2
                 ),
             }
         ),
@@ -98,9 +98,9 @@ def test_a_typescript_declaration_is_part_of_the_prompt_and_none_of_its_text_is_
     tools = [{"type": "function", "function": function} for function in declared]
     pieces = pieces_of(template("kimi-k2.5"), tokenizer(), [{"role": "user", "content": "hello"}], tools)
     names = ("<|im_system|>", "<|im_middle|>", "<|im_end|>", "<|im_user|>", "<|im_middle|>", "<|im_end|>")
-    opened = ("<|im_assistant|>", "<|im_middle|>", "<think>")
+    answer = ("<|im_assistant|>", "<|im_middle|>", "<think>")
     assert [piece for piece in pieces if isinstance(piece, int)] == [
-        tokenizer().token_id(name) for name in itertools.chain(names, opened)
+        tokenizer().token_id(name) for name in itertools.chain(names, answer)
     ]
     properties = [function.get("parameters", {}).get("properties", {}) for function in declared]
     sorted_tools = [

@@ -15,11 +15,11 @@ from mlx_k2.text.reply_parser import ReplyParser
 from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallHeader, whole_reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
-from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
+from tests.text.replies import CALL, CONTROL_NAMES, SINGULAR_NAMES, Token, call, parse, parts, section, tokens_of
 
 # Markers as tokens and as text, parts of markers, whitespace, and text that occurs between markers.
 pieces = st.one_of(
-    st.sampled_from([(name, True) for name in sorted(IN_VOCABULARY)]),
+    st.sampled_from([(name, True) for name in sorted(CONTROL_NAMES)]),
     st.tuples(st.sampled_from(sorted(NAMES)), st.just(False)),
     st.tuples(
         st.sampled_from(["<", "<|tool_call", "s_section_begin|>", "<th", "ink>", " ", "\n", "functions.f:0", "{}"]),
@@ -28,14 +28,14 @@ pieces = st.one_of(
     st.tuples(st.text(min_size=1, max_size=3), st.just(False)),
 )
 replies = st.lists(pieces, max_size=12)
-vocabularies = st.sampled_from([IN_VOCABULARY, frozenset[str](), frozenset({"<think>", "</think>"})])
+vocabularies = st.sampled_from([CONTROL_NAMES, frozenset[str](), frozenset({"<think>", "</think>"})])
 
 
-def in_vocabulary(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]:
+def limited_to(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]:
     return [(piece, control and piece in names) for piece, control in tokens]
 
 
-def recut(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
+def resplit(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
     """Yield the same reply with its ordinary text joined and split again into the lengths of ``cuts``, repeated."""
     length = itertools.cycle(cuts)
     for control, run in itertools.groupby(tokens, key=lambda token: token[1]):
@@ -49,10 +49,10 @@ def recut(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
             text = text[size:]
 
 
-def joined(found: Sequence[Part]) -> list[Part]:
+def join(yielded: Sequence[Part]) -> list[Part]:
     """Return the parts with adjacent texts of one kind joined."""
     result: list[Part] = []
-    for part in found:
+    for part in yielded:
         if isinstance(part, Reasoning | Content | ArgumentsText) and result and type(result[-1]) is type(part):
             before = result.pop()
             assert isinstance(before, Reasoning | Content | ArgumentsText)
@@ -67,17 +67,17 @@ def joined(found: Sequence[Part]) -> list[Part]:
 def test_splitting_the_text_differently_gives_the_same_reply_parts(
     tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    tokens = in_vocabulary(tokens, names)
-    whole = parts(list(recut(tokens, [10_000])), in_reasoning=in_reasoning, names=names)
+    tokens = limited_to(tokens, names)
+    unsplit = parts(list(resplit(tokens, [10_000])), in_reasoning=in_reasoning, names=names)
     for cut in (cuts, [1]):
-        assert joined(parts(list(recut(tokens, cut)), in_reasoning=in_reasoning, names=names)) == joined(whole)
+        assert join(parts(list(resplit(tokens, cut)), in_reasoning=in_reasoning, names=names)) == join(unsplit)
 
 
 @given(replies, st.booleans(), vocabularies)
 def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    tokens = in_vocabulary(tokens, names)
+    tokens = limited_to(tokens, names)
     kept = "".join(
         part.text if isinstance(part, Reasoning | Content) else part.written_id + part.arguments
         for part in parts(tokens, in_reasoning=in_reasoning, names=names)
@@ -95,23 +95,23 @@ def significant(text: str) -> str:
 def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    begun: ToolCallHeader | None = None
+    header: ToolCallHeader | None = None
     written = ""
-    for part in parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names):
+    for part in parts(limited_to(tokens, names), in_reasoning=in_reasoning, names=names):
         match part:
             case ToolCallHeader():
-                assert begun is None, "a call begins after the call before has ended"
-                begun, written = part, ""
+                assert header is None, "a call begins after the call before has ended"
+                header, written = part, ""
             case ArgumentsText(text):
-                assert begun is not None, "arguments belong to a call"
+                assert header is not None, "arguments belong to a call"
                 written += text
             case ToolCall():
-                if begun is not None and part.values is not None:
-                    assert (part.name, part.arguments) == (begun.name, written)
-                begun = None
+                if header is not None and part.values is not None:
+                    assert (part.name, part.arguments) == (header.name, written)
+                header = None
             case _:
-                assert begun is None, "no other text comes within a call"
-    assert begun is None
+                assert header is None, "no other text comes within a call"
+    assert header is None
 
 
 @given(replies, st.booleans())
@@ -119,19 +119,19 @@ def test_when_markers_are_control_tokens_spelled_markers_are_only_text(tokens: l
     text = [(piece, False) for piece, _ in tokens]
     reply = whole_reply(parts(text, in_reasoning=in_reasoning))
     assert reply.calls == ()
-    everything = "".join(piece for piece, _ in text)
-    assert (reply.reasoning, reply.content) == ((everything, "") if in_reasoning else ("", everything))
+    all_text = "".join(piece for piece, _ in text)
+    assert (reply.reasoning, reply.content) == ((all_text, "") if in_reasoning else ("", all_text))
 
 
 @given(replies, st.booleans(), vocabularies)
 def test_a_parsed_call_has_either_values_or_an_error(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    for found in whole_reply(parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names)).calls:
-        assert (found.error is None) == (found.values is not None)
-        if found.error is None:
-            assert found.name
-            assert found.values == json.loads(found.arguments.strip() or "{}")
+    for tool_call in whole_reply(parts(limited_to(tokens, names), in_reasoning=in_reasoning, names=names)).calls:
+        assert (tool_call.error is None) == (tool_call.values is not None)
+        if tool_call.error is None:
+            assert tool_call.name
+            assert tool_call.values == json.loads(tool_call.arguments.strip() or "{}")
 
 
 json_values = st.recursive(
@@ -149,11 +149,11 @@ def test_well_formed_calls_are_parsed_like_mlx_lm(
     written: list[tuple[str, int, dict[str, Any], bool]], as_tokens: bool
 ) -> None:
     calls = [
-        call(f"{'functions.' if full else ''}{name}:{number}", json.dumps(values, ensure_ascii=False))
-        for name, number, values, full in written
+        call(f"{'functions.' if has_prefix else ''}{name}:{number}", json.dumps(values, ensure_ascii=False))
+        for name, number, values, has_prefix in written
     ]
     text = section(*calls)
-    reply = parsed(text) if as_tokens else whole_reply(parts([(text, False)], names=frozenset()))
+    reply = parse(text) if as_tokens else whole_reply(parts([(text, False)], names=frozenset()))
     expected = parse_tool_call("".join(calls))
     assert [{"id": c.written_id, "name": c.name, "arguments": c.values} for c in reply.calls] == expected
     assert [c.arguments for c in reply.calls] == [json.dumps(v, ensure_ascii=False) for _, _, v, _ in written]
@@ -161,21 +161,21 @@ def test_well_formed_calls_are_parsed_like_mlx_lm(
 
 
 def test_a_malformed_call_keeps_its_text() -> None:
-    (found,) = parsed(section('<|tool_call_begin|>functions.f:7 {"a": 1}<|tool_call_end|>')).calls
-    assert (found.written_id, found.arguments) == ("functions.f:7", '{"a": 1}')
-    (found,) = parsed(section('{"name": "f"}')).calls
-    assert (found.written_id, found.arguments) == ("", '{"name": "f"}')
+    (tool_call,) = parse(section('<|tool_call_begin|>functions.f:7 {"a": 1}<|tool_call_end|>')).calls
+    assert (tool_call.written_id, tool_call.arguments) == ("functions.f:7", '{"a": 1}')
+    (tool_call,) = parse(section('{"name": "f"}')).calls
+    assert (tool_call.written_id, tool_call.arguments) == ("", '{"name": "f"}')
 
 
-@pytest.mark.parametrize("marker", SINGULAR)
+@pytest.mark.parametrize("marker", SINGULAR_NAMES)
 def test_a_singular_section_marker_outside_a_section_is_text(marker: str) -> None:
-    assert parsed(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(f"R{marker} S", f"C{marker}", ())
+    assert parse(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(f"R{marker} S", f"C{marker}", ())
 
 
 def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
-    arguments = json.dumps({"text": "".join(SINGULAR)})
-    (found,) = parsed(section(call("functions.f:0", arguments))).calls
-    assert found.values == {"text": "".join(SINGULAR)}
+    arguments = json.dumps({"text": "".join(SINGULAR_NAMES)})
+    (tool_call,) = parse(section(call("functions.f:0", arguments))).calls
+    assert tool_call.values == {"text": "".join(SINGULAR_NAMES)}
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,14 @@ def test_a_marker_missing_from_the_vocabulary_is_parsed_from_text_where_expected
 
 def test_arguments_may_contain_a_spelled_call_begin_marker() -> None:
     arguments = '{"a": "<|tool_call_begin|>"}'
-    (found,) = whole_reply(parts([(section(call("functions.f:0", arguments)), False)], names=frozenset())).calls
-    assert found.arguments == arguments
-    assert found.values == {"a": "<|tool_call_begin|>"}
+    (tool_call,) = whole_reply(parts([(section(call("functions.f:0", arguments)), False)], names=frozenset())).calls
+    assert tool_call.arguments == arguments
+    assert tool_call.values == {"a": "<|tool_call_begin|>"}
 
 
 def test_other_control_tokens_become_their_names_in_the_text() -> None:
-    found = parts([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
-    assert whole_reply(found) == Reply("a<|im_middle|>b", "", ())
+    yielded = parts([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
+    assert whole_reply(yielded) == Reply("a<|im_middle|>b", "", ())
 
 
 def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
@@ -211,10 +211,10 @@ def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
 
 
 def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> None:
-    parser = ReplyParser(IN_VOCABULARY, in_reasoning=False)
+    parser = ReplyParser(CONTROL_NAMES, in_reasoning=False)
     *tokens, _section_end = tokens_of(CALL)
-    found = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
-    assert found == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parsed(CALL).calls]
+    yielded = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
+    assert yielded == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parse(CALL).calls]
     assert list(parser.finish()) == []
 
 

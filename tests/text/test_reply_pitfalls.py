@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.text.replies import CALL, call, parsed, section
+from tests.text.replies import CALL, call, parse, section
 
 # The reply, whether the prompt opened the reasoning, and the expected reasoning, content and call names.
 PITFALLS = {
@@ -78,10 +78,10 @@ PITFALLS = {
 def test_replies_that_broke_other_engines_are_parsed(
     text: str, in_reasoning: bool, reasoning: str, content: str, calls: list[str]
 ) -> None:
-    reply = parsed(text, in_reasoning=in_reasoning)
+    reply = parse(text, in_reasoning=in_reasoning)
     assert (reply.reasoning, reply.content) == (reasoning, content)
-    assert [found.name for found in reply.calls] == calls
-    assert [found.error for found in reply.calls] == [None] * len(calls)
+    assert [tool_call.name for tool_call in reply.calls] == calls
+    assert [tool_call.error for tool_call in reply.calls] == [None] * len(calls)
 
 
 MALFORMED = {
@@ -119,7 +119,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("text", "name", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_call_gives_an_error_with_the_expected_format(text: str, name: str, error: str) -> None:
-    (found,) = parsed(text).calls
+    (found,) = parse(text).calls
     assert found.name == name
     assert found.values is None
     assert found.error is not None

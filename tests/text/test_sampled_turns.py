@@ -10,7 +10,7 @@ from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.examples import scaled
-from tests.text.fixtures import builtin_template, decoded, tokenizer
+from tests.text.fixtures import builtin_template, decode, tokenizer
 
 USER = Message(role="user", content="hello")
 
@@ -19,13 +19,13 @@ def control(name: str) -> int:
     return tokenizer().token_id(name)
 
 
-THINK, THOUGHT, END = control("<think>"), control("</think>"), control("<|im_end|>")
+THINK, THINK_END, END = control("<think>"), control("</think>"), control("<|im_end|>")
 SECTION, SECTION_END = control("<|tool_calls_section_begin|>"), control("<|tool_calls_section_end|>")
 CALL, ARGUMENTS, CALL_END = (control(f"<|tool_call_{name}|>") for name in ("begin", "argument_begin", "end"))
 
 
 @st.composite
-def spelled(sample: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
+def as_tokens(sample: st.DrawFn, texts: st.SearchStrategy[str]) -> list[int]:
     """Return a text as tokens that a model may sample: each of the tokenizer's own tokens, or its single bytes."""
     ids: list[int] = []
     for token_id in tokenizer().encode_text(sample(texts)):
@@ -40,10 +40,10 @@ arguments = st.sampled_from(['{"city": "Rome"}', "{}", '{"a":  1}', "no JSON"])
 @st.composite
 def replies(sample: st.DrawFn, number: int = 0) -> list[int]:
     """Return the tokens that the model samples for one turn, with at most one call, numbered ``number``."""
-    ids = [THINK, *sample(spelled(words)), THOUGHT, *sample(spelled(words))]
+    ids = [THINK, *sample(as_tokens(words)), THINK_END, *sample(as_tokens(words))]
     if sample(st.booleans()):
-        header = sample(spelled(st.just(f"functions.about:{number}")))
-        ids += [SECTION, CALL, *header, ARGUMENTS, *sample(spelled(arguments)), CALL_END, SECTION_END]
+        header = sample(as_tokens(st.just(f"functions.about:{number}")))
+        ids += [SECTION, CALL, *header, ARGUMENTS, *sample(as_tokens(arguments)), CALL_END, SECTION_END]
     return [*ids, END]
 
 
@@ -57,7 +57,7 @@ def prompt(turns: SampledTurns, messages: list[Message]) -> list[int]:
     return turns.encode(render_pieces(builtin_template(), tokenizer(), messages))
 
 
-def after(message: Message) -> list[Message]:
+def next_messages(message: Message) -> list[Message]:
     """Return the messages after a reply: the results of its calls, or the user's next message."""
     calls = message.tool_calls
     return tool_messages(message, ["7"] * len(calls)) if calls else [USER]
@@ -76,7 +76,7 @@ def test_each_prompt_of_a_tool_loop_extends_the_cached_tokens(data: st.DataObjec
         if "\N{REPLACEMENT CHARACTER}" in str(message):
             return  # an incomplete character: the text of the message differs from the sampled bytes
         turns.keep(number, sampled)
-        messages += [message, *after(message)]
+        messages += [message, *next_messages(message)]
         cached = ids + sampled
 
 
@@ -87,13 +87,13 @@ def test_after_an_answer_its_content_keeps_the_sampled_tokens_without_the_reason
     message = message_of(first, sampled, 0)
     answer = msgspec.structs.replace(message, tool_calls=())
     turns.keep(0, sampled)
-    reported = sampled[sampled.index(THOUGHT) + 1 :]
-    reported = reported[: reported.index(SECTION) if SECTION in reported else reported.index(END)]
-    if decoded_text(reported) != answer.content:
+    content_ids = sampled[sampled.index(THINK_END) + 1 :]
+    content_ids = content_ids[: content_ids.index(SECTION) if SECTION in content_ids else content_ids.index(END)]
+    if decoded_text(content_ids) != answer.content:
         return
-    following = prompt(turns, [USER, answer, USER])
-    assert following[: len(first) + 2] == [*first, THINK, THOUGHT]
-    assert following[len(first) + 2 :][: len(reported) + 1] == [*reported, END]
+    next_ids = prompt(turns, [USER, answer, USER])
+    assert next_ids[: len(first) + 2] == [*first, THINK, THINK_END]
+    assert next_ids[len(first) + 2 :][: len(content_ids) + 1] == [*content_ids, END]
 
 
 def decoded_text(ids: list[int]) -> str:
@@ -108,41 +108,41 @@ def test_a_prompt_with_sampled_tokens_decodes_to_the_templates_text(sampled: lis
     for number, ids in enumerate(sampled):
         message = message_of(prompt(turns, messages), ids, number)
         turns.keep(number, ids)
-        messages += [message, *after(message)]
+        messages += [message, *next_messages(message)]
     pieces = render_pieces(builtin_template(), tokenizer(), messages)
-    assert decoded(turns.encode(pieces)) == decoded(encode_pieces(tokenizer(), pieces))
+    assert decode(turns.encode(pieces)) == decode(encode_pieces(tokenizer(), pieces))
     specials = [token_id for token_id in turns.encode(pieces) if tokenizer().is_special(token_id)]
     assert specials == [piece for piece in pieces if isinstance(piece, int)]
 
 
 def test_text_changed_by_the_template_keeps_its_sampled_tokens_up_to_the_change() -> None:
     turns = SampledTurns(tokenizer())
-    turns.keep(0, [THINK, THOUGHT, *b" about", *b" after", END])
+    turns.keep(0, [THINK, THINK_END, *b" about", *b" after", END])
     ids = prompt(turns, [USER, Message(role="assistant", content=" about above"), USER])
-    start = ids.index(THOUGHT) + 1
+    start = ids.index(THINK_END) + 1
     assert ids[start : ids.index(END, start)] == [*b" about a", *tokenizer().encode_text("bove")]
 
 
 def test_a_character_that_differs_in_one_byte_is_encoded_again_as_a_whole() -> None:
     turns = SampledTurns(tokenizer())
-    turns.keep(0, [THINK, THOUGHT, *"xé".encode(), END])
+    turns.keep(0, [THINK, THINK_END, *"xé".encode(), END])
     ids = prompt(turns, [USER, Message(role="assistant", content="xè"), USER])
-    start = ids.index(THOUGHT) + 1
+    start = ids.index(THINK_END) + 1
     assert bytes(ids[start : ids.index(END, start)]).decode() == "xè"
 
 
 def test_user_text_is_encoded_by_the_tokenizer_even_if_the_model_sampled_other_tokens() -> None:
     turns = SampledTurns(tokenizer())
-    turns.keep(0, [THINK, THOUGHT, *b" about", END])
+    turns.keep(0, [THINK, THINK_END, *b" about", END])
     ids = prompt(turns, [USER, Message(role="assistant", content=" about"), Message(role="user", content=" about")])
     (word,) = tokenizer().encode_text(" about")
     assert ids.count(word) == 1
-    assert [*b" about"] == ids[ids.index(THOUGHT) + 1 :][:6]
+    assert [*b" about"] == ids[ids.index(THINK_END) + 1 :][:6]
 
 
 def test_a_removed_turn_is_encoded_by_the_tokenizer_again() -> None:
     turns = SampledTurns(tokenizer())
-    turns.keep(0, [THINK, THOUGHT, *b" about", END])
+    turns.keep(0, [THINK, THINK_END, *b" about", END])
     turns.forget_from(0)
     messages = [USER, Message(role="assistant", content=" about"), USER]
     assert prompt(turns, messages) == encode_pieces(

@@ -1,10 +1,12 @@
+"""Tests of the tokenizer: any text is encoded without control tokens, and malformed files are refused."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer, slices
-from tests.text.fixtures import BYTES, FILES, VOCAB_SIZE, decoded, tiktoken_files, tokenizer
+from tests.text.fixtures import BYTES, FILES, VOCAB_SIZE, decode, tiktoken_files, tokenizer
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
 texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
@@ -13,14 +15,14 @@ texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
 @given(texts)
 def test_encoded_text_decodes_to_itself_and_has_no_control_token(text: str) -> None:
     ids = tokenizer().encode_text(text)
-    assert decoded(ids) == text
+    assert decode(ids) == text
     assert not any(map(tokenizer().is_special, ids))
 
 
 @given(st.text(alphabet=st.characters(codec=None, categories=["Cs", "L"])))
 def test_lone_surrogates_become_replacement_characters(text: str) -> None:
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert decoded(tokenizer().encode_text(text)) == expected
+    assert decode(tokenizer().encode_text(text)) == expected
 
 
 def test_a_word_in_the_vocabulary_is_encoded_as_one_token() -> None:
@@ -56,7 +58,7 @@ def test_an_unknown_control_token_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "problem"),
     [
         (b"AAAA\n", "line 257: not a base64 token and its rank"),
         (b"AAAA 256 9\n", "line 257: not a base64 token and its rank"),
@@ -69,10 +71,10 @@ def test_an_unknown_control_token_is_named() -> None:
         (b"AAAA 258\n", "rank 256 is missing"),
     ],
 )
-def test_a_bad_line_of_tiktoken_model_is_named(line: bytes, complaint: str) -> None:
+def test_a_bad_line_of_tiktoken_model_is_named(line: bytes, problem: str) -> None:
     files = tiktoken_files(BYTES)
     files["tiktoken.model"] += line
-    with pytest.raises(TokenizerError, match=f"tiktoken.model:? {complaint}"):
+    with pytest.raises(TokenizerError, match=f"tiktoken.model:? {problem}"):
         load_tokenizer(files, 300)
 
 
@@ -82,7 +84,7 @@ def test_a_vocabulary_without_some_byte_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "complaint"),
+    ("named", "problem"),
     [
         ({300: "[EOS]"}, "'\\[EOS\\]' has id 300, outside the 300 tokens"),
         ({-1: "[EOS]"}, "outside the 300 tokens"),
@@ -91,8 +93,8 @@ def test_a_vocabulary_without_some_byte_is_refused() -> None:
         ({256: ""}, "256 has an empty name"),
     ],
 )
-def test_a_bad_control_token_is_named(named: dict[int, str], complaint: str) -> None:
-    with pytest.raises(TokenizerError, match=complaint):
+def test_a_bad_control_token_is_named(named: dict[int, str], problem: str) -> None:
+    with pytest.raises(TokenizerError, match=problem):
         load_tokenizer(tiktoken_files(BYTES, named), 300)
 
 
@@ -179,4 +181,4 @@ def test_prose_and_code_are_cut_into_slices_of_about_the_shortest_length() -> No
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n " * 500_000, "!" * 1_000_000, "é" * 500_000])
 def test_a_million_equal_characters_are_encoded_within_the_test_timeout(text: str) -> None:
-    assert decoded(tokenizer().encode_text(text)) == text
+    assert decode(tokenizer().encode_text(text)) == text

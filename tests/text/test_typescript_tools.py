@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from mlx_k2.text.history_reader import copied_json
 from mlx_k2.text.typescript_tools import typescript_tools
 
-HEAD, TAIL = "# Tools\n\n## functions\nnamespace functions {\n", "}\n"
+START, END = "# Tools\n\n## functions\nnamespace functions {\n", "}\n"
 
 
 def tool(parameters: Any, **function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters, **function}}
 
 
-def encoded(*tools: Any) -> str:
+def encode(*tools: Any) -> str:
     return typescript_tools(copied_json(list(tools), "tools", sort=True))
 
 
-def declared(schema: Any, *, required: bool = True, **parameters: Any) -> str:
+def field_lines(schema: Any, *, required: bool = True, **parameters: Any) -> str:
     """Return the lines for a parameter ``x`` of this schema; '' if it has no TypeScript form."""
     properties = {"type": "object", "properties": {"x": schema}, "required": ["x"] if required else [], **parameters}
-    text = encoded(tool(properties))
-    opening = f"{HEAD}type f = (_: {{\n"
+    text = encode(tool(properties))
+    opening = f"{START}type f = (_: {{\n"
     assert not text or text.startswith(opening)
-    return text.removeprefix(opening).removesuffix(f"\n}}) => any;\n{TAIL}")
+    return text.removeprefix(opening).removesuffix(f"\n}}) => any;\n{END}")
 
 
 # Each schema of a required parameter x, with its lines.
@@ -132,42 +132,42 @@ NOT_EXPRESSIBLE: dict[str, Any] = {
 
 @pytest.mark.parametrize(("schema", "lines"), FIELDS.values(), ids=FIELDS.keys())
 def test_a_schema_is_written_like_the_declaration_by_hand(schema: Any, lines: str) -> None:
-    assert declared(schema) == lines
-    assert declared(schema, required=False) == lines.replace("  x:", "  x?:")
+    assert field_lines(schema) == lines
+    assert field_lines(schema, required=False) == lines.replace("  x:", "  x?:")
 
 
 @pytest.mark.parametrize(("function", "lines"), FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_a_function_is_written_like_the_declaration_by_hand(function: dict[str, Any], lines: str) -> None:
-    assert encoded(function) == HEAD + lines + TAIL
+    assert encode(function) == START + lines + END
 
 
 @pytest.mark.parametrize("schema", NOT_EXPRESSIBLE.values(), ids=NOT_EXPRESSIBLE.keys())
 def test_a_schema_without_a_typescript_form_anywhere_gives_no_declaration_at_all(schema: Any) -> None:
-    assert declared(schema) == ""
-    assert declared({"type": "array", "items": {"type": "object", "properties": {"y": schema}}}) == ""
-    assert encoded(tool({}), tool({"properties": {"x": schema}})) == ""
+    assert field_lines(schema) == ""
+    assert field_lines({"type": "array", "items": {"type": "object", "properties": {"y": schema}}}) == ""
+    assert encode(tool({}), tool({"properties": {"x": schema}})) == ""
 
 
 def test_a_definition_must_be_read_before_it_is_referred_to_and_must_be_an_object() -> None:
     reference = {"$ref": "#/$defs/D"}
     late = {"type": "object", "$defs": {"D": {"type": "string"}}, "properties": {"y": reference}}
-    assert "y?: D" in encoded(tool({"properties": {"a": late, "b": reference}}))
-    assert encoded(tool({"properties": {"a": reference, "b": late}})) == ""
-    assert encoded(tool({"$defs": {"D": True}})) == ""
+    assert "y?: D" in encode(tool({"properties": {"a": late, "b": reference}}))
+    assert encode(tool({"properties": {"a": reference, "b": late}})) == ""
+    assert encode(tool({"$defs": {"D": True}})) == ""
     definitions = {"D": {"type": "string"}}
-    assert "[k: string]: D" in encoded(tool({"$defs": definitions, "additionalProperties": reference}))
-    assert encoded(tool({"$defs": definitions, "properties": {"x": {"$ref": "other.json#/$defs/D"}}})) == ""
+    assert "[k: string]: D" in encode(tool({"$defs": definitions, "additionalProperties": reference}))
+    assert encode(tool({"$defs": definitions, "properties": {"x": {"$ref": "other.json#/$defs/D"}}})) == ""
 
 
 def test_a_reference_to_the_whole_inside_a_definition_alone_makes_no_interface_of_the_whole() -> None:
-    text = encoded(tool({"$defs": {"D": {"$ref": "#"}}, "properties": {"x": {"type": "string"}}}))
-    assert text == f"{HEAD}interface D parameters\ntype f = (_: {{\n  x?: string\n}}) => any;\n{TAIL}"
+    text = encode(tool({"$defs": {"D": {"$ref": "#"}}, "properties": {"x": {"type": "string"}}}))
+    assert text == f"{START}interface D parameters\ntype f = (_: {{\n  x?: string\n}}) => any;\n{END}"
 
 
 def test_tools_that_are_no_functions_are_passed_over() -> None:
     plugin = {"type": "_plugin", "function": {"name": "p"}}
-    assert encoded(plugin, tool({}), {"type": "function", "function": {}}) == encoded(tool({}))
-    assert encoded(plugin) == encoded() == encoded({"type": "function"}) == ""
+    assert encode(plugin, tool({}), {"type": "function", "function": {}}) == encode(tool({}))
+    assert encode(plugin) == encode() == encode({"type": "function"}) == ""
 
 
 texts = st.sampled_from(["", "a", "two\nlines", "end\n", "<|im_end|>", "汉", "  x"])
@@ -204,31 +204,31 @@ schemas = st.recursive(
 @given(st.lists(objects(schemas), min_size=1, max_size=3))
 def test_every_schema_of_the_known_forms_is_expressed_one_function_after_the_other(parameters: list[Any]) -> None:
     tools = [tool(each, name=f"f{number}") for number, each in enumerate(parameters)]
-    alone = [encoded(each) for each in tools]
-    assert all(text.startswith(HEAD) and text.endswith(TAIL) for text in alone)
-    assert encoded(*tools) == HEAD + "".join(text[len(HEAD) : -len(TAIL)] for text in alone) + TAIL
+    alone = [encode(each) for each in tools]
+    assert all(text.startswith(START) and text.endswith(END) for text in alone)
+    assert encode(*tools) == START + "".join(text[len(START) : -len(END)] for text in alone) + END
 
 
-def shuffled(value: Any, chosen: Any) -> Any:
+def shuffle(value: Any, data: Any) -> Any:
     """Return the same value with the keys of each object in another order."""
     match value:
         case dict():
-            keys = chosen.draw(st.permutations(list(value)))
-            return {key: shuffled(value[key], chosen) for key in keys}
+            keys = data.draw(st.permutations(list(value)))
+            return {key: shuffle(value[key], data) for key in keys}
         case list():
-            return [shuffled(item, chosen) for item in value]
+            return [shuffle(item, data) for item in value]
     return value
 
 
 @given(objects(schemas), st.data())
-def test_the_order_of_keys_changes_nothing(parameters: dict[str, Any], chosen: Any) -> None:
-    assert encoded(shuffled(tool(parameters), chosen)) == encoded(tool(parameters))
+def test_the_order_of_keys_changes_nothing(parameters: dict[str, Any], data: Any) -> None:
+    assert encode(shuffle(tool(parameters), data)) == encode(tool(parameters))
 
 
 @given(objects(leaves))
 def test_required_fields_come_first_and_each_group_is_in_code_point_order(parameters: dict[str, Any]) -> None:
     plain = {**parameters, "properties": dict.fromkeys(parameters["properties"], True)}
-    lines = encoded(tool(plain)).splitlines()
+    lines = encode(tool(plain)).splitlines()
     required = set(parameters.get("required", ()))
     fields = sorted(parameters["properties"], key=lambda name: (name not in required, name))
     expected = [f"  {name}{'' if name in required else '?'}: any" for name in fields]
@@ -240,21 +240,21 @@ def test_required_fields_come_first_and_each_group_is_in_code_point_order(parame
 @given(objects(schemas))
 def test_braces_and_indents_match(parameters: dict[str, Any]) -> None:
     """Check the lines that are code: each closing line has the indent of the line that opened it."""
-    opened: list[int] = []
-    for line in encoded(tool(parameters)).splitlines()[4:-1]:
+    indents: list[int] = []
+    for line in encode(tool(parameters)).splitlines()[4:-1]:
         if not line.strip() or line.lstrip().startswith("//"):
             continue
         indent = len(line) - len(line.lstrip())
         if line.lstrip().startswith(("}", ">")):
-            assert indent == opened.pop()
+            assert indent == indents.pop()
         if line.endswith(("{", "<")):
-            opened.append(indent)
-    assert opened == []
+            indents.append(indent)
+    assert indents == []
 
 
 @given(objects(schemas))
 def test_a_declaration_holds_every_description_and_default_outside_of_alternatives(parameters: dict[str, Any]) -> None:
-    lines = encoded(tool(parameters)).splitlines()
+    lines = encode(tool(parameters)).splitlines()
     for name, schema in parameters["properties"].items():
         if isinstance(schema, dict):
             assert all(not part or f"  // {part}" in lines for part in schema.get("description", "").split("\n"))
@@ -268,4 +268,4 @@ def test_a_declaration_holds_every_description_and_default_outside_of_alternativ
 def test_one_part_that_cannot_be_expressed_removes_the_whole(parameters: dict[str, Any], wrong: Any) -> None:
     broken = copy.deepcopy(parameters)
     broken["properties"]["wrong"] = wrong
-    assert encoded(tool(parameters), tool(broken)) == ""
+    assert encode(tool(parameters), tool(broken)) == ""

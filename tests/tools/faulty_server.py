@@ -1,4 +1,4 @@
-"""An MCP server over stdio, written without the mcp package, with the one fault that its argument names."""
+"""An MCP server over stdio, made without the mcp package, with the fault that its argument names."""
 
 import json
 import os
@@ -62,10 +62,14 @@ def answer_call(number: int) -> bytes:
 
 def tools() -> list[dict[str, Any]]:
     schema = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    listed: list[dict[str, Any]] = [{"name": f"call {MODE}", "inputSchema": {"type": "object"}, "outputSchema": schema}]
+    items: list[dict[str, Any]] = [{"name": f"call {MODE}", "inputSchema": {"type": "object"}, "outputSchema": schema}]
     if MODE == "bad tools":
-        listed += [{"name": 5}, {"name": "x", "inputSchema": {"type": "string"}}, {"name": "bare", "description": None}]
-    return listed
+        items += [
+            {"name": 5},
+            {"name": "x", "inputSchema": {"type": "string"}},
+            {"name": "bare", "description": None},
+        ]
+    return items
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
 def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str, message: str
 ) -> None:
-    """The function of the process runs in this one: only its end is replaced, by an exception."""
+    """The program's main function runs in this process. Its os._exit is replaced by an exception."""
 
     def end(code: int) -> NoReturn:
         raise SystemExit(code)
@@ -162,7 +162,7 @@ def test_an_unusable_tools_module_is_refused_with_the_line_of_its_process(tmp_pa
     assert "\n" not in str(raised.value)
 
 
-ODD = """
+ODD_FUNCTIONS = """
 class Own(BaseException): pass
 
 def interrupt(): raise KeyboardInterrupt("no")
@@ -181,7 +181,7 @@ named = lambda: "by its name in the file"
 
 
 def test_any_result_and_any_exception_of_a_function_is_text_and_the_next_call_works(tmp_path: Path) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "odd.py").write_text(ODD_FUNCTIONS)
     with open_toolbox([python_module(tmp_path / "odd.py", environment())], LIMITS) as box:
         for name in ("interrupt", "own", "own_later", "circle"):
             assert box.call(name, {}).outcome is Outcome.FAILED
@@ -227,8 +227,6 @@ CHAT = """
 import os, sys, pathlib
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
-from tests.advice import follows_advice
-from tests.advice import follows_advice
 with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits()) as box:
     box.start("hang", {})
     box.call("weather", {"city": "Rome"})

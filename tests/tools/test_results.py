@@ -14,15 +14,15 @@ def text(content: str) -> types.TextContent:
 
 @given(st.lists(st.text(max_size=20), max_size=4), st.integers(0, 60), st.booleans())
 def test_a_result_is_complete_or_truncated_with_a_suffix(texts: list[str], max_chars: int, is_error: bool) -> None:
-    whole = "\n".join(texts)
+    full = "\n".join(texts)
     result = read_result(types.CallToolResult(content=[text(part) for part in texts], is_error=is_error), max_chars)
-    if len(whole) <= max_chars:
-        assert result.text == whole
+    if len(full) <= max_chars:
+        assert result.text == full
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.DONE)
     else:
         beginning, _, suffix = result.text.rpartition("\n")
-        assert beginning == whole[:max_chars]
-        assert suffix == f"[cut here: these are the first {max_chars} of {len(whole)} characters]"
+        assert beginning == full[:max_chars]
+        assert suffix == f"[cut here: these are the first {max_chars} of {len(full)} characters]"
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.CUT)
 
 

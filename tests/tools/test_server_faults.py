@@ -1,6 +1,6 @@
-"""Tests of faulty tool servers together with good ones: each fault is named at once, and the others are used.
+"""Tests of faulty tool servers together with good ones: each fault is reported at once, and the others are used.
 
-Each call logs its time (--log-cli-level=INFO). It must be far below the time-outs, and below 2 s in the long profile.
+Each call logs its time (--log-cli-level=INFO) and must end within MAX_CALL_S, far below the time limits.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ from tests.advice import follows_advice
 pytestmark = pytest.mark.timeout(90)
 _LOG = logging.getLogger(__name__)
 LIMITS = Limits(start_timeout_s=60.0, call_timeout_s=60.0)
-NAMED_S = 2.0 if hypothesis.settings.get_current_profile_name() == "long" else 20.0
+MAX_CALL_S = 2.0 if hypothesis.settings.get_current_profile_name() == "long" else 20.0
 SCRIPT = str(Path(__file__).with_name("faulty_server.py"))
 
-READ = {  # the fault of a server's answer: the outcome of the call, and what its text says
+FAULTS = {  # by the fault of a server's answer: the outcome of the call, and a part of the result's text
     "none": (Outcome.DONE, "fine"),
     "log lines": (Outcome.DONE, "fine"),
     "against its schema": (Outcome.DONE, "fine"),
@@ -63,12 +63,12 @@ READ = {  # the fault of a server's answer: the outcome of the call, and what it
 
 
 def call(box: ToolBox, name: str) -> ToolResult:
-    """Return the result of a call, which comes at once."""
+    """Return the result of a call; check that it ends within MAX_CALL_S."""
     began = time.monotonic()
     result = box.call(name, {})
     elapsed_s = time.monotonic() - began
     _LOG.info("%s: %.3f s, %s", name, elapsed_s, result.outcome.name)
-    assert elapsed_s < NAMED_S, result
+    assert elapsed_s < MAX_CALL_S, result
     return result
 
 
@@ -81,13 +81,13 @@ def many() -> Iterator[ToolBox]:
     """Yield the tools of a server for each fault, and of two that have no tools or end at once."""
     ends = StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key')"))
     absent = StdioServer(name="absent", command="/no/such/program")
-    with open_toolbox([*map(faulty, READ), faulty("no tools"), ends, absent], LIMITS) as box:
+    with open_toolbox([*map(faulty, FAULTS), faulty("no tools"), ends, absent], LIMITS) as box:
         yield box
 
 
-@pytest.mark.parametrize("mode", READ)
+@pytest.mark.parametrize("mode", FAULTS)
 def test_a_call_with_a_faulty_answer_fails_at_once_with_the_reason(many: ToolBox, mode: str) -> None:
-    outcome, text = READ[mode]
+    outcome, text = FAULTS[mode]
     for _ in range(2):  # the second call is made over the same connection, or over a new one
         result = call(many, f"call_{mode.replace(' ', '_')}")
         assert result.outcome is outcome, result
@@ -114,7 +114,7 @@ def test_servers_that_cannot_start_are_named_before_their_time_out_and_a_good_on
         _LOG.info("%.3f s to start", elapsed_s)
         assert [problem.partition(":")[0] for problem in box.problems] == ["ends", "absent"]
         assert call(box, "call_none").text == "fine"
-    assert elapsed_s < NAMED_S
+    assert elapsed_s < MAX_CALL_S
 
 
 def test_after_an_unreadable_answer_the_same_process_serves_the_next_call() -> None:
@@ -124,7 +124,7 @@ def test_after_an_unreadable_answer_the_same_process_serves_the_next_call() -> N
     assert outcomes[:2] == outcomes[2:]
 
 
-HTTP = {  # the path of a server with one fault: what the text of the call says
+HTTP_FAULTS = {  # by the path of a server with one fault: a part of the result's text
     "status-500": "may have run: HTTP 500 Internal Server Error",
     "status-401": "may have run: HTTP 401 Unauthorized: see its headers in the MCP file",
     "not-json": "may have run: Failed to parse JSON response",
@@ -217,13 +217,13 @@ def faulty_http() -> Iterator[str]:
 
 def test_http_servers_with_one_fault_each_fail_at_once_and_a_good_one_is_used() -> None:
     with faulty_http() as url:
-        servers: list[Server] = [HttpServer(name=mode, url=f"{url}/{mode}") for mode in (*HTTP, "good")]
+        servers: list[Server] = [HttpServer(name=mode, url=f"{url}/{mode}") for mode in (*HTTP_FAULTS, "good")]
         unreachable = HttpServer(name="unreachable", url="http://127.0.0.1:9/mcp")
         with open_toolbox([*servers, unreachable], LIMITS) as box:
             assert box.problems == ["unreachable: All connection attempts failed"]
-            results = {mode: call(box, mode) for mode in (*HTTP, "good")}
+            results = {mode: call(box, mode) for mode in (*HTTP_FAULTS, "good")}
     assert results.pop("good").text == "fine"
-    for mode, text in HTTP.items():
+    for mode, text in HTTP_FAULTS.items():
         assert text in results[mode].text, mode
         assert results[mode].outcome in (Outcome.FAILED, Outcome.LOST)
 
@@ -250,12 +250,12 @@ def test_a_server_that_refuses_the_start_is_named_with_its_http_status(status: s
 
 
 def inspect(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMessage]:
-    """Return what mcp's client gets for a line of a server's stdout."""
+    """Return the messages that mcp's client gets for a line of a server's stdout."""
     try:
         parsed = mcp_types.jsonrpc_message_adapter.validate_json(line.decode(errors="surrogateescape"), by_name=False)
     except ValidationError as error:
-        return [found.message for found in output.inspect(error)]
-    return [found.message for found in output.inspect(SessionMessage(parsed))]
+        return [message.message for message in output.inspect(error)]
+    return [message.message for message in output.inspect(SessionMessage(parsed))]
 
 
 @given(text=st.binary(max_size=20), number=st.integers(0, 9), others=st.sets(st.integers(0, 9)), end=st.integers(0, 12))
@@ -268,8 +268,8 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
     for pending in {number} | others:
         request = mcp_types.JSONRPCRequest(jsonrpc="2.0", id=pending, method="tools/call")
         output.record_sent(SessionMessage(request))
-    whole = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "%s"}]}}' % (number, text)
-    answers = inspect(output, whole[: len(whole) - end])
+    full = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "%s"}]}}' % (number, text)
+    answers = inspect(output, full[: len(full) - end])
     ids = [answer.id for answer in answers if isinstance(answer, mcp_types.JSONRPCResponse | mcp_types.JSONRPCError)]
     assert len(ids) == len(answers)
     if b'"id"' not in text:

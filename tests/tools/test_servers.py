@@ -107,7 +107,7 @@ def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
         python_module(tmp_path / "none.py", {})
 
 
-AS_AN_EDITOR_WRITES_IT = """\ufeff// my servers
+FILE_OF_AN_EDITOR = """\ufeff// my servers
 {
   /* VS Code's name for it */
   "servers": {
@@ -122,7 +122,7 @@ AS_AN_EDITOR_WRITES_IT = """\ufeff// my servers
 
 def test_comments_last_commas_and_a_byte_order_mark_are_read_as_editors_write_them(tmp_path: Path) -> None:
     path = tmp_path / "mcp.json"
-    path.write_text(AS_AN_EDITOR_WRITES_IT, encoding="utf-8")
+    path.write_text(FILE_OF_AN_EDITOR, encoding="utf-8")
     args = ("-y", "http://example.org/*", "a,]")
     assert read_mcp_file(path, {}, pytest.fail) == (StdioServer(name="files", command="npx", args=args),)
 

@@ -148,9 +148,9 @@ def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls
 
 def test_the_end_of_one_server_does_not_affect_another() -> None:
     with open_toolbox([stdio_server("a"), stdio_server("b")], LIMITS) as box:
-        going_on = box.start("b_hang", {})
+        running = box.start("b_hang", {})
         assert box.call("a_die", {}).outcome is Outcome.LOST
-        assert not going_on.done()
+        assert not running.done()
         assert box.call("b_add", {"a": 1}).text == "3"
 
 
