@@ -70,6 +70,11 @@ class _RemoteRequest:
     num_cached: int = 0
     is_cancelled: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer has ``max_tokens`` tokens."""
+        return len(self.token_ids) >= self.request.max_tokens
+
     def finished(self, reason: FinishReason, parts: tuple[Part, ...] = ()) -> Finished:
         """Return the event for the end of the request."""
         return Finished(self.timer.summary(self.request, reason, self.num_cached), parts)
@@ -150,7 +155,7 @@ class RemoteEngine:
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
                 reason = _put_token(remote, handle, token_id, is_forced=False)
                 # If the server ends the answer at this token, too, its usage follows: read on.
-                server_ends = token_id in remote.request.stop_ids or _is_full(remote)
+                server_ends = token_id in remote.request.stop_ids or remote.is_full
                 if reason is not None and not server_ends:
                     return reason
                 if reason is None and remote.policy.forced():
@@ -160,11 +165,7 @@ class RemoteEngine:
     def _send(self, remote: _RemoteRequest) -> http.client.HTTPResponse:
         """Send the HTTP request for the rest of the answer; return its response.
 
-        Wait up to RESTART_TIMEOUT_S while the server's stages restart, or while its queue is full in the middle of an
-        answer.
-
-        Raises:
-            MlxK2Error: those of ``ServerAddress.send``.
+        Wait up to RESTART_TIMEOUT_S while the stages restart, or while the queue is full after an answer has begun.
         """
         deadline = time.monotonic() + RESTART_TIMEOUT_S
         while True:
@@ -196,10 +197,6 @@ def _body(remote: _RemoteRequest) -> dict[str, Any]:
     }
 
 
-def _is_full(remote: _RemoteRequest) -> bool:
-    return len(remote.token_ids) >= remote.request.max_tokens
-
-
 def _put_forced(remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
     """Put the tokens that the policy forces into ``handle``; return why the answer ends, None if it continues."""
     while forced := remote.policy.forced():
@@ -220,7 +217,7 @@ def _put_token(remote: _RemoteRequest, handle: Handle, token_id: int, *, is_forc
         return FinishReason.STOP
     if accepted.finish_reason is not None:
         return accepted.finish_reason
-    if _is_full(remote):
+    if remote.is_full:
         return FinishReason.LENGTH
     timeout_s = remote.request.timeout_s
     return FinishReason.TIMEOUT if timeout_s is not None and now - remote.timer.began > timeout_s else None

@@ -24,10 +24,7 @@ _ANTHROPIC_FIELDS = {
 
 
 class ApiError(Exception):
-    """An answer with an error status.
-
-    ``kind``, ``param`` (the field at fault) and ``code`` (the cause) are "type", "param" and "code" of OpenAI's format.
-    """
+    """An answer with an error status, with OpenAI's "type" as ``kind``, and "param", the name of the field at fault."""
 
     def __init__(
         self,

@@ -16,13 +16,13 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
-CompletionFields = TypeVar("CompletionFields", bound=GenerationFields)
+RequestT = TypeVar("RequestT", bound=GenerationFields)
 
 
-class CompletionFormat(Generic[CompletionFields]):
+class CompletionFormat(Generic[RequestT]):
     """The chunks of one streamed completion, or its whole body.
 
-    ``common_fields`` are in every chunk and in the body. ``replies`` has the reply of each choice, to which this class
+    ``base_fields`` are in every chunk and in the body. ``replies`` has the reply of each choice, to which this class
     adds the events.
     """
 
@@ -30,13 +30,9 @@ class CompletionFormat(Generic[CompletionFields]):
     """The value of the field "object" of a chunk; that of a body is the same without ".chunk"."""
 
     def __init__(
-        self,
-        common_fields: dict[str, Any],
-        replies: Sequence[ChatReply],
-        request: CompletionFields,
-        options: ServerOptions,
+        self, base_fields: dict[str, Any], replies: Sequence[ChatReply], request: RequestT, options: ServerOptions
     ) -> None:
-        self._common_fields = common_fields | {"object": self.chunk_kind}
+        self._base_fields = base_fields | {"object": self.chunk_kind}
         self._replies = replies
         self._request = request
         self._options = options
@@ -64,7 +60,7 @@ class CompletionFormat(Generic[CompletionFields]):
         chunks = b"".join(self._chunks(index, event) for index, event in events)
         if events and all(reply.summary is not None for reply in self._replies):
             if self._request.stream_options is not None and self._request.stream_options.include_usage:
-                chunks += event_bytes(self._common_fields | {"choices": [], "usage": usage(self._replies)})
+                chunks += event_bytes(self._base_fields | {"choices": [], "usage": usage(self._replies)})
             chunks += DONE
         return chunks
 
@@ -72,7 +68,7 @@ class CompletionFormat(Generic[CompletionFields]):
         """Return the whole body, after all events were added."""
         choices = [self._complete_choice(index, reply) for index, reply in enumerate(self._replies)]
         kind = self.chunk_kind.removesuffix(".chunk")
-        return self._common_fields | {"object": kind, "choices": choices, "usage": usage(self._replies)}
+        return self._base_fields | {"object": kind, "choices": choices, "usage": usage(self._replies)}
 
     def _chunks(self, index: int, event: Event) -> bytes:
         raise NotImplementedError
@@ -127,10 +123,10 @@ class ChatFormat(CompletionFormat[ChatRequest]):
     def _progress(self, progress: PrefillProgress) -> bytes:
         time_ms = round(1000 * (time.monotonic() - self._started_at))
         fields = {"total": progress.total, "processed": progress.done, "time_ms": time_ms}
-        return event_bytes(self._common_fields | {"choices": [_choice(0, {})], "prompt_progress": fields})
+        return event_bytes(self._base_fields | {"choices": [_choice(0, {})], "prompt_progress": fields})
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return event_bytes(self._common_fields | {"choices": [choice]})
+        return event_bytes(self._base_fields | {"choices": [choice]})
 
     def _complete_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
         message = reply.message.json_value() | (self._reasoning(reply.reasoning) if reply.reasoning else {})
@@ -152,7 +148,7 @@ class TextFormat(CompletionFormat[CompletionRequest]):
     def _chunks(self, index: int, event: Event) -> bytes:
         if isinstance(event, PrefillProgress) and self._request.return_progress and index == 0:
             progress = {"total": event.total, "processed": event.done}
-            return event_bytes(self._common_fields | {"choices": [], "prompt_progress": progress})
+            return event_bytes(self._base_fields | {"choices": [], "prompt_progress": progress})
         reply = self._replies[index]
         text = "".join(delta.text for delta in reply.add(event) if isinstance(delta, Content))
         token_ids = [event.token_id] if isinstance(event, Token) and self._request.return_token_ids else []
@@ -169,7 +165,7 @@ class TextFormat(CompletionFormat[CompletionRequest]):
         return _text_choice(index, reply.content, reply.finish_reason, token_ids)
 
     def _chunk(self, index: int, text: str, finish_reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
-        return event_bytes(self._common_fields | {"choices": [_text_choice(index, text, finish_reason, token_ids)]})
+        return event_bytes(self._base_fields | {"choices": [_text_choice(index, text, finish_reason, token_ids)]})
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:

@@ -178,10 +178,7 @@ class ChatReply:
 
 
 def declared_name(sampled_name: str, names: Sequence[str]) -> str:
-    """Return the longest of the declared ``names`` that ``sampled_name`` can stand for, or else ``sampled_name``.
-
-    Models write a call's id without its separators as the name: functionsexec5 stands for exec.
-    """
+    """Return the longest of ``names`` that ``sampled_name`` stands for, as functionsexec5 for exec; else itself."""
     if sampled_name in names:
         return sampled_name
     matches = [name for name in names if re.fullmatch(rf"(functions)?[._]?{re.escape(name)}[:_]?\d*", sampled_name)]

@@ -17,10 +17,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Thinking(msgspec.Struct, frozen=True):
-    """The field ``thinking`` of Moonshot's and Anthropic's APIs.
-
-    ``keep`` "all" keeps the reasoning of earlier answers in the prompt.
-    """
+    """Moonshot's and Anthropic's field ``thinking``. ``keep`` "all" keeps earlier reasoning in the prompt."""
 
     type: str | None = None
     keep: Any = None
@@ -222,10 +219,7 @@ def _check_tools(chat: ChatRequest) -> None:
 
 
 def _check_message(message: Mapping[str, Any], number: int, *, has_call: bool) -> None:
-    """Refuse a message that is not text, and the result of a tool that has no call.
-
-    ``has_call`` is True if an earlier message calls a tool.
-    """
+    """Refuse a message that is not text, and a tool's result unless ``has_call``: an earlier message calls a tool."""
     content = message.get("content")
     for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, Mapping) else None

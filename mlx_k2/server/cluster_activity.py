@@ -30,10 +30,7 @@ class _StageWork:
 
 @dataclass
 class _Interval:
-    """The work of each stage and the tokens of all answers in one interval.
-
-    It begins at ``number`` * INTERVAL_S of time.monotonic.
-    """
+    """The work of the stages and the tokens of all answers in the INTERVAL_S from ``number`` * INTERVAL_S."""
 
     number: int
     stages: list[_StageWork]

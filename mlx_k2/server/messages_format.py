@@ -39,12 +39,9 @@ class MessagesFormat:
         """The content blocks so far; ``tool_use`` blocks have their arguments in ``partial_json``."""
         self._is_open = False
         self._pending_call: PartialCall | None = None
-        """A call that is not sent before it is complete."""
         self._omits_thinking = request.thinking is not None and request.thinking.display == "omitted"
-        may_stream_calls = bool(request.stream) and reply.generation.constrains_calls
-        self._streamed_tools = {
-            tool.name for tool in request.tools or () if tool.eager_input_streaming and may_stream_calls
-        }
+        tools = (request.tools or ()) if request.stream and reply.generation.constrains_calls else ()
+        self._streamed_tools = {tool.name for tool in tools if tool.eager_input_streaming}
 
     def begin(self) -> bytes:
         """Return the start of the message. Its usage counts no cached tokens: their number is known at the end only."""

@@ -17,14 +17,11 @@ from mlx_k2.server.request_record import RequestRecord
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 900, 1800)
 _GAP_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 1, 5, 30)
-_TOKEN_BUCKETS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
+_SIZE_BUCKETS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
 
 
 class Metrics:
-    """The metrics of one server.
-
-    ``records`` has the requests that wait or run. ``stage_totals`` is called each time the metrics are read.
-    """
+    """The metrics of one server. ``records`` has its requests; each reading calls ``stage_totals``."""
 
     def __init__(
         self,
@@ -57,10 +54,8 @@ class Metrics:
         self._token_gap = self._histogram("inter_token_latency_seconds", "Seconds between two tokens.", _GAP_BUCKETS_S)
         self._request_time = self._histogram("e2e_request_latency_seconds", "Seconds of a whole request.")
         self._decode_time = self._histogram("request_decode_time_seconds", "Seconds from first to last token.")
-        self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
-        self._answer_size = self._histogram(
-            "request_generation_tokens", "Generated tokens of a request.", _TOKEN_BUCKETS
-        )
+        self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _SIZE_BUCKETS)
+        self._reply_size = self._histogram("request_generation_tokens", "Generated tokens of a request.", _SIZE_BUCKETS)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -91,7 +86,7 @@ class Metrics:
             self._accepted_by.labels(count.source.value, count.position).inc(count.num_accepted)
         self._finished.labels(summary.finish_reason.value).inc()
         self._prompt_size.observe(summary.prompt_tokens)
-        self._answer_size.observe(summary.generated_tokens)
+        self._reply_size.observe(summary.generated_tokens)
         if record.first_token_at is not None and record.last_token_at is not None:
             self._request_time.observe(record.last_token_at - record.created_at)
             self._decode_time.observe(record.last_token_at - record.first_token_at)
@@ -125,12 +120,10 @@ class _CurrentValues(Collector):
             name: CounterMetricFamily(f"mlx_k2_stage_{name}_seconds", f"Seconds: {name}.", labels=["stage"])
             for name in names
         }
-        held_bytes = GaugeMetricFamily(
-            "mlx_k2_stage_held_bytes", "Bytes of a stage's shard in memory.", labels=["stage"]
-        )
+        loaded = GaugeMetricFamily("mlx_k2_stage_held_bytes", "Bytes of a stage's shard in memory.", labels=["stage"])
         faults = CounterMetricFamily("mlx_k2_stage_faults", "Faults that a stage caused.", labels=["stage"])
         for rank in range(len(activity.plans)):
-            held_bytes.add_metric([str(rank)], activity.loaded_bytes[rank])
+            loaded.add_metric([str(rank)], activity.loaded_bytes[rank])
             faults.add_metric([str(rank)], activity.faults[rank])
         peak_bytes = GaugeMetricFamily("mlx_k2_stage_peak_bytes", "Peak memory of a stage.", labels=["stage"])
         tokens = CounterMetricFamily("mlx_k2_stage_tokens", "Tokens that a stage has computed.", labels=["stage"])
@@ -140,4 +133,4 @@ class _CurrentValues(Collector):
                 seconds[name].add_metric(label, value)
             peak_bytes.add_metric(label, use.peak_bytes)
             tokens.add_metric(label, use.num_tokens)
-        yield from (held_bytes, faults, *seconds.values(), peak_bytes, tokens)
+        yield from (loaded, faults, *seconds.values(), peak_bytes, tokens)

@@ -103,17 +103,14 @@ class ResponseFormat:
         return data
 
 
-def response_fields(common_fields: Fields, request: ResponsesRequest, sampling: Sampling | None) -> Fields:
-    """Return the fields of a response in progress. ``common_fields`` are its id, creation time and model.
-
-    ``sampling`` None gives the default parameters.
-    """
+def response_fields(base_fields: Fields, request: ResponsesRequest, sampling: Sampling | None) -> Fields:
+    """Return the fields of a response in progress. ``base_fields`` has id, created and model."""
     text = request.text
     sampling = Sampling(seed=0) if sampling is None else sampling
     return {
-        "id": common_fields["id"],
+        "id": base_fields["id"],
         "object": "response",
-        "created_at": common_fields["created"],
+        "created_at": base_fields["created"],
         "completed_at": None,
         "status": "in_progress",
         "background": False,
@@ -122,7 +119,7 @@ def response_fields(common_fields: Fields, request: ResponsesRequest, sampling: 
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": None,
-        "model": common_fields["model"],
+        "model": base_fields["model"],
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": request.previous_response_id,

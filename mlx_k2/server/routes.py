@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -65,6 +65,7 @@ class Routes:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
+        self._options = state.options
         self._preparing = asyncio.Semaphore(_MAX_PREPARING)
         self._count_limit = RateLimit(COUNTS_PER_S)
         self._responses = ResponseStore()
@@ -188,9 +189,7 @@ class Routes:
             request,
             read_chat_request,
             lambda model, chat: model.chat(chat, request.scope[OWNER]),
-            lambda chat, replies: ChatFormat(
-                self._common_fields(_CHAT_PREFIX, request), replies, chat, self._state.options
-            ),
+            lambda chat, replies: ChatFormat(self._base_fields(_CHAT_PREFIX, request), replies, chat, self._options),
         )
 
     async def _messages(self, request: Request) -> ASGIApp:
@@ -208,9 +207,7 @@ class Routes:
             request,
             read_completion_request,
             LanguageModel.completion,
-            lambda completion, replies: TextFormat(
-                self._common_fields(_TEXT_PREFIX, request), replies, completion, self._state.options
-            ),
+            lambda text, replies: TextFormat(self._base_fields(_TEXT_PREFIX, request), replies, text, self._options),
         )
 
     async def _generate(
@@ -238,7 +235,7 @@ class Routes:
         """Answer a request of the Responses API. If it is streamed, a prompt that does not fit fails in the stream."""
         owner = request.scope[OWNER]
 
-        def prepare(model: LanguageModel, body: bytes) -> _PreparedResponse:
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
             api_request = read_responses_request(body)
             self._state.check_model(api_request.model)
             try:
@@ -247,27 +244,26 @@ class Routes:
             except ApiError as error:
                 if not api_request.stream or error.code != CONTEXT_OVERFLOW:
                     raise in_responses_words(error) from None
-                return _PreparedResponse(api_request, b"", in_responses_words(error))
+                return api_request, b"", in_responses_words(error)
             messages = msgspec.json.encode(conversation.messages) if api_request.is_stored else b""
             generation = replace(generation, warnings=(*conversation.warnings, *generation.warnings))
-            return _PreparedResponse(api_request, messages, generation)
+            return api_request, messages, generation
 
         self._state.check_ready()
-        prepared = await self._prepare(request, prepare, is_queued=True)
-        api_request, generation = prepared.request, prepared.generation
-        common_fields = self._common_fields(_RESPONSE_PREFIX, request)
+        api_request, messages, generation = await self._prepare(request, prepare, is_queued=True)
+        base_fields = self._base_fields(_RESPONSE_PREFIX, request)
         if isinstance(generation, ApiError):
-            stream = failed_stream(response_fields(common_fields, api_request, None), generation)
+            stream = failed_stream(response_fields(base_fields, api_request, None), generation)
             return Response(stream, headers=STREAM_HEADERS)
         reply = ChatReply(generation, self._keep_turn)
 
         def keep_response(body: bytes) -> None:
             if api_request.is_stored:
                 answer = msgspec.json.encode(reply.message.json_value() | {TURN_HANDLE_FIELD: reply.turn_handle})
-                self._responses.keep(owner, common_fields["id"], StoredResponse(body, prepared.messages, answer))
+                self._responses.keep(owner, base_fields["id"], StoredResponse(body, messages, answer))
 
-        fields = response_fields(common_fields, api_request, generation.submissions[0].request.sampling)
-        response_format = ResponseFormat(fields, reply, self._state.options.keepalive, keep_response)
+        fields = response_fields(base_fields, api_request, generation.submissions[0].request.sampling)
+        response_format = ResponseFormat(fields, reply, self._options.keepalive, keep_response)
         return await self._submit(request, api_request, generation, response_format)
 
     async def _response(self, request: Request) -> Response:
@@ -283,11 +279,7 @@ class Routes:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     def _previous_conversation(self, owner: str, api_request: ResponsesRequest) -> list[dict[str, Any]]:
-        """Return the messages of the conversation that a request continues; [] if it continues none.
-
-        Raises:
-            ApiError: 400, the previous response is not stored.
-        """
+        """Return the messages that a request continues; [] for none. Raise ApiError if they are not stored."""
         if api_request.previous_response_id is None:
             return []
         response = self._responses.find(owner, api_request.previous_response_id)
@@ -319,7 +311,7 @@ class Routes:
         """Store a complete reply, so that the prompt of the client's next request has its tokens."""
         self._state.model().keep_turn(reply.generation, reply.turn_handle, reply.message, reply.token_ids)
 
-    def _common_fields(self, prefix: str, request: Request) -> dict[str, Any]:
+    def _base_fields(self, prefix: str, request: Request) -> dict[str, Any]:
         """Return the fields of a body that are known before its answer: id, creation time and model."""
         return {
             "id": prefix + request.scope[REQUEST_ID],
@@ -335,17 +327,8 @@ class Routes:
         headers = warning_headers([*warnings, *generation.warnings])
         stream = await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
         if api_request.stream:
-            return EventStreamResponse(stream, reply_format, headers, self._state.options.keepalive_s)
+            return EventStreamResponse(stream, reply_format, headers, self._options.keepalive_s)
         return CompleteResponse(stream, reply_format, headers)
-
-
-@dataclass(frozen=True)
-class _PreparedResponse:
-    """A request of the Responses API, its messages as JSON to store, and its generation or the error of its stream."""
-
-    request: ResponsesRequest
-    messages: bytes
-    generation: Generation | ApiError
 
 
 def _response_not_found() -> ApiError:

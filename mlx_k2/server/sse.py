@@ -37,19 +37,13 @@ STREAM_HEADERS = {
 
 
 class ReplyFormat(Protocol):
-    """The answer to one request in the format of one API.
-
-    For a streamed answer all methods but ``body`` are called, for any other only ``events`` and ``body``.
-    """
+    """The answer to one request in the format of one API. Without a stream, only ``events`` and ``body`` are called."""
 
     def begin(self) -> bytes:
         """Return the bytes to send before the first event."""
 
     def events(self, events: list[tuple[int, Event]]) -> bytes:
-        """Return the bytes to send for these events of the engine, each with the number of its choice.
-
-        After the last event they include the end of the stream.
-        """
+        """Return the bytes to send for these events, each with its choice's number; after the last also the end."""
 
     def keepalive(self) -> bytes:
         """Return the bytes to send after a time without events; b"" to send nothing."""

@@ -16,11 +16,7 @@ _CHUNK_CHARS = 4096
 
 
 class Escaping:
-    """A replacement of each character of ``names`` by a character that occurs in none of ``texts``.
-
-    Raises:
-        RequestError: ``texts`` use so many characters that too few are free.
-    """
+    """A replacement of each character of ``names`` by a character that occurs in none of ``texts``."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]) -> None:
         used = {ord(character) for text in texts for chunk in _chunks(text) for character in set(chunk)}

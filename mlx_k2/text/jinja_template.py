@@ -132,10 +132,7 @@ class _FirstUses(NodeVisitor):
 
 
 def _variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the names that a template reads before it sets them.
-
-    Jinja's function also returns names that are set in one branch of an `if` only; these are left out.
-    """
+    """Return the names that a template reads before it sets them. Jinja also returns names set in one `if` branch."""
     uses = _FirstUses()
     uses.visit(tree)
     return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))

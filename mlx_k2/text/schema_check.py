@@ -35,11 +35,7 @@ class _FiniteValueSearch:
         self._visits_left = _MAX_VISITS
 
     def has_finite_value(self, schema: object) -> bool:
-        """Return whether ``schema`` has a finite value; True for a malformed part, which the compiler refuses.
-
-        Raises:
-            RecursionError: the schema is too complex.
-        """
+        """Return whether ``schema`` has a finite value; True for a malformed part, which the compiler refuses."""
         if not isinstance(schema, Mapping):
             return True
         self._visits_left -= 1

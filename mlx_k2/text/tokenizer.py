@@ -184,11 +184,7 @@ def bounded_parts(text: str) -> Iterator[str]:
 
 
 def _ranks(model: bytes, vocab_size: int) -> dict[bytes, int]:
-    """Return the rank of each ordinary token, which is its id, from the contents of tiktoken.model.
-
-    Raises:
-        TokenizerError: the file is malformed.
-    """
+    """Return each ordinary token's rank, which is its id, from the contents of tiktoken.model."""
     ranks: dict[bytes, int] = {}
     used_ranks: set[int] = set()
     for number, line in enumerate(model.splitlines(), start=1):

@@ -63,10 +63,7 @@ class _Link:
 
 
 class Connection:
-    """The connection to one server: its tools, and calls to them.
-
-    A task in ``tasks`` keeps each link open, and closes it when the task group ends.
-    """
+    """A server's tools, and calls to them. A task in ``tasks`` keeps each link open until the task group ends."""
 
     def __init__(self, server: Server, tasks: TaskGroup, start_timeout_s: float) -> None:
         self.server = server

@@ -56,11 +56,7 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """Return the functions that become tools, by name.
-
-    Raises:
-        ImportError: there is none, or ``__all__`` names something else.
-    """
+    """Return the functions that become tools, by name; raise ImportError if there is none."""
     public_names = getattr(module, "__all__", None)
     functions: dict[str, Callable[..., Any]] = {
         name: item

@@ -111,10 +111,7 @@ class ServerOutput:
 
 @contextlib.asynccontextmanager
 async def inspected_streams(streams: Any, output: ServerOutput) -> AsyncIterator[Any]:
-    """Yield a pair of streams for mcp's client, whose messages pass through ``output``.
-
-    ``streams`` are those of a transport: one with the server's messages, and one to the server.
-    """
+    """Yield streams for mcp's client whose messages pass through ``output`` from and to a transport's ``streams``."""
     from_server, to_server = streams
     to_client, client_input = anyio.create_memory_object_stream[SessionMessage](0)
     client_output, from_client = anyio.create_memory_object_stream[SessionMessage](0)

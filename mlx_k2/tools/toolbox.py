@@ -150,11 +150,7 @@ async def _run_connections(
 
 
 async def _start_servers(connections: Sequence[Connection]) -> tuple[list[tuple[Connection, types.Tool]], list[str]]:
-    """Start the servers concurrently; return all their tools in the order of the servers, and lines about problems.
-
-    Raises:
-        ToolsError: no server starts.
-    """
+    """Start all servers; return their tools in the order of the servers, and lines about problems."""
     tools: dict[str, list[types.Tool]] = {}
     problems: dict[str, list[str]] = {}
 

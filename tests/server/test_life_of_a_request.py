@@ -309,7 +309,7 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
         answer = answer_of(connection, received)
         assert b'"finish_reason":"stop"' in answer.body
         assert answer.body.count(b"[DONE]") == 1
-        assert server.num_used == 0
+        wait_until(lambda: server.num_used == 0, "the request is gone")
 
 
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
