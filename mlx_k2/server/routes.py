@@ -288,8 +288,6 @@ class Routes:
             raise bad_request_error(message, "previous_response_id", "previous_response_not_found")
         return response.conversation
 
-    # ---- steps that the routes share
-
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
     ) -> Result:

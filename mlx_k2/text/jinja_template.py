@@ -98,7 +98,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**":
             raise TemplateFailure("computes a power, which chat templates may not")
         lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
-        if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
+        has_sequence = lengths != [left, right]
+        if has_sequence and all(isinstance(length, int) for length in lengths):
             size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
             if size > self._max_characters:
                 raise TemplateFailure(f"makes a text of more than {self._max_characters} characters")
@@ -132,7 +133,7 @@ class _FirstUses(NodeVisitor):
 
 
 def _variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the names that a template reads before it sets them. Jinja also returns names set in one `if` branch."""
+    """Return the names that a template reads before it sets them, without those that are set in one branch only."""
     uses = _FirstUses()
     uses.visit(tree)
     return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))

@@ -45,7 +45,7 @@ class ReplyParser:
         self._at_start = True
         self._pending = ""
         """Text to drop if a marker follows: space at the start, or a spelled section marker and space after it."""
-        self._at_spelled_section = False
+        self._at_spelled_section = False  # after a section marker that text spells
         self._phase_after_call = Phase.CONTENT
         self._id: list[str] = []
         self._arguments: list[str] = []

@@ -22,9 +22,8 @@ class SampledTurns:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._turn_id, self._body_id, self._end_id = map(
-            tokenizer.special_ids.get, (_TURN_BEGIN, _BODY_BEGIN, _TURN_END)
-        )
+        get_id = tokenizer.special_ids.get
+        self._turn_id, self._body_id, self._end_id = map(get_id, (_TURN_BEGIN, _BODY_BEGIN, _TURN_END))
         self._sampled: dict[int, _SampledTurn] = {}
         self._encoded: dict[str, list[int]] = {}
         """The tokens of the texts that the previous ``encode`` passed to the tokenizer."""

@@ -63,7 +63,10 @@ class TemplateProcess:
         deadline = time.monotonic() + _EXTRA_TIMEOUT_S + 10 * request.max_cpu_s
         unsent = memoryview(len(message).to_bytes(LENGTH_BYTES, "little") + message)
         received = bytearray()
-        while (num_missing := LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little") - len(received)) > 0:
+        while True:
+            num_missing = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little") - len(received)
+            if num_missing <= 0:
+                return bytes(received[LENGTH_BYTES:])
             writers = [worker.stdin] if unsent else []
             readable, writable, _ = select.select([worker.stdout], writers, [], _CHECK_INTERVAL_S)
             if writable:
@@ -78,7 +81,6 @@ class TemplateProcess:
                 raise TemplateFailure(f"{FILE}: {_NEEDS_MEMORY}")
             elif time.monotonic() > deadline:
                 raise TemplateFailure(f"{FILE}: its process gave no answer")
-        return bytes(received[LENGTH_BYTES:])
 
     def _running_worker(self) -> subprocess.Popen[bytes]:
         """Return the worker process; start it if it does not run."""

@@ -101,9 +101,11 @@ def _limit_cpu(cpu_s: float) -> None:
 
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, cpu_s, _REPEAT_S)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(time.process_time() + cpu_s) + _KILL_AFTER_S
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(time.process_time() + cpu_s) + _KILL_AFTER_S
+    if hard_limit != resource.RLIM_INFINITY:
+        limit = min(limit, hard_limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard_limit))
 
 
 if __name__ == "__main__":

@@ -58,12 +58,14 @@ def _load_module(path: Path) -> ModuleType:
 def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """Return the functions that become tools, by name; raise ImportError if there is none."""
     public_names = getattr(module, "__all__", None)
-    functions: dict[str, Callable[..., Any]] = {
-        name: item
-        for name, item in vars(module).items()
-        if not name.startswith("_") and inspect.isfunction(item) and item.__module__ == _MODULE_NAME
-    }
-    if public_names is not None:
+    functions: dict[str, Callable[..., Any]]
+    if public_names is None:
+        functions = {
+            name: item
+            for name, item in vars(module).items()
+            if not name.startswith("_") and inspect.isfunction(item) and item.__module__ == _MODULE_NAME
+        }
+    else:
         functions = {name: getattr(module, name) for name in public_names}
         for name, item in functions.items():
             if not inspect.isfunction(item):

@@ -48,7 +48,7 @@ class ServerOutput:
     def inspect(self, message: SessionMessage | Exception) -> list[SessionMessage]:
         """Return the messages that mcp's client gets instead of ``message``; an Exception reports an unreadable line.
 
-        An unreadable answer becomes an error. Fields for which the client would refuse a list of tools are removed.
+        An unreadable answer becomes an error. Fields of tools that the client would refuse are removed.
         """
         if isinstance(message, Exception):
             return self._inspect_line(message)
@@ -56,6 +56,7 @@ class ServerOutput:
         if isinstance(answer, JSONRPCError) and answer.id is None:
             return self._errors(f"it sent an error without the id of a request: {answer.error.message}", "")
         if isinstance(answer, JSONRPCResponse | JSONRPCError):
+            # Some servers return a number as text.
             request_id = int(str(answer.id)) if str(answer.id).isdecimal() else cast("RequestId", answer.id)
             if request_id not in self._sent_ids:
                 return self._errors(f"it answered the request {answer.id!r}, which was not sent", "")
@@ -66,21 +67,23 @@ class ServerOutput:
 
     def _inspect_line(self, error: Exception) -> list[SessionMessage]:
         """Return errors for an unreadable answer; record any other line. ``error`` has the line."""
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        line, problem = (str(error), "") if first is None else (str(first["input"]), first["msg"])
-        if first is not None and isinstance(first["input"], dict | list):
-            line, problem = json.dumps(first["input"]), "not a JSON-RPC message"
+        line, problem = str(error), ""
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            line, problem = str(first["input"]), first["msg"].removeprefix("Invalid JSON: ")
+            if isinstance(first["input"], dict | list):
+                line, problem = json.dumps(first["input"]), "not a JSON-RPC message"
+            elif first["type"] == "string_unicode":
+                byte = next(ord(letter) & 0xFF for letter in line if "\udc80" <= letter <= "\udcff")
+                problem = f"byte 0x{byte:02x} is not UTF-8"
         if line.startswith("\ufeff"):
             with contextlib.suppress(ValidationError):
                 return self.inspect(SessionMessage(jsonrpc_message_adapter.validate_json(line[1:], by_name=False)))
         if _CONTENT_LENGTH.fullmatch(line):
             return self._errors("it writes headers before its messages; over stdio each message is a line", "")
         quoted = ascii(line[:_MAX_QUOTED_CHARS])
-        if first is not None and first["type"] == "string_unicode":
-            byte = next(ord(letter) & 0xFF for letter in line if "\udc80" <= letter <= "\udcff")
-            problem = f"byte 0x{byte:02x} is not UTF-8"
         if _ANSWER_START.match(line):
-            return self._errors(f"its answer cannot be read ({problem.removeprefix('Invalid JSON: ')}): {quoted}", line)
+            return self._errors(f"its answer cannot be read ({problem}): {quoted}", line)
         if line.strip():
             self.last_stray_line = quoted
         return []
