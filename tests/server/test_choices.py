@@ -42,7 +42,7 @@ def test_several_choices_compute_their_prompt_once_and_end_together() -> None:
     fields: dict[str, Any] = {"n": 4, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
     with stepped_server(num_slots=4, chunk_tokens=64) as server, server.running_stages():
         answer = receive_answer(server.send_chat(LONG_PROMPT, **fields))
-        assert server.num_requests == 0
+        server.wait_for_requests(0)
     usage = answer.events[-1]["usage"]
     assert server.num_planned_tokens < 2 * usage["prompt_tokens"]
     assert usage["completion_tokens"] == 4 * 5

@@ -255,7 +255,7 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
         answer = receive_answer(connection, received_bytes)
         assert b'"finish_reason":"stop"' in answer.body
         assert answer.body.count(b"[DONE]") == 1
-        assert server.num_requests == 0
+        server.wait_for_requests(0)
 
 
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
