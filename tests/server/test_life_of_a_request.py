@@ -13,6 +13,7 @@ import pytest
 
 from mlx_k2.server import http_connection, request_fields
 from mlx_k2.server.api_keys import KeyRing, add_key
+from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.http_client import CHAT_PATH, WAIT_S, HttpAnswer, receive_answer, receive_until, request_bytes
 from tests.server.in_process import LONG_PROMPT, SteppedServer, stepped_server, wait_until
@@ -209,6 +210,22 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
         answer = receive_answer(connection, received_bytes)
         assert answer.events[-1]["error"]["code"] == "unavailable"
         assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_an_unexpected_error_in_a_stream_is_its_last_event(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("a secret prompt")
+
+    monkeypatch.setattr(ChatReply, "add", fail)
+    messages = [{"role": "user", "content": "a"}]
+    body = {"messages": messages, "input": messages, "max_tokens": 3, "stream": True}
+    with stepped_server() as server, server.running_stages():
+        answer = receive_answer(server.send("POST", path, body))
+        assert answer.status == 200
+        assert b"unexpected error in the server" in answer.body
+        server.wait_for_line("LookupError")
+        assert "secret" not in answer.body.decode() + "\n".join(server.lines)
 
 
 def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:

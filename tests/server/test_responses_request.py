@@ -9,7 +9,7 @@ import pytest
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.responses_input import InputReader
 from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 
 CALL_ITEMS: list[Any] = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"},
@@ -74,7 +74,7 @@ def test_items_with_another_handle_begin_another_turn() -> None:
 
     answer = {"type": "message", "role": "assistant", "content": "b"}
     turns = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
-    assert turns == [{"role": "assistant", "content": "b", HANDLE_FIELD: handle} for handle in ("h1", "h2")]
+    assert turns == [{"role": "assistant", "content": "b", TURN_HANDLE_FIELD: handle} for handle in ("h1", "h2")]
 
 
 def test_a_summary_is_used_as_reasoning_only_if_the_reasoning_is_missing() -> None:

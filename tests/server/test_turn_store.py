@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_k2.server.turn_store import StoredTurn, TurnStore, new_handle
+from mlx_k2.server.turn_store import StoredTurn, TurnStore, new_turn_handle
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
 from tests.server.chat_client import WEATHER_QUESTION, WEATHER_TOOLS
 from tests.server.http_client import CHAT_PATH
@@ -34,7 +34,7 @@ def turn(reasoning: str = "thought", num_tokens: int = 3, message: Message | Non
 
 def keep(store: TurnStore, owner: str = "", stored_turn: StoredTurn | None = None) -> str:
     """Store a turn as the answer to QUESTION and return its handle."""
-    handle = new_handle()
+    handle = new_turn_handle()
     store.keep(owner, handle, store.restore(owner, [QUESTION]).digest, stored_turn or turn())
     return handle
 

@@ -45,7 +45,7 @@ def as_text(pieces: list[PromptPiece]) -> str:
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 
-def decoded(ids: list[int]) -> str:
+def decode(ids: list[int]) -> str:
     """Return the text of token ids, with the names of control tokens."""
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
 

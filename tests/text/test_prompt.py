@@ -13,7 +13,7 @@ from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from tests.examples import scaled
-from tests.text.fixtures import as_text, builtin_template, decoded, ids_of, pieces_of, tokenizer
+from tests.text.fixtures import as_text, builtin_template, decode, ids_of, pieces_of, tokenizer
 
 # Text of an attacker: names of control tokens, complete and in parts, and characters of the private-use planes.
 hostile_texts = st.lists(
@@ -104,7 +104,7 @@ def test_a_prompt_decodes_to_the_rendering_of_unescaped_text_byte_for_byte(conve
 
     pieces_of(Recorder(builtin_template().source), tokenizer(), conversation, tools)
     assert as_text(pieces) == renderings[0]
-    assert decoded(encode_pieces(tokenizer(), pieces)) == renderings[0]
+    assert decode(encode_pieces(tokenizer(), pieces)) == renderings[0]
 
 
 @given(st.lists(st.integers(16_350, 16_390), min_size=1, max_size=3), st.sampled_from(["<|im_end|>", "[EOS]"]))
@@ -126,7 +126,7 @@ def test_text_between_control_tokens_is_one_piece(conversation: Any) -> None:
 def test_a_control_token_spelled_in_a_message_is_encoded_as_text() -> None:
     ids = ids_of(builtin_template(), tokenizer(), [{"role": "user", "content": "a<|im_end|>b"}])
     assert ids.count(tokenizer().token_id("<|im_end|>")) == 2, "after the system prompt and after the message"
-    assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decoded(ids)
+    assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decode(ids)
 
 
 def test_a_word_formed_across_two_messages_and_the_template_is_one_token() -> None:

@@ -12,7 +12,7 @@ from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import ReplyParser
-from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallBegun, whole_reply
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallHeader, whole_reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
 from tests.text.replies import (
@@ -113,11 +113,11 @@ def significant_characters(text: str) -> str:
 def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    open_call: ToolCallBegun | None = None
+    open_call: ToolCallHeader | None = None
     arguments = ""
     for part in parse_tokens(as_control_tokens(tokens, names), in_reasoning=in_reasoning, names=names):
         match part:
-            case ToolCallBegun():
+            case ToolCallHeader():
                 assert open_call is None, "a call begins after the call before has ended"
                 open_call, arguments = part, ""
             case ArgumentsText(text):
@@ -239,7 +239,7 @@ def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> Non
     parts: list[Part] = []
     for text, is_control in tokens:
         parts += parser.control(text) if is_control else parser.text(text)
-    assert parts == [ToolCallBegun("f"), ArgumentsText('{"a": 1}'), *parse_reply(CALL).calls]
+    assert parts == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parse_reply(CALL).calls]
     assert list(parser.finish()) == []
 
 

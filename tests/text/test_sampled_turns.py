@@ -10,7 +10,7 @@ from mlx_k2.text.reply_parser import ReplyReader
 from mlx_k2.text.reply_parts import whole_reply
 from mlx_k2.text.sampled_turns import SampledTurns
 from tests.examples import scaled
-from tests.text.fixtures import builtin_template, decoded, tokenizer
+from tests.text.fixtures import builtin_template, decode, tokenizer
 
 USER_MESSAGE = Message(role="user", content="hello")
 THINK_ID, THINK_END_ID, END_ID = map(tokenizer().token_id, ("<think>", "</think>", "<|im_end|>"))
@@ -94,7 +94,7 @@ def test_after_an_answer_its_content_keeps_the_sampled_tokens_without_the_reason
     content_start = sampled.index(THINK_END_ID) + 1
     content_end = sampled.index(SECTION_ID if SECTION_ID in sampled else END_ID)
     content_ids = sampled[content_start:content_end]
-    assert decoded(content_ids) == answer.content
+    assert decode(content_ids) == answer.content
     next_prompt = prompt_ids(turns, [USER_MESSAGE, answer, USER_MESSAGE])
     expected = [*first_prompt, THINK_ID, THINK_END_ID, *content_ids, END_ID]
     assert next_prompt[: len(expected)] == expected
@@ -110,7 +110,7 @@ def test_a_prompt_with_sampled_tokens_decodes_to_the_templates_text(sampled: lis
         turns.keep(number, ids)
         messages += [message, *next_messages(message)]
     pieces = render_pieces(builtin_template(), tokenizer(), messages)
-    assert decoded(turns.encode(pieces)) == decoded(encode_pieces(tokenizer(), pieces))
+    assert decode(turns.encode(pieces)) == decode(encode_pieces(tokenizer(), pieces))
     control_ids = [token_id for token_id in turns.encode(pieces) if tokenizer().is_special(token_id)]
     assert control_ids == [piece for piece in pieces if isinstance(piece, int)]
 

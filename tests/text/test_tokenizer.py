@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_k2.errors import TokenizerError
 from mlx_k2.text.tokenizer import bounded_parts, load_tokenizer, slices
-from tests.text.fixtures import FILES, SINGLE_BYTES, VOCAB_SIZE, decoded, tiktoken_files, tokenizer
+from tests.text.fixtures import FILES, SINGLE_BYTES, VOCAB_SIZE, decode, tiktoken_files, tokenizer
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<think>", "</think>", "<|reserved_token_799|>"]
 texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
@@ -15,14 +15,14 @@ texts = st.lists(st.one_of(st.text(), st.sampled_from(NAMES))).map("".join)
 @given(texts)
 def test_encoded_text_decodes_to_itself_and_has_no_control_token(text: str) -> None:
     ids = tokenizer().encode_text(text)
-    assert decoded(ids) == text
+    assert decode(ids) == text
     assert not any(map(tokenizer().is_special, ids))
 
 
 @given(st.text(alphabet=st.characters(codec=None, categories=["Cs", "L"])))
 def test_lone_surrogates_become_replacement_characters(text: str) -> None:
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert decoded(tokenizer().encode_text(text)) == expected
+    assert decode(tokenizer().encode_text(text)) == expected
 
 
 def test_a_word_in_the_vocabulary_is_encoded_as_one_token() -> None:
@@ -180,4 +180,4 @@ def test_prose_and_code_are_cut_into_slices_of_about_the_minimum_length() -> Non
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n " * 500_000, "!" * 1_000_000, "é" * 500_000])
 def test_a_million_equal_characters_are_encoded_within_the_test_timeout(text: str) -> None:
-    assert decoded(tokenizer().encode_text(text)) == text
+    assert decode(tokenizer().encode_text(text)) == text
