@@ -24,9 +24,11 @@ schema = schemathesis.openapi.from_dict(document()).exclude(path="/v1/status/eve
 
 def test_the_document_has_every_route_and_no_other() -> None:
     routes = Routes(ServerState(ServerOptions(), "m", ClusterActivity())).table()
-    served = {(route.path.replace(":path}", "}"), method) for route in routes for method in route.methods or ()}
+    routes_and_methods = {
+        (route.path.replace(":path}", "}"), method) for route in routes for method in route.methods or ()
+    }
     documented = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
-    assert {(path, method) for path, method in served if method != "HEAD"} == documented
+    assert {(path, method) for path, method in routes_and_methods if method != "HEAD"} == documented
 
 
 def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> None:
@@ -40,7 +42,7 @@ def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> No
 @pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=scaled(10))
-def test_each_request_of_schemathesis_is_served_or_refused_as_documented(
+def test_each_request_of_schemathesis_is_answered_or_refused_as_documented(
     fast_server: SteppedServer, case: schemathesis.Case[Any]
 ) -> None:
     if isinstance(case.body, dict):
@@ -83,7 +85,7 @@ OPTIONAL_FIELDS: dict[Any, st.SearchStrategy[Any]] = {
 
 
 @given(st.lists(st.fixed_dictionaries(MESSAGE_FIELDS, optional=OPTIONAL_FIELDS), max_size=4))
-def test_each_conversation_is_served_or_refused(fast_server: SteppedServer, messages: list[dict[str, Any]]) -> None:
+def test_each_conversation_is_answered_or_refused(fast_server: SteppedServer, messages: list[dict[str, Any]]) -> None:
     """The document has no schema of messages, so that Schemathesis makes none that are nearly right."""
     answer = fast_server.request("POST", CHAT_PATH, {"messages": messages, "max_tokens": 1})
     assert answer.status in (200, 400), answer.body
