@@ -35,7 +35,7 @@ def run_in_shell(
         program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\nenv -0\n")
         program.chmod(0o700)
     variables = {"PATH": f"{folder}:/usr/bin:/bin"} | ({} if key is None else {KEY_VARIABLE: key})
-    script = CLIENTS[client].text(address) + command
+    script = CLIENTS[client].text_for(address) + command
     shell = subprocess.run(["/bin/sh", "-euc", script], env=variables, capture_output=True, timeout=20)
     assert shell.stderr == b""
     return shell.stdout.decode().split("\0")
@@ -63,7 +63,7 @@ def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address:
 @for_each_address
 @pytest.mark.parametrize("present", ["", 'approval_policy = "never"\n[model_providers.own]\nname = "own"\n[tui]\n'])
 def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str) -> None:
-    settings = tomllib.loads(CLIENTS["codex"].text(address) + present)
+    settings = tomllib.loads(CLIENTS["codex"].text_for(address) + present)
     own_settings = tomllib.loads(present)
     assert all(settings[name] == own_settings[name] for name in own_settings if name != "model_providers")
     assert settings["model_providers"].items() >= own_settings.get("model_providers", {}).items()
@@ -78,7 +78,7 @@ def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str)
 )
 @for_each_address
 def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
-    settings = merge({"provider": {"own": {}}, "theme": "x"}, json.loads(CLIENTS["opencode"].text(address)))
+    settings = merge({"provider": {"own": {}}, "theme": "x"}, json.loads(CLIENTS["opencode"].text_for(address)))
     assert (settings["theme"], settings["provider"]["own"]) == ("x", {})
     provider_id, _, model = settings["model"].partition("/")
     provider: dict[str, Any] = settings["provider"][provider_id]
@@ -95,12 +95,12 @@ def test_opencode_gets_a_provider_with_the_model(address: ModelAddress) -> None:
 )
 @for_each_address
 def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: ModelAddress) -> None:
-    settings = merge({"language_models": {"ollama": {}}}, json.loads(CLIENTS["zed"].text(address)))
+    settings = merge({"language_models": {"ollama": {}}}, json.loads(CLIENTS["zed"].text_for(address)))
     assert settings["language_models"]["ollama"] == {}
     ((name, provider),) = settings["language_models"]["openai_compatible"].items()
     (model,) = provider["available_models"]
     variable = "_".join(re.findall(r"[A-Z]+|[0-9]+", f"{name}_API_KEY".upper()))  # as Zed derives it
-    assert variable in CLIENTS["zed"].destination.split()
+    assert variable in CLIENTS["zed"].instruction.split()
     assert provider["api_url"] == address.base_url
     assert (model["name"], model["max_tokens"]) == (address.name, address.context_tokens)
     assert model["capabilities"]["tools"]

@@ -15,7 +15,7 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, MessagesTool, Turn
+from mlx_k2.server.messages_request import MessageEntry, MessagesRequest, MessagesThinking, MessagesTool
 from mlx_k2.server.sse import json_response
 from tests.server.reply_events import (
     GROUP_SIZES,
@@ -37,9 +37,9 @@ CALLS = ARGUMENTS.map(lambda arguments: section(call("functions.f:0", arguments)
 
 def new_format(generation: Generation, display: str) -> MessagesFormat:
     thinking = MessagesThinking(type="enabled", display=display)
-    turns = [Turn(role="user", content="a")]
+    turns = [MessageEntry(role="user", content="a")]
     request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, thinking=thinking)
-    return MessagesFormat("1", "m", request, ChatReply(generation, handle="handle"))
+    return MessagesFormat("1", "m", request, ChatReply(generation, turn_handle="handle"))
 
 
 def create_body(generation: Generation, events: Sequence[Event], display: str = "summarized") -> Fields:
@@ -125,7 +125,7 @@ def test_a_call_that_is_cut_is_text_and_by_length_a_full_context(arguments: str,
 def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(constrains_calls: bool) -> None:
     generation = replace(new_generation(), constrains_calls=constrains_calls)
     tools = [MessagesTool(name="f", eager_input_streaming=True)]
-    turns = [Turn(role="user", content="a")]
+    turns = [MessageEntry(role="user", content="a")]
     request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
     reply_format = MessagesFormat("1", "m", request, ChatReply(generation))
     events = engine_events(generation, section(call("functions.f:0", '{"a": x')))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_k2.server.cluster_activity import ClusterActivity
-from mlx_k2.server.openapi import document
+from mlx_k2.server.openapi import openapi_document
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerOptions, ServerState
 from tests.examples import scaled
@@ -19,7 +19,7 @@ from tests.server.server_process import Server
 
 MAX_TOKENS = 3
 """The limit in each request, so that a valid one ends soon."""
-schema = schemathesis.openapi.from_dict(document()).exclude(path="/v1/status/events")
+schema = schemathesis.openapi.from_dict(openapi_document()).exclude(path="/v1/status/events")
 
 
 def test_the_document_has_every_route_and_no_other() -> None:
@@ -27,13 +27,13 @@ def test_the_document_has_every_route_and_no_other() -> None:
     routes_and_methods = {
         (route.path.replace(":path}", "}"), method) for route in routes for method in route.methods or ()
     }
-    documented = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
+    documented = {(path, method.upper()) for path, methods in openapi_document()["paths"].items() for method in methods}
     assert {(path, method) for path, method in routes_and_methods if method != "HEAD"} == documented
 
 
 def test_every_reference_of_the_document_leads_to_a_schema(server: Server) -> None:
     answer = server.request("GET", "/openapi.json")
-    assert answer.json == document()
+    assert answer.json == openapi_document()
     names = set(re.findall(r'"#/components/schemas/(\w+)"', answer.body.decode()))
     assert "ChatRequest" in names
     assert names <= answer.json["components"]["schemas"].keys()
@@ -59,7 +59,7 @@ def test_each_request_of_schemathesis_is_answered_or_refused_as_documented(
         assert error["message"]
         assert error["type"]
     if case.method == case.operation.method.upper():
-        assert str(response.status_code) in document()["paths"][case.path][case.operation.method]["responses"]
+        assert str(response.status_code) in openapi_document()["paths"][case.path][case.operation.method]["responses"]
     assert "defect" not in "\n".join(fast_server.lines)
     fast_server.lines.clear()
 

@@ -109,7 +109,7 @@ def test_an_item_with_reasoning_has_the_handle_of_the_turn() -> None:
     reply_format = new_format(reply)
     add_events(reply_format, engine_events(generation, "<think>a</think>b"))
     reasoning, _ = json.loads(bytes(reply_format.body()))["output"]
-    assert reasoning["encrypted_content"] == reply.handle
+    assert reasoning["encrypted_content"] == reply.turn_handle
 
 
 def test_arguments_that_are_no_json_are_passed_on_as_written() -> None:

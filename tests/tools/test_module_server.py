@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mcp.server.mcpserver import MCPServer
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.module_server import _MODULE, UnusableFunction, _add, main
+from mlx_k2.tools.module_server import _MODULE_NAME, UnusableFunction, _add_tool, main
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -149,7 +149,7 @@ def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(SystemExit) as caught:
         main(tmp_path / "mine.py")
-    sys.modules.pop(_MODULE, None)
+    sys.modules.pop(_MODULE_NAME, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
     assert line.startswith(message)
@@ -219,7 +219,7 @@ def test_a_function_of_any_signature_is_added_or_refused_by_line_and_name(
     except TypeError:
         return  # Python cannot evaluate the annotation: such a module cannot be imported
     try:
-        _add(MCPServer("tools", log_level="ERROR"), "f", names["f"])
+        _add_tool(MCPServer("tools", log_level="ERROR"), "f", names["f"])
     except UnusableFunction as error:
         assert str(error).startswith("line 2: f: ")
     else:

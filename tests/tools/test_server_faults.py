@@ -252,8 +252,8 @@ def messages_for(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMes
     try:
         message = mcp_types.jsonrpc_message_adapter.validate_json(line.decode(errors="surrogateescape"), by_name=False)
     except ValidationError as error:
-        return [session_message.message for session_message in output.received(error)]
-    return [session_message.message for session_message in output.received(SessionMessage(message))]
+        return [session_message.message for session_message in output.inspect(error)]
+    return [session_message.message for session_message in output.inspect(SessionMessage(message))]
 
 
 @given(

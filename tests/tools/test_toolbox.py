@@ -18,7 +18,7 @@ from mlx_k2.text.tool_call import call_id, read_call
 from mlx_k2.tools.connection import Connection
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
-from mlx_k2.tools.toolbox import Limits, ToolBox, _named, open_toolbox
+from mlx_k2.tools.toolbox import Limits, ToolBox, _with_unique_names, open_toolbox
 from tests.processes import started_processes
 
 pytestmark = pytest.mark.timeout(60)
@@ -174,7 +174,7 @@ def tools_of_one_server(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["get/user", "get_user", "get user", "s_get_user"])
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
 def test_tools_of_any_names_have_different_names_and_each_can_be_called(names: list[str]) -> None:
-    tools = _named(tools_of_one_server(*names))
+    tools = _with_unique_names(tools_of_one_server(*names))
     assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
     for name in tools:
         assert read_call(call_id(name, 0), "{}").name == name
@@ -182,7 +182,7 @@ def test_tools_of_any_names_have_different_names_and_each_can_be_called(names: l
 
 
 def test_letters_of_any_script_stay_in_a_tools_name() -> None:
-    assert list(_named(tools_of_one_server("\u5929\u6c14", "caf\u00e9", "get user"))) == [
+    assert list(_with_unique_names(tools_of_one_server("\u5929\u6c14", "caf\u00e9", "get user"))) == [
         "\u5929\u6c14",
         "caf\u00e9",
         "get_user",
