@@ -175,7 +175,7 @@ def tools_of_one_server(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
 def test_tools_of_any_names_have_different_names_and_each_can_be_called(names: list[str]) -> None:
     tools = _with_unique_names(tools_of_one_server(*names))
-    assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
+    assert sorted(tool.name_on_server for tool in tools.values()) == sorted(names)
     for name in tools:
         assert read_call(call_id(name, 0), "{}").name == name
         assert all(letter.isalnum() or letter in "_.-" for letter in name)
