@@ -265,7 +265,7 @@ def test_an_answer_with_a_schema_is_valid(server: Server) -> None:
         ({"max_tokens": "many"}, "max_tokens: expected a whole number"),
         ({"messages": []}, "there is no message"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role is 'robot'"),
-        ({"messages": [*USER_MESSAGES, {"role": "assistant", "content": "b"}]}, "end with the user's"),
+        ({"messages": [*USER_MESSAGES, {"role": "assistant", "content": "b"}]}, "end with a user's"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"output_config": {"effort": "extreme"}}, "output_config.effort 'extreme' is unknown"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
