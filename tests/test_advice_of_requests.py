@@ -22,6 +22,24 @@ CHATS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         {"response_format": {"type": "xml"}},
         {"response_format": {"type": "json_object"}},
     ),
+    *(
+        (
+            "response_format: give true or false for strict",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "object"}, "strict": "yes"},
+                }
+            },
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "object"}, "strict": value},
+                }
+            },
+        )
+        for value in (True, False)
+    ),
     (
         "functions is deprecated: use tools and tool_choice",
         {"functions": [{}]},

@@ -159,7 +159,7 @@ class LanguageModel:
         size = self.tokenizer.vocab_size
         for token_id in token_ids:
             if not 0 <= token_id < size:
-                raise bad_request_error(f"{field}: {token_id} is not a token id: give 0 to {size - 1}", field)
+                raise bad_request_error(f"{field}: the vocabulary of {size} tokens has no {token_id}", field)
 
     def _mode(self, chat: ChatRequest) -> ThinkingMode:
         """Return the requested mode. A mode that the template cannot select is ignored, not refused."""

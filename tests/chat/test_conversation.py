@@ -13,7 +13,7 @@ from mlx_k2.text.tool_call import ToolCall
 from tests.advice import follows_advice
 from tests.chat.scripted import sampled
 from tests.examples import scaled
-from tests.text.fixtures import builtin_template, decoded, tokenizer
+from tests.text.fixtures import builtin_template, decode, tokenizer
 from tests.text.kimi import template
 
 SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
@@ -44,10 +44,10 @@ def conversation_of(*texts: str) -> Conversation:
 
 def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
     talk = conversation_of("hello")
-    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
+    assert decode(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER
     talk.add_reply(Reply("R", "", (WEATHER,)), ())
     talk.add_results(['{"w":1}'])
-    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER + CALL_TURN + RESULT_TURN + ANSWER
+    assert decode(talk.prompt_ids()) == SYSTEM + HELLO + ANSWER + CALL_TURN + RESULT_TURN + ANSWER
 
 
 def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt() -> None:
@@ -57,7 +57,7 @@ def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt()
     talk.add_reply(Reply("S", "Sunny.", ()), ())
     talk.add_user("hello")
     turns = ANSWER + CALL_TURN.replace("R</", "</", 1) + RESULT_TURN + ANSWER + "<think></think>Sunny.<|im_end|>"
-    assert decoded(talk.prompt_ids()) == SYSTEM + HELLO + turns + HELLO + ANSWER
+    assert decode(talk.prompt_ids()) == SYSTEM + HELLO + turns + HELLO + ANSWER
 
 
 hostile = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_ids)[:20])
@@ -89,7 +89,7 @@ def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: st
     assert prompt[: len(known)] == known
     own = tokenizer().encode_text(text)
     assert len(prompt) <= len(known) + len(own) + len("user") + len("assistant") + 5
-    assert "R" not in decoded(known).replace("Return", "")
+    assert "R" not in decode(known).replace("Return", "")
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
     loop.append(talk.prompt_ids())
     talk.add_reply(Reply("R2", "Sunny.", ()), sampled(tokenizer(), "R2</think>Sunny.<|im_end|>"))
     known = talk.known_ids()
-    assert ("R1" in decoded(known), "R2" in decoded(known)) == (keeps, keeps)
-    assert decoded(known).endswith("<|im_user|>user<|im_middle|>")
+    assert ("R1" in decode(known), "R2" in decode(known)) == (keeps, keeps)
+    assert decode(known).endswith("<|im_user|>user<|im_middle|>")
     assert (known[: len(loop[1])] == loop[1]) == (keeps or mode.thinking is False)
     talk.add_user("more")
     assert talk.prompt_ids()[: len(known)] == known
@@ -127,7 +127,7 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
 def test_a_template_with_nothing_before_the_user_message_or_without_it_has_a_known_prefix(
     source: str, text: str
 ) -> None:
-    assert decoded(Conversation(ChatTemplate(source), tokenizer()).known_ids()) == text
+    assert decode(Conversation(ChatTemplate(source), tokenizer()).known_ids()) == text
 
 
 def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
@@ -136,7 +136,7 @@ def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
     endings = []
     for thinking in (False, True):
         talk.set_thinking(thinking)
-        endings.append(decoded(talk.prompt_ids()).rpartition("<|im_middle|>")[2])
+        endings.append(decode(talk.prompt_ids()).rpartition("<|im_middle|>")[2])
     assert endings == ["<think></think>", "<think>"]
 
 
@@ -193,7 +193,7 @@ def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_le
     ]
     left_out = talk.load(loaded, 4096)
     assert left_out == ("message 3 (assistant) has fields that the chat template does not read: refusal",)
-    assert decoded(talk.prompt_ids()) == (
+    assert decode(talk.prompt_ids()) == (
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>xy<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|><think>WHY</think><|tool_calls_section_begin|><|tool_call_begin|>"
         "functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
@@ -225,4 +225,4 @@ def test_a_load_that_fails_does_not_change_the_conversation(
 @pytest.mark.parametrize("source", ["always this", "{% if messages|length > 1 %}a{% else %}b{% endif %}"])
 def test_known_ids_of_a_template_that_ignores_the_last_message_are_the_whole_prompt(source: str) -> None:
     talk = Conversation(ChatTemplate(source), tokenizer())
-    assert decoded(talk.known_ids()) in ("always this", "b")
+    assert decode(talk.known_ids()) in ("always this", "b")

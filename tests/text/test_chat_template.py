@@ -196,7 +196,8 @@ def test_no_template_avoids_the_limits_on_cpu_and_memory(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["{{ name }}" * 100_000, "{{ x.y['z'] }}" * 100_000], ids=["variables", "fields"])
 def test_a_template_is_compiled_and_its_names_are_collected_under_the_same_limit(source: str) -> None:
-    with pytest.raises(TokenizerError, match=r"^chat_template.jinja: did not end within 0.2 s of computing$"):
+    # The line is named if the limit is reached in Jinja's lexer, which converts exceptions to syntax errors.
+    with pytest.raises(TokenizerError, match=r"^chat_template.jinja( line 1)?: did not end within 0.2 s of computing$"):
         ChatTemplate(source, max_cpu_s=0.2)
 
 
