@@ -28,7 +28,7 @@ import psutil
 from bench.measure import save_rows
 from tests.cli.command import CommandLine
 from tests.local_cluster import write_model
-from tests.server.server_process import Server, serving
+from tests.server.server_process import Server, running_server
 
 NUM_PROMPTS = 12
 MAX_TOKENS = 24
@@ -59,7 +59,7 @@ def run(folder: Path, num_streams: int, num_kills: int, every_s: float, seed: in
     model = write_model(folder / "model")
     totals = Totals()
     options = ("--model", str(model), "--stages", "2", "--context", "400", "--max-queued", "64")
-    with serving(CommandLine(folder), *options) as server:
+    with running_server(CommandLine(folder), *options) as server:
         start_workers(server)
         expected = [request_answer(server, prompt, None) for prompt in range(NUM_PROMPTS)]
         before = resources(server)

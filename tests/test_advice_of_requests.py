@@ -25,6 +25,24 @@ CHATS: Rows = (
         {"response_format": {"type": "xml"}},
         {"response_format": {"type": "json_object"}},
     ),
+    *(
+        (
+            "response_format: give true or false for strict",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "object"}, "strict": "yes"},
+                }
+            },
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "object"}, "strict": value},
+                }
+            },
+        )
+        for value in (True, False)
+    ),
     (
         "functions is deprecated: use tools and tool_choice",
         {"functions": [{}]},
@@ -65,7 +83,7 @@ MESSAGES: Rows = (
         {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
     ),
     (
-        "messages end with the assistant's: this server does not continue an answer, so end with the user's",
+        "the last message is the assistant's: this server does not continue an answer, so end with a user's",
         {"messages": [USER, {"role": "assistant", "content": "b"}]},
         {"messages": [USER, {"role": "assistant", "content": "b"}, USER]},
     ),

@@ -132,8 +132,8 @@ def command(options: ServeOptions) -> None:
     request, model = open_source(prepare_request(options.cluster, options.draft_mode, options.max_sequences))
     if options.print_settings is not None:
         settings = CLIENTS[options.print_settings]
-        log(f"{settings.destination}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
-        sys.stdout.write(settings.text(_model_address(options, request.source, model)))
+        log(f"{settings.instruction}; {KEY_VARIABLE} is a key of the server, or any text if it has none")
+        sys.stdout.write(settings.text_for(_model_address(options, request.source, model)))
         return
     server_options = ServerOptions(
         keepalive=options.keepalive,

@@ -1,7 +1,8 @@
 """Remote engine: runs requests of this process on a server, with the interface of `coordinator.engine.Engine`.
 
-The server computes tokens. The token policy runs here: text, stop strings, thinking budget. When it forces tokens, the
-rest of the answer is a new request, whose prompt ends with them: the server's cache holds the beginning.
+The server computes tokens. The token policy runs here: text, stop strings, thinking budget. When the policy forces
+tokens, the rest of the answer is a new HTTP request, whose prompt ends with these tokens. The server's cache has the
+beginning of this prompt.
 """
 
 import http.client
@@ -25,8 +26,8 @@ from mlx_k2.weights.checkpoint import ModelDescription
 from mlx_k2.weights.index import CONFIG_NAME, CheckpointIndex
 from mlx_k2.weights.model_frontend import ModelFrontend
 
-RESTART_S = 600.0
-_RETRY_S = 0.5
+RESTART_TIMEOUT_S = 600.0
+_RETRY_INTERVAL_S = 0.5
 
 
 class _ModelFiles(msgspec.Struct, frozen=True):
@@ -58,8 +59,8 @@ class _Chunk(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class _Run:
-    """One request: its connection, and its tokens so far."""
+class _RemoteRequest:
+    """A request that runs on a server: its connection, and its tokens so far."""
 
     request: Request
     policy: TokenPolicy
@@ -69,16 +70,21 @@ class _Run:
     num_cached: int = 0
     is_cancelled: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer has ``max_tokens`` tokens."""
+        return len(self.token_ids) >= self.request.max_tokens
+
     def finished(self, reason: FinishReason, parts: tuple[Part, ...] = ()) -> Finished:
-        """Return the end of the request for ``reason``."""
+        """Return the event for the end of the request."""
         return Finished(self.timer.summary(self.request, reason, self.num_cached), parts)
 
 
 class RemoteEngine:
-    """The engine of the server at ``address``, whose model is ``frontend``.
+    """The engine of the server at ``address``. ``frontend`` has the tokenizer and the template of the server's model.
 
     Raises:
-        SetupError: there is no server, it refuses the key, or its model cannot be read.
+        SetupError: there is no server, the server refuses the key, or its model cannot be read.
         ClusterError: the model is loading.
     """
 
@@ -99,7 +105,7 @@ class RemoteEngine:
         """Run a request and return its handle. Any thread may call this.
 
         Raises:
-            RequestError: the request can never run, or needs a feature that a server does not have.
+            RequestError: the request cannot run, or needs a feature that a remote engine does not have.
         """
         check_request(request, self.frontend.model.config.vocab_size, self.frontend.context_tokens)
         policy = policy or TokenPolicy()
@@ -107,110 +113,111 @@ class RemoteEngine:
             raise RequestError("--connect gets no log-probabilities: leave out --logprobs")
         if policy.token_mask(()) is not None:
             raise RequestError("a request that restricts its tokens cannot be sent to a server")
-        run = _Run(request, policy, self._address.open(), AnswerTimer(time.perf_counter()))
+        remote = _RemoteRequest(request, policy, self._address.open(), AnswerTimer(time.perf_counter()))
 
         def cancel(handle: Handle) -> None:
-            run.is_cancelled = True
-            if handle.end(run.finished(FinishReason.CANCELLED)):
-                shut_down(run.connection)
+            remote.is_cancelled = True
+            if handle.end(remote.finished(FinishReason.CANCELLED)):
+                shut_down(remote.connection)
 
         handle = Handle(request, cancel)
-        threading.Thread(target=self._run, args=[run, handle], name="remote request", daemon=True).start()
+        threading.Thread(target=self._run_request, args=[remote, handle], name="remote request", daemon=True).start()
         return handle
 
-    def _run(self, run: _Run, handle: Handle) -> None:
-        """Put the events of the request into its handle."""
+    def _run_request(self, remote: _RemoteRequest, handle: Handle) -> None:
+        """Run the request to its end; put its events into ``handle``."""
         try:
             reason = None
             while reason is None:
-                reason = _put_forced(run, handle)
-                reason = reason or (FinishReason.CANCELLED if run.is_cancelled else self._stream(run, handle))
-            handle.end(run.finished(reason, run.policy.finish().parts))
+                reason = _put_forced(remote, handle)
+                if reason is None:
+                    reason = FinishReason.CANCELLED if remote.is_cancelled else self._stream(remote, handle)
+            handle.end(remote.finished(reason, remote.policy.finish().parts))
         except MlxK2Error as error:
             handle.end(error)
-        except Exception as error:  # noqa: BLE001 - the reader must not wait without end
+        except Exception as error:  # noqa: BLE001 - the reader of the handle must not wait forever
             handle.end(RequestFailed(f"request ended by an error: {type(error).__name__}"))
         finally:
-            run.connection.close()
+            remote.connection.close()
 
-    def _stream(self, run: _Run, handle: Handle) -> FinishReason | None:
-        """Put sampled tokens until the answer ends; return why. None: forced tokens follow."""
-        response = self._send(run)
-        is_first, reason = not run.token_ids, None
+    def _stream(self, remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
+        """Put sampled tokens into ``handle`` until the answer ends; return why. None: forced tokens follow."""
+        response = self._send(remote)
+        is_first, reason = not remote.token_ids, None
         for data in event_data(response):
-            if run.is_cancelled:
+            if remote.is_cancelled:
                 return FinishReason.CANCELLED
             chunk = read_json(data, _Chunk)
             if chunk.usage is not None and is_first:
-                run.num_cached = chunk.usage.cached_tokens
+                remote.num_cached = chunk.usage.cached_tokens
             if chunk.prompt_progress is not None and is_first:
                 handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
-                reason = _put_token(run, handle, token_id, is_forced=False)
-                # the server may end the answer at the same token, and then sends the usage
-                server_ends = token_id in run.request.stop_ids or len(run.token_ids) >= run.request.max_tokens
+                reason = _put_token(remote, handle, token_id, is_forced=False)
+                # If the server ends the answer at this token, too, its usage follows: read on.
+                server_ends = token_id in remote.request.stop_ids or remote.is_full
                 if reason is not None and not server_ends:
                     return reason
-                if reason is None and run.policy.forced():
+                if reason is None and remote.policy.forced():
                     return None
-        return reason or FinishReason.STOP  # without a reason: it was cancelled on the server
+        return reason or FinishReason.STOP  # no reason: the request was cancelled on the server
 
-    def _send(self, run: _Run) -> http.client.HTTPResponse:
-        """Send the request for the rest of the answer.
+    def _send(self, remote: _RemoteRequest) -> http.client.HTTPResponse:
+        """Send the HTTP request for the rest of the answer; return its response.
 
-        Wait up to RESTART_S for a server whose stages start again, or whose queue is full in the middle of an answer.
+        Wait up to RESTART_TIMEOUT_S while the stages restart, or while the queue is full after an answer has begun.
         """
-        ends_at = time.monotonic() + RESTART_S
+        deadline = time.monotonic() + RESTART_TIMEOUT_S
         while True:
-            run.connection.close()  # of the part of the answer before
+            remote.connection.close()  # the connection may have the rest of an earlier response
             try:
-                return self._address.send(run.connection, "POST", "/v1/completions", _body(run))
+                return self._address.send(remote.connection, "POST", "/v1/completions", _body(remote))
             except (Unavailable, EngineBusy) as error:
-                is_refused = isinstance(error, EngineBusy) and not run.token_ids
-                if is_refused or run.is_cancelled or time.monotonic() > ends_at:
+                is_refused = isinstance(error, EngineBusy) and not remote.token_ids
+                if is_refused or remote.is_cancelled or time.monotonic() > deadline:
                     raise
-                wait_s = error.wait_s if isinstance(error, EngineBusy) else _RETRY_S
+                wait_s = error.wait_s if isinstance(error, EngineBusy) else _RETRY_INTERVAL_S
             time.sleep(wait_s)
 
 
-def _body(run: _Run) -> dict[str, Any]:
-    """Return the body of the request for the rest of the answer."""
-    asked = run.request
-    sampling = {name: value for name, value in msgspec.structs.asdict(asked.sampling).items() if value is not None}
-    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in asked.sampling.logit_bias}
+def _body(remote: _RemoteRequest) -> dict[str, Any]:
+    """Return the body of the HTTP request for the rest of the answer."""
+    request = remote.request
+    sampling = {name: value for name, value in msgspec.structs.asdict(request.sampling).items() if value is not None}
+    sampling["logit_bias"] = {str(token_id): bias for token_id, bias in request.sampling.logit_bias}
     return sampling | {
-        "prompt": [*asked.prompt_ids, *run.token_ids],
-        "max_tokens": asked.max_tokens - len(run.token_ids),
+        "prompt": [*request.prompt_ids, *remote.token_ids],
+        "max_tokens": request.max_tokens - len(remote.token_ids),
         "stream": True,
         "return_token_ids": True,
-        "ignore_eos": not asked.stop_ids,
+        "ignore_eos": not request.stop_ids,
         "return_progress": True,
         "stream_options": {"include_usage": True},
-        "service_tier": "flex" if asked.priority is Priority.BACKGROUND else "auto",
+        "service_tier": "flex" if request.priority is Priority.BACKGROUND else "auto",
     }
 
 
-def _put_forced(run: _Run, handle: Handle) -> FinishReason | None:
-    """Put the tokens that the policy forces; return why the answer ends, None if it continues."""
-    reason = None
-    while reason is None and (forced := run.policy.forced()):
+def _put_forced(remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
+    """Put the tokens that the policy forces into ``handle``; return why the answer ends, None if it continues."""
+    while forced := remote.policy.forced():
         for token_id in forced:
-            reason = reason or _put_token(run, handle, token_id, is_forced=True)
-    return reason
+            if (reason := _put_token(remote, handle, token_id, is_forced=True)) is not None:
+                return reason
+    return None
 
 
-def _put_token(run: _Run, handle: Handle, token_id: int, *, is_forced: bool) -> FinishReason | None:
-    """Put one token; return why the answer ends, None if it continues."""
+def _put_token(remote: _RemoteRequest, handle: Handle, token_id: int, *, is_forced: bool) -> FinishReason | None:
+    """Put one token into ``handle``; return why the answer ends, None if it continues."""
     now = time.perf_counter()
-    run.timer.add(now, is_forced=is_forced)
-    run.token_ids.append(token_id)
-    accepted = run.policy.accept(token_id)
+    remote.timer.add(now, is_forced=is_forced)
+    remote.token_ids.append(token_id)
+    accepted = remote.policy.accept(token_id)
     handle.put_token(Token(token_id, accepted.text, accepted.parts, is_forced=is_forced, arrived_at=now))
-    if token_id in run.request.stop_ids:
+    if token_id in remote.request.stop_ids:
         return FinishReason.STOP
     if accepted.finish_reason is not None:
         return accepted.finish_reason
-    if len(run.token_ids) >= run.request.max_tokens:
+    if remote.is_full:
         return FinishReason.LENGTH
-    timeout_s = run.request.timeout_s
-    return FinishReason.TIMEOUT if timeout_s is not None and now - run.timer.began > timeout_s else None
+    timeout_s = remote.request.timeout_s
+    return FinishReason.TIMEOUT if timeout_s is not None and now - remote.timer.began > timeout_s else None

@@ -1,4 +1,4 @@
-"""Requests to a running server over HTTP, and its errors as errors of this program. Knows no tokens."""
+"""HTTP requests to a running server, and the conversion of its errors to those of this program. Knows no tokens."""
 
 import http.client
 import socket
@@ -15,11 +15,11 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 
 TIMEOUT_S = 600.0
-"""The longest silence of a server. It sends a keep-alive every 10 s, unless its user has turned that off."""
+"""The time without data after which a server counts as lost. A server sends a keep-alive every 10 s by default."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_EVENT_BYTES = 1024 * 1024
 _DEFAULT_WAIT_S = 10.0
-_DATA = b"data: "
+_DATA_PREFIX = b"data: "
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
 """Errors of sockets, TLS and HTTP."""
 
@@ -27,32 +27,30 @@ Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 
 class Unavailable(ClusterError):
-    """The error of a server that loads its model, or whose stages start again."""
+    """The error for a server whose model is loading, or whose stages restart."""
 
 
-class ErrorFields(msgspec.Struct, frozen=True):
-    """The error of an answer."""
-
+class _ErrorFields(msgspec.Struct, frozen=True):
     message: str
     code: str | None = None
 
 
-class _Failure(msgspec.Struct, frozen=True):
-    error: ErrorFields
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _ErrorFields
 
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """The base address of a server, as http://HOST:PORT, and the key that it may need."""
+    """The URL of a server, http://HOST:PORT, and an API key; None sends no key."""
 
     url: str
     key: str | None = None
 
     def open(self) -> http.client.HTTPConnection:
-        """Return a connection that is opened by its first request.
+        """Return a connection, which its first request opens.
 
         Raises:
-            SetupError: the URL is not one of a server, or the key cannot be sent.
+            SetupError: the URL is not one of a server, or a header cannot contain the key.
         """
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise SetupError("MLX_K2_API_KEY has a line end or a letter that no key has")
@@ -60,7 +58,7 @@ class ServerAddress:
             parts = urllib.parse.urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("no address")
-            parts.hostname.encode("idna")  # as the look-up of the name does
+            parts.hostname.encode("idna")  # raises UnicodeError, a ValueError, for a name that cannot be looked up
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
         except ValueError:
@@ -69,11 +67,12 @@ class ServerAddress:
     def send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None
     ) -> http.client.HTTPResponse:
-        """Send a request and return its answer, whose body is not read yet.
+        """Send a request; return its response, whose body is not read yet.
 
         Raises:
-            SetupError: there is no server, or it refuses the request.
-            EngineBusy, Unavailable, ClusterError: it cannot serve the request now.
+            SetupError: there is no server, or it requires a key.
+            RequestError: the server refuses the request.
+            EngineBusy, Unavailable, ClusterError: the server cannot serve the request now.
         """
         headers = {"content-type": "application/json"} | ({"x-api-key": self.key} if self.key else {})
         try:
@@ -87,10 +86,11 @@ class ServerAddress:
         raise self._error(response, data)
 
     def get(self, path: str, kind: type[Answer]) -> Answer:
-        """Return the answer of a GET request.
+        """Return the body of the response to a GET request.
 
         Raises:
-            SetupError, ClusterError: as ``send``; or the answer is not one of this program.
+            SetupError: the answer is not that of this program's server.
+            MlxK2Error: those of ``send``.
         """
         connection = self.open()
         try:
@@ -101,15 +101,16 @@ class ServerAddress:
             connection.close()
 
     def _error(self, response: http.client.HTTPResponse, data: bytes) -> MlxK2Error:
+        """Return the error that a response with the body ``data`` reports."""
         try:
-            failure = read_json(data, _Failure).error
+            message = read_json(data, _ErrorBody).error.message
         except JsonError:
-            failure = ErrorFields(f"status {response.status}")
+            message = f"status {response.status}"
         if response.status == 401:
             return SetupError(
                 f"{self.url} needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
             )
-        text = f"{self.url}: {failure.message}"
+        text = f"{self.url}: {message}"
         if response.status == 429:
             wait = response.headers.get("retry-after", "")
             return EngineBusy(text, float(wait) if wait.isascii() and wait.isdigit() else _DEFAULT_WAIT_S)
@@ -119,7 +120,7 @@ class ServerAddress:
 
 
 def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the data of each server-sent event up to [DONE].
+    """Yield the data of each server-sent event before [DONE].
 
     Raises:
         ClusterError: the connection was lost.
@@ -127,14 +128,14 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """
     try:
         while line := response.readline(MAX_EVENT_BYTES):
-            data = line.removeprefix(_DATA).strip()
-            if not line.startswith(_DATA):
+            if not line.startswith(_DATA_PREFIX):
                 continue
+            data = line.removeprefix(_DATA_PREFIX).strip()
             if data == b"[DONE]":
                 return
             if data.startswith(b'{"error":'):
-                failure = read_json(data, _Failure).error
-                raise (RequestFailed if failure.code == "request_failed" else ClusterError)(failure.message)
+                fields = read_json(data, _ErrorBody).error
+                raise (RequestFailed if fields.code == "request_failed" else ClusterError)(fields.message)
             yield data
     except (JsonError, *CONNECTION_ERRORS) as error:
         raise ClusterError(f"the connection to the server was lost: {error}") from None
@@ -142,8 +143,8 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 def shut_down(connection: http.client.HTTPConnection) -> None:
-    """End the reading of a connection on another thread."""
-    found: socket.socket | None = connection.sock
-    if found is not None:
+    """Shut down a connection, so that a read of it on another thread ends."""
+    open_socket: socket.socket | None = connection.sock
+    if open_socket is not None:
         with suppress(OSError):
-            found.shutdown(socket.SHUT_RDWR)
+            open_socket.shutdown(socket.SHUT_RDWR)

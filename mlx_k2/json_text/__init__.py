@@ -1,1 +1,1 @@
-"""Reading of JSON that others wrote: files of users and of checkpoints, arguments of tool calls, messages."""
+"""Reading of JSON from outside: files of users and of checkpoints, arguments of tool calls, requests."""

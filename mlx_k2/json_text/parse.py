@@ -1,35 +1,37 @@
-"""The one parser of JSON text. Standard library only: the guard imports it. Knows no types of the program."""
+"""The parser of all JSON from outside. Imports the standard library only, since the guard imports it."""
 
 import codecs
 import json
 import math
 import re
 import sys
+from itertools import chain
 from typing import Any
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 100
+"""The most objects and lists inside each other."""
 
 
 class JsonError(ValueError):
-    """Text that is not JSON as this program reads it. The message names the line or the field."""
+    """The error for text that is not valid JSON. The message names the line, or the field."""
 
 
-# A text in quotes, which is kept, or a comment; then the same with a comma before a closing bracket.
+# Group 1 is a text in quotes, which is kept. The rest is a comment, or a comma before a closing bracket.
 _COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])', re.DOTALL)
 
 
 def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: bool = False) -> Any:
-    """Return the value of a JSON text, which may begin with a byte order mark of UTF-8.
+    """Return the value of a JSON text, which may begin with a byte order mark.
 
     ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key that occurs twice in one object (the last value
-    counts), and a number that is not finite, which becomes the largest one. ``has_comments`` accepts comments and a
-    comma after the last item, as editors write their settings.
+    counts), and a number beyond the range of floats, which becomes the largest or smallest float. ``has_comments``
+    accepts comments and a comma after the last item, which settings of editors have.
 
     Raises:
-        JsonError: it is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, has a key twice in
-            one object, a lone surrogate, or a number that is not finite.
+        JsonError: the text is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH; or has a key
+            twice in one object, a lone surrogate, or a number beyond the range of floats.
     """
     text = _decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     if not text.strip():
@@ -39,19 +41,20 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
     try:
         value = json.loads(
             text,
-            object_pairs_hook=dict if is_lenient else _object,
-            parse_float=_nearest_float if is_lenient else _float,
+            object_pairs_hook=dict if is_lenient else _object_without_repeated_keys,
+            parse_float=_nearest_float if is_lenient else _finite_float,
             parse_constant=_refuse_constant,
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise JsonError(
-            f"{line}column {error.colno}: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')}"
-        ) from None
+        problem = f"{error.msg[0].lower()}{error.msg[1:].removesuffix(' at')}"
+        raise JsonError(f"{line}column {error.colno}: {problem}") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:
-        raise error if isinstance(error, JsonError) else JsonError("a number has too many digits") from None
+    except JsonError:
+        raise
+    except ValueError:  # an int of more digits than Python converts
+        raise JsonError("a number has too many digits") from None
     _check_depth(value)
     if "\\ud" in text or "\\uD" in text:
         _check_surrogates(value)
@@ -71,12 +74,12 @@ def _decode(data: bytes) -> str:
         raise JsonError(f"{line}byte 0x{data[error.start]:02x} is not UTF-8") from None
 
 
-def _blank(found: re.Match[str]) -> str:
-    """Return a text in quotes unchanged, and spaces and line ends for anything else: positions stay the same."""
-    return found[1] or "".join("\n" if letter == "\n" else " " for letter in found[0])
+def _blank(match: re.Match[str]) -> str:
+    """Return a text in quotes unchanged; replace all characters of any other text but line ends by spaces."""
+    return match[1] or re.sub(r"[^\n]", " ", match[0])
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -85,7 +88,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _float(digits: str) -> float:
+def _finite_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
         raise JsonError(f"the number {digits[:20]} is too large")
@@ -101,11 +104,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
+    """Raise JsonError if ``value`` is nested deeper than MAX_DEPTH; go through it level by level."""
+    containers = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        items = (item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent))
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
+        items = chain.from_iterable(parent.values() if isinstance(parent, dict) else parent for parent in containers)
+        containers = [item for item in items if isinstance(item, dict | list)]
+        if not containers:
             return
     raise _too_deep()
 
@@ -115,6 +119,7 @@ def _too_deep() -> JsonError:
 
 
 def _check_surrogates(value: Any) -> None:
+    """Raise JsonError if a text in ``value`` has a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

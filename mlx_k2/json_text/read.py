@@ -1,4 +1,4 @@
-"""The one reader of JSON as a value of a known type. Knows no files."""
+"""The reader of JSON as a value of a given type. Knows no files."""
 
 import re
 import threading
@@ -11,9 +11,9 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 Value = TypeVar("Value")
 
 _lock = threading.Lock()
-_used: set[object] = set()
-_PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>.*)`$")
-_KINDS = {
+_initialized_types: set[object] = set()
+_FIELD_PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>.*)`$")
+_JSON_NAMES = {
     "str": "text",
     "int": "a whole number",
     "float": "a number",
@@ -22,28 +22,31 @@ _KINDS = {
     "object": "an object",
     "null": "null",
 }
-_TYPES = re.compile(rf"`((?:{'|'.join(_KINDS)})(?: \| (?:{'|'.join(_KINDS)}))*)`")
+_TYPE_NAMES = re.compile(rf"`((?:{'|'.join(_JSON_NAMES)})(?: \| (?:{'|'.join(_JSON_NAMES)}))*)`")
 
 
 def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = False) -> Value:
-    """Return the value of a JSON text as ``kind``, a type that msgspec converts to. See `parse_json` for comments.
+    """Return the value of a JSON text as ``kind``, a type that msgspec supports.
 
     Raises:
-        JsonError: the text is not JSON (`parse_json`), or has no such value; names the line or the field.
+        JsonError: the text is not JSON as ``parse_json`` reads it, or has a value of another type; names the line or
+            the field.
     """
     return convert(parse_json(text, has_comments=has_comments), kind)
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
-    """Return a parsed value as ``kind``. ``str_keys`` False: a key that is a number is not text, as in Python's values.
+    """Return a parsed value as ``kind``.
+
+    With ``str_keys`` True, as JSON requires, keys of type int are read from text; with False they are numbers.
 
     Raises:
-        JsonError: it has another type; names the field.
+        JsonError: the value has another type; names the field.
     """
-    with _lock:  # msgspec 0.22 crashes if two threads use a struct for the first time at once
-        if kind not in _used:
-            msgspec.json.Decoder(kind)  # makes msgspec read the struct's fields
-            _used.add(kind)
+    with _lock:  # msgspec 0.22 crashes if two threads use a struct for the first time at the same time
+        if kind not in _initialized_types:
+            msgspec.json.Decoder(kind)  # initializes msgspec's information about the type
+            _initialized_types.add(kind)
     try:
         return msgspec.convert(value, kind, str_keys=str_keys)
     except msgspec.ValidationError as error:
@@ -51,13 +54,13 @@ def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value
 
 
 def _with_json_words(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message with the field first, and with the words of JSON for types."""
+    """Return msgspec's message with the field first, and with names of types that users of JSON know."""
     text = str(error)
-    found = _PATH.search(text)
-    if found is not None:
-        text = f"{found['path'].strip('.') or 'the whole'}: {text[: found.start()]}"
-    return _TYPES.sub(_name_kinds, text).replace("Expected", "expected").replace("Object ", "")
+    match = _FIELD_PATH.search(text)
+    if match is not None:
+        text = f"{match['path'].strip('.') or 'the whole'}: {text[: match.start()]}"
+    return _TYPE_NAMES.sub(_json_names, text).replace("Expected", "expected").replace("Object ", "")
 
 
-def _name_kinds(found: re.Match[str]) -> str:
-    return " or ".join(_KINDS[kind] for kind in found[1].split(" | "))
+def _json_names(match: re.Match[str]) -> str:
+    return " or ".join(_JSON_NAMES[name] for name in match[1].split(" | "))

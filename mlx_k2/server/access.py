@@ -1,4 +1,4 @@
-"""Who may use the server: allowed Host and Origin headers, API keys, rates. Knows no route but /health."""
+"""Access rules of the server: allowed Host and Origin headers, API keys, rates. Knows no route but /health."""
 
 import ipaddress
 import socket
@@ -11,8 +11,8 @@ from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing
 
 OPEN_PATHS = ("/health",)
-"""Paths that need no key: their answer is only a status."""
-_CORS = (
+"""Paths that need no key: their answer is a status code only."""
+_CORS_HEADERS = (
     (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
     (b"access-control-expose-headers", b"x-request-id, request-id, retry-after"),
     (b"vary", b"origin"),
@@ -20,10 +20,10 @@ _CORS = (
 
 
 class Access:
-    """The rules of one server. They keep out web pages that a user's browser would let send requests to it.
+    """The access rules of one server. They refuse requests of web pages that are open in a user's browser.
 
-    Allowed hosts are addresses as numbers, localhost, names in .local, this machine's name and ``hosts``. Allowed
-    origins are the server's own pages and ``origins``.
+    Allowed hosts are IP addresses, localhost, names in .local, this machine's name and ``hosts``. Allowed origins are
+    the server's own and ``origins``. ``keys`` None requires no key.
     """
 
     def __init__(self, hosts: Collection[str], origins: Collection[str], keys: KeyRing | None) -> None:
@@ -32,10 +32,10 @@ class Access:
         self._keys = keys
 
     def check_origin(self, scope: Scope) -> None:
-        """Refuse a request whose Host or Origin is not allowed.
+        """Check the Host and Origin headers of a request.
 
         Raises:
-            ApiError: 403.
+            ApiError: 403, one of them is not allowed.
         """
         hosts = _values(scope, b"host")
         if len(hosts) != 1 or not self._is_allowed(hosts[0]):
@@ -48,7 +48,7 @@ class Access:
         """Return the name of the request's key; "" where no key is required.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401, the key is missing or wrong.
         """
         if self._keys is None or scope["path"] in OPEN_PATHS:
             return ""
@@ -60,48 +60,48 @@ class Access:
         return owner
 
     def cors_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of an allowed origin read the answer, and send the headers it asks for."""
+        """Return the headers that permit a page of an allowed origin to read the answer; [] for other requests."""
         for origin in _values(scope, b"origin"):
             if origin in self._origins:
-                asked = ", ".join(_values(scope, b"access-control-request-headers")).encode("latin-1")
-                allowed = [(b"access-control-allow-headers", asked)] if asked else []
-                return [(b"access-control-allow-origin", origin.encode("latin-1")), *allowed, *_CORS]
+                names = ", ".join(_values(scope, b"access-control-request-headers")).encode("latin-1")
+                allowed_headers = [(b"access-control-allow-headers", names)] if names else []
+                return [(b"access-control-allow-origin", origin.encode("latin-1")), *allowed_headers, *_CORS_HEADERS]
         return []
 
     def _is_allowed(self, host: str) -> bool:
         name = _without_port(host)
-        return name in self._hosts or name.endswith(".local") or _is_address(name)
+        return name in self._hosts or name.endswith(".local") or _is_ip_address(name)
 
 
 class RateLimit:
-    """A limit of ``per_s`` requests a second for each owner of a key; as many may come at once. For one event loop."""
+    """A limit of ``per_s`` requests per second for each owner of a key. Not thread-safe."""
 
     def __init__(self, per_s: int) -> None:
         self._per_s = per_s
-        self._used: dict[str, tuple[float, float]] = {}
-        """For each owner: the requests that count, and the time of that number."""
+        self._recent: dict[str, tuple[float, float]] = {}
+        """The number of recent requests of each owner, reduced by ``per_s`` each second, and the time of its update."""
 
     def check(self, owner: str) -> None:
         """Count a request.
 
         Raises:
-            ApiError: 429, the owner has sent too many.
+            ApiError: 429, the owner has sent too many requests.
         """
         now = time.monotonic()
-        count, then = self._used.get(owner, (0.0, now))
-        count = max(0.0, count - (now - then) * self._per_s)
+        count, updated_at = self._recent.get(owner, (0.0, now))
+        count = max(0.0, count - (now - updated_at) * self._per_s)
         if count + 1 > self._per_s:
             message = f"more than {self._per_s} such requests in a second"
             raise ApiError(429, "rate_limit_error", message, code="rate_limit_exceeded", headers={"retry-after": "1"})
-        self._used[owner] = (count + 1, now)
+        self._recent[owner] = (count + 1, now)
 
 
-def _values(scope: Scope, wanted: bytes) -> list[str]:
-    return [value.decode("latin-1").lower() for name, value in scope["headers"] if name == wanted]
+def _values(scope: Scope, header: bytes) -> list[str]:
+    return [value.decode("latin-1").lower() for name, value in scope["headers"] if name == header]
 
 
 def _given_key(scope: Scope) -> str | None:
-    """Return the key of a request, from either of its two headers."""
+    """Return the key in ``authorization`` or ``x-api-key``, whichever comes first; None if there is none."""
     for name, value in scope["headers"]:
         text: str = value.decode("latin-1").strip()
         if name == b"authorization" and text[:7].lower() == "bearer ":
@@ -117,7 +117,7 @@ def _without_port(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
-def _is_address(name: str) -> bool:
+def _is_ip_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -1,21 +1,22 @@
-"""Errors in the shapes of the APIs, and which error of the program becomes which. Knows no handler."""
+"""Errors in the formats of the APIs, and the conversion of the program's errors to them. Knows no routes."""
 
 import math
 from collections.abc import Mapping
 
 from mlx_k2.errors import Cancelled, EngineBusy, MlxK2Error, RequestFailed, SetupError
 
-INVALID = "invalid_request_error"
+INVALID_REQUEST = "invalid_request_error"
 NO_RETRY = {"x-should-retry": "false"}
-"""Clients of OpenAI's and Anthropic's SDKs do not send such a request again."""
-RESTART_RETRY_S = 10
+"""With this header OpenAI's and Anthropic's SDKs do not send the request again."""
+_RETRY_AFTER_S = 10
+"""The time after which clients try again while the model loads or the stages restart."""
 CONTEXT_OVERFLOW = "context_length_exceeded"
 REQUEST_ID = "mlx_k2.request_id"
-"""The key of a request's scope for its id."""
+"""The key of the ASGI scope for the request's id."""
 OWNER = "mlx_k2.owner"
-"""The key of a request's scope for the name of its API key; "" if none is required."""
-_MESSAGES_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
-_MESSAGES_FIELDS = {
+"""The key of the ASGI scope for the name of the request's API key; "" if none is required."""
+_ANTHROPIC_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
+_ANTHROPIC_FIELDS = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
@@ -23,7 +24,7 @@ _MESSAGES_FIELDS = {
 
 
 class ApiError(Exception):
-    """An answer with an error status. ``param`` names the field at fault, ``code`` the kind of error for programs."""
+    """An answer with an error status, with OpenAI's "type" as ``kind``, and "param", the name of the field at fault."""
 
     def __init__(
         self,
@@ -45,41 +46,41 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """The JSON body. All four fields are present: some clients show nothing if one is absent."""
+        """The JSON body in OpenAI's format. It has all four fields: some clients show no error if one is absent."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def messages_error(error: ApiError, request_id: str) -> tuple[int, dict[str, object]]:
-    """Return the status and the JSON body of an error in Anthropic's shape, where only the message names the field."""
-    status, kind, message = error.status, _MESSAGES_KINDS.get(error.kind, error.kind), error.message
+    """Return status and JSON body of an error in Anthropic's format, in which only the message names the field."""
+    status, kind, message = error.status, _ANTHROPIC_KINDS.get(error.kind, error.kind), error.message
     if error.code == "queue_full":
         status, kind = 529, "overloaded_error"
     elif status == 413:
         kind = "request_too_large"
     if error.param is not None:
-        field = _MESSAGES_FIELDS.get(error.param, error.param)
+        field = _ANTHROPIC_FIELDS.get(error.param, error.param)
         message = message.replace(error.param, field) if error.param in message else f"{field}: {message}"
     return status, {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def bad_request_error(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Return a 400 for a request that fails each time it is sent."""
-    return ApiError(400, INVALID, message, param=param, code=code, headers=NO_RETRY)
+    """Return an error 400: the request would fail again."""
+    return ApiError(400, INVALID_REQUEST, message, param=param, code=code, headers=NO_RETRY)
 
 
 def defect_error() -> ApiError:
-    """Return the 500 for an error that nobody expected."""
+    """Return an error 500 for an unexpected exception."""
     return ApiError(500, "server_error", "unexpected error in the server; its log has the details")
 
 
 def unavailable_error(message: str) -> ApiError:
-    """Return a 503 for a server that loads or restarts."""
-    headers = {"retry-after": str(RESTART_RETRY_S)}
+    """Return an error 503: the server cannot answer now."""
+    headers = {"retry-after": str(_RETRY_AFTER_S)}
     return ApiError(503, "unavailable_error", message, code="unavailable", headers=headers)
 
 
 def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiError:
-    """Return the 400 for a prompt that does not fit. Agents know it by its code or by one of the two phrases."""
+    """Return an error 400 for a prompt that does not fit. Agents look for its code, or for one of its two phrases."""
     return bad_request_error(
         f"This model's maximum context length is {context_tokens} tokens; "
         f"prompt is too long: {num_tokens} tokens > {context_tokens} maximum",
@@ -89,7 +90,7 @@ def context_overflow(num_tokens: int, context_tokens: int, param: str) -> ApiErr
 
 
 def to_api_error(error: MlxK2Error) -> ApiError:
-    """Return the answer for an error of the program."""
+    """Return the ApiError for an error of the program."""
     match error:
         case EngineBusy():
             headers = {"retry-after": str(math.ceil(error.wait_s))}

@@ -1,7 +1,7 @@
-"""API keys: a private file of their digests, and the check of a request's key. Knows no HTTP.
+"""API keys: a private file with their digests, and the check of a request's key. Knows no HTTP.
 
-The file has the SHA-256 of each key. A slow hash is not needed, since a key has 256 random bits. The key itself is
-shown once and stored nowhere.
+A digest is SHA-256: a key has 256 random bits, so that a slow hash is not needed. The key itself is printed once, when
+it is made, and not stored.
 """
 
 import fcntl
@@ -25,11 +25,11 @@ from mlx_k2.private_files import open_private, write_private
 
 _PREFIX = "mk2-"
 _KEY_BYTES = 32
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class StoredKey(msgspec.Struct, frozen=True):
-    """One key: its name, its SHA-256 in hexadecimal digits, and when it was made (seconds since 1970)."""
+    """One key: its name, its SHA-256 in hexadecimal digits, and the time of its creation in seconds since 1970."""
 
     name: str
     sha256: str
@@ -41,7 +41,7 @@ class _KeyFile(msgspec.Struct, frozen=True):
 
 
 def read_keys(path: Path) -> tuple[StoredKey, ...]:
-    """Return the keys in a file; none if there is no such file.
+    """Return the keys in a file; () if there is no such file.
 
     Raises:
         SetupError: the file cannot be used, or others can read it.
@@ -54,7 +54,7 @@ def read_keys(path: Path) -> tuple[StoredKey, ...]:
         return ()
     except OSError as error:
         raise SetupError(f"the key file {path} cannot be read: {error.strerror}") from None
-    if mode & _OTHERS:
+    if mode & _GROUP_AND_OTHERS:
         raise SetupError(f"others can read the key file {path}: run `chmod 600 {shlex.quote(str(path))}`")
     try:
         return tuple(read_json(data, _KeyFile).keys)
@@ -63,7 +63,7 @@ def read_keys(path: Path) -> tuple[StoredKey, ...]:
 
 
 def add_key(path: Path, name: str) -> str:
-    """Make a key, store its digest, and return the key, which is stored nowhere.
+    """Make a key, store its digest in the file, and return the key.
 
     Raises:
         SetupError: the name is empty or in use, or the file cannot be used or written.
@@ -71,7 +71,7 @@ def add_key(path: Path, name: str) -> str:
     if not name:
         raise SetupError("the name of a key is empty: give one")
     key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
-    with _changing(path) as keys:
+    with _editing(path) as keys:
         if any(key.name == name for key in keys):
             raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")
         keys.append(StoredKey(name, _digest(key), int(time.time())))
@@ -79,58 +79,59 @@ def add_key(path: Path, name: str) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Remove a key. A running server refuses it from its next request on.
+    """Remove a key from the file. A running server refuses it from the next request on.
 
     Raises:
         SetupError: there is no such key, or the file cannot be used or written.
     """
-    with _changing(path) as keys:
+    with _editing(path) as keys:
         if all(key.name != name for key in keys):
-            known = ", ".join(key.name for key in keys) or "none"
-            raise SetupError(f"there is no key {name!r} in {path}; its keys: {known}")
+            names = ", ".join(key.name for key in keys) or "none"
+            raise SetupError(f"there is no key {name!r} in {path}; its keys: {names}")
         keys[:] = [key for key in keys if key.name != name]
 
 
 class KeyRing:
-    """The keys of a file as a running server sees them. It reads the file again after each change.
+    """The valid keys of a running server. The file is read again after each change.
 
-    ``is_required`` True refuses requests without a key even if the file holds none. ``log`` receives why a changed
-    file cannot be used; the keys read before then stay valid.
+    With ``is_required`` False a request needs no key while the file has never held one. ``log`` is called with the
+    problem of a changed file that cannot be used; the previous keys then stay valid.
     """
 
     def __init__(self, path: Path, *, is_required: bool, log: Callable[[str], None] = lambda _: None) -> None:
         self._path = path
         self._log = log
-        self._problem = ""
-        self._stamp: tuple[int, int, int] | None = None
+        self._logged_problem = ""
+        self._file_version: tuple[int, int, int] | None = None
+        """Modification time, change time (both in ns) and inode of the file that was read; None: there was none."""
         self._keys = read_keys(path)
         self.is_required = is_required or bool(self._keys)
 
     def owner(self, given: str | None) -> str | None:
-        """Return the name of the key; "" for a request without a key where none is required; None to refuse it."""
+        """Return the name of a valid key, and "" if no key is required; None: refuse the request."""
         self._refresh()
         if not self.is_required:
             return ""
         digest = _digest(given or "")
-        matching = [key.name for key in self._keys if hmac.compare_digest(key.sha256, digest)]  # compares with all
-        return matching[0] if matching else None
+        names = [key.name for key in self._keys if hmac.compare_digest(key.sha256, digest)]  # constant time: all keys
+        return names[0] if names else None
 
     def _refresh(self) -> None:
         """Read the file again if it was changed, and until it can be used."""
-        stamp = None
+        version = None
         with suppress(OSError):
-            found = self._path.stat()
-            stamp = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
-        if stamp == self._stamp:
+            status = self._path.stat()
+            version = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        if version == self._file_version:
             return
         try:
             self._keys = read_keys(self._path)
         except SetupError as error:
-            if str(error) != self._problem:
-                self._log(f"{error}; the keys from before stay valid")
-            self._problem = str(error)
+            if str(error) != self._logged_problem:
+                self._log(f"{error}; the previous keys stay valid")
+            self._logged_problem = str(error)
             return
-        self._stamp, self._problem = stamp, ""
+        self._file_version, self._logged_problem = version, ""
         self.is_required = self.is_required or bool(self._keys)
 
 
@@ -139,8 +140,8 @@ def _digest(key: str) -> str:
 
 
 @contextmanager
-def _changing(path: Path) -> Iterator[list[StoredKey]]:
-    """Yield the keys in a file as a list, and write it afterwards. Another process that changes the file waits."""
+def _editing(path: Path) -> Iterator[list[StoredKey]]:
+    """Yield the keys in a file as a list; on exit write it to the file. A second process that edits waits."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f"{path.name}.lock"), "wb", opener=open_private) as lock:

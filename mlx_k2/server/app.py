@@ -1,6 +1,6 @@
-"""The ASGI application. Its outermost layer: request ids, allowed hosts, origins and keys, errors, and the log.
+"""The ASGI application, and its outermost layer: request ids, hosts, origins, keys, errors and the log.
 
-The layer is pure ASGI: Starlette's BaseHTTPMiddleware would hide that a client has closed the connection.
+The layer is pure ASGI, since Starlette's BaseHTTPMiddleware would hide that a client has closed the connection.
 """
 
 import asyncio
@@ -17,20 +17,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
-from mlx_k2.server.api_errors import INVALID, OWNER, REQUEST_ID, ApiError, defect_error, unavailable_error
+from mlx_k2.server.api_errors import INVALID_REQUEST, OWNER, REQUEST_ID, ApiError, defect_error, unavailable_error
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
 
 
 def make_app(state: ServerState, access: Access, log: Callable[[str], None]) -> ASGIApp:
-    """Return the application. ``log`` receives a line for each request."""
-    inner = Starlette(
+    """Return the application. ``log`` is called with a line for each request."""
+    routes = Starlette(
         routes=Routes(state).table(),
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_defect},
     )
-    inner.router.redirect_slashes = False
-    return OuterLayer(inner, access, log)
+    routes.router.redirect_slashes = False
+    return OuterLayer(routes, access, log)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -41,25 +41,25 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "Starlette selects handlers by type"
     if error.status_code == 404:
-        missing = ApiError(404, "not_found_error", "there is no such path", code="not_found")
-        return error_response(missing, request.scope)
-    refused = ApiError(error.status_code, INVALID, str(error.detail), headers=error.headers)
-    return error_response(refused, request.scope)
+        api_error = ApiError(404, "not_found_error", "there is no such path", code="not_found")
+    else:
+        api_error = ApiError(error.status_code, INVALID_REQUEST, str(error.detail), headers=error.headers)
+    return error_response(api_error, request.scope)
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
-    """Answer 500. Starlette raises the error again afterwards, and the outermost layer logs it."""
+    """Answer 500. Starlette raises the error again after that, and the outermost layer logs it."""
     return error_response(defect_error(), request.scope)
 
 
 @dataclass(frozen=True)
 class OuterLayer:
-    """The layer around the application ``inner``. ``log`` receives a line for each request and each defect.
+    """The layer around the application ``routes``. ``log`` is called with a line for each request and each defect.
 
-    A line has no text from the client other than the method of a known route: a path could hold anything.
+    A line has no text of the client other than the method of a known route, since a path can contain any text.
     """
 
-    inner: ASGIApp
+    routes: ASGIApp
     access: Access
     log: Callable[[str], None]
 
@@ -84,7 +84,7 @@ class OuterLayer:
             await self._answer(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499
-        except asyncio.CancelledError:  # the time for running requests is over
+        except asyncio.CancelledError:  # the server ends, and the time for running requests is over
             if not status:
                 await error_response(unavailable_error("the server ends"), scope)(scope, receive, send_with_id)
             raise
@@ -94,13 +94,13 @@ class OuterLayer:
                 await error_response(defect_error(), scope)(scope, receive, send_with_id)
         finally:
             path = getattr(scope.get("route"), "path", None)
-            what = "a request" if path is None else f"{scope['method']} {path}"
-            self.log(f"{what} {status or 499} {time.monotonic() - began:.2f} s {request_id}")
+            subject = "a request" if path is None else f"{scope['method']} {path}"
+            self.log(f"{subject} {status or 499} {time.monotonic() - began:.2f} s {request_id}")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self.access.check_origin(scope)
-            if scope["method"] == "OPTIONS":  # a browser asks before it sends a page's request
+            if scope["method"] == "OPTIONS":  # the preflight request of a browser
                 await Response(status_code=204)(scope, receive, send)
                 return
             scope[OWNER] = self.access.owner(scope)
@@ -108,10 +108,10 @@ class OuterLayer:
             error.headers["connection"] = "close"  # the body is not read
             await error_response(error, scope)(scope, receive, send)
             return
-        await self.inner(scope, receive, send)
+        await self.routes(scope, receive, send)
 
 
 def defect_text(error: BaseException) -> str:
-    """Return an error's type and the lines where it was raised, without its message, which may quote a prompt."""
+    """Return an exception's traceback and type, without its message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)
     return "\n".join([*(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames), type(error).__name__])

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from mlx_k2.coordinator.handle import Event, Finished, PrefillProgress, Token
 from mlx_k2.server.api_errors import ApiError
-from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta
+from mlx_k2.server.chat_reply import CallArgumentsDelta, CallStartDelta, ChatReply, Delta
 from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
 from mlx_k2.server.server_state import ServerOptions
@@ -16,34 +16,34 @@ from mlx_k2.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
-Asked = TypeVar("Asked", bound=GenerationFields)
+RequestT = TypeVar("RequestT", bound=GenerationFields)
 
 
-class CompletionFormat(Generic[Asked]):
+class CompletionFormat(Generic[RequestT]):
     """The chunks of one streamed completion, or its whole body.
 
-    ``head`` has the fields that are in every chunk and in the body, but for "object". ``replies`` has a reply for each
-    choice; it receives the events.
+    ``base_fields`` are in every chunk and in the body. ``replies`` has the reply of each choice, to which this class
+    adds the events.
     """
 
     chunk_kind: str
-    """The value of a chunk's field "object"."""
+    """The value of the field "object" of a chunk; that of a body is the same without ".chunk"."""
 
     def __init__(
-        self, head: dict[str, Any], replies: Sequence[ChatReply], asked: Asked, options: ServerOptions
+        self, base_fields: dict[str, Any], replies: Sequence[ChatReply], request: RequestT, options: ServerOptions
     ) -> None:
-        self._head = head | {"object": self.chunk_kind}
+        self._base_fields = base_fields | {"object": self.chunk_kind}
         self._replies = replies
-        self._asked = asked
+        self._request = request
         self._options = options
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
 
     def begin(self) -> bytes:
-        """Return what is sent before the first event."""
+        """Return b"": nothing comes before the first event."""
         return b""
 
     def keepalive(self) -> bytes:
-        """Return a comment, a chunk without text, or nothing."""
+        """Return a comment, a chunk without text, or b"", as the option --keepalive selects."""
         match self._options.keepalive:
             case "comment":
                 return b": keep-alive\n\n"
@@ -56,19 +56,19 @@ class CompletionFormat(Generic[Asked]):
         return event_bytes(error.body) + DONE
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
-        """Return the chunks for these events, each with the number of its choice, and the end of the stream."""
+        """Return the chunks for these events, each with the number of its choice; after the last event also the end."""
         chunks = b"".join(self._chunks(index, event) for index, event in events)
         if events and all(reply.summary is not None for reply in self._replies):
-            if (wanted := self._asked.stream_options) is not None and wanted.include_usage:
-                chunks += event_bytes(self._head | {"choices": [], "usage": usage(self._replies)})
+            if self._request.stream_options is not None and self._request.stream_options.include_usage:
+                chunks += event_bytes(self._base_fields | {"choices": [], "usage": usage(self._replies)})
             chunks += DONE
         return chunks
 
     def body(self) -> dict[str, Any]:
         """Return the whole body, after all events were added."""
-        choices = [self._whole_choice(index, reply) for index, reply in enumerate(self._replies)]
+        choices = [self._complete_choice(index, reply) for index, reply in enumerate(self._replies)]
         kind = self.chunk_kind.removesuffix(".chunk")
-        return self._head | {"object": kind, "choices": choices, "usage": usage(self._replies)}
+        return self._base_fields | {"object": kind, "choices": choices, "usage": usage(self._replies)}
 
     def _chunks(self, index: int, event: Event) -> bytes:
         raise NotImplementedError
@@ -76,7 +76,7 @@ class CompletionFormat(Generic[Asked]):
     def _empty_chunk(self) -> bytes:
         raise NotImplementedError
 
-    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+    def _complete_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -87,22 +87,24 @@ class ChatFormat(CompletionFormat[ChatRequest]):
 
     def begin(self) -> bytes:
         """Return the first chunks. Only they have the role: clients join repeated text."""
-        first = {"role": "assistant", "content": ""}
-        return b"".join(self._chunk(_choice(index, first)) for index in range(len(self._replies)))
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk(_choice(index, delta)) for index in range(len(self._replies)))
 
     def _chunks(self, index: int, event: Event) -> bytes:
         if isinstance(event, PrefillProgress):
-            return self._progress(event) if self._asked.return_progress and index == 0 else b""
+            return self._progress(event) if self._request.return_progress and index == 0 else b""
         reply = self._replies[index]
         chunks = b"".join(self._delta_chunk(index, delta) for delta in reply.add(event))
-        return chunks + self._chunk(_choice(index, {}, reply.finish_reason)) if isinstance(event, Finished) else chunks
+        if isinstance(event, Finished):
+            chunks += self._chunk(_choice(index, {}, reply.finish_reason))
+        return chunks
 
     def _empty_chunk(self) -> bytes:
         return self._chunk(_choice(0, {}))
 
     def _delta_chunk(self, index: int, delta: Delta) -> bytes:
         choice = _choice(index, self._delta(delta))
-        if isinstance(delta, Content) and self._asked.logprobs:
+        if isinstance(delta, Content) and self._request.logprobs:
             choice["logprobs"] = self._logprobs(index, self._replies[index].next_content_tokens())
         return self._chunk(choice)
 
@@ -112,24 +114,24 @@ class ChatFormat(CompletionFormat[ChatRequest]):
                 return self._reasoning(text)
             case Content(text):
                 return {"content": text}
-            case CallBegun(index, call_id, name):
+            case CallStartDelta(index, call_id, name):
                 function = {"name": name, "arguments": ""}
                 return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
-            case CallArguments(index, text):
+            case CallArgumentsDelta(index, text):
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
     def _progress(self, progress: PrefillProgress) -> bytes:
-        time_ms = round(1000 * (time.monotonic() - self._began))
+        time_ms = round(1000 * (time.monotonic() - self._started_at))
         fields = {"total": progress.total, "processed": progress.done, "time_ms": time_ms}
-        return event_bytes(self._head | {"choices": [_choice(0, {})], "prompt_progress": fields})
+        return event_bytes(self._base_fields | {"choices": [_choice(0, {})], "prompt_progress": fields})
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return event_bytes(self._head | {"choices": [choice]})
+        return event_bytes(self._base_fields | {"choices": [choice]})
 
-    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+    def _complete_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
         message = reply.message.json_value() | (self._reasoning(reply.reasoning) if reply.reasoning else {})
         choice = {"index": index, "message": message, "finish_reason": reply.finish_reason}
-        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._asked.logprobs else {})
+        return choice | ({"logprobs": self._logprobs(index, reply.content_tokens)} if self._request.logprobs else {})
 
     def _reasoning(self, text: str) -> dict[str, str]:
         return {"reasoning_content": text} | ({"reasoning": text} if self._options.mirrors_reasoning else {})
@@ -144,28 +146,30 @@ class TextFormat(CompletionFormat[CompletionRequest]):
     chunk_kind = "text_completion"
 
     def _chunks(self, index: int, event: Event) -> bytes:
-        if isinstance(event, PrefillProgress) and self._asked.return_progress and index == 0:
+        if isinstance(event, PrefillProgress) and self._request.return_progress and index == 0:
             progress = {"total": event.total, "processed": event.done}
-            return event_bytes(self._head | {"choices": [], "prompt_progress": progress})
+            return event_bytes(self._base_fields | {"choices": [], "prompt_progress": progress})
         reply = self._replies[index]
         text = "".join(delta.text for delta in reply.add(event) if isinstance(delta, Content))
-        token_ids = [event.token_id] if isinstance(event, Token) and self._asked.return_token_ids else []
+        token_ids = [event.token_id] if isinstance(event, Token) and self._request.return_token_ids else []
         chunks = self._chunk(index, text, None, token_ids) if text or token_ids else b""
-        return chunks + self._chunk(index, "", reply.finish_reason) if isinstance(event, Finished) else chunks
+        if isinstance(event, Finished):
+            chunks += self._chunk(index, "", reply.finish_reason)
+        return chunks
 
     def _empty_chunk(self) -> bytes:
         return self._chunk(0, "", None)
 
-    def _whole_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
-        token_ids = reply.token_ids if self._asked.return_token_ids else ()
+    def _complete_choice(self, index: int, reply: ChatReply) -> dict[str, Any]:
+        token_ids = reply.token_ids if self._request.return_token_ids else ()
         return _text_choice(index, reply.content, reply.finish_reason, token_ids)
 
-    def _chunk(self, index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
-        return event_bytes(self._head | {"choices": [_text_choice(index, text, reason, token_ids)]})
+    def _chunk(self, index: int, text: str, finish_reason: str | None, token_ids: Sequence[int] = ()) -> bytes:
+        return event_bytes(self._base_fields | {"choices": [_text_choice(index, text, finish_reason, token_ids)]})
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
-    """Return the token counts. ``cached_tokens`` is also a field of the top level, where Moonshot's clients read it."""
+    """Return the token counts of complete replies. Moonshot's clients read ``cached_tokens`` at the top level."""
     summaries = [reply.summary for reply in replies if reply.summary is not None]
     num_prompt, num_cached = summaries[0].prompt_tokens, min(summary.cached_tokens for summary in summaries)
     num_generated = sum(summary.generated_tokens for summary in summaries)
@@ -180,16 +184,16 @@ def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
 
 
 def logprobs_of(reply: ChatReply, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    """Return the log-probabilities of tokens of a reply."""
+    """Return OpenAI's fields of the log-probabilities of tokens of a reply."""
     return [_token_logprobs(reply.generation.tokenizer, token) for token in tokens]
 
 
-def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": reason}
+def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish_reason}
 
 
-def _text_choice(index: int, text: str, reason: str | None, token_ids: Sequence[int] = ()) -> dict[str, Any]:
-    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _text_choice(index: int, text: str, finish_reason: str | None, token_ids: Sequence[int] = ()) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
     return choice | ({"token_ids": token_ids} if token_ids else {})
 
 

@@ -1,4 +1,4 @@
-"""The bodies of completions, of /tokenize and /detokenize, and which of their values are served. Knows no model."""
+"""The bodies of completions, /tokenize and /detokenize, and the check of their values. Knows no model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Thinking(msgspec.Struct, frozen=True):
-    """Moonshot's and Anthropic's field ``thinking``. ``keep`` "all" keeps the reasoning of earlier answers."""
+    """Moonshot's and Anthropic's field ``thinking``. ``keep`` "all" keeps earlier reasoning in the prompt."""
 
     type: str | None = None
     keep: Any = None
@@ -51,44 +51,43 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
 
     @property
     def limit_tokens(self) -> int | None:
-        """The most tokens of the answer, reasoning included; None: what fits."""
+        """The most tokens of the answer, reasoning included; None: as many as fit into the context."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """The number of likely tokens with log-probabilities; None for no log-probabilities."""
+        """The number of most likely tokens to report per position; None: report no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def answer_format(self) -> AnswerFormat | None:
-        """The form of the answer text; None allows any.
+        """The format of the answer text; None allows any text.
 
         Raises:
-            ApiError: 400, the form is unknown, or has no schema.
+            ApiError: 400, the format is unknown, or has no schema.
         """
-        wanted = self.response_format or {}
-        kind = wanted.get("type", "text")
+        given = self.response_format or {}
+        kind = given.get("type", "text")
         if kind == "text":
             return None
         if kind == "json_object":
             return AnswerFormat(AnswerForm.JSON_SCHEMA, schema={"type": "object"})
-        described = wanted.get("json_schema")
-        if kind != "json_schema" or not isinstance(described, dict) or "schema" not in described:
-            known = "give text, json_object, or json_schema with json_schema.schema"
-            raise bad_request_error(f"response_format {kind!r} cannot be used: {known}", "response_format")
-        strict = described.get("strict")
-        check_field(
-            strict is None or isinstance(strict, bool), "response_format", "response_format: strict is a boolean"
-        )
-        return AnswerFormat(AnswerForm.JSON_SCHEMA, schema=described["schema"], is_strict=bool(strict))
+        fields = given.get("json_schema")
+        if kind != "json_schema" or not isinstance(fields, dict) or "schema" not in fields:
+            hint = "give text, json_object, or json_schema with json_schema.schema"
+            raise bad_request_error(f"response_format {kind!r} cannot be used: {hint}", "response_format")
+        strict = fields.get("strict")
+        is_boolean = strict is None or isinstance(strict, bool)
+        check_field(is_boolean, "response_format", "response_format: give true or false for strict")
+        return AnswerFormat(AnswerForm.JSON_SCHEMA, schema=fields["schema"], is_strict=bool(strict))
 
     @property
     def wants_thinking(self) -> bool | None:
         """Whether the model thinks before it answers; None is the model's default."""
-        if self.chat_template_kwargs is not None:
-            chosen = (self.chat_template_kwargs.thinking, self.chat_template_kwargs.enable_thinking)
-            if any(one is not None for one in chosen):
-                return next(one for one in chosen if one is not None)
+        if (options := self.chat_template_kwargs) is not None:
+            thinking = options.enable_thinking if options.thinking is None else options.thinking
+            if thinking is not None:
+                return thinking
         if self.thinking is not None and self.thinking.type is not None:
             return self.thinking.type != "disabled"
         return None if self.reasoning_effort is None else self.reasoning_effort != "none"
@@ -96,16 +95,19 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
     @property
     def preserves_thinking(self) -> bool:
         """Whether the reasoning of earlier answers stays in the prompt."""
-        asked = self.chat_template_kwargs is not None and self.chat_template_kwargs.preserve_thinking
-        return bool(asked) or (self.thinking is not None and self.thinking.keep == "all")
+        if self.chat_template_kwargs is not None and self.chat_template_kwargs.preserve_thinking:
+            return True
+        return self.thinking is not None and self.thinking.keep == "all"
 
     @property
     def thinking_budget(self) -> int | None:
-        """The most tokens of reasoning; None sets no limit."""
+        """The most tokens of reasoning; None: no limit."""
         if self.thinking is not None and self.thinking.budget_tokens is not None:
             return max(0, self.thinking.budget_tokens)
         effort = self.reasoning_effort
-        return None if effort is None or effort == "none" else EFFORT_TOKENS[effort]
+        if effort is None or effort == "none":  # "none" turns thinking off instead, see wants_thinking
+            return None
+        return EFFORT_TOKENS[effort]
 
 
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -117,7 +119,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     return_token_ids: bool | None = None
-    """Whether each choice has the ids of its tokens, the one that ends the text included."""
+    """Whether to send the token ids of each choice, that of the stop token included."""
 
     @property
     def text_or_ids(self) -> str | list[int]:
@@ -135,7 +137,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of ``POST /tokenize``: a text, under either of its two names, or those of a chat request."""
+    """The fields of ``POST /tokenize``: a text as ``prompt`` or ``content``, or the fields of a chat request."""
 
     prompt: str | None = None
     content: str | None = None
@@ -175,7 +177,7 @@ def read_completion_request(body: bytes) -> CompletionRequest:
 
 
 def check_chat(chat: ChatRequest) -> None:
-    """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
+    """Refuse values that the server or the model cannot use.
 
     Raises:
         ApiError: 400; names the field.
@@ -204,25 +206,25 @@ def _check_tools(chat: ChatRequest) -> None:
     tools = chat.tools or []
     check_field(len(tools) <= MAX_TOOLS, "tools", f"{len(tools)} tools are declared: give at most {MAX_TOOLS}")
     names: set[str] = set()
-    for at, tool in enumerate(tools):
+    for index, tool in enumerate(tools):
         kind, function = tool.get("type", "function"), tool.get("function")
         check_field(
-            kind == "function", f"tools[{at}].type", f"tools of type {kind!r} are not supported: give functions"
+            kind == "function", f"tools[{index}].type", f"tools of type {kind!r} are not supported: give functions"
         )
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:
-            raise bad_request_error(f"tools[{at}] has no function with a name", f"tools[{at}].function.name")
-        check_field(name not in names, f"tools[{at}].function.name", f"the function {name!r} is declared twice")
+            raise bad_request_error(f"tools[{index}] has no function with a name", f"tools[{index}].function.name")
+        check_field(name not in names, f"tools[{index}].function.name", f"the function {name!r} is declared twice")
         names.add(name)
 
 
 def _check_message(message: Mapping[str, Any], number: int, *, has_call: bool) -> None:
-    """Refuse what the model cannot read. ``has_call``: a message before it calls a tool."""
+    """Refuse a message that is not text, and a tool's result unless ``has_call``: an earlier message calls a tool."""
     content = message.get("content")
-    for at, part in enumerate(content if isinstance(content, list) else ()):
+    for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind not in _TEXT_PARTS:
-            where = f"messages[{number}].content[{at}]"
+            where = f"messages[{number}].content[{index}]"
             raise bad_request_error(
                 f"{where} is {kind!r}, and this model reads text only", where, "unsupported_content"
             )

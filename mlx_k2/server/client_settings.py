@@ -1,4 +1,4 @@
-"""Settings of other programs with which they use this server. Pure functions; the key is read from MLX_K2_API_KEY."""
+"""Settings that make client programs use this server. The clients read the API key from MLX_K2_API_KEY."""
 
 import json
 import shlex
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 KEY_VARIABLE = "MLX_K2_API_KEY"
 CLAUDE_CODE_CONTEXT_TOKENS = 200_000
-"""The context that Claude Code assumes of a model that it does not know."""
+"""The context size that Claude Code assumes for a model that it does not know."""
 _NAME = "mlx-k2"
 _ZED_KEY_VARIABLE = "MLX_K_2_API_KEY"
-"""Zed makes it from the provider's name, and begins a word at each digit."""
-_KEY = f'"${{{KEY_VARIABLE}:-none}}"'
-"""The key in a shell; without keys a server accepts any text, and clients refuse an empty one."""
+"""Zed derives this name from the provider's name, with an underscore before each digit."""
+_SHELL_KEY = f'"${{{KEY_VARIABLE}:-none}}"'
+"""The key as a shell word. A server without keys accepts any text; clients refuse an empty one."""
 _TIMEOUT_MS = 1_800_000
-"""Clients wait at most this long. A prompt of 100,000 tokens is computed for minutes before its first token."""
+"""The longest wait of a client. A prompt of 100,000 tokens is computed for minutes before its first token."""
 _MAX_OUTPUT_TOKENS = 32_000
 
 
 @dataclass(frozen=True)
 class ModelAddress:
-    """A model and the server that has it. ``url`` is the server's address, without a path."""
+    """The name of a model, and the server that serves it at ``url``, which has no path."""
 
     url: str
     name: str
@@ -33,16 +33,16 @@ class ModelAddress:
 
     @property
     def output_tokens(self) -> int:
-        """The part of the context that a client keeps free for an answer."""
+        """The tokens of the context that a client reserves for an answer."""
         return min(_MAX_OUTPUT_TOKENS, self.context_tokens // 4)
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """The settings of one client: what to do with them, and their text."""
+    """The settings of one client: an instruction for the user, and the function that returns their text."""
 
-    destination: str
-    text: Callable[[ModelAddress], str]
+    instruction: str
+    text_for: Callable[[ModelAddress], str]
 
 
 def _claude_code(address: ModelAddress) -> str:
@@ -50,7 +50,7 @@ def _claude_code(address: ModelAddress) -> str:
     return _exports(
         {
             "ANTHROPIC_BASE_URL": shlex.quote(address.url),
-            "ANTHROPIC_AUTH_TOKEN": _KEY,
+            "ANTHROPIC_AUTH_TOKEN": _SHELL_KEY,
             "ANTHROPIC_MODEL": model,
             "ANTHROPIC_DEFAULT_OPUS_MODEL": model,
             "ANTHROPIC_DEFAULT_SONNET_MODEL": model,
@@ -63,7 +63,7 @@ def _claude_code(address: ModelAddress) -> str:
 
 
 def _codex(address: ModelAddress) -> str:
-    """Return lines without the header of a table: above other settings, they change nothing but themselves."""
+    """Return Codex' settings without a table header, which would add settings after them to its table."""
     provider = f"model_providers.{_NAME}"
     return f"""\
 model = {_toml(address.name)}
@@ -102,13 +102,13 @@ def _opencode(address: ModelAddress) -> str:
 
 def _cline(address: ModelAddress) -> str:
     return (
-        f"cline auth --provider openai-compatible --apikey {_KEY} "
+        f"cline auth --provider openai-compatible --apikey {_SHELL_KEY} "
         f"--baseurl {shlex.quote(address.base_url)} --modelid {shlex.quote(address.name)}\n"
     )
 
 
 def _zed(address: ModelAddress) -> str:
-    """Return Zed's settings. Zed reads the key from its own store, or from _ZED_KEY_VARIABLE."""
+    """Return Zed's settings. The key is not in them: Zed has its own store, or reads _ZED_KEY_VARIABLE."""
     model = {
         "name": address.name,
         "display_name": address.name,
@@ -123,7 +123,7 @@ def _zed(address: ModelAddress) -> str:
 def _open_webui(address: ModelAddress) -> str:
     variables = {
         "OPENAI_API_BASE_URL": shlex.quote(address.base_url),
-        "OPENAI_API_KEY": _KEY,
+        "OPENAI_API_KEY": _SHELL_KEY,
         "DEFAULT_MODELS": shlex.quote(address.name),
         "ENABLE_OLLAMA_API": "false",
     }
@@ -143,10 +143,10 @@ CLIENTS: dict[str, ClientSettings] = {
 
 
 def _exports(variables: Mapping[str, str]) -> str:
-    """Return lines of a shell that set variables; the values are quoted already."""
+    """Return shell commands that export variables; the values are quoted already."""
     return "".join(f"export {name}={value}\n" for name, value in variables.items())
 
 
 def _toml(text: str) -> str:
-    """Return a basic string of TOML, which has the escapes of JSON."""
+    """Return a TOML basic string: JSON's escapes, and one for DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""Cluster activity: what the stages load, compute and send, with one hour of history. Knows no request and no HTTP."""
+"""Cluster activity: what the stages load, compute and send, and a history of one hour. Knows no request and no HTTP."""
 
 import threading
 import time
@@ -20,8 +20,8 @@ NUM_INTERVALS = 360
 
 
 @dataclass
-class _Work:
-    """The work of one stage: seconds computing, seconds waiting for hidden states, and tokens computed."""
+class _StageWork:
+    """The work of one stage: seconds of computing, seconds of waiting for hidden states, and computed tokens."""
 
     busy_s: float = 0.0
     waiting_s: float = 0.0
@@ -30,10 +30,10 @@ class _Work:
 
 @dataclass
 class _Interval:
-    """The tokens of all answers and the work of each stage within INTERVAL_S seconds; ``number`` counts intervals."""
+    """The work of the stages and the tokens of all answers in the INTERVAL_S from ``number`` * INTERVAL_S."""
 
     number: int
-    stages: list[_Work]
+    stages: list[_StageWork]
     answer_tokens: int = 0
 
 
@@ -43,18 +43,18 @@ class ClusterActivity:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._intervals: deque[_Interval] = deque(maxlen=NUM_INTERVALS)
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._hop_bytes = 0
         self.plans: Sequence[StagePlan] = ()
-        """The plan of the stages, from the moment when it is known."""
+        """The plans of the stages; () before they are known."""
         self.loaded_bytes: Counter[int] = Counter()
-        """Bytes that each stage holds; 0 while the stages start again."""
+        """The bytes of weights that each stage has loaded, by rank; empty while the stages restart."""
         self.phase = ""
-        """What the stages do before they are ready."""
+        """The phase of the stages before they are ready, for /v1/status."""
         self.faults: Counter[int | None] = Counter()
-        """The number of faults by the stage that caused them; None if that is not known."""
+        """The number of faults by the rank that caused them, None where it is unknown."""
         self.num_restarts = 0
-        """The number of times that all stages were ready again after a fault."""
+        """The number of successful restarts of all stages."""
 
     def progress(self, rank: int, message: FromStage) -> None:
         """Record what a stage has loaded."""
@@ -82,8 +82,8 @@ class ClusterActivity:
         """Return the fields of each stage for /v1/status. Fractions and rates are those of the last 10 to 20 s."""
         with self._lock:
             now = time.monotonic()
-            recent = [one for one in self._intervals if one.number >= self._number(now) - 1]
-            seconds = min(now - self._began, INTERVAL_S + now % INTERVAL_S)
+            recent = [interval for interval in self._intervals if interval.number >= self._number(now) - 1]
+            seconds = min(now - self._started_at, INTERVAL_S + now % INTERVAL_S)
         return [
             {
                 "host": plan.host.ssh,
@@ -91,10 +91,10 @@ class ClusterActivity:
                 "last_layer": plan.assignment.end_layer - 1,
                 "shard_bytes": plan.shard_bytes,
                 "loaded_bytes": self.loaded_bytes[rank],
-                "busy_fraction": _fraction(sum(one.stages[rank].busy_s for one in recent), seconds),
-                "waiting_fraction": _fraction(sum(one.stages[rank].waiting_s for one in recent), seconds),
+                "busy_fraction": _fraction(sum(interval.stages[rank].busy_s for interval in recent), seconds),
+                "waiting_fraction": _fraction(sum(interval.stages[rank].waiting_s for interval in recent), seconds),
                 "sent_bytes_per_s": round(
-                    sum(one.stages[rank].num_tokens for one in recent) * self._hop_bytes / max(1.0, seconds)
+                    sum(interval.stages[rank].num_tokens for interval in recent) * self._hop_bytes / max(1.0, seconds)
                     if rank + 1 < len(self.plans)
                     else 0
                 ),
@@ -104,7 +104,7 @@ class ClusterActivity:
         ]
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the intervals of the last hour in which anything happened, oldest first, for /v1/status.
+        """Return the fields of the last hour's intervals for /v1/status, oldest first, without those with no activity.
 
         ``seconds_ago`` is the age of an interval's beginning.
         """
@@ -112,19 +112,20 @@ class ClusterActivity:
             now = time.monotonic()
             return [
                 {
-                    "seconds_ago": round(now - one.number * INTERVAL_S),
-                    "tokens": one.answer_tokens,
-                    "computed_tokens": one.stages[0].num_tokens,
-                    "busy_fractions": [_fraction(work.busy_s, INTERVAL_S) for work in one.stages],
+                    "seconds_ago": round(now - interval.number * INTERVAL_S),
+                    "tokens": interval.answer_tokens,
+                    "computed_tokens": interval.stages[0].num_tokens,
+                    "busy_fractions": [_fraction(work.busy_s, INTERVAL_S) for work in interval.stages],
                 }
-                for one in self._intervals
-                if one.number > self._number(now) - NUM_INTERVALS
+                for interval in self._intervals
+                if interval.number > self._number(now) - NUM_INTERVALS
             ]
 
     def _interval(self) -> _Interval:
+        """Return the current interval."""
         number = self._number(time.monotonic())
         if not self._intervals or self._intervals[-1].number != number:
-            self._intervals.append(_Interval(number, [_Work() for _ in self.plans]))
+            self._intervals.append(_Interval(number, [_StageWork() for _ in self.plans]))
         return self._intervals[-1]
 
     @staticmethod
@@ -134,7 +135,7 @@ class ClusterActivity:
 
 @dataclass(frozen=True)
 class CountedRestarts:
-    """The restarts of a deployment for an engine. Counts faults and restarts."""
+    """The restarts of a deployment, with a count of faults and restarts in ``activity``."""
 
     activity: ClusterActivity
     restarting: RestartingDeployment
@@ -144,12 +145,12 @@ class CountedRestarts:
         self.activity.faults[error.rank] += 1
         loaded_bytes, self.activity.loaded_bytes = self.activity.loaded_bytes, Counter()
         group = self.restarting.restart(error, on_restart)
-        self.activity.loaded_bytes = loaded_bytes  # with the same layers
+        self.activity.loaded_bytes = loaded_bytes  # each stage has the same layers again
         self.activity.num_restarts += 1
         return group
 
     def cancel(self) -> None:
-        """End a restart that is under way."""
+        """Cancel a restart that is in progress."""
         self.restarting.cancel()
 
 

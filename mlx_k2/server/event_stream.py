@@ -1,4 +1,4 @@
-"""Event stream: the events of one answer in the engine, for a reader on an event loop. Knows no HTTP."""
+"""Event stream: the engine's events of one answer, for a reader on an event loop. Knows no HTTP."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,10 +13,9 @@ from mlx_k2.server.language_model import Generation
 
 
 class EventStream:
-    """The events of one answer, which has a request for each choice. It belongs to the event loop that opened it.
+    """The events of one answer, with a request of the engine for each choice. Belongs to the event loop that made it.
 
-    ``on_event`` is called with each event that is read and the number of its choice, ``on_close`` when the reader needs
-    no more.
+    ``read`` calls ``on_event`` with each event and the number of its choice, ``close`` calls ``on_close``.
     """
 
     def __init__(self, on_event: Callable[[int, Event], None], on_close: Callable[[], None]) -> None:
@@ -27,35 +26,35 @@ class EventStream:
         self._handles: list[Handle] = []
         self._num_running = 0
         self._failure: MlxK2Error | None = None
-        self._may_be_cancelled = False
+        self._is_cancelled = False
         self.is_abandoned = False
         """Whether the client has closed the connection."""
 
     async def submit(self, engine: Engine, generation: Generation) -> None:
-        """Submit the requests, on a worker thread: the check of a long prompt takes milliseconds.
+        """Submit the requests on a worker thread, since checking a long prompt takes milliseconds.
 
         Raises:
-            RequestError, EngineBusy, ClusterError: as ``Engine.submit_all``.
+            RequestError, EngineBusy, ClusterError: those of ``Engine.submit_all``.
         """
-        submissions = [replace(one, notify=self._notify) for one in generation.submissions]
+        submissions = [replace(submission, notify=self._notify) for submission in generation.submissions]
         self._handles = await asyncio.to_thread(engine.submit_all, submissions)
         self._num_running = len(self._handles)
-        if self._may_be_cancelled:  # meanwhile
+        if self._is_cancelled:  # while the worker thread ran
             self.cancel()
 
     @property
     def has_ended(self) -> bool:
-        """Whether the end of each request was read, and there is no error to read."""
+        """Whether ``read`` has returned the end of each request, and has no error to raise."""
         return self._num_running == 0 and self._failure is None
 
     def cancel(self) -> None:
-        """Cancel the requests that have not ended; the stream then ends soon."""
-        self._may_be_cancelled = True
+        """Cancel the requests that have not ended. ``read`` returns their ends soon."""
+        self._is_cancelled = True
         for handle in self._handles:
             handle.cancel()
 
     def close(self) -> None:
-        """Cancel the requests that have not ended. Nothing is read afterwards."""
+        """Cancel the requests that have not ended. Do not call ``read`` afterwards."""
         self.cancel()
         self._on_close()
 
@@ -65,11 +64,11 @@ class EventStream:
         self.cancel()
 
     async def read(self, timeout_s: float | None) -> list[tuple[int, Event]]:
-        """Wait for events and return all that are there, each with its choice's number; [] if ``timeout_s`` has passed.
+        """Wait for events; return all that have arrived, each with the number of its choice; [] after ``timeout_s``.
 
         Raises:
             RequestFailed, ClusterError: a request ended with an error.
-            Cancelled: the program ends.
+            Cancelled: the engine has ended.
         """
         if self._failure is not None:
             raise self._failure
@@ -83,11 +82,11 @@ class EventStream:
                 for event in handle.ready_events():
                     if isinstance(event, Finished):
                         self._num_running -= 1
-                        if event.reason is FinishReason.CANCELLED and not self._may_be_cancelled:
+                        if event.reason is FinishReason.CANCELLED and not self._is_cancelled:
                             raise Cancelled("the engine has ended")
                     self._on_event(index, event)
                     events.append((index, event))
-        except MlxK2Error as error:
+        except MlxK2Error as error:  # return the events before it first
             if not events:
                 raise
             self._failure = error
@@ -95,5 +94,5 @@ class EventStream:
 
     def _notify(self, _: Handle) -> None:
         """Wake the reader. Called on the engine thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+        with suppress(RuntimeError):  # the loop is closed, and so is the reader
             self._loop.call_soon_threadsafe(self._has_events.set)

@@ -1,4 +1,4 @@
-"""One connection of a client: uvicorn's, with limits on time and size, and errors in the API's shape."""
+"""Connections of clients: uvicorn's, with limits on time and size, and with errors in the API's format."""
 
 import asyncio
 import math
@@ -15,50 +15,50 @@ MAX_HEADER_BYTES = 65536
 MAX_CONNECTIONS = 512
 HEADERS_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 30.0
-"""A connection is closed after its client has read nothing for this long."""
+"""The time after which a connection is closed if its client reads nothing of the waiting bytes."""
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when a request's headers or the client's reading take too long.
+    """A connection that is closed when the client sends headers or reads answers too slowly.
 
-    The application gets the end of a connection at once, whatever the client has sent after its request.
+    The application learns of the end of the connection at once, even if data of a next request wait to be read.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._headers_due: asyncio.TimerHandle | None = None
-        self._write_due: asyncio.TimerHandle | None = None
+        self._headers_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin. The transport reports any data that waits for the client, so that each wait has its limit."""
+        """Start the headers timer. The transport reports even one waiting byte, so that each wait has a limit."""
         assert isinstance(transport, asyncio.Transport), "a stream connection can be written"
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
             return
         transport.set_write_buffer_limits(high=1, low=0)
-        self._await_headers()
+        self._start_headers_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
-        self._cancel_timer()
+        """Stop the timers."""
+        self._cancel_headers_timer()
         self._cancel_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read data. The timer runs while headers are incomplete, and while the body of an answered request comes.
+        """Read data. The headers timer runs while headers are incomplete, or the body of an answered request arrives.
 
-        uvicorn stops reading at data that follow a complete request. The end of the connection would then not be
-        noticed, so reading continues here, up to MAX_HEADER_BYTES.
+        uvicorn stops reading when data follow a complete request, and would then miss the end of the connection.
+        Therefore reading continues here, up to MAX_HEADER_BYTES.
         """
         if self.conn.their_state is h11.MUST_CLOSE:
             return  # the client has asked to close the connection after its request
         super().data_received(data)
         is_answered_early = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
         if self.conn.their_state is not h11.IDLE and not is_answered_early:
-            self._cancel_timer()
-        elif self._headers_due is None:
-            self._await_headers()
+            self._cancel_headers_timer()
+        elif self._headers_timer is None:
+            self._start_headers_timer()
         if self.conn.their_state is h11.DONE and self.flow.read_paused:
             if len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
                 self.transport.abort()
@@ -66,21 +66,21 @@ class Connection(H11Protocol):
                 self.flow.resume_reading()
 
     def pause_writing(self) -> None:
-        """Begin to wait for the client."""
+        """Pause the application, and start the write timer: bytes wait for the client."""
         super().pause_writing()
-        self._await_client()
+        self._check_client_reads()
 
     def resume_writing(self) -> None:
-        """Stop the timer: the client has read everything."""
+        """Stop the write timer, and continue the application: the client has read everything."""
         self._cancel_write_timer()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's argument
-        """Answer a request that is not HTTP in the API's shape, and close the connection."""
+        """Answer data that are not HTTP with an error 400 in the API's format, and close the connection."""
         error = bad_request_error("this is not a valid HTTP request, or its headers are too large")
-        if self.cycle is not None:  # the application may be about to answer: that answer is dropped
+        if self.cycle is not None:  # drop an answer that the application has not sent yet
             self.cycle.disconnected = True
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or was sent already
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or is complete
             self.transport.close()
             return
         body = msgspec.json.encode(error.body)
@@ -94,23 +94,23 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _await_headers(self) -> None:
-        self._headers_due = self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.abort)
+    def _start_headers_timer(self) -> None:
+        self._headers_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.abort)
 
-    def _cancel_timer(self) -> None:
-        if self._headers_due is not None:
-            self._headers_due.cancel()
-            self._headers_due = None
+    def _cancel_headers_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
 
-    def _await_client(self, bytes_before: float = math.inf) -> None:
-        """Look at the waiting bytes again after WRITE_TIMEOUT_S; end the connection if the client has read none."""
+    def _check_client_reads(self, bytes_before: float = math.inf) -> None:
+        """End the connection unless fewer than ``bytes_before`` wait for the client; repeat after WRITE_TIMEOUT_S."""
         num_bytes = self.transport.get_write_buffer_size()
         if num_bytes >= bytes_before:
             self.transport.abort()
         else:
-            self._write_due = self.loop.call_later(WRITE_TIMEOUT_S, self._await_client, num_bytes)
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_client_reads, num_bytes)
 
     def _cancel_write_timer(self) -> None:
-        if self._write_due is not None:
-            self._write_due.cancel()
-            self._write_due = None
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

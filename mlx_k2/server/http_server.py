@@ -1,4 +1,4 @@
-"""The HTTP server: a listening socket, and a thread with an event loop that serves it. Knows no route."""
+"""The HTTP server: a listening socket, and a thread whose event loop serves its connections. Knows no route."""
 
 import asyncio
 import errno
@@ -12,17 +12,17 @@ from mlx_k2.errors import SetupError
 from mlx_k2.server.http_connection import MAX_HEADER_BYTES, Connection
 
 KEEP_OPEN_TIMEOUT_S = 120
-"""Clients keep idle connections for a minute and more, and report an error when a server closes them earlier."""
+"""The time after which an idle connection is closed. Clients reuse connections that were idle for a minute or more."""
 _BACKLOG = 2048
 _SEND_BUFFER_BYTES = 256 * 1024
-"""Send buffer of a connection. With a larger one a client that reads nothing would be noticed later."""
-_FORCED_END_S = 5.0
+"""The send buffer of a connection. With a larger one, a client that reads nothing is detected later."""
+_EXIT_TIMEOUT_S = 5.0
 
 
 class HttpServer:
-    """A context manager: on entry the socket is bound and the thread runs, on exit the thread ends (5 s at most).
+    """A context manager that binds the socket and starts the thread on entry, and ends the thread within 5 s on exit.
 
-    ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS.
+    ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS; None: HTTP.
 
     Raises on entry:
         SetupError: the address, the certificate or the key cannot be used.
@@ -59,7 +59,7 @@ class HttpServer:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self.has_ended = threading.Event()
-        """Set when the thread has ended, whatever the cause."""
+        """Set when the thread has ended, for any reason."""
 
     def __enter__(self) -> "HttpServer":
         try:
@@ -73,20 +73,20 @@ class HttpServer:
     def __exit__(self, *error: object) -> None:
         self._server.force_exit = True
         self._server.should_exit = True
-        self._thread.join(_FORCED_END_S)
+        self._thread.join(_EXIT_TIMEOUT_S)
 
     @property
     def url(self) -> str:
-        """The address as http://HOST:PORT, or https."""
+        """The address as http://HOST:PORT or https://HOST:PORT."""
         return server_url(*self._socket.getsockname()[:2], is_https=self._is_https)
 
     @property
     def url_for_others(self) -> str:
-        """The address, with this machine's name if the server listens on all of its addresses."""
+        """The address as other machines reach it, see the function ``url_for_others``."""
         return url_for_others(*self._socket.getsockname()[:2], is_https=self._is_https)
 
     def drain(self) -> None:
-        """Take no more connections, and wait until the running requests have ended, ``drain_s`` at most."""
+        """Accept no more connections, and wait until the running requests have ended, at most ``drain_s``."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -98,14 +98,14 @@ class HttpServer:
 
 
 def server_url(host: str, port: int, *, is_https: bool) -> str:
-    """Return the address of a server as http://HOST:PORT, or https."""
+    """Return the address of a server as http://HOST:PORT or https://HOST:PORT."""
     return f"{'https' if is_https else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def url_for_others(host: str, port: int, *, is_https: bool) -> str:
-    """Return the address, with this machine's name if the server listens on all of its addresses."""
-    named = socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - it is only compared
-    return server_url(named, port, is_https=is_https)
+    """Return the address of a server; if it listens on all addresses, with the name of this machine."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - it is only compared
+    return server_url(name, port, is_https=is_https)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -1,6 +1,6 @@
-"""The model that is served: from a chat request to the engine's request. Knows no HTTP and no stages.
+"""The served model: converts requests of clients to requests of the engine. Knows no HTTP and no stages.
 
-Everything here computes for milliseconds to seconds, and runs on worker threads, never on the event loop.
+Its methods compute for milliseconds to seconds. They are called on worker threads, never on the event loop.
 """
 
 import re
@@ -19,7 +19,7 @@ from mlx_k2.scheduling.request import Priority, Request
 from mlx_k2.server.api_errors import bad_request_error, context_overflow
 from mlx_k2.server.chat_request import ChatRequest, CompletionRequest
 from mlx_k2.server.request_fields import GenerationFields
-from mlx_k2.server.turn_store import HANDLE_FIELD, StoredTurn, TurnStore
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD, StoredTurn, TurnStore
 from mlx_k2.text.chat_template import ThinkingMode
 from mlx_k2.text.constraint import Constraint, tool_rules
 from mlx_k2.text.history_reader import read_history
@@ -33,38 +33,38 @@ from mlx_k2.weights.index import CONFIG_NAME
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 BRIEF_TOKENS = 1024
-"""A chat without tools whose answer is limited to this number of tokens is a brief request."""
-_MAX_DIGITS = 10
-_NUMBERED_ID = re.compile(r"functions\..+:(\d{1,9})")
+"""A chat request without tools has the priority brief if its answer is limited to at most this number of tokens."""
+_MAX_TOKEN_ID_DIGITS = 9
+_CALL_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A request for the engine for each choice of an answer, and what the answer's reader needs to know."""
+    """The engine's requests for one answer, one for each choice, and what the formatting of the answer depends on."""
 
     submissions: tuple[Submission, ...]
     tokenizer: Tokenizer
     in_reasoning: bool = False
-    """Whether the answer begins inside the reasoning."""
+    """Whether the prompt ends inside the reasoning."""
     first_call: int = 0
-    """The number of the answer's first tool call, for its id."""
+    """The number of the answer's first tool call in the conversation, for its id."""
     tool_names: tuple[str, ...] = ()
-    """The declared tools."""
+    """The tools that the model may call."""
     constrains_calls: bool = False
     """Whether the arguments of each call follow a grammar of JSON."""
     owner: str = ""
     """The name of the client's key."""
     digest: bytes | None = None
-    """The digest of the conversation that is answered, for the turn store; None for a raw prompt."""
+    """The turn store's digest of the conversation to answer; None for a raw prompt."""
     warnings: tuple[str, ...] = ()
-    """Lines about schemas of which the answer's grammar allows more."""
+    """Lines about schemas whose grammar allows more than the schema."""
 
 
 class LanguageModel:
-    """A model under the name that clients see.
+    """The served model. ``name`` is its name in the APIs.
 
-    ``tool_grammar``: whether calls that the model makes by its own choice follow the schemas of the tools.
+    With ``tool_grammar`` True, tool calls follow the schemas of their tools also where the client requires no call.
     """
 
     def __init__(self, frontend: ModelFrontend, name: str, *, tool_grammar: bool = True) -> None:
@@ -74,10 +74,10 @@ class LanguageModel:
         self.tokenizer = frontend.tokenizer
         self.context_tokens = frontend.context_tokens
         self._turns = TurnStore()
-        _ = frontend.template, frontend.grammars  # made before several threads need them
+        _ = frontend.template, frontend.grammars  # cached properties: compute them before several threads use them
 
     def files(self) -> dict[str, Any]:
-        """Return what a client needs to render and tokenize for itself: the model's small files, as base64."""
+        """Return the answer of /v1/model-files: the files with which a client renders and tokenizes prompts itself."""
         files = self._frontend.model.files
         return {
             "name": self.name,
@@ -87,11 +87,11 @@ class LanguageModel:
         }
 
     def chat(self, chat: ChatRequest, owner: str) -> Generation:
-        """Return the generation for a chat request. ``owner`` is the name of the client's key.
+        """Return the generation for a chat request. ``owner`` is the name of the client's API key.
 
         Raises:
-            ApiError: 400, the request cannot be served; names the field.
-            TokenizerError: the template fails.
+            ApiError: 400, the request cannot be served; names the field at fault.
+            TokenizerError: the chat template fails.
         """
         prompt_ids, digest = self.chat_prompt(chat, owner)
         first_call = next_call_number(chat.messages)
@@ -100,7 +100,7 @@ class LanguageModel:
         limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
         requests = self._requests(chat, prompt_ids, self._mode(chat).thinking)
         return Generation(
-            tuple(Submission(one, ReplyPolicy(self.tokenizer, one, limits, grammar)) for one in requests),
+            tuple(Submission(request, ReplyPolicy(self.tokenizer, request, limits, grammar)) for request in requests),
             self.tokenizer,
             in_reasoning=opens_reasoning(self.tokenizer, prompt_ids),
             first_call=first_call,
@@ -112,15 +112,15 @@ class LanguageModel:
         )
 
     def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
-        """Return the prompt of a chat request and the digest of its messages; errors are those of ``chat``.
+        """Return the prompt's token ids and the turn store's digest of its messages. Errors are those of ``chat``.
 
-        The owner's earlier answers keep the tokens that were sampled, and get back reasoning that the client left out.
+        Earlier answers to this owner keep the tokens that were sampled; reasoning that the client left out is restored.
         """
         template = self._frontend.template
         try:
             messages = read_history(chat.messages, template.fields, normal_ids=True).messages
-            handles = [message.get(HANDLE_FIELD) for message in chat.messages]
-            restored = self._turns.restore(owner, messages, handles)
+            turn_handles = [message.get(TURN_HANDLE_FIELD) for message in chat.messages]
+            restored = self._turns.restore(owner, messages, turn_handles)
             variables = self._mode(chat).variables(template)
             pieces = render_pieces(template, self.tokenizer, restored.messages, _declarations(chat), **variables)
         except RequestError as error:
@@ -130,11 +130,11 @@ class LanguageModel:
             sampled.keep(number, turn.token_ids)
         return sampled.encode(pieces), restored.digest
 
-    def keep_turn(self, generation: Generation, handle: str, message: Message, token_ids: Sequence[int]) -> None:
-        """Store the answer ``message``, for a client that continues its conversation."""
+    def keep_turn(self, generation: Generation, turn_handle: str, message: Message, token_ids: Sequence[int]) -> None:
+        """Store the answer ``message`` for later prompts, unless it is empty or answers a raw prompt."""
         if generation.digest is not None and (message.content or message.tool_calls):
             turn = StoredTurn(message, array("I", token_ids))
-            self._turns.keep(generation.owner, handle, generation.digest, turn)
+            self._turns.keep(generation.owner, turn_handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
         """Return the generation for a raw prompt. Errors are those of ``chat``."""
@@ -143,11 +143,11 @@ class LanguageModel:
         self._check_ids(prompt_ids, "prompt")
         limits = ReplyLimits(completion.stop_strings, completion.min_tokens or 0)
         requests = self._requests(completion, prompt_ids)
-        policies = [ReplyPolicy(self.tokenizer, one, limits, is_raw=True) for one in requests]
+        policies = [ReplyPolicy(self.tokenizer, request, limits, is_raw=True) for request in requests]
         return Generation(tuple(map(Submission, requests, policies)), self.tokenizer)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, control tokens by their names.
+        """Return the text of token ids; a control token becomes its name.
 
         Raises:
             ApiError: 400, an id is not in the vocabulary.
@@ -156,70 +156,70 @@ class LanguageModel:
         return b"".join(map(self.tokenizer.token_bytes, token_ids)).decode(errors="replace")
 
     def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
-        wrong = next((number for number in token_ids if not 0 <= number < self.tokenizer.vocab_size), None)
-        if wrong is not None:
-            raise bad_request_error(
-                f"{field}: the vocabulary of {self.tokenizer.vocab_size} tokens has no {wrong}", field
-            )
+        size = self.tokenizer.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < size:
+                raise bad_request_error(f"{field}: the vocabulary of {size} tokens has no {token_id}", field)
 
     def _mode(self, chat: ChatRequest) -> ThinkingMode:
-        """Return the mode that is asked for, as far as the template has it: thinking is never refused."""
-        known = self._frontend.template.variables
+        """Return the requested mode. A mode that the template cannot select is ignored, not refused."""
+        variables = self._frontend.template.variables
         return ThinkingMode(
-            chat.wants_thinking if "thinking" in known else None,
-            chat.preserves_thinking and "preserve_thinking" in known,
+            chat.wants_thinking if "thinking" in variables else None,
+            chat.preserves_thinking and "preserve_thinking" in variables,
         )
 
     def _requests(
-        self, asked: GenerationFields, prompt_ids: Sequence[int], thinking: bool | None = None
+        self, fields: GenerationFields, prompt_ids: Sequence[int], thinking: bool | None = None
     ) -> list[Request]:
-        """Return the request for each choice, with its own seed."""
+        """Return the engine's request for each choice, with its own seed."""
         if not prompt_ids:
             raise bad_request_error("the prompt is empty: give some text, or token ids", "prompt")
         if len(prompt_ids) >= self.context_tokens:
-            field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            field = "messages" if isinstance(fields, ChatRequest) else "prompt"
             raise context_overflow(len(prompt_ids), self.context_tokens, field)
-        max_tokens = min(asked.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
-        stop_ids = frozenset[int]() if asked.ignore_eos else self._frontend.stop_ids
-        samplings, ids = sampling_per_answer(self._sampling(asked, thinking), asked.n or 1), tuple(prompt_ids)
-        priority = _priority(asked)
+        max_tokens = min(fields.limit_tokens or self.context_tokens, self.context_tokens - len(prompt_ids))
+        stop_ids = frozenset[int]() if fields.ignore_eos else self._frontend.stop_ids
+        samplings = sampling_per_answer(self._sampling(fields, thinking), fields.n or 1)
+        ids, priority = tuple(prompt_ids), _priority(fields)
         return [Request(ids, max_tokens, sampling, stop_ids, priority=priority) for sampling in samplings]
 
-    def _sampling(self, asked: GenerationFields, thinking: bool | None) -> Sampling:
-        given = {name: getattr(asked, name) for name in SAMPLING_NAMES}
-        if asked.top_k is not None:  # elsewhere, 0 and -1 set no limit
+    def _sampling(self, fields: GenerationFields, thinking: bool | None) -> Sampling:
+        values = {name: getattr(fields, name) for name in SAMPLING_NAMES}
+        if fields.top_k is not None:  # 0 and -1 mean all tokens, as in other servers
             size = self.tokenizer.vocab_size
-            given["top_k"] = size if asked.top_k in (0, -1) else min(asked.top_k, size)
-        seed = secrets.randbits(32) if asked.seed is None else asked.seed
-        biases, num_logprobs = self._biases(asked), asked.num_logprobs
+            values["top_k"] = size if fields.top_k in (0, -1) else min(fields.top_k, size)
+        seed = secrets.randbits(32) if fields.seed is None else fields.seed
+        biases, num_logprobs = self._biases(fields), fields.num_logprobs
         try:
-            return resolved_sampling(given, self._frontend.recommended, seed, biases, num_logprobs, thinking=thinking)
+            return resolved_sampling(values, self._frontend.recommended, seed, biases, num_logprobs, thinking=thinking)
         except RequestError as error:
             name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
             raise bad_request_error(str(error), name.replace("-", "_")) from None
 
-    def _biases(self, asked: GenerationFields) -> tuple[tuple[int, float], ...]:
-        """Return the logit biases by token id; the keys of a JSON object are texts."""
-        biases = asked.logit_bias or {}
-        wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < _MAX_DIGITS)), None)
-        if wrong is not None:
-            raise bad_request_error(f"logit_bias: {wrong!r} is not a token id", "logit_bias")
-        self._check_ids([int(key) for key in biases], "logit_bias")
-        return tuple((int(key), bias) for key, bias in biases.items())
+    def _biases(self, fields: GenerationFields) -> tuple[tuple[int, float], ...]:
+        """Return pairs of a token id and its logit bias; as keys of JSON the ids are text."""
+        biases: dict[int, float] = {}
+        for key, bias in (fields.logit_bias or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) <= _MAX_TOKEN_ID_DIGITS):
+                raise bad_request_error(f"logit_bias: {key!r} is not a token id", "logit_bias")
+            biases[int(key)] = bias
+        self._check_ids(list(biases), "logit_bias")
+        return tuple(biases.items())
 
     def _grammar(self, chat: ChatRequest, first_call: int) -> ReplyGrammar | None:
-        """Return the constraint of the answer; None allows every token.
+        """Return the compiled constraint of the answer; None allows every token.
 
         Raises:
             ApiError: 400, a schema cannot be used, or the chosen tool is not declared.
         """
-        answer, declared = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
-        if answer is None and not declared and chat.tool_choice is None:
+        answer, declarations = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
+        if answer is None and not declarations and chat.tool_choice is None:
             return None
         field = "tool_choice"
         try:
             rules = tool_rules(
-                declared,
+                declarations,
                 chat.tool_choice,
                 is_parallel=chat.parallel_tool_calls is not False,
                 has_grammar=self._tool_grammar,
@@ -232,25 +232,25 @@ class LanguageModel:
             raise bad_request_error(str(error), "tools" if is_tool else field) from None
 
 
-def _priority(asked: GenerationFields) -> Priority:
-    """Return the priority of a request. Titles and tags are asked for with few tokens and without tools."""
-    if asked.service_tier == "flex":
+def _priority(fields: GenerationFields) -> Priority:
+    """Return the priority of a request. Requests for titles and tags are brief: few tokens, no tools."""
+    if fields.service_tier == "flex":
         return Priority.BACKGROUND
-    limit = asked.limit_tokens
-    is_brief = isinstance(asked, ChatRequest) and not asked.tools and limit is not None and limit <= BRIEF_TOKENS
+    limit = fields.limit_tokens
+    is_brief = isinstance(fields, ChatRequest) and not fields.tools and limit is not None and limit <= BRIEF_TOKENS
     return Priority.BRIEF if is_brief else Priority.INTERACTIVE
 
 
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
     """Return the number for the next tool call's id.
 
-    It is above all numbers that occur, also where the client has cut off the beginning of the conversation: a model
-    would take a call with an id that it has seen for a repetition.
+    It is larger than all numbers in the messages, which may lack the beginning of the conversation: a model treats a
+    call with an id that occurred before as a repetition.
     """
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]
-    found = [_NUMBERED_ID.fullmatch(written) for written in ids if isinstance(written, str)]
-    return max([len(calls), *(int(match[1]) + 1 for match in found if match)])
+    matches = [_CALL_ID.fullmatch(call_id) for call_id in ids if isinstance(call_id, str)]
+    return max([len(calls), *(int(match[1]) + 1 for match in matches if match)])
 
 
 def _declarations(chat: ChatRequest) -> list[dict[str, Any]]:
@@ -259,6 +259,6 @@ def _declarations(chat: ChatRequest) -> list[dict[str, Any]]:
 
 
 def _declaration(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool's declaration with parameters, which a client may leave out."""
+    """Return a tool's declaration; a tool without parameters gets the schema of an empty object."""
     function = tool["function"]
     return {"type": "function", "function": {**function, "parameters": function.get("parameters") or _NO_PARAMETERS}}

@@ -3,13 +3,14 @@
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 MAX_LINES = 10_000
-_END_S = 1.0
+_EXIT_TIMEOUT_S = 1.0
 
 
 class LineLog:
-    """A context manager whose ``write`` never blocks. Lines are dropped while MAX_LINES wait to be written."""
+    """A context manager whose ``write`` does not block. While MAX_LINES wait to be written, new lines are dropped."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -22,21 +23,17 @@ class LineLog:
 
     def __exit__(self, *error: object) -> None:
         self._put(None)
-        self._thread.join(_END_S)
+        self._thread.join(_EXIT_TIMEOUT_S)
 
     def write(self, line: str) -> None:
-        """Write a line soon."""
+        """Queue a line for the writing thread."""
         self._put(line)
 
     def _put(self, line: str | None) -> None:
-        try:
+        with suppress(queue.Full):
             self._lines.put_nowait(line)
-        except queue.Full:
-            return
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            try:
+            with suppress(Exception):  # a closed terminal, or text that it refuses, must not end the log
                 self._write(line)
-            except Exception:  # noqa: BLE001, S112 - the terminal is gone, or refuses the text: the server continues
-                continue

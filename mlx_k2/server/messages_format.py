@@ -1,6 +1,6 @@
-"""The format of Anthropic's Messages API: the events of a stream, and the whole body. Knows no HTTP.
+"""The format of Anthropic's Messages API: the events of a stream, and the body of a complete answer. Knows no HTTP.
 
-A stream and a body are made from the same blocks. One block is open at a time, and blocks are counted from 0.
+Both are made from the same content blocks. Only the last block may be open. The index of the first block is 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,46 +12,46 @@ from mlx_k2.coordinator.handle import Event, Finished
 from mlx_k2.coordinator.reply_policy import ReplyPolicy
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.api_errors import ApiError, messages_error
-from mlx_k2.server.chat_reply import CallArguments, CallBegun, ChatReply, Delta, WrittenCall
+from mlx_k2.server.chat_reply import CallArgumentsDelta, CallStartDelta, ChatReply, Delta, PartialCall
 from mlx_k2.server.messages_request import MessagesRequest
 from mlx_k2.server.sse import event_bytes
 from mlx_k2.text.reply_parts import Content, Reasoning
 from mlx_k2.text.tool_call import read_call
 
 _TEXT_FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
-_DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+_DELTA_TYPES = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 
 
 class MessagesFormat:
     """The answer to a request in the format of the Messages API.
 
-    A call is held back until it is complete, and is a ``tool_use`` block only if its arguments are a JSON object; else
-    it is text: clients raise an error for a block that is not JSON. A tool with ``eager_input_streaming`` gets its
-    arguments as they are sampled, if the answer's grammar ensures that they are JSON, and at most cut off.
+    A call is sent when it is complete: as a ``tool_use`` block if its arguments are a JSON object, else as text, since
+    clients raise an error for a block that is not JSON. The arguments of a tool with ``eager_input_streaming`` are sent
+    as they are sampled if the answer's grammar ensures that they are JSON. Only a token limit cuts them off then.
     """
 
-    def __init__(self, request_id: str, model: str, asked: MessagesRequest, reply: ChatReply) -> None:
+    def __init__(self, request_id: str, model: str, request: MessagesRequest, reply: ChatReply) -> None:
         self._request_id = request_id
         self._model = model
-        self._asked = asked
+        self._request = request
         self._reply = reply
         self._blocks: list[dict[str, Any]] = []
-        """The blocks of the answer so far; that of a call has its arguments as ``partial_json``."""
+        """The content blocks so far; ``tool_use`` blocks have their arguments in ``partial_json``."""
         self._is_open = False
-        self._held: WrittenCall | None = None
-        self._omits_thinking = asked.thinking is not None and asked.thinking.display == "omitted"
-        is_eager = bool(asked.stream) and reply.generation.constrains_calls
-        self._eager = {tool.name for tool in asked.tools or () if tool.eager_input_streaming and is_eager}
+        self._pending_call: PartialCall | None = None
+        self._omits_thinking = request.thinking is not None and request.thinking.display == "omitted"
+        tools = (request.tools or ()) if request.stream and reply.generation.constrains_calls else ()
+        self._streamed_tools = {tool.name for tool in tools if tool.eager_input_streaming}
 
     def begin(self) -> bytes:
-        """Return the start of the message. Which part of the prompt is cached is known at its end only."""
+        """Return the start of the message. Its usage counts no cached tokens: their number is known at the end only."""
         num_prompt = len(self._reply.generation.submissions[0].request.prompt_ids)
         usage = _usage(num_prompt, 0, 0)
         message = self._message([], None, None, usage)
         return event_bytes({"type": "message_start", "message": message}, "message_start") + self.keepalive()
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
-        """Return the events of the stream for these of the engine, the end of the stream included."""
+        """Return the API's events for these events of the engine; after the last one, the end of the stream too."""
         return b"".join(event_bytes(data, data["type"]) for _, event in events for data in self._data(event))
 
     def keepalive(self) -> bytes:
@@ -63,21 +63,21 @@ class MessagesFormat:
         return event_bytes(messages_error(error, self._request_id)[1], "error")
 
     def body(self) -> dict[str, Any]:
-        """Return the whole body."""
-        return self._message([_whole(block) for block in self._blocks], *self._end, self._end_usage)
+        """Return the body of the complete answer."""
+        return self._message([_complete_block(block) for block in self._blocks], *self._stop, self._final_usage)
 
     def _data(self, event: Event) -> Iterator[dict[str, Any]]:
-        """Return what is sent for one event of the engine, and add it to the blocks."""
+        """Yield the API's events for one event of the engine, and add its text to the blocks."""
         deltas = self._reply.add(event)
-        if self._asked.max_tokens:
+        if self._request.max_tokens:  # with 0 the client wants no answer
             for delta in deltas:
                 yield from self._block_data(delta)
         if not isinstance(event, Finished):
             return
         yield from self._close()
-        reason, stop_string = self._end
-        ends = {"stop_reason": reason, "stop_sequence": stop_string}
-        yield {"type": "message_delta", "delta": ends, "usage": self._end_usage}
+        reason, stop_string = self._stop
+        stop_fields = {"stop_reason": reason, "stop_sequence": stop_string}
+        yield {"type": "message_delta", "delta": stop_fields, "usage": self._final_usage}
         yield {"type": "message_stop"}
 
     def _block_data(self, delta: Delta) -> Iterator[dict[str, Any]]:
@@ -86,21 +86,21 @@ class MessagesFormat:
                 yield from self._open({"type": "thinking", "thinking": "", "signature": ""})
                 if not self._omits_thinking:
                     yield from self._add(text)
-            case CallBegun(index, call_id, name):
+            case CallStartDelta(index, call_id, name):
                 yield from self._close()
-                if name in self._eager:
+                if name in self._streamed_tools:
                     yield from self._open(_call_block(call_id, name))
                 else:
-                    self._held = self._reply.calls[index]
-            case CallArguments(_, text) if self._held is None:
+                    self._pending_call = self._reply.calls[index]
+            case CallArgumentsDelta(_, text) if self._pending_call is None:
                 yield from self._add(text)
             case Content(text):
                 yield from self._open({"type": "text", "text": ""})
                 yield from self._add(text)
 
     def _open(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Begin a block, unless one of this type is open."""
-        if self._is_open and self._held is None and self._blocks[-1]["type"] == block["type"]:
+        """Start ``block``, unless the open block has the same type."""
+        if self._is_open and self._pending_call is None and self._blocks[-1]["type"] == block["type"]:
             return
         yield from self._close()
         self._is_open = True
@@ -112,30 +112,30 @@ class MessagesFormat:
         block = self._blocks[-1]
         field = _TEXT_FIELDS[block["type"]]
         block[field] += text
-        yield self._delta({"type": _DELTAS[block["type"]], field: text})
+        yield self._delta({"type": _DELTA_TYPES[block["type"]], field: text})
 
     def _close(self) -> Iterator[dict[str, Any]]:
-        """End the open block, or send the call that was held back as one."""
-        if (call := self._held) is not None:
-            self._held = None
+        """End the open block. A pending call is complete now: send it as a block first."""
+        if (call := self._pending_call) is not None:
+            self._pending_call = None
             arguments = call.arguments.removeprefix("\ufeff")
-            is_whole = bool(arguments.strip()) and read_call(call.id, arguments).values is not None
-            yield from self._open(_call_block(call.id, call.name) if is_whole else {"type": "text", "text": ""})
-            yield from self._add(arguments if is_whole else call.id + arguments)
+            is_json_object = bool(arguments.strip()) and read_call(call.id, arguments).values is not None
+            yield from self._open(_call_block(call.id, call.name) if is_json_object else {"type": "text", "text": ""})
+            yield from self._add(arguments if is_json_object else call.id + arguments)
         if not self._is_open:
             return
         self._is_open = False
         if self._blocks[-1]["type"] == "thinking":
-            self._blocks[-1]["signature"] = self._reply.handle
-            yield self._delta({"type": "signature_delta", "signature": self._reply.handle})
+            self._blocks[-1]["signature"] = self._reply.turn_handle
+            yield self._delta({"type": "signature_delta", "signature": self._reply.turn_handle})
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
     @property
-    def _end(self) -> tuple[str, str | None]:
-        """The reason of the end, and the stop string that caused it."""
+    def _stop(self) -> tuple[str, str | None]:
+        """The ``stop_reason``, and the stop string that ended the answer; None for another reason."""
         policy, summary = self._reply.generation.submissions[0].policy, self._reply.summary
         stop_string = policy.stop_string if isinstance(policy, ReplyPolicy) else None
         if stop_string is not None:
@@ -144,19 +144,19 @@ class MessagesFormat:
             case "tool_calls" if any(block["type"] == "tool_use" for block in self._blocks):
                 return "tool_use", None
             case "length":
-                is_full = (
+                is_context_full = (
                     summary is not None
                     and summary.finish_reason is FinishReason.LENGTH
-                    and summary.generated_tokens < self._asked.max_tokens
+                    and summary.generated_tokens < self._request.max_tokens
                 )
-                return "model_context_window_exceeded" if is_full else "max_tokens", None
+                return "model_context_window_exceeded" if is_context_full else "max_tokens", None
         return "end_turn", None
 
     @property
-    def _end_usage(self) -> dict[str, Any]:
+    def _final_usage(self) -> dict[str, Any]:
         summary = self._reply.summary
         assert summary is not None, "the reply is complete"
-        num_generated = summary.generated_tokens if self._asked.max_tokens else 0
+        num_generated = summary.generated_tokens if self._request.max_tokens else 0
         details = {"thinking_tokens": self._reply.num_reasoning_tokens}
         return _usage(summary.prompt_tokens, summary.cached_tokens, num_generated) | {"output_tokens_details": details}
 
@@ -180,8 +180,8 @@ def _call_block(call_id: str, name: str) -> dict[str, Any]:
     return {"type": "tool_use", "id": call_id, "name": name, "input": {}}
 
 
-def _whole(block: dict[str, Any]) -> dict[str, Any]:
-    """Return a block of the body."""
+def _complete_block(block: dict[str, Any]) -> dict[str, Any]:
+    """Return a block with the arguments of a call as ``input``."""
     block = dict(block)
     arguments = block.pop("partial_json", None)
     return block if arguments is None else {**block, "input": msgspec.Raw(arguments.encode())}

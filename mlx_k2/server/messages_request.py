@@ -1,7 +1,6 @@
-"""The body of a request of Anthropic's Messages API, and the same as a chat request. Knows no model.
+"""The body of a request of Anthropic's Messages API, and its conversion to a chat request. Knows no model.
 
-Fields and blocks that are not named here are ignored, as are tools of other types than a client's own: clients send new
-ones each month.
+Fields, block types and tool types that this module does not name are ignored: clients send new ones each month.
 """
 
 import re
@@ -16,22 +15,22 @@ from mlx_k2.json_text.read import convert
 from mlx_k2.server.api_errors import bad_request_error
 from mlx_k2.server.chat_request import ChatRequest, Thinking, check_chat
 from mlx_k2.server.request_fields import check_field
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
-"""Claude Code begins the system prompt with this line. It differs each time, and no prompt would match the cache."""
-_UNREADABLE = ("image", "document", "search_result")
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+"""The first line of Claude Code's system prompt. It differs in each request, so no prompt would match the cache."""
+_UNREADABLE_TYPES = ("image", "document", "search_result")
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
-    """A content block of any type, with all fields that are read."""
+    """A content block of any type; each type has some of these fields."""
 
     type: str
     text: str = ""
     thinking: str = ""
     signature: str | None = None
-    """The handle of a stored turn."""
+    """The turn handle of an earlier answer."""
     id: str = ""
     name: str = ""
     input: dict[str, Any] | None = None
@@ -41,15 +40,15 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     tool_name: str = ""
 
 
-class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """A message. Several of one role in a row are one turn."""
+class MessageEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A message. Adjacent messages of the same role are one turn of the conversation."""
 
     role: str
     content: str | list[Block]
 
 
 class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool. One with another type than "custom" is run by Anthropic's servers or known to its models only."""
+    """A tool. Its ``type`` is None or "custom" for the client's own; other types run on Anthropic's servers."""
 
     name: str = ""
     type: str | None = None
@@ -69,21 +68,21 @@ class MessagesToolChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MessagesThinking(Thinking, frozen=True, kw_only=True):
-    """Whether the model thinks, for how many tokens, and whether the client sees it."""
+    """Whether the model thinks, for how many tokens, and whether the client gets the text."""
 
     display: str | None = None
-    """"omitted" leaves the text out of the answer; its signature still brings it back."""
+    """"omitted": thinking blocks have no text; with their signatures the server restores it in later prompts."""
 
 
 class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """The form of the answer text."""
+    """The format of the answer text."""
 
     type: str
     schema: dict[str, Any] | None = None
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How much the model thinks, and the form of the answer text."""
+    """How much the model thinks, and the format of the answer text."""
 
     effort: str | None = None
     format: OutputFormat | None = None
@@ -93,7 +92,7 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of ``POST /v1/messages/count_tokens`` that are read."""
 
     model: str | None = None
-    messages: list[Turn]
+    messages: list[MessageEntry]
     system: str | list[Block] | None = None
     tools: list[MessagesTool] | None = None
     tool_choice: MessagesToolChoice | None = None
@@ -102,7 +101,7 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chat(self) -> ChatRequest:
-        """The same as a chat request.
+        """The request, converted to a chat request.
 
         Raises:
             ApiError: 400; names the field that cannot be served.
@@ -127,7 +126,7 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     """The fields of ``POST /v1/messages`` that are read."""
 
     max_tokens: int
-    """The most tokens of the answer. 0 computes the prompt for the cache, and answers nothing."""
+    """The most tokens of the answer; 0: compute the prompt for the cache, and send an empty answer."""
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -136,7 +135,7 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
     @property
     def chat(self) -> ChatRequest:
-        """The same as a chat request. Errors are those of CountRequest."""
+        """The request, converted to a chat request. Errors are those of CountRequest."""
         check_field(self.max_tokens >= 0, "max_tokens", f"max_tokens is {self.max_tokens}: give at least 0")
         chat = msgspec.structs.replace(
             super().chat,
@@ -152,7 +151,7 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
 
 def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
-    """Return the system message, without Claude Code's billing line at its start."""
+    """Return the system message without Claude Code's billing line; [] if it has no text."""
     blocks = [block.text for block in _blocks(system or "") if block.type == "text"]
     if blocks and (billing := _BILLING.match(blocks[0])):
         blocks[0] = blocks[0][billing.end() :]
@@ -160,49 +159,47 @@ def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _messages(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
-    check_field(bool(turns), "messages", "messages: there is no message to answer")
-    for role, numbered in groupby(enumerate(turns), lambda entry: entry[1].role):
-        of_role = list(numbered)
-        check_field(
-            role in ("user", "assistant", "system"),
-            f"messages[{of_role[0][0]}].role",
-            f"messages[{of_role[0][0]}].role is {role!r}: give user or assistant",
-        )
+def _messages(entries: Sequence[MessageEntry]) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a chat request: one or more for each turn."""
+    check_field(bool(entries), "messages", "messages: there is no message to answer")
+    for role, turn in groupby(enumerate(entries), lambda numbered: numbered[1].role):
+        numbered_entries = list(turn)
+        role_field = f"messages[{numbered_entries[0][0]}].role"
+        is_known = role in ("user", "assistant", "system")
+        check_field(is_known, role_field, f"{role_field} is {role!r}: give user or assistant")
         blocks = [
-            (f"messages[{number}].content[{at}]", block)
-            for number, turn in of_role
-            for at, block in enumerate(_blocks(turn.content))
+            (f"messages[{number}].content[{index}]", block)
+            for number, entry in numbered_entries
+            for index, block in enumerate(_blocks(entry.content))
         ]
         if role == "assistant":
             yield _assistant([block for _, block in blocks])
             continue
         yield from (_result(where, block) for where, block in blocks if block.type == "tool_result")
-        texts = [_user_text(where, block) for where, block in blocks if block.type in ("text", *_UNREADABLE)]
+        texts = [_user_text(where, block) for where, block in blocks if block.type in ("text", *_UNREADABLE_TYPES)]
         if texts or not blocks:
             yield {"role": role, "content": "\n".join(texts)}
     check_field(
-        turns[-1].role != "assistant",
+        entries[-1].role != "assistant",
         "messages",
-        "messages end with the assistant's: this server does not continue an answer, so end with the user's",
+        "the last message is the assistant's: this server does not continue an answer, so end with a user's",
     )
 
 
 def _user_text(where: str, block: Block) -> str:
     if block.type != "text":
-        raise bad_request_error(
-            f"{where} is {block.type!r}, and this model reads text only", where, "unsupported_content"
-        )
+        message = f"{where} is {block.type!r}, and this model reads text only"
+        raise bad_request_error(message, where, "unsupported_content")
     return block.text
 
 
 def _assistant(blocks: Sequence[Block]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant"}
-    message["content"] = "".join(block.text for block in blocks if block.type == "text")
-    thoughts = [block for block in blocks if block.type == "thinking"]
-    if thoughts:
-        message["reasoning_content"] = "".join(block.thinking for block in thoughts)
-        message[HANDLE_FIELD] = thoughts[-1].signature
+    text = "".join(block.text for block in blocks if block.type == "text")
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    thinking_blocks = [block for block in blocks if block.type == "thinking"]
+    if thinking_blocks:
+        message["reasoning_content"] = "".join(block.thinking for block in thinking_blocks)
+        message[TURN_HANDLE_FIELD] = thinking_blocks[-1].signature
     calls = [block for block in blocks if block.type == "tool_use"]
     if calls:
         message["tool_calls"] = [
@@ -213,17 +210,18 @@ def _assistant(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _result(where: str, block: Block) -> dict[str, Any]:
-    """Return a tool's result. The model has no field for an error, so the text says it.
+    """Return the message with a tool's result. "Error: " marks a failed call, for which messages have no field.
 
-    What is no text is replaced by a note: a tool's image must not end the conversation.
+    A part without text is replaced by a line: a tool's image must not end the conversation.
     """
+    content = block.content
     try:
-        parts = _blocks(content if isinstance(content := block.content, str) else convert(content or [], list[Block]))
+        parts = _blocks(content if isinstance(content, str) else convert(content or [], list[Block]))
     except JsonError as error:
         raise bad_request_error(f"{where}.content: {error}", f"{where}.content") from None
     texts = [
         f"[{part.type} left out: this model reads text only]"
-        if part.type in _UNREADABLE
+        if part.type in _UNREADABLE_TYPES
         else part.text or part.tool_name
         for part in parts
     ]
@@ -241,28 +239,28 @@ def _blocks(content: str | list[Block]) -> list[Block]:
 
 def _tools(tools: Sequence[MessagesTool]) -> list[dict[str, Any]]:
     """Return the client's own tools as functions."""
-    declared = []
+    declarations = []
     for tool in tools:
         if tool.type not in (None, "custom"):
             continue
         fields = {"description": tool.description, "parameters": tool.input_schema, "strict": tool.strict}
-        given = {name: value for name, value in fields.items() if value is not None}
-        declared.append({"type": "function", "function": {"name": tool.name, **given}})
-    return declared
+        function = {"name": tool.name} | {name: value for name, value in fields.items() if value is not None}
+        declarations.append({"type": "function", "function": function})
+    return declarations
 
 
 def _tool_choice(choice: MessagesToolChoice) -> str | dict[str, Any]:
     if choice.type == "tool":
         return {"type": "function", "function": {"name": choice.name}}
-    if choice.type not in _CHOICES:
+    if choice.type not in _TOOL_CHOICES:
         raise bad_request_error(
             f"tool_choice.type is {choice.type!r}: give auto, any, tool or none", "tool_choice.type"
         )
-    return _CHOICES[choice.type]
+    return _TOOL_CHOICES[choice.type]
 
 
-def _response_format(wanted: OutputFormat) -> dict[str, Any]:
-    if wanted.type != "json_schema" or wanted.schema is None:
+def _response_format(output_format: OutputFormat) -> dict[str, Any]:
+    if output_format.type != "json_schema" or output_format.schema is None:
         message = "output_config.format: give the type json_schema, and a schema"
         raise bad_request_error(message, "output_config.format")
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted.schema}}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": output_format.schema}}

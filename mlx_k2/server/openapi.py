@@ -1,4 +1,4 @@
-"""The OpenAPI document of the server, from the types that read the requests. Knows no HTTP."""
+"""The OpenAPI document of the server, made from the types of the request bodies. Knows no HTTP."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mlx_k2.server.chat_request import ChatRequest, CompletionRequest, Detokeniz
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest
 from mlx_k2.server.responses_request import ResponsesRequest
 
-_REFERENCE = "#/components/schemas/{name}"
+_SCHEMA_PATH = "#/components/schemas/{name}"
 _ERROR_TEXTS = {
     "400": "The request cannot be served; the error names the field.",
     "401": "The key is missing or wrong.",
@@ -50,15 +50,15 @@ _GETS = {
 }
 
 
-def document() -> dict[str, Any]:
+def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document."""
     types = [kind for _, kind in _POSTS.values() if kind is not None]
-    _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    _, schemas = msgspec.json.schema_components(types, ref_template=_SCHEMA_PATH)
     paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in _GETS.items()}
     for path, (text, kind) in _POSTS.items():
         operation = _operation(path, text)
         if kind is not None:
-            content = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=kind.__name__)}}}
+            content = {"application/json": {"schema": {"$ref": _SCHEMA_PATH.format(name=kind.__name__)}}}
             operation["requestBody"] = {"required": True, "content": content}
         paths[path] = {"post": operation}
     paths["/v1/responses/{id}"]["delete"] = _operation("/v1/responses/{id}", "Forget a stored response.")
@@ -90,8 +90,6 @@ _ERROR_SCHEMA = {
         }
     },
 }
-
-
 _MESSAGES_ERROR_SCHEMA = {
     "type": "object",
     "required": ["type", "error", "request_id"],
@@ -109,7 +107,7 @@ _MESSAGES_ERROR_SCHEMA = {
 
 def _operation(path: str, text: str) -> dict[str, Any]:
     is_messages = path.startswith("/v1/messages")
-    schema = {"$ref": _REFERENCE.format(name="MessagesError" if is_messages else "Error")}
+    schema = {"$ref": _SCHEMA_PATH.format(name="MessagesError" if is_messages else "Error")}
     texts = _ERROR_TEXTS | _MESSAGES_ERROR_TEXTS if is_messages else _ERROR_TEXTS
     errors = {
         status: {"description": meaning, "content": {"application/json": {"schema": schema}}}

@@ -1,4 +1,4 @@
-"""The body of a request, read under limits on size and time, and the fields that all kinds of generation have.
+"""Reading of a request's body under limits on size and time, and the fields that all requests for text share.
 
 Knows no API.
 """
@@ -11,11 +11,11 @@ from starlette.requests import Request
 
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
-from mlx_k2.server.api_errors import INVALID, ApiError, bad_request_error
+from mlx_k2.server.api_errors import INVALID_REQUEST, ApiError, bad_request_error
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 BODY_TIMEOUT_S = 30.0
-_CLOSE = {"connection": "close"}
+_CLOSE_CONNECTION = {"connection": "close"}
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 16
 
@@ -29,7 +29,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields of a request for a generated text. Unknown fields of a body are ignored."""
+    """The fields that every request for generated text may have. Unknown fields of a body are ignored."""
 
     model: str | None = None
     stream: bool | None = None
@@ -44,7 +44,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    """Whether tokens that end an answer are sampled like others."""
+    """Whether the answer continues after a stop token."""
     stop: str | list[str] | None = None
     n: int | None = None
     frequency_penalty: float | None = None
@@ -57,32 +57,32 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings."""
+        """The field ``stop`` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def limit_tokens(self) -> int | None:
-        """The most tokens of the answer; None: what fits."""
+        """The most tokens of the answer; None: as many as fit into the context."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """The number of likely tokens with log-probabilities; None for no log-probabilities."""
+        """The number of most likely tokens to report per position; None: report no log-probabilities."""
         return None
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the whole body.
+    """Return the body of a request.
 
     Raises:
-        ApiError: 413 too large, 415 compressed, 408 not sent within BODY_TIMEOUT_S. The connection is closed after 408
-            and 413.
+        ApiError: 413 too large, 415 compressed, 408 not received within BODY_TIMEOUT_S. The connection is closed
+            after the answer.
         ClientDisconnect: the client has closed the connection.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         message = f"a body in the encoding {encoding[:40]!r} is not read: send it uncompressed"
-        raise ApiError(415, INVALID, message, headers=_CLOSE)
+        raise ApiError(415, INVALID_REQUEST, message, headers=_CLOSE_CONNECTION)
     length = request.headers.get("content-length", "0")
     if int(length) > MAX_BODY_BYTES:  # h11 has checked that it is a number
         raise _too_large()
@@ -95,20 +95,20 @@ async def read_body(request: Request) -> bytes:
                     raise _too_large()
     except TimeoutError:
         message = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
-        raise ApiError(408, INVALID, message, code="request_timeout", headers=_CLOSE) from None
+        raise ApiError(408, INVALID_REQUEST, message, code="request_timeout", headers=_CLOSE_CONNECTION) from None
     return bytes(body)
 
 
 def _too_large() -> ApiError:
     message = f"the body is larger than {MAX_BODY_BYTES} bytes"
-    return ApiError(413, INVALID, message, code="request_too_large", headers=_CLOSE)
+    return ApiError(413, INVALID_REQUEST, message, code="request_too_large", headers=_CLOSE_CONNECTION)
 
 
 def read_fields(body: bytes, kind: type[Fields]) -> Fields:
-    """Return the body of a request as ``kind``.
+    """Return the fields of a JSON body as a struct of type ``kind``.
 
     Raises:
-        ApiError: 400; names the field that is malformed.
+        ApiError: 400, the body is not JSON, or a field is malformed; names the field.
     """
     try:
         value = parse_json(body)
@@ -123,20 +123,21 @@ def read_fields(body: bytes, kind: type[Fields]) -> Fields:
         raise bad_request_error(str(error), field if problem and field != "the whole" else None) from None
 
 
-def check_fields(asked: GenerationFields) -> None:
-    """Refuse what cannot be done. Nothing that changes an answer is ignored silently.
+def check_fields(fields: GenerationFields) -> None:
+    """Refuse values that the server cannot use.
 
     Raises:
         ApiError: 400; names the field.
     """
-    check_field(asked.n is None or 1 <= asked.n <= MAX_CHOICES, "n", f"n is {asked.n}: give 1 to {MAX_CHOICES}")
-    check_field(asked.extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
-    limit = asked.limit_tokens
-    name = "max_tokens" if limit == asked.max_tokens else "max_completion_tokens"
-    check_field(asked.min_tokens is None or asked.min_tokens >= 0, "min_tokens", "min_tokens: give at least 0")
+    check_field(fields.n is None or 1 <= fields.n <= MAX_CHOICES, "n", f"n is {fields.n}: give 1 to {MAX_CHOICES}")
+    extra_body = fields.extra_body
+    check_field(extra_body is None, "extra_body", "extra_body is an argument of OpenAI's client: send its fields")
+    limit = fields.limit_tokens
+    name = "max_tokens" if limit == fields.max_tokens else "max_completion_tokens"
+    check_field(fields.min_tokens is None or fields.min_tokens >= 0, "min_tokens", "min_tokens: give at least 0")
     check_field(limit is None or limit >= 1, name, f"{name} is {limit}: give at least 1")
-    check_field(len(asked.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
-    check_field("" not in asked.stop_strings, "stop", "stop: an empty string ends no answer")
+    check_field(len(fields.stop_strings) <= MAX_STOP_STRINGS, "stop", f"stop: give at most {MAX_STOP_STRINGS} strings")
+    check_field("" not in fields.stop_strings, "stop", "stop: an empty string ends no answer")
 
 
 def check_field(holds: bool, param: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Request record: one running request as /v1/status, /metrics and cancellation see it. Knows no text."""
+"""Request record: the owner and the progress of a running request, for /v1/status and /metrics. Knows no text."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from mlx_k2.coordinator.handle import Event, PrefillProgress, Queued, Restarting
 
 @dataclass
 class RequestRecord:
-    """A running request: who made it, and how far it is. Times are of time.perf_counter."""
+    """The owner and the progress of one request. Times are those of time.perf_counter, in seconds."""
 
     id: str
     owner: str
     """The name of its API key; "" where none is required."""
-    began: float = field(default_factory=time.perf_counter)
+    created_at: float = field(default_factory=time.perf_counter)
     phase: str = "queued"
     position: int | None = None
-    """The number of requests that start before it, while it is queued."""
+    """The number of requests ahead of it in the queue; None before it is known."""
     prompt_done: int = 0
     prompt_total: int = 0
     num_tokens: int = 0
-    started: float | None = None
-    """The time of the first sign that the prompt is computed."""
-    first_token: float | None = None
-    last_token: float | None = None
+    prefill_started_at: float | None = None
+    """The time of the first progress of the prompt; None before it."""
+    first_token_at: float | None = None
+    last_token_at: float | None = None
 
     def add(self, event: Event) -> None:
         """Record an event."""
@@ -33,20 +33,21 @@ class RequestRecord:
                 self.phase, self.position = "queued", position
             case PrefillProgress(done, total):
                 self.phase, self.prompt_done, self.prompt_total = "prefill", done, total
-                self.started = self.started or time.perf_counter()
+                self.prefill_started_at = self.prefill_started_at or time.perf_counter()
             case Restarting():
                 self.phase = "restarting"
             case Token():
                 self.phase = "decode"
                 self.num_tokens += 1
-                self.first_token = self.first_token or event.arrived_at
-                self.last_token = event.arrived_at
+                self.first_token_at = self.first_token_at or event.arrived_at
+                self.last_token_at = event.arrived_at
 
     def fields(self, *, is_own: bool) -> dict[str, Any]:
-        """Return the fields for /v1/status. Only its owner sees its id."""
+        """Return the fields for /v1/status, for another owner (``is_own`` False) without the id."""
         tokens_per_s = None
-        if self.first_token is not None and self.last_token is not None and self.last_token > self.first_token:
-            tokens_per_s = round((self.num_tokens - 1) / (self.last_token - self.first_token), 2)
+        first, last = self.first_token_at, self.last_token_at
+        if first is not None and last is not None and last > first:
+            tokens_per_s = round((self.num_tokens - 1) / (last - first), 2)
         return {
             "id": self.id if is_own else None,
             "phase": self.phase,
@@ -55,5 +56,5 @@ class RequestRecord:
             "prompt_tokens": self.prompt_total,
             "tokens": self.num_tokens,
             "tokens_per_s": tokens_per_s,
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "seconds": round(time.perf_counter() - self.created_at, 1),
         }

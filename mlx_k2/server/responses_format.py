@@ -1,7 +1,7 @@
-"""The format of a response in OpenAI's newer API: its events, or its whole body. Knows no HTTP."""
+"""The format of OpenAI's Responses API: the events of a response, or its body. Knows no HTTP."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -21,56 +21,59 @@ _ABSENT_TOOL_FIELDS = {"description": None, "parameters": None, "strict": None}
 class ResponseFormat:
     """The format of one response.
 
-    ``fields`` are those of the response before it has begun. ``keep`` gets the body of the complete response.
+    ``fields`` are those of ``response_fields``. ``keep_response`` is called with the complete response as JSON.
     """
 
-    def __init__(self, fields: Fields, reply: ChatReply, keepalive: str, keep: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, fields: Fields, reply: ChatReply, keepalive: str, keep_response: Callable[[bytes], None]
+    ) -> None:
         self._fields = fields
         self._reply = reply
         self._has_keepalive = keepalive != "off"
-        self._keep = keep
+        self._keep_response = keep_response
         self._wants_logprobs = reply.generation.submissions[0].request.sampling.num_logprobs is not None
-        self._output = OutputItems(fields["id"].partition("_")[2], reply.handle)
+        self._output = OutputItems(fields["id"].partition("_")[2], reply.turn_handle)
         self._num_events = 0
-        self._whole: msgspec.Raw | None = None
+        self._complete_body: msgspec.Raw | None = None
 
     def begin(self) -> bytes:
         """Return the first events. Clients refuse a stream that does not begin with response.created."""
-        return self._sent([self._lifecycle("response.created"), self._lifecycle("response.in_progress")])
+        return self._encoded([self._lifecycle("response.created"), self._lifecycle("response.in_progress")])
 
     def keepalive(self) -> bytes:
-        """Return response.in_progress again: clients count events as signs of life, and comments not."""
-        return self._sent([self._lifecycle("response.in_progress")]) if self._has_keepalive else b""
+        """Return response.in_progress again: clients end a connection on which only comments arrive."""
+        return self._encoded([self._lifecycle("response.in_progress")]) if self._has_keepalive else b""
 
     def error(self, error: ApiError) -> bytes:
         """Return response.failed and the end of the stream."""
         self._output.close("incomplete")
-        return self._sent([_failure(self._fields | {"output": self._output.items}, error)]) + DONE
+        return self._encoded([_failure(self._fields | {"output": self._output.items}, error)]) + DONE
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
-        """Return the events of the API for these, and the end of the stream."""
-        sent = self._sent(self._changes(events))
+        """Return the API's events for these events of the engine; after the last one, the end of the stream too."""
+        data = self._encoded(self._changes(events))
         if self._reply.summary is None:
-            return sent
-        self._whole = self._complete()
-        return sent + self._sent([{"type": f"response.{self._status}", "response": self._whole}]) + DONE
+            return data
+        self._complete_body = self._complete()
+        return data + self._encoded([{"type": f"response.{self._status}", "response": self._complete_body}]) + DONE
 
     def body(self) -> msgspec.Raw:
-        """Return the whole response, after its last event."""
-        assert self._whole is not None, "the response is complete"
-        return self._whole
+        """Return the complete response, after its last event."""
+        assert self._complete_body is not None, "the response is complete"
+        return self._complete_body
 
     def _complete(self) -> msgspec.Raw:
+        """Return the body of the response, and pass it to ``keep_response``."""
         is_complete = self._status == "completed"
-        ended = {
+        final_fields = {
             "status": self._status,
             "completed_at": int(time.time()) if is_complete else None,
             "incomplete_details": None if is_complete else {"reason": "max_output_tokens"},
             "output": self._output.items,
             "usage": _usage(self._reply),
         }
-        body = msgspec.json.encode(self._fields | ended)
-        self._keep(body)
+        body = msgspec.json.encode(self._fields | final_fields)
+        self._keep_response(body)
         return msgspec.Raw(body)
 
     @property
@@ -85,43 +88,44 @@ class ResponseFormat:
                 yield from self._output.close(self._status)
 
     def _logprobs(self) -> list[Fields]:
-        """Return the log-probabilities of the content since the last call."""
+        """Return the log-probabilities of the content since the last call; [] if the client wants none."""
         return logprobs_of(self._reply, self._reply.next_content_tokens()) if self._wants_logprobs else []
 
     def _lifecycle(self, kind: str) -> Fields:
         return {"type": kind, "response": self._fields}
 
-    def _sent(self, changes: Sequence[Fields] | Iterator[Fields]) -> bytes:
-        sent = b""
-        for change in changes:
-            sent += event_bytes(change | {"sequence_number": self._num_events}, change["type"])
+    def _encoded(self, events: Iterable[Fields]) -> bytes:
+        """Return the API's events as server-sent events, with their sequence numbers."""
+        data = b""
+        for event in events:
+            data += event_bytes(event | {"sequence_number": self._num_events}, event["type"])
             self._num_events += 1
-        return sent
+        return data
 
 
-def response_fields(head: Fields, asked: ResponsesRequest, sampling: Sampling | None) -> Fields:
-    """Return the fields of a response that has not begun; ``head`` has its id, creation time and model."""
-    text = asked.text
+def response_fields(base_fields: Fields, request: ResponsesRequest, sampling: Sampling | None) -> Fields:
+    """Return the fields of a response in progress. ``base_fields`` has id, created and model."""
+    text = request.text
     sampling = Sampling(seed=0) if sampling is None else sampling
     return {
-        "id": head["id"],
+        "id": base_fields["id"],
         "object": "response",
-        "created_at": head["created"],
+        "created_at": base_fields["created"],
         "completed_at": None,
         "status": "in_progress",
         "background": False,
         "error": None,
         "incomplete_details": None,
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": None,
-        "model": head["model"],
+        "model": base_fields["model"],
         "output": [],
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "previous_response_id": asked.previous_response_id,
-        "reasoning": {"effort": None if asked.reasoning is None else asked.reasoning.effort, "summary": None},
-        "service_tier": "flex" if asked.service_tier == "flex" else "default",
-        "store": asked.is_stored,
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": request.previous_response_id,
+        "reasoning": {"effort": None if request.reasoning is None else request.reasoning.effort, "summary": None},
+        "service_tier": "flex" if request.service_tier == "flex" else "default",
+        "store": request.is_stored,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "presence_penalty": sampling.presence_penalty,
@@ -130,28 +134,30 @@ def response_fields(head: Fields, asked: ResponsesRequest, sampling: Sampling | 
             "format": {"type": "text"} if text is None or text.format is None else text.format,
             "verbosity": "medium" if text is None or text.verbosity is None else text.verbosity,
         },
-        "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
-        "tools": [_ABSENT_TOOL_FIELDS | tool for tool in asked.function_tools],
-        "top_logprobs": asked.top_logprobs or 0,
+        "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
+        "tools": [_ABSENT_TOOL_FIELDS | tool for tool in request.function_tools],
+        "top_logprobs": request.top_logprobs or 0,
         "truncation": "disabled",
         "usage": None,
-        "metadata": asked.metadata or {},
-        "prompt_cache_key": asked.prompt_cache_key,
-        "safety_identifier": asked.safety_identifier,
-        "user": asked.user,
+        "metadata": request.metadata or {},
+        "prompt_cache_key": request.prompt_cache_key,
+        "safety_identifier": request.safety_identifier,
+        "user": request.user,
     }
 
 
 def failed_stream(fields: Fields, error: ApiError) -> bytes:
-    """Return the whole stream of a response that failed before it began."""
+    """Return the complete stream of a response that fails before its first token."""
     events = [{"type": "response.created", "response": fields}, _failure(fields, error)]
-    return b"".join(event_bytes(one | {"sequence_number": at}, one["type"]) for at, one in enumerate(events)) + DONE
+    numbered = [event | {"sequence_number": number} for number, event in enumerate(events)]
+    return b"".join(event_bytes(event, event["type"]) for event in numbered) + DONE
 
 
 def _failure(fields: Fields, error: ApiError) -> Fields:
+    """Return the event response.failed."""
     code = error.code if error.code == CONTEXT_OVERFLOW else "server_error"
-    failed = {"status": "failed", "error": {"code": code, "message": error.message}}
-    return {"type": "response.failed", "response": fields | failed}
+    failure_fields = {"status": "failed", "error": {"code": code, "message": error.message}}
+    return {"type": "response.failed", "response": fields | failure_fields}
 
 
 def _usage(reply: ChatReply) -> Fields:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses, and the chat request that it means. Knows no model."""
+"""The body of POST /v1/responses, and its conversion to a chat request. Knows no model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,25 @@ from mlx_k2.server.responses_input import InputReader
 LOGPROBS = "message.output_text.logprobs"
 """The value of ``include`` that asks for log-probabilities."""
 _TOOL_FIELDS = ("name", "description", "parameters", "strict")
-_PARAMS = {
+_FIELD_NAMES = {
     "messages": "input",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "max_completion_tokens": "max_output_tokens",
     "tools": "tools",
 }
-"""The fields of a response for those of the chat request that it becomes."""
+"""The field of a responses request for each field of the chat request that it is converted to."""
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True):
-    """How much the model thinks. ``summary`` changes nothing: reasoning is sent as it is."""
+    """How much the model thinks. ``summary`` has no effect: the reasoning itself is sent."""
 
     effort: str | None = None
     summary: str | None = None
 
 
 class TextOptions(msgspec.Struct, frozen=True):
-    """The form of the answer. ``verbosity`` changes nothing."""
+    """The format of the answer text. ``verbosity`` has no effect."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
@@ -63,19 +63,19 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
 
     @property
     def is_stored(self) -> bool:
-        """Whether the response is kept, for GET and for ``previous_response_id``."""
+        """Whether the response is stored for GET and for ``previous_response_id``."""
         return self.store is not False
 
     @property
     def function_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model may call. Tools of other types would run on a server, and are left out."""
+        """The declared functions. Tools of other types are left out: OpenAI's servers run them."""
         return [tool for tool in self.tools or () if tool.get("type") == "function"]
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """The chat request that a request for a response means, and lines about what was left out.
+    """A request for a response, converted to a chat request; ``warnings`` are lines about what was left out.
 
-    ``messages`` are those that a later response continues: all but the instructions, which hold for one response.
+    ``messages`` are those that a later response continues: all but the instructions, which apply to one response only.
     """
 
     chat: ChatRequest
@@ -89,86 +89,86 @@ def read_responses_request(body: bytes) -> ResponsesRequest:
     Raises:
         ApiError: 400; names the field that is malformed, or asks for something that this server does not do.
     """
-    asked = read_fields(body, ResponsesRequest)
-    check_field(not asked.background, "background", "a response in the background is not supported: leave it out")
-    check_field(asked.conversation is None, "conversation", "conversations are not stored: use previous_response_id")
-    check_field(asked.prompt is None, "prompt", "prompt templates are not stored: send their text as instructions")
-    check_field(asked.n in (None, 1), "n", "a response is one answer: leave n out")
-    for at, tool in enumerate(asked.tools or ()):
-        is_named = isinstance(tool.get("name"), str) and bool(tool["name"])
-        check_field(
-            tool.get("type") != "function" or is_named, f"tools[{at}].name", f"tools[{at}] is a function without a name"
-        )
-    return asked
+    request = read_fields(body, ResponsesRequest)
+    check_field(not request.background, "background", "a response in the background is not supported: leave it out")
+    check_field(request.conversation is None, "conversation", "conversations are not stored: use previous_response_id")
+    check_field(request.prompt is None, "prompt", "prompt templates are not stored: send their text as instructions")
+    check_field(request.n in (None, 1), "n", "a response is one answer: leave n out")
+    for index, tool in enumerate(request.tools or ()):
+        has_name = isinstance(tool.get("name"), str) and bool(tool["name"])
+        message = f"tools[{index}] is a function without a name"
+        check_field(tool.get("type") != "function" or has_name, f"tools[{index}].name", message)
+    return request
 
 
-def conversation_of(asked: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()) -> Conversation:
-    """Return the conversation to answer, which continues the messages ``earlier``.
+def conversation_of(request: ResponsesRequest, previous: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+    """Return the conversation to answer: the messages ``previous``, then the input.
 
     Raises:
-        ApiError: 400; names the field.
+        ApiError: 400; names the field that cannot be used.
     """
     reader = InputReader()
-    given = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
-    reader.read(given)
-    messages = [*map(dict, earlier), *reader.messages]
-    instructions = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
-    tools, choice = _tools_and_choice(asked)
-    shared = {name: getattr(asked, name) for name in GenerationFields.__struct_fields__}
-    wants_logprobs = bool(asked.top_logprobs) or LOGPROBS in (asked.include or ())
+    items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
+    reader.read(items)
+    messages = [*map(dict, previous), *reader.messages]
+    instructions = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
+    tools, choice = _tools_and_choice(request)
+    common_fields = {name: getattr(request, name) for name in GenerationFields.__struct_fields__}
+    wants_logprobs = bool(request.top_logprobs) or LOGPROBS in (request.include or ())
     chat = ChatRequest(
-        **shared | {"response_format": _response_format(asked), "stream_options": None},
+        **common_fields | {"response_format": _response_format(request), "stream_options": None},
         messages=[*instructions, *messages],
-        max_completion_tokens=asked.max_output_tokens,
+        max_completion_tokens=request.max_output_tokens,
         logprobs=wants_logprobs,
-        top_logprobs=asked.top_logprobs,
+        top_logprobs=request.top_logprobs,
         tools=tools or None,
         tool_choice=choice,
-        parallel_tool_calls=asked.parallel_tool_calls,
-        reasoning_effort=None if asked.reasoning is None else asked.reasoning.effort,
+        parallel_tool_calls=request.parallel_tool_calls,
+        reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
     )
     check_chat(chat)
-    left_out = {str(tool.get("type")) for tool in asked.tools or ()} - {"function"}
-    warnings = [f"tools of these types are left out: {', '.join(sorted(left_out))}"] if left_out else []
-    if reader.skipped:
-        warnings.append(f"input items of these types are left out: {', '.join(sorted(reader.skipped))}")
+    skipped_tools = {str(tool.get("type")) for tool in request.tools or ()} - {"function"}
+    warnings = [f"tools of these types are left out: {', '.join(sorted(skipped_tools))}"] if skipped_tools else []
+    if reader.skipped_types:
+        warnings.append(f"input items of these types are left out: {', '.join(sorted(reader.skipped_types))}")
     return Conversation(chat, messages, tuple(warnings))
 
 
 def in_responses_words(error: ApiError) -> ApiError:
-    """Return an error about a chat request with the names that its fields have here."""
+    """Return an error about a chat request with the field names of a responses request."""
     name = (error.param or "").split("[", 1)[0].split(".", 1)[0]
-    if name in _PARAMS:
-        error.param = _PARAMS[name]
-        error.message = re.sub(rf"{name}(\[\d+\])?", _PARAMS[name], error.message)
+    if name in _FIELD_NAMES:
+        error.param = _FIELD_NAMES[name]
+        error.message = re.sub(rf"{name}(\[\d+\])?", error.param, error.message)
     return error
 
 
-def _response_format(asked: ResponsesRequest) -> dict[str, Any] | None:
-    """Return the form of the answer as chat completions write it."""
-    form = asked.response_format if asked.text is None or asked.text.format is None else asked.text.format
-    if form is None or form.get("type") != "json_schema" or "json_schema" in form:
-        return form
-    return {"type": "json_schema", "json_schema": {name: form[name] for name in ("schema", "strict") if name in form}}
+def _response_format(request: ResponsesRequest) -> dict[str, Any] | None:
+    """Return the format of the answer text as the ``response_format`` of chat completions; None allows any text."""
+    given = request.response_format if request.text is None or request.text.format is None else request.text.format
+    if given is None or given.get("type") != "json_schema" or "json_schema" in given:
+        return given
+    return {"type": "json_schema", "json_schema": {name: given[name] for name in ("schema", "strict") if name in given}}
 
 
-def _tools_and_choice(asked: ResponsesRequest) -> tuple[list[dict[str, Any]], str | dict[str, Any] | None]:
-    """Return the tools and the choice as chat completions write them.
+def _tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], str | dict[str, Any] | None]:
+    """Return ``tools`` and ``tool_choice`` as chat completions have them.
 
     Raises:
-        ApiError: 400, the choice is a tool that runs on a server.
+        ApiError: 400, the choice is malformed, or names a tool that is not a function.
     """
-    tools, choice = asked.function_tools, asked.tool_choice
+    tools, choice = request.function_tools, request.tool_choice
     if isinstance(choice, dict):
         kind = choice.get("type")
         if kind == "allowed_tools":
             allowed = choice.get("tools")
             check_field(isinstance(allowed, list), "tool_choice.tools", "tool_choice.tools must be a list of tools")
-            found = [tool.get("name") for tool in allowed or () if isinstance(tool, Mapping)]
-            names = {name for name in found if isinstance(name, str)}
-            tools, choice = [tool for tool in tools if tool["name"] in names], choice.get("mode", "auto")
+            all_names = (tool.get("name") for tool in allowed or () if isinstance(tool, Mapping))
+            allowed_names = {name for name in all_names if isinstance(name, str)}
+            tools = [tool for tool in tools if tool["name"] in allowed_names]
+            choice = choice.get("mode", "auto")
         else:
             check_field(kind == "function", "tool_choice", f"tool_choice {kind!r} cannot be used: name a function")
             choice = {"type": "function", "function": {"name": choice.get("name")}}
-    declared = [{name: tool[name] for name in _TOOL_FIELDS if tool.get(name) is not None} for tool in tools]
-    return [{"type": "function", "function": function} for function in declared], choice
+    functions = [{name: tool[name] for name in _TOOL_FIELDS if tool.get(name) is not None} for tool in tools]
+    return [{"type": "function", "function": function} for function in functions], choice

@@ -28,7 +28,7 @@ from mlx_k2.server.language_model import Generation, LanguageModel
 from mlx_k2.server.messages_format import MessagesFormat
 from mlx_k2.server.messages_request import CountRequest, MessagesRequest
 from mlx_k2.server.metrics import CONTENT_TYPE
-from mlx_k2.server.openapi import document
+from mlx_k2.server.openapi import openapi_document
 from mlx_k2.server.request_fields import GenerationFields, read_body, read_fields
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import (
@@ -40,24 +40,24 @@ from mlx_k2.server.responses_request import (
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import (
     STREAM_HEADERS,
+    CompleteResponse,
     EventStreamResponse,
     ReplyFormat,
-    WholeResponse,
     json_response,
     status_events,
 )
-from mlx_k2.server.turn_store import HANDLE_FIELD, ResponseStore, StoredResponse
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD, ResponseStore, StoredResponse
 
 Result = TypeVar("Result")
-Asked = TypeVar("Asked", bound=GenerationFields | MessagesRequest)
-_MAX_ID_DIGITS = 16
+ApiRequest = TypeVar("ApiRequest", bound=GenerationFields | MessagesRequest)
+_MAX_EVENT_ID_DIGITS = 16
 COUNTS_PER_S = 50
-"""The most requests of a key for a number of tokens. Claude Code in an editor sends 40 at its start."""
+"""The most requests to count_tokens per second and key. Claude Code in an editor sends 40 at its start."""
 _MAX_PREPARING = 4
-"""The most requests whose prompts are made at once, each on a worker thread."""
+"""The most requests that are parsed and tokenized at the same time, each on a worker thread."""
 _CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "msg_", "resp_"
-_OTHER_MODEL = "another model was asked for; the answer is from the one that is served"
-_MAX_WARNINGS, _MAX_WARNING_SIZE = 8, 300
+_OTHER_MODEL_WARNING = "another model was asked for; the answer is from the one that is served"
+_MAX_WARNINGS, _MAX_WARNING_CHARS = 8, 300
 
 
 class Routes:
@@ -65,12 +65,13 @@ class Routes:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._workers = asyncio.Semaphore(_MAX_PREPARING)
-        self._counting = RateLimit(COUNTS_PER_S)
+        self._options = state.options
+        self._preparing = asyncio.Semaphore(_MAX_PREPARING)
+        self._count_limit = RateLimit(COUNTS_PER_S)
         self._responses = ResponseStore()
 
     def table(self) -> list[Route]:
-        """Return the routes."""
+        """Return each path and method with its handler."""
         return [
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
@@ -92,7 +93,7 @@ class Routes:
             Route("/detokenize", self._detokenize, methods=["POST"]),
         ]
 
-    # ---- the server
+    # ---- status of the server and its model
 
     async def _health(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
         return Response(status_code=200 if self._state.name == "ready" else 503)
@@ -101,7 +102,7 @@ class Routes:
         return Response(self._state.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _openapi(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        return json_response(document())
+        return json_response(openapi_document())
 
     async def _status(self, request: Request) -> Response:
         status = self._state.status(request.scope[OWNER])
@@ -111,15 +112,17 @@ class Routes:
         if request.method == "HEAD":
             return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
-        seen = request.headers.get("last-event-id", "")
-        last_id = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < _MAX_ID_DIGITS else 0
-        events = status_events(lambda: self._state.status(owner), lambda: self._state.is_ending, last_id)
+        last_id = request.headers.get("last-event-id", "")
+        is_number = last_id.isascii() and last_id.isdigit() and len(last_id) < _MAX_EVENT_ID_DIGITS
+        events = status_events(
+            lambda: self._state.status(owner), lambda: self._state.is_ending, int(last_id) if is_number else 0
+        )
         return StreamingResponse(events, headers=STREAM_HEADERS)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        """Answer in the shapes of both OpenAI's and Anthropic's API."""
-        pages = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
-        return json_response({"object": "list", **pages, "data": [self._model_entry()]})
+        """Answer with the fields of both OpenAI's and Anthropic's list of models."""
+        page_fields = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
+        return json_response({"object": "list", **page_fields, "data": [self._model_entry()]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -144,21 +147,21 @@ class Routes:
         }
 
     async def _cancel(self, request: Request) -> Response:
-        written = request_id = request.path_params["id"]
+        id_of_answer = request_id = request.path_params["id"]
         for prefix in (_CHAT_PREFIX, _TEXT_PREFIX, _MESSAGE_PREFIX, _RESPONSE_PREFIX):
             request_id = request_id.removeprefix(prefix)
         self._state.cancel(request_id, request.scope[OWNER])
-        return json_response({"id": written, "cancelled": True})
+        return json_response({"id": id_of_answer, "cancelled": True})
 
-    # ---- tokens
+    # ---- counting and conversion of tokens
 
     async def _tokenize(self, request: Request) -> Response:
         def tokenize(model: LanguageModel, body: bytes) -> list[int]:
-            asked = read_fields(body, TokenizeRequest)
-            text = asked.content if asked.prompt is None else asked.prompt
+            fields = read_fields(body, TokenizeRequest)
+            text = fields.content if fields.prompt is None else fields.prompt
             if text is not None:
                 return model.tokenizer.encode_text(text)
-            if asked.messages is None:
+            if fields.messages is None:
                 raise bad_request_error("give a text as prompt, or messages", "prompt")
             return model.chat_prompt(read_chat_request(body), request.scope[OWNER])[0]
 
@@ -167,7 +170,7 @@ class Routes:
 
     async def _count_tokens(self, request: Request) -> Response:
         owner = request.scope[OWNER]
-        self._counting.check(owner)
+        self._count_limit.check(owner)
         prompt_ids, _ = await self._prepare(
             request, lambda model, body: model.chat_prompt(read_fields(body, CountRequest).chat, owner)
         )
@@ -186,15 +189,17 @@ class Routes:
             request,
             read_chat_request,
             lambda model, chat: model.chat(chat, request.scope[OWNER]),
-            lambda chat, replies: ChatFormat(self._head(_CHAT_PREFIX, request), replies, chat, self._state.options),
+            lambda chat, replies: ChatFormat(self._base_fields(_CHAT_PREFIX, request), replies, chat, self._options),
         )
 
     async def _messages(self, request: Request) -> ASGIApp:
         return await self._generate(
             request,
             lambda body: read_fields(body, MessagesRequest),
-            lambda model, asked: model.chat(asked.chat, request.scope[OWNER]),
-            lambda asked, replies: MessagesFormat(request.scope[REQUEST_ID], self._state.model_name, asked, replies[0]),
+            lambda model, messages: model.chat(messages.chat, request.scope[OWNER]),
+            lambda messages, replies: MessagesFormat(
+                request.scope[REQUEST_ID], self._state.model_name, messages, replies[0]
+            ),
         )
 
     async def _completions(self, request: Request) -> ASGIApp:
@@ -202,128 +207,133 @@ class Routes:
             request,
             read_completion_request,
             LanguageModel.completion,
-            lambda asked, replies: TextFormat(self._head(_TEXT_PREFIX, request), replies, asked, self._state.options),
+            lambda text, replies: TextFormat(self._base_fields(_TEXT_PREFIX, request), replies, text, self._options),
         )
 
     async def _generate(
         self,
         request: Request,
-        read: Callable[[bytes], Asked],
-        generation_of: Callable[[LanguageModel, Asked], Generation],
-        make_format: Callable[[Asked, Sequence[ChatReply]], ReplyFormat],
+        parse: Callable[[bytes], ApiRequest],
+        generation_of: Callable[[LanguageModel, ApiRequest], Generation],
+        make_format: Callable[[ApiRequest, Sequence[ChatReply]], ReplyFormat],
     ) -> ASGIApp:
-        """Answer a request of an API. ``read`` and ``generation_of`` are called on a worker thread."""
+        """Answer a request of an API. ``parse`` and ``generation_of`` are called on a worker thread."""
 
-        def prepare(model: LanguageModel, body: bytes) -> tuple[Asked, Generation]:
-            asked = read(body)
-            self._state.check_model(asked.model)
-            return asked, generation_of(model, asked)
+        def prepare(model: LanguageModel, body: bytes) -> tuple[ApiRequest, Generation]:
+            api_request = parse(body)
+            self._state.check_model(api_request.model)
+            return api_request, generation_of(model, api_request)
 
         self._state.check_ready()
-        asked, generation = await self._prepare(request, prepare, is_queued=True)
+        api_request, generation = await self._prepare(request, prepare, is_queued=True)
         replies = [ChatReply(generation, self._keep_turn) for _ in generation.submissions]
-        return await self._answer(request, asked, generation, make_format(asked, replies))
+        return await self._submit(request, api_request, generation, make_format(api_request, replies))
 
-    # ---- responses
+    # ---- Responses API
 
     async def _respond(self, request: Request) -> ASGIApp:
-        """Answer a request of the Responses API. If it is streamed and does not fit, the answer is events as well."""
+        """Answer a request of the Responses API. If it is streamed, a prompt that does not fit fails in the stream."""
         owner = request.scope[OWNER]
 
         def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
-            asked = read_responses_request(body)
-            self._state.check_model(asked.model)
+            api_request = read_responses_request(body)
+            self._state.check_model(api_request.model)
             try:
-                conversation = conversation_of(asked, self._earlier(owner, asked))
+                conversation = conversation_of(api_request, self._previous_conversation(owner, api_request))
                 generation = model.chat(conversation.chat, owner)
             except ApiError as error:
-                if not asked.stream or error.code != CONTEXT_OVERFLOW:
+                if not api_request.stream or error.code != CONTEXT_OVERFLOW:
                     raise in_responses_words(error) from None
-                return asked, b"", in_responses_words(error)
-            messages = msgspec.json.encode(conversation.messages) if asked.is_stored else b""
-            return asked, messages, replace(generation, warnings=(*conversation.warnings, *generation.warnings))
+                return api_request, b"", in_responses_words(error)
+            messages = msgspec.json.encode(conversation.messages) if api_request.is_stored else b""
+            generation = replace(generation, warnings=(*conversation.warnings, *generation.warnings))
+            return api_request, messages, generation
 
         self._state.check_ready()
-        asked, messages, generation = await self._prepare(request, prepare, is_queued=True)
-        head = self._head(_RESPONSE_PREFIX, request)
+        api_request, messages, generation = await self._prepare(request, prepare, is_queued=True)
+        base_fields = self._base_fields(_RESPONSE_PREFIX, request)
         if isinstance(generation, ApiError):
-            return Response(failed_stream(response_fields(head, asked, None), generation), headers=STREAM_HEADERS)
+            stream = failed_stream(response_fields(base_fields, api_request, None), generation)
+            return Response(stream, headers=STREAM_HEADERS)
         reply = ChatReply(generation, self._keep_turn)
 
-        def keep(body: bytes) -> None:
-            if asked.is_stored:
-                answer = msgspec.json.encode(reply.message.json_value() | {HANDLE_FIELD: reply.handle})
-                self._responses.keep(owner, head["id"], StoredResponse(body, messages, answer))
+        def keep_response(body: bytes) -> None:
+            if api_request.is_stored:
+                answer = msgspec.json.encode(reply.message.json_value() | {TURN_HANDLE_FIELD: reply.turn_handle})
+                self._responses.keep(owner, base_fields["id"], StoredResponse(body, messages, answer))
 
-        fields = response_fields(head, asked, generation.submissions[0].request.sampling)
-        form = ResponseFormat(fields, reply, self._state.options.keepalive, keep)
-        return await self._answer(request, asked, generation, form)
+        fields = response_fields(base_fields, api_request, generation.submissions[0].request.sampling)
+        response_format = ResponseFormat(fields, reply, self._options.keepalive, keep_response)
+        return await self._submit(request, api_request, generation, response_format)
 
     async def _response(self, request: Request) -> Response:
-        found = self._responses.find(request.scope[OWNER], request.path_params["id"])
-        if found is None:
-            raise _no_response()
-        return Response(found.body, media_type="application/json")
+        response = self._responses.find(request.scope[OWNER], request.path_params["id"])
+        if response is None:
+            raise _response_not_found()
+        return Response(response.body, media_type="application/json")
 
     async def _delete_response(self, request: Request) -> Response:
         response_id = request.path_params["id"]
         if not self._responses.delete(request.scope[OWNER], response_id):
-            raise _no_response()
+            raise _response_not_found()
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    def _earlier(self, owner: str, asked: ResponsesRequest) -> list[dict[str, Any]]:
-        """Return the conversation that a request continues."""
-        if asked.previous_response_id is None:
+    def _previous_conversation(self, owner: str, api_request: ResponsesRequest) -> list[dict[str, Any]]:
+        """Return the messages that a request continues; [] for none. Raise ApiError if they are not stored."""
+        if api_request.previous_response_id is None:
             return []
-        found = self._responses.find(owner, asked.previous_response_id)
-        if found is None:
+        response = self._responses.find(owner, api_request.previous_response_id)
+        if response is None:
             message = "the previous response is not stored: send the whole conversation as input"
             raise bad_request_error(message, "previous_response_id", "previous_response_not_found")
-        return found.conversation
+        return response.conversation
 
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
     ) -> Result:
-        """Read the body, and return what ``compute`` makes of it on a worker thread.
+        """Read the body, and return the result of ``compute`` for it, which runs on a worker thread.
 
         Raises:
-            ApiError: also for an error of the program.
+            ApiError: the request is refused; each MlxK2Error of ``compute`` becomes one.
         """
         model = self._state.model()
         with self._state.preparing(is_queued=is_queued):
             body = await read_body(request)
             try:
-                async with self._workers:
+                async with self._preparing:
                     return await asyncio.to_thread(compute, model, body)
             except MlxK2Error as error:
                 raise to_api_error(error) from None
 
     def _keep_turn(self, reply: ChatReply) -> None:
-        """Store a complete reply for the client's next request."""
-        self._state.model().keep_turn(reply.generation, reply.handle, reply.message, reply.token_ids)
+        """Store a complete reply, so that the prompt of the client's next request has its tokens."""
+        self._state.model().keep_turn(reply.generation, reply.turn_handle, reply.message, reply.token_ids)
 
-    def _head(self, prefix: str, request: Request) -> dict[str, Any]:
+    def _base_fields(self, prefix: str, request: Request) -> dict[str, Any]:
+        """Return the fields of a body that are known before its answer: id, creation time and model."""
         return {
             "id": prefix + request.scope[REQUEST_ID],
             "created": int(time.time()),
             "model": self._state.model_name,
         }
 
-    async def _answer(self, request: Request, asked: Asked, generation: Generation, form: ReplyFormat) -> ASGIApp:
-        """Submit the request and return its answer."""
-        warnings = [_OTHER_MODEL] if asked.model not in (None, self._state.model_name) else []
+    async def _submit(
+        self, request: Request, api_request: ApiRequest, generation: Generation, reply_format: ReplyFormat
+    ) -> ASGIApp:
+        """Submit the generation to the engine; return the response that sends its answer in ``reply_format``."""
+        warnings = [_OTHER_MODEL_WARNING] if api_request.model not in (None, self._state.model_name) else []
         headers = warning_headers([*warnings, *generation.warnings])
         stream = await self._state.open(request.scope[REQUEST_ID], request.scope[OWNER], generation)
-        if asked.stream:
-            return EventStreamResponse(stream, form, headers, self._state.options.keepalive_s)
-        return WholeResponse(stream, form, headers)
+        if api_request.stream:
+            return EventStreamResponse(stream, reply_format, headers, self._options.keepalive_s)
+        return CompleteResponse(stream, reply_format, headers)
 
 
-def _no_response() -> ApiError:
+def _response_not_found() -> ApiError:
     return ApiError(404, "not_found_error", "no such response is stored", code="response_not_found")
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """Return a header with ``warnings``, in the characters that a header may have."""
-    texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_SIZE]) for warning in warnings[:_MAX_WARNINGS]]
+    """Return the header "warning" for the first 8 warnings, in printable ASCII; {} if there is none."""
+    texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_CHARS]) for warning in warnings[:_MAX_WARNINGS]]
     return {"warning": ", ".join(f'299 mlx-k2 "{text}"' for text in texts)} if texts else {}

@@ -1,4 +1,4 @@
-"""The state that all routes share: the engine while there is one, the model, the running requests. Knows no HTTP."""
+"""The state that all routes share: the engine and the model once they are loaded, running requests. Knows no HTTP."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,20 @@ from mlx_k2.server.metrics import Metrics
 from mlx_k2.server.request_record import RequestRecord
 from mlx_k2.server.sse import KEEPALIVE_S
 
-_MAX_UNQUEUED = 64
-"""The most requests at once that count or convert tokens: their bodies are in memory."""
+_MAX_TOKEN_REQUESTS = 64
+"""The most simultaneous requests that only count or convert tokens; their bodies are in memory."""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Options of the answers as the user set them."""
+    """The user's options for answers."""
 
     keepalive: Literal["comment", "chunk", "off"] = "comment"
     keepalive_s: float = KEEPALIVE_S
     strict_model: bool = False
-    """Whether a request for another model is refused."""
+    """Whether to refuse a request that names another model."""
     mirrors_reasoning: bool = False
-    """Whether reasoning is sent under both of its names."""
+    """Whether to send the reasoning of chat completions as ``reasoning``, too, not only as ``reasoning_content``."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Loaded:
 
 
 class ServerState:
-    """The state of one server. ``serve`` is called once, on another thread, when the stages are ready."""
+    """The state of one server, for its event loop. Another thread calls ``serve`` once, when the stages are ready."""
 
     def __init__(self, options: ServerOptions, model_name: str, activity: ClusterActivity) -> None:
         self.options = options
@@ -49,27 +49,27 @@ class ServerState:
         self.created = int(time.time())
         self.records: dict[str, RequestRecord] = {}
         self.is_ending = False
-        """True from the beginning of the server's end: streams that never end by themselves end then."""
+        """True when the server begins to end: streams that have no end of their own end then."""
         self.metrics = Metrics(self.records, activity, lambda: () if self._loaded is None else self._loaded.engine.use)
         self._streams: dict[str, EventStream] = {}
         self._loaded: _Loaded | None = None
         self._num_preparing = {True: 0, False: 0}
-        """The number of requests whose body is read, of those that the engine gets and of others."""
+        """The number of requests in ``preparing``, by ``is_queued``."""
 
     def serve(self, engine: Engine, model: LanguageModel) -> None:
-        """Begin to accept requests."""
+        """Accept requests from now on."""
         self._loaded = _Loaded(engine, model)
 
     @property
     def name(self) -> Literal["loading", "restarting", "ready"]:
-        """The state in one word."""
+        """The state as /v1/status names it."""
         if self._loaded is None:
             return "loading"
         return "restarting" if self._loaded.engine.is_restarting else "ready"
 
     @property
     def context_tokens(self) -> int | None:
-        """The most tokens of a sequence; None while the model is loading."""
+        """The most tokens of a sequence, prompt and answer; None while the model is loading."""
         return None if self._loaded is None else self._loaded.model.context_tokens
 
     def model(self) -> LanguageModel:
@@ -83,7 +83,7 @@ class ServerState:
         return self._loaded.model
 
     def check_ready(self) -> None:
-        """Refuse a request that cannot begin now.
+        """Check that a request can begin now.
 
         Raises:
             ApiError: 503, the model is loading or the stages restart.
@@ -94,15 +94,16 @@ class ServerState:
 
     @contextmanager
     def preparing(self, *, is_queued: bool) -> Iterator[None]:
-        """Count a request whose body is read and whose prompt is made. ``is_queued``: the engine gets it afterwards.
+        """Count a request while its body is read and its prompt computed. ``is_queued``: it goes to the engine then.
 
         Raises:
-            ApiError: 429, there are as many as the engine can run and queue, or _MAX_UNQUEUED others.
+            ApiError: 429, the engine has no free place in its queue for a request that goes to it, or there are
+                _MAX_TOKEN_REQUESTS others.
         """
         assert self._loaded is not None, "model() was called"
         engine = self._loaded.engine
-        most = engine.max_requests - len(self.records) if is_queued else _MAX_UNQUEUED
-        if self._num_preparing[is_queued] >= most:
+        limit = engine.max_requests - len(self.records) if is_queued else _MAX_TOKEN_REQUESTS
+        if self._num_preparing[is_queued] >= limit:
             raise to_api_error(EngineBusy("", engine.expected_wait_s))
         self._num_preparing[is_queued] += 1
         try:
@@ -111,29 +112,29 @@ class ServerState:
             self._num_preparing[is_queued] -= 1
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model's name, if names are strict.
+        """Check a request's model name.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404, it is another model's, and ``strict_model`` is set.
         """
         if self.options.strict_model and name not in (None, self.model_name):
             raise self.unknown_model(str(name))
 
     def unknown_model(self, name: str) -> ApiError:
-        """Return the 404 for a model that is not the served one."""
+        """Return the error 404 for the name of another model."""
         message = f"the model {name[:200]!r} is not served here: {self.model_name!r} is"
         return ApiError(404, "not_found_error", message, param="model", code="model_not_found")
 
     async def open(self, request_id: str, owner: str, generation: Generation) -> EventStream:
-        """Submit a request and return its events. It has a record for each choice until the stream is closed.
+        """Submit the requests of a generation; return their events. Each has a record until the stream is closed.
 
         Raises:
-            ApiError: the engine refuses it.
+            ApiError: the engine refuses them.
         """
         assert self._loaded is not None, "a generation was made, so the model is loaded"
         num_prompt = len(generation.submissions[0].request.prompt_ids)
         ids = [f"{request_id}-{index}" if index else request_id for index in range(len(generation.submissions))]
-        records = [RequestRecord(one, owner, prompt_total=num_prompt) for one in ids]
+        records = [RequestRecord(choice_id, owner, prompt_total=num_prompt) for choice_id in ids]
 
         def on_event(index: int, event: Event) -> None:
             self.metrics.add(records[index], event)
@@ -166,7 +167,7 @@ class ServerState:
         self._streams[request_id].cancel()
 
     def status(self, owner: str) -> dict[str, Any]:
-        """Return the present status as the owner of a key sees it."""
+        """Return the fields of /v1/status for the owner of a key."""
         records = list(self.records.values())
         return {
             "model": self.model_name,
@@ -182,6 +183,6 @@ class ServerState:
         }
 
     def _close(self, ids: Sequence[str]) -> None:
-        for one in ids:
-            self.records.pop(one, None)
-            self._streams.pop(one, None)
+        for choice_id in ids:
+            self.records.pop(choice_id, None)
+            self._streams.pop(choice_id, None)

@@ -1,9 +1,9 @@
-"""Stores of what clients need for their next request: turns, and complete responses. Knows no format of an API.
+"""Stores of earlier answers: turns of the model, and responses of the Responses API. Knows no format of an API.
 
-Most clients send a conversation back as text, leave out the reasoning, some write arguments otherwise, and no client
-knows tokens. With the stored reasoning and tokens of a turn, the prompt is what the model wrote, and the cache has it.
-A turn is found by its handle, which some APIs let a client send back, or by the whole conversation up to it; a response
-by its id; and both only for the owner of the key that asked for it.
+Clients send a conversation back as text. Most leave out the reasoning, some format the arguments of calls differently,
+and none knows the sampled tokens. With a stored turn the next prompt has the tokens that were sampled, which the cache
+of the stages has, too. A turn is found by its turn handle, which a client of some APIs sends back, or by the
+conversation that it ends; a response is found by its id. Only the owner of the same API key finds them.
 """
 
 import hashlib
@@ -23,31 +23,31 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.text.message import Message
 
 MAX_BYTES = 64 * 1024 * 1024
-"""The bound of each store. What was used longest ago is forgotten."""
+"""The default limit of each store. At the limit the least recently used entries are removed."""
 TURN_BYTES = 1024
-"""The memory of a turn besides its text and token ids, its keys included, and of each of its calls."""
-HANDLE_FIELD = "turn_handle"
-"""The field of a chat message that holds the handle of an answer. Adapters of other APIs set it."""
+"""Memory of a turn without its text and token ids, and memory of each of its calls; estimated."""
+TURN_HANDLE_FIELD = "turn_handle"
+"""The field of a chat message for the turn handle of an answer. The adapters of other APIs set it."""
 
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """An answer as the model wrote it, and all tokens that were sampled for it."""
+    """An answer as the model wrote it, with all tokens that were sampled for it."""
 
     message: Message
     token_ids: "array[int]"
 
     @property
     def num_bytes(self) -> int:
-        """The memory that it uses, about."""
+        """Estimated memory."""
         texts = [self.message.content, self.message.reasoning_content or ""]
         texts += [str(call.function.arguments) for call in self.message.tool_calls]
         return sum(map(sys.getsizeof, [*texts, self.token_ids])) + TURN_BYTES * (1 + len(self.message.tool_calls))
 
     def restored(self, message: Message) -> Message:
-        """Return the answer ``message`` of a client with the reasoning that was sampled.
+        """Return ``message``, a client's copy of this answer, with the sampled reasoning.
 
-        If it is the same answer, it also gets back its space around the text and the JSON text of its arguments.
+        If the copy differs in space around the text or in the format of arguments only, they become the sampled ones.
         """
         stored = self.message
         reasoning = stored.reasoning_content or message.reasoning_content
@@ -63,7 +63,7 @@ class StoredTurn:
 
 @dataclass(frozen=True)
 class RestoredTurns:
-    """A conversation with its stored turns, by the number of the answer in it, and its digest."""
+    """A conversation with restored reasoning, the stored turns by the number of the answer, and its digest."""
 
     messages: list[Message]
     turns: dict[int, StoredTurn]
@@ -73,65 +73,65 @@ class RestoredTurns:
 class TurnStore:
     """Stored turns, at most ``max_bytes``. Safe to use on any thread.
 
-    A turn has a handle from ``new_handle``, which is Anthropic's ``signature``, and ``encrypted_content`` of the
-    Responses API. A handle is random, says nothing about its turn, and may be sent before the turn is complete. One
-    that is unknown, forgotten or another owner's finds nothing, and is no error.
+    A turn handle comes from ``new_turn_handle``. Clients get it as ``signature`` (Messages API) or
+    ``encrypted_content`` (Responses API), before the turn is complete. A turn handle that is unknown, removed or
+    another owner's finds no turn, and is not an error.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._entries: OrderedDict[bytes, tuple[StoredTurn, bytes]] = OrderedDict()
-        """Turns, each with the digest of the conversation that it ends. By owner and handle, the oldest use first."""
+        """Each turn with the digest of the conversation that it ends, by ``_key``; least recently used first."""
         self._latest: dict[bytes, bytes] = {}
-        """The key of the turn that was stored last for a conversation."""
+        """The key of the turn that was stored last for a conversation, by the conversation's digest."""
         self._lock = threading.Lock()
 
-    def keep(self, owner: str, handle: str, before: bytes, turn: StoredTurn) -> None:
+    def keep(self, owner: str, turn_handle: str, before: bytes, turn: StoredTurn) -> None:
         """Store an answer to the conversation with the digest ``before``."""
-        key = _key(owner, handle)
+        key = _key(owner, turn_handle)
         conversation = digest_after(before, turn.message)
         with self._lock:
-            self._forget(key)
+            self._remove(key)
             self._entries[key] = (turn, conversation)
             self._latest[conversation] = key
             self._num_bytes += turn.num_bytes
             while self._num_bytes > self._max_bytes:
-                self._forget(next(iter(self._entries)))
+                self._remove(next(iter(self._entries)))
 
-    def restore(self, owner: str, messages: Sequence[Message], handles: Sequence[object] = ()) -> RestoredTurns:
-        """Return ``messages`` with the reasoning that their client left out, and what is stored of their answers.
+    def restore(self, owner: str, messages: Sequence[Message], turn_handles: Sequence[object] = ()) -> RestoredTurns:
+        """Return ``messages`` with the reasoning that their client left out, and the stored turns of their answers.
 
-        ``handles`` has the handle of each message, of any type as a client sent it; it may be shorter. A turn that a
-        handle finds is used also where the conversation before it has changed. An answer whose reasoning the client
-        has changed is left alone.
+        ``turn_handles`` has a value for each of the first messages, as the client sent it. A turn found by its handle
+        counts even if the conversation before it has changed. An answer with other reasoning is not restored.
         """
         digest = _key(owner, "")
         restored: list[Message] = []
-        found: dict[int, StoredTurn] = {}
+        turns: dict[int, StoredTurn] = {}
         num_answers = 0
         for number, message in enumerate(messages):
             digest = digest_after(digest, message)
             if message.role == "assistant":
-                handle = handles[number] if number < len(handles) else None
-                turn = self._find(_key(owner, handle) if isinstance(handle, str) else None, digest)
+                turn_handle = turn_handles[number] if number < len(turn_handles) else None
+                turn = self._find(_key(owner, turn_handle) if isinstance(turn_handle, str) else None, digest)
                 if turn is not None and message.reasoning_content in (None, "", turn.message.reasoning_content):
-                    found[num_answers] = turn
+                    turns[num_answers] = turn
                     message = turn.restored(message)  # noqa: PLW2901
                 num_answers += 1
             restored.append(message)
-        return RestoredTurns(restored, found, digest)
+        return RestoredTurns(restored, turns, digest)
 
     def _find(self, key: bytes | None, conversation: bytes) -> StoredTurn | None:
-        """Return the turn with this key, or else the one that ends this conversation."""
+        """Return the turn with this key, else the one that ends the conversation with this digest, else None."""
         with self._lock:
-            found = key if key in self._entries else self._latest.get(conversation)
-            if found is None:
+            if key not in self._entries:
+                key = self._latest.get(conversation)
+            if key is None:
                 return None
-            self._entries.move_to_end(found)
-            return self._entries[found][0]
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
-    def _forget(self, key: bytes) -> None:
+    def _remove(self, key: bytes) -> None:
         if key not in self._entries:
             return
         turn, conversation = self._entries.pop(key)
@@ -142,7 +142,7 @@ class TurnStore:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response as JSON texts: its body, the messages that it answers, and its answer as a message."""
+    """A response as JSON: its body, the messages that it answers, and its answer as a message."""
 
     body: bytes
     messages: bytes
@@ -150,26 +150,26 @@ class StoredResponse:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of all three."""
+        """Memory of all three texts."""
         return len(self.body) + len(self.messages) + len(self.answer)
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages, with the answer as the last one."""
+        """The messages, and the answer as the last one."""
         messages: list[dict[str, Any]] = msgspec.json.decode(self.messages)
         return [*messages, msgspec.json.decode(self.answer)]
 
 
 class ResponseStore:
-    """The responses of each owner, at most ``max_bytes`` in all. Safe to use on any thread.
+    """The responses of all owners, at most ``max_bytes`` in all. Safe to use on any thread.
 
-    When it is full, the owner with the most bytes loses the response that was used longest ago.
+    When it is full, the owner with the most bytes loses the least recently used response.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._responses: OrderedDict[tuple[str, str], StoredResponse] = OrderedDict()
-        """By owner and id, those used longest ago first."""
+        """By owner and id, least recently used first."""
         self._num_bytes: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -183,43 +183,44 @@ class ResponseStore:
                 self._remove(next(key for key in self._responses if key[0] == largest))
 
     def find(self, owner: str, response_id: str) -> StoredResponse | None:
-        """Return a response of this owner; None if there is none."""
+        """Return a response; None if this owner has no response with this id."""
         with self._lock:
-            found = self._responses.get((owner, response_id))
-            if found is not None:
+            response = self._responses.get((owner, response_id))
+            if response is not None:
                 self._responses.move_to_end((owner, response_id))
-            return found
+            return response
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Forget a response of this owner; return whether there was one."""
+        """Remove a response; return False if this owner has no response with this id."""
         with self._lock:
             return self._remove((owner, response_id))
 
     def _remove(self, key: tuple[str, str]) -> bool:
         removed = self._responses.pop(key, None)
-        self._num_bytes[key[0]] -= 0 if removed is None else removed.num_bytes
-        return removed is not None
+        if removed is None:
+            return False
+        self._num_bytes[key[0]] -= removed.num_bytes
+        return True
 
 
-def new_handle() -> str:
-    """Return a handle for a turn: 32 random characters of the URL-safe base64 alphabet."""
+def new_turn_handle() -> str:
+    """Return a new turn handle: 32 random characters of the URL-safe base64 alphabet."""
     return secrets.token_urlsafe(24)
 
 
 def digest_after(before: bytes, message: Message) -> bytes:
-    """Return the digest of a conversation that ``message`` ends, after one with the digest ``before``.
+    """Return the digest of a conversation: messages with the digest ``before``, then ``message``.
 
-    Reasoning, ids and space around the text do not count, nor how the arguments of a call are written as JSON: clients
-    change them.
+    It does not depend on what clients change: reasoning, ids, space around the text, the JSON format of arguments.
     """
     calls = [(call.function.name, _canonical(call.function.arguments)) for call in message.tool_calls]
     fields = (message.role, message.content.strip(), calls)
     return hashlib.sha256(before + json.dumps(fields, sort_keys=True).encode()).digest()
 
 
-def _key(owner: str, handle: str) -> bytes:
-    """Return the key of an owner's turn; with the handle "", the digest of an owner's empty conversation."""
-    return hashlib.sha256(json.dumps([owner, handle]).encode()).digest()
+def _key(owner: str, turn_handle: str) -> bytes:
+    """Return the key of an owner's turn; with the turn handle "", the digest of an empty conversation."""
+    return hashlib.sha256(json.dumps([owner, turn_handle]).encode()).digest()
 
 
 def _canonical(arguments: object) -> object:

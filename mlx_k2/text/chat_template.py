@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: its source, its rendering under limits on time and size, and its modes of thinking.
+"""A checkpoint's chat template: its source, its rendering under limits on time and size, and its thinking modes.
 
 Knows no token ids, and no model by name.
 """
@@ -15,27 +15,30 @@ from mlx_k2.text.template_process import template_process
 from mlx_k2.text.template_worker import TemplateRequest
 
 INSTANT_TEMPERATURE = 0.6
-"""The temperature that Moonshot recommends for answers without thinking; no file of a checkpoint contains it."""
+"""The temperature that Moonshot recommends for instant replies; no file of a checkpoint has it."""
 _MAX_CPU_S = 5.0
 _MAX_CHARACTERS = 64_000_000
 _BOM = "\ufeff"
-_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_INPUTS = ("messages", "tools", "tools_ts_str", "documents", "thinking", "preserve_thinking")
-_KNOWN = frozenset((*_INPUTS, *_TOKENS, "add_generation_prompt", "strftime_now"))
-"""The variables that a rendering sets, or sets on request."""
+_TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_INPUT_VARIABLES = ("messages", "tools", "tools_ts_str", "documents", "thinking", "preserve_thinking")
+_KNOWN_VARIABLES = frozenset((*_INPUT_VARIABLES, *_TOKEN_VARIABLES, "add_generation_prompt", "strftime_now"))
+"""The variables that this program can set."""
 
 
 class ChatTemplate:
-    """A chat template that compiles. A rendering that exceeds ``max_cpu_s`` or ``max_characters`` is stopped.
+    """A chat template, compiled and rendered in a separate process.
 
-    It is compiled and rendered in a separate process. ``tokens`` are variables that some templates read: bos_token,
-    eos_token, pad_token and unk_token.
+    A rendering that exceeds ``max_cpu_s`` of CPU time or ``max_characters`` of text is stopped. ``tokens`` are values
+    of the variables bos_token, eos_token, pad_token and unk_token, which some templates read.
+
+    Raises:
+        TokenizerError: the template cannot be compiled; names the line and the problem.
     """
 
     variables: frozenset[str]
-    """The variables that the template reads. What a model can do follows from them: ``thinking``, ``tools_ts_str``."""
+    """The variables that the template reads. They show what the model supports, such as ``thinking``."""
     fields: frozenset[str]
-    """Every name by which the template may read a field of a message."""
+    """The names of all fields of a message that the template may read."""
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class ChatTemplate:
         try:
             names = read_json(self._run(None), TemplateNames)
         except JsonError as error:
-            raise TokenizerError(f"{FILE}: its process gave no names: {error}") from None
+            raise TokenizerError(f"{FILE}: its process returned no names: {error}") from None
         self.variables, self.fields = names.variables, names.fields
 
     @property
@@ -62,15 +65,15 @@ class ChatTemplate:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A line for the user if the template reads variables that nothing sets."""
-        unknown = ", ".join(sorted(self.variables - _KNOWN))
+        """A line for the user if the template reads variables that this program does not set; else ()."""
+        unknown = ", ".join(sorted(self.variables - _KNOWN_VARIABLES))
         return (f"the chat template reads variables that mlx-k2 does not set: {unknown}",) if unknown else ()
 
     def render(self, variables: Mapping[str, object]) -> str:
         """Return the text that the template renders for ``variables``, which must be picklable.
 
         Raises:
-            RequestError: the template itself refuses these messages.
+            RequestError: the template refuses these messages with raise_exception.
             TokenizerError: the rendering fails or exceeds a limit; names the line of the template and the problem.
         """
         return self._run(self._tokens | dict(variables))
@@ -87,46 +90,50 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ThinkingMode:
-    """``thinking`` False selects answers without thinking (instant mode); None the template's default.
+    """The thinking mode of a prompt.
 
-    ``preserve_thinking`` keeps the reasoning of earlier answers in the prompt.
+    ``thinking`` True selects thinking, False instant replies, None the template's default. ``preserve_thinking`` keeps
+    the reasoning of earlier answers in the prompt.
     """
 
     thinking: bool | None = None
     preserve_thinking: bool = False
 
     def variables(self, template: ChatTemplate) -> dict[str, bool]:
-        """Return the variables for ``template``.
+        """Return the template's variables that select this mode.
 
         Raises:
-            RequestError: the template does not read a variable that this mode needs.
+            RequestError: the template does not read the variable that this mode needs.
         """
-        chosen: dict[str, bool] = {}
+        variables: dict[str, bool] = {}
         if "thinking" in template.variables:
-            chosen |= {} if self.thinking is None else {"thinking": self.thinking}
+            if self.thinking is not None:
+                variables["thinking"] = self.thinking
         elif self.thinking is not None and self.thinking != template.has_reasoning:
             ability = "always" if template.has_reasoning else "never"
             raise RequestError(
                 f"thinking cannot be turned {'on' if self.thinking else 'off'}: this model {ability} thinks, since its "
                 "chat template does not read the variable thinking"
             )
-        if self.preserve_thinking and "preserve_thinking" not in template.variables:
+        if not self.preserve_thinking:
+            return variables
+        if "preserve_thinking" not in template.variables:
             raise RequestError(
                 "thinking cannot be preserved on request: the model's chat template does not read the variable "
                 "preserve_thinking (leave out --preserve-thinking)"
             )
-        return chosen | ({"preserve_thinking": True} if self.preserve_thinking else {})
+        return variables | {"preserve_thinking": True}
 
 
 TEMPLATE_DEFAULT = ThinkingMode()
-"""The mode in which the template gets no variable."""
+"""The mode in which the template gets none of these variables."""
 
 
 def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
     """Return the template of a checkpoint: chat_template.jinja, else "chat_template" in tokenizer_config.json.
 
     Raises:
-        TokenizerError: the checkpoint has no template, or it cannot be read.
+        TokenizerError: the checkpoint has no template, or the template cannot be read or compiled.
     """
     try:
         config = read_json(files.get("tokenizer_config.json", b"{}"), dict[str, Any])
@@ -134,12 +141,12 @@ def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:
     except (JsonError, UnicodeDecodeError) as error:
         raise TokenizerError(f"the chat template cannot be read: {error}") from None
     if isinstance(source, list):  # several named templates
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = by_name.get("default")
+        templates = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = templates.get("default")
     if not isinstance(source, str):
         raise TokenizerError("the model has no chat template: give --raw to send the prompt unchanged")
     tokens = {}
-    for name in _TOKENS:
+    for name in _TOKEN_VARIABLES:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):

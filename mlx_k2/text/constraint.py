@@ -1,4 +1,4 @@
-"""Constraint of a reply: the form of its answer, and the tools that it may or must call. Knows no tokens."""
+"""Constraint of a reply: the format of its answer, and the tools that it may or must call. Knows no tokens."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _CHOICES = ("auto", "none", "required")
 
 
 class AnswerForm(enum.Enum):
-    """The kind of grammar that an answer follows."""
+    """The language in which the format of an answer is given."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -20,15 +20,15 @@ class AnswerForm(enum.Enum):
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The form of the answer text after the reasoning."""
+    """The format of the answer text, which follows the reasoning."""
 
     form: AnswerForm
     text: str = ""
-    """The regular expression, or the Lark grammar."""
+    """The regular expression, or the Lark grammar; '' for JSON_SCHEMA."""
     schema: object = None
-    """The JSON schema."""
+    """The parsed JSON schema; None for the other forms."""
     is_strict: bool = False
-    """True: refuse a schema with a keyword that the compiler does not know, instead of ignoring the keyword."""
+    """True: refuse a schema with a keyword that the compiler does not support, instead of ignoring the keyword."""
 
 
 class ToolChoice(enum.Enum):
@@ -41,33 +41,33 @@ class ToolChoice(enum.Enum):
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool that a reply may call. ``parameters`` is the JSON schema of its arguments; None: it has none."""
+    """A tool that a reply may call. ``parameters`` is the JSON schema of its arguments; None: it takes no arguments."""
 
     name: str
     parameters: object = None
     is_strict: bool = False
-    """As in AnswerFormat."""
+    """Has the same meaning as in AnswerFormat."""
 
 
 @dataclass(frozen=True)
 class ToolRules:
-    """The tools that a reply may call, and how."""
+    """The tools that a reply may call, and the rules for its calls."""
 
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = ToolChoice.AUTO
     only: str | None = None
-    """The name of the tool that is called; None allows all."""
+    """The name of the only tool that the reply may call; None allows all tools."""
     is_parallel: bool = True
-    """False: the tool section ends after one call."""
+    """False: the reply makes at most one call."""
     has_grammar: bool = True
     """False: calls that the model makes by its own choice are not constrained (``--tool-grammar off``)."""
     first_number: int | None = None
-    """The number of the reply's first call in the conversation; None: the number of calls in the prompt."""
+    """The number of the reply's first call, for its id; None: the number of calls in the prompt."""
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """The constraint of one reply. Without ``tools`` a constrained answer calls no tool."""
+    """The constraint of one reply. With ``tools`` None the reply calls no tool."""
 
     answer: AnswerFormat | None = None
     tools: ToolRules | None = None
@@ -81,7 +81,9 @@ def tool_rules(
     has_grammar: bool = True,
     first_number: int | None = None,
 ) -> ToolRules:
-    """Return the rules for tools and a ``tool_choice`` in OpenAI's format. A named tool is called once.
+    """Return the rules for tool declarations and a ``tool_choice`` in OpenAI's format.
+
+    A reply calls a tool that ``choice`` names exactly once.
 
     Raises:
         RequestError: a declaration has no name, there are more than MAX_TOOLS, or the choice is unknown, or names a
@@ -97,8 +99,8 @@ def tool_rules(
         return ToolRules(tools, ToolChoice(choice), None, is_parallel, has_grammar, first_number)
     name = _chosen_name(choice)
     if all(tool.name != name for tool in tools):
-        declared = ", ".join(tool.name for tool in tools) or "none"
-        raise RequestError(f"tool_choice names {name!r}, which is not declared; declared tools: {declared}")
+        names = ", ".join(tool.name for tool in tools) or "none"
+        raise RequestError(f"tool_choice names {name!r}, which is not declared; declared tools: {names}")
     return ToolRules(tools, ToolChoice.REQUIRED, name, False, has_grammar, first_number)
 
 

@@ -1,8 +1,8 @@
-"""Escaping of message text while a template handles it, so that no message text can be read as a control token.
+"""Escaping of message text while a template renders it, so that message text cannot spell a control token.
 
-Every character that occurs in a control token's name is replaced, one for one, by a character that occurs nowhere
-in the rendering. A template may change message text or join it with its own text: a control token's name in the result
-is always the template's own text. Knows neither messages nor templates.
+Each character that occurs in a control token's name is replaced by one character that occurs nowhere in the rendering.
+The template may change message text or join it with its own text: a control token's name in the rendering is always
+text of the template. Knows neither messages nor templates.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,28 +10,28 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 
-# The private-use planes come first. Lower planes follow for a prompt that uses all of their characters.
+# The private-use planes come first. Lower planes follow, for a prompt that uses all private-use characters.
 _CANDIDATES = range(0x10FFFD, 0x3FFFF, -1)
-_PART = 4096
+_CHUNK_CHARS = 4096
 
 
 class Escaping:
-    """A one-for-one replacement of the characters of ``names`` by characters that are in none of ``texts``."""
+    """A replacement of each character of ``names`` by a character that occurs in none of ``texts``."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]) -> None:
-        used = {ord(character) for text in texts for part in _parts(text) for character in set(part)}
+        used = {ord(character) for text in texts for chunk in _chunks(text) for character in set(chunk)}
         letters = sorted({ord(letter) for name in names for letter in name})
         free = (candidate for candidate in _CANDIDATES if candidate not in used)
-        self._escaped = dict(zip(letters, free, strict=False))
-        if len(self._escaped) < len(letters):
+        self._escape_table = dict(zip(letters, free, strict=False))
+        if len(self._escape_table) < len(letters):
             raise RequestError("the messages use too many different characters: none is left for escaping")
-        self._unescaped = {escaped: letter for letter, escaped in self._escaped.items()}
+        self._unescape_table = {escaped: letter for letter, escaped in self._escape_table.items()}
 
     def escape(self, value: object) -> Any:
-        """Return ``value`` with all text in it escaped, at any depth, keys included, as EscapedText."""
+        """Return ``value`` with each text in it, at any depth and in keys too, as EscapedText."""
         match value:
             case str():
-                return EscapedText(_translated(value, self._escaped), self)
+                return EscapedText(_translate(value, self._escape_table), self)
             case dict():
                 return {self.escape(key): self.escape(item) for key, item in value.items()}
             case list():
@@ -41,7 +41,7 @@ class Escaping:
         return value
 
     def wrap(self, value: object) -> Any:
-        """Return the result of an operation on escaped text with every str in it as EscapedText."""
+        """Return the result of an operation on escaped characters with each str in it as EscapedText."""
         match value:
             case str():
                 return EscapedText(value, self)
@@ -52,37 +52,37 @@ class Escaping:
         return value
 
     def unescape(self, value: object) -> Any:
-        """Return the original text of ``value``, which may be a tuple; return a value of another type unchanged."""
+        """Return the original text of ``value``, a text or a tuple; return a value of another type unchanged."""
         match value:
             case str():
-                return _translated(value, self._unescaped)
+                return _translate(value, self._unescape_table)
             case tuple():
                 return tuple(self.unescape(item) for item in value)
         return value
 
 
-def _translated(text: str, table: Mapping[int, int]) -> str:
-    return "".join(part.translate(table) for part in _parts(text))
+def _translate(text: str, table: Mapping[int, int]) -> str:
+    return "".join(chunk.translate(table) for chunk in _chunks(text))
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Yield ``text`` in parts, between which other threads can run: to translate 400,000 characters takes 15 ms."""
-    return (text[start : start + _PART] for start in range(0, len(text), _PART))
+def _chunks(text: str) -> Iterator[str]:
+    """Yield ``text`` in chunks, so that other threads can run: translating 400,000 characters takes 15 ms."""
+    return (text[start : start + _CHUNK_CHARS] for start in range(0, len(text), _CHUNK_CHARS))
 
 
 class EscapedText(str):
     """Escaped text whose methods compare, search and split like those of the original text.
 
-    It is a str because templates test for str and join it with other text. Its characters stay escaped when it is
-    joined to plain text. An operation that this class does not handle makes the rendering differ from the plain one; it
-    never makes a control token.
+    It is a str, because templates test for str and join it with other text; its characters then stay escaped. An
+    operation that this class does not handle can make the rendering differ from that of plain text, which is detected,
+    but cannot make a control token.
     """
 
     __slots__ = ("_escaping",)
     _escaping: Escaping
 
     def __new__(cls, escaped: str, escaping: Escaping) -> "EscapedText":
-        """Return ``escaped``, which is escaped already, as EscapedText."""
+        """Return ``escaped``, whose characters are escaped already, as EscapedText."""
         text = super().__new__(cls, escaped)
         text._escaping = escaping
         return text
@@ -103,12 +103,12 @@ class EscapedText(str):
         return EscapedText(str.__add__(before, self), self._escaping)
 
     def replace(self, old: str, new: str, count: int = -1, /) -> "EscapedText":  # type: ignore[override]
-        """Replace as str.replace does; ``new`` is the template's text and is not escaped."""
+        """Replace like str.replace. ``new`` is text of the template and stays unescaped."""
         return EscapedText(str.replace(self, self._escaping.escape(old), new, count), self._escaping)
 
 
 def _on_unescaped(name: str) -> Callable[..., object]:
-    """Return the str method ``name`` computed on the original text, with its result escaped."""
+    """Return a method that computes str's method ``name`` on the original text, and escapes the result."""
     operation = getattr(str, name)
 
     def method(self: EscapedText, *arguments: object) -> object:
@@ -119,7 +119,7 @@ def _on_unescaped(name: str) -> Callable[..., object]:
 
 
 def _on_escaped(name: str) -> Callable[..., object]:
-    """Return the str method ``name`` computed on the escaped characters, with its text arguments escaped."""
+    """Return a method that computes str's method ``name`` on the escaped characters, with escaped arguments."""
     operation = getattr(str, name)
 
     def method(self: EscapedText, *arguments: object) -> object:

@@ -1,11 +1,11 @@
-"""The reader of conversations from files and clients, in OpenAI's format and the variants that other programs write.
+"""The reader of histories: conversations of files and clients, in OpenAI's format and variants of other programs.
 
-Knows neither templates nor tokens. Everything that renders messages reads them here first.
+Knows neither templates nor tokens. Every history is read here before it is rendered.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from mlx_k2.errors import RequestError
 from mlx_k2.text.message import CalledFunction, Message, MessageCall
@@ -13,17 +13,17 @@ from mlx_k2.text.tokenizer import well_formed
 from mlx_k2.text.tool_call import call_id
 
 ROLES = ("system", "user", "assistant", "tool")
-_SAME_ROLE = {"developer": "system", "function": "tool"}
-_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_ROLE_ALIASES = {"developer": "system", "function": "tool"}
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MAX_DEPTH = 100
-_DETAILS = ("text", "summary")
-_Fields = dict[str, Any]
+_REASONING_FIELDS = ("text", "summary")
+_Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class History:
-    """Messages in the form that templates rely on, and one line for each message that lost a field."""
+    """Messages in the form that templates expect, and a line about each message whose fields were left out."""
 
     messages: list[Message]
     left_out: tuple[str, ...]
@@ -32,40 +32,41 @@ class History:
 def read_history(
     messages: Sequence[Mapping[str, object]], template_fields: Collection[str], *, normal_ids: bool = False
 ) -> History:
-    """Return ``messages`` in one form; ``template_fields`` are the names that the template reads.
+    """Return ``messages`` in one form; ``template_fields`` are the field names that the template reads.
 
-    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, for any name of its
-    field. Every call and every result has an id; with ``normal_ids`` it is the one that Kimi K2 is trained on. Other
-    fields are kept if the template reads them, unless they are None. Reading the JSON of the returned messages again
-    changes nothing.
+    Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was
+    named. Every call and every result has an id; with ``normal_ids`` it is the one that Kimi K2 is trained on. Other
+    fields are kept if the template reads them and they are not None. To read the returned messages again changes
+    nothing.
 
     Raises:
-        RequestError: there is no message, or one is malformed; names the message and the problem.
+        RequestError: there is no message, or a message is malformed; names the message and the problem.
     """
     require(bool(messages), "there is no message to answer")
-    read: list[_Fields] = []
+    all_fields: list[_Fields] = []
     left_out = []
     for number, message in enumerate(messages, start=1):
         require(isinstance(message, Mapping), f"message {number} is not an object")
         require(all(isinstance(name, str) for name in message), f"message {number}: the keys of an object must be text")
         role = message.get("role")
-        role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
+        role = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise RequestError(f"message {number} has the role {role!r}: give one of {', '.join(ROLES)}")
         where = f"message {number} ({role})"
         fields = _fields({**message, "role": role}, where)
-        unread = [name for name in fields if name not in _FIELDS and name not in template_fields]
-        lost = [name for name in unread if _carries_more(name, fields)]
+        unread = [name for name in fields if name not in _MESSAGE_FIELDS and name not in template_fields]
+        lost = [name for name in unread if _has_own_information(name, fields)]
         if lost:
             left_out.append(f"{where} has fields that the chat template does not read: {', '.join(lost)}")
-        copy = {name: value for name, value in fields.items() if name not in unread}
-        read.append(copied_json(copy, where))
-    _link_calls(read, normal_ids=normal_ids)
-    return History([_message(fields) for fields in read], tuple(left_out))
+        kept_fields = {name: value for name, value in fields.items() if name not in unread}
+        all_fields.append(copied_json(kept_fields, where))
+    _link_calls(all_fields, normal_ids=normal_ids)
+    return History([_message(fields) for fields in all_fields], tuple(left_out))
 
 
 def _message(fields: _Fields) -> Message:
-    known = {name: fields.pop(name) for name in _FIELDS if name in fields}
+    """Return the message with checked ``fields``, of which this function removes the known ones."""
+    known = {name: fields.pop(name) for name in _MESSAGE_FIELDS if name in fields}
     calls = [
         MessageCall(
             id=call["id"],
@@ -78,7 +79,7 @@ def _message(fields: _Fields) -> Message:
 
 
 def _fields(message: Mapping[str, Any], where: str) -> _Fields:
-    """Return the fields of a message that are not None, checked, with content, reasoning and calls in one form."""
+    """Return the checked fields of a message, without those that are None; content, reasoning and calls in one form."""
     fields = {name: value for name, value in message.items() if value is not None}
     fields["content"] = _content(fields.get("content", ""), where)
     if "reasoning_content" not in fields and (reasoning := _reasoning(fields)) is not None:
@@ -94,7 +95,7 @@ def _fields(message: Mapping[str, Any], where: str) -> _Fields:
     require(fields["role"] == "assistant", f"{where}: only an assistant calls tools")
     require(isinstance(calls, list | tuple), f"{where}: tool_calls must be a list")
     assert isinstance(calls, list | tuple)
-    fields["tool_calls"] = [_call(call, f"{where}: tool call {at}") for at, call in enumerate(calls, start=1)]
+    fields["tool_calls"] = [_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)]
     return fields
 
 
@@ -117,22 +118,25 @@ def _part_text(part: object, where: str) -> str:
 
 
 def _reasoning(fields: Mapping[str, Any]) -> str | None:
-    """Return the reasoning of a message that has no ``reasoning_content``; None if it has none elsewhere either."""
-    given = next((fields[name] for name in ("reasoning", "thinking") if isinstance(fields.get(name), str)), None)
-    return _details_text(fields["reasoning_details"]) if given is None and "reasoning_details" in fields else given
+    """Return the reasoning in other fields than ``reasoning_content``; None if there is none."""
+    for name in ("reasoning", "thinking"):
+        reasoning = fields.get(name)
+        if isinstance(reasoning, str):
+            return reasoning
+    return _details_text(fields.get("reasoning_details"))
 
 
 def _details_text(details: object) -> str | None:
-    """Return the text in OpenRouter's ``reasoning_details``, or its summaries if it has no text."""
+    """Return the text of OpenRouter's ``reasoning_details``, or the summaries if there is no text; None for neither."""
     entries = [entry for entry in details if isinstance(entry, Mapping)] if isinstance(details, list | tuple) else []
-    for name in _DETAILS:
+    for name in _REASONING_FIELDS:
         if texts := [entry[name] for entry in entries if isinstance(entry.get(name), str)]:
             return "".join(texts)
     return None
 
 
 def _call(call: object, where: str) -> _Fields:
-    """Return a checked call; '' as its id if it has none, and '{}' as its arguments if it has no such field."""
+    """Return a checked call, with the id '' if it has none, and the arguments '{}' if it has none."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise RequestError(f"{where} has no function")
@@ -142,56 +146,61 @@ def _call(call: object, where: str) -> _Fields:
     return {**call, "id": written_id, "function": {**function, "arguments": function.get("arguments", "{}")}}
 
 
-def _carries_more(name: str, fields: Mapping[str, Any]) -> bool:
-    """Return whether leaving this field out loses something that no other field of the message holds."""
+def _has_own_information(name: str, fields: Mapping[str, Any]) -> bool:
+    """Return whether this field has information that no other field of the message has."""
     value = fields[name]
     if name == "function_call" and isinstance(value, Mapping):
         return [call["function"] for call in fields["tool_calls"]] != [{"arguments": "{}", **value}]
     if name == "reasoning_details" and isinstance(value, list | tuple):
-        is_read = all(isinstance(entry, Mapping) and entry.keys() & set(_DETAILS) for entry in value)
-        value = _details_text(value) if is_read else value
+        is_understood = all(isinstance(entry, Mapping) and entry.keys() & set(_REASONING_FIELDS) for entry in value)
+        value = _details_text(value) if is_understood else value
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
 
 def _link_calls(messages: Sequence[_Fields], *, normal_ids: bool) -> None:
-    """Give each call without an id the one that Kimi K2 is trained on, and each result without one that of its call.
+    """Set the ids of calls and results that have none.
 
-    Such a result answers a call of the latest turn that has no result yet: the first of its name, or the first. One
-    with an id belongs to the latest turn that has a call with it, and there to the first such call without a result.
-    With ``normal_ids`` each call gets the id that Kimi K2 is trained on, and its result the same and the tool's name; a
-    result that answers no call is unchanged.
+    A call gets its normal id, the one that Kimi K2 is trained on. A result gets the id of its call: of the calls in the
+    latest turn without a result, the first with the result's name, else the first one.
+
+    With ``normal_ids`` each call gets its normal id, and its result the same id and the tool's name. If several calls
+    have the id of a result, it belongs to the first unanswered one in the latest turn with such calls. A result without
+    a call is unchanged.
     """
     unanswered: list[_Fields] = []
-    open_calls: dict[str, list[tuple[_Fields, str]]] = {}
-    normal: list[tuple[_Fields, str]] = []
-    for at, message in enumerate(messages, start=1):
+    open_calls: dict[str, list[tuple[_Fields, str]]] = {}  # by id, for ``normal_ids``
+    calls_with_normal_ids: list[tuple[_Fields, str]] = []
+    for number, message in enumerate(messages, start=1):
         calls = message.get("tool_calls", ())
-        turn: dict[str, list[tuple[_Fields, str]]] = {}
+        calls_of_turn: dict[str, list[tuple[_Fields, str]]] = {}
         for call in calls:
-            normal.append((call, call_id(call["function"]["name"], len(normal))))
-            call["id"] = call["id"] or normal[-1][1]
-            turn.setdefault(call["id"], []).append(normal[-1])
-        open_calls |= turn
+            normal_id = call_id(call["function"]["name"], len(calls_with_normal_ids))
+            calls_with_normal_ids.append((call, normal_id))
+            call["id"] = call["id"] or normal_id
+            calls_of_turn.setdefault(call["id"], []).append((call, normal_id))
+        open_calls |= calls_of_turn
         unanswered = [*calls] or unanswered
         if message["role"] != "tool":
             continue
         if not message.get("tool_call_id") and unanswered:
-            named = [call for call in unanswered if call["function"]["name"] == message.get("name")]
-            message["tool_call_id"] = (named or unanswered)[0]["id"]
-        require("tool_call_id" in message, f"message {at} (tool): a tool's result needs the tool_call_id of its call")
+            same_name = [call for call in unanswered if call["function"]["name"] == message.get("name")]
+            message["tool_call_id"] = (same_name or unanswered)[0]["id"]
+        problem = f"message {number} (tool): a tool's result needs the tool_call_id of its call"
+        require("tool_call_id" in message, problem)
         unanswered = [call for call in unanswered if call["id"] != message["tool_call_id"]]
-        if normal_ids and (waiting := open_calls.get(message["tool_call_id"])):
-            answered, message["tool_call_id"] = waiting.pop(0)
-            message["name"] = answered["function"]["name"]
-    for call, normal_id in normal if normal_ids else ():
-        call["id"] = normal_id
+        if normal_ids and (same_id := open_calls.get(message["tool_call_id"])):
+            call, message["tool_call_id"] = same_id.pop(0)
+            message["name"] = call["function"]["name"]
+    if normal_ids:
+        for call, normal_id in calls_with_normal_ids:
+            call["id"] = normal_id
 
 
 def copied_json(value: object, where: str, *, sort: bool = False, depth: int = 0) -> Any:
-    """Return a deep copy of a JSON value, with its text made well-formed; ``sort`` sorts the keys of every object.
+    """Return a deep copy of a JSON value without lone surrogates; ``sort`` sorts the keys of every object.
 
     Raises:
-        RequestError: JSON cannot hold the value, or it is nested too deep; ``where`` names it in the message.
+        RequestError: JSON cannot hold the value, or it is nested too deep; ``where`` names the value in the message.
     """
     require(depth <= _MAX_DEPTH, f"{where} is nested more than {_MAX_DEPTH} deep")
     match value:

@@ -1,6 +1,6 @@
-"""A chat template in Jinja's sandbox: its names, and its rendering to text of limited length. Knows no process limits.
+"""A chat template in Jinja's sandbox: its names, and its rendering to text of limited length.
 
-A template can still use any amount of time and memory: text/template_worker.py runs it under limits.
+The sandbox does not limit time and memory: text/template_worker.py does, which runs the template.
 """
 
 import functools
@@ -21,12 +21,12 @@ from jinja2.visitor import NodeTransformer, NodeVisitor
 FILE = "chat_template.jinja"
 
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
-"""Text that JSON writes as \\uXXXX, except the characters with which text/escaping.py replaces others."""
+"""Text that JSON writes as \\uXXXX, but not the replacement characters of text/escaping.py."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TemplateRefusal(Exception):
-    """The error for a template that called raise_exception."""
+    """The error for a template that called raise_exception; its text is the template's."""
 
 
 class TemplateFailure(Exception):
@@ -34,7 +34,7 @@ class TemplateFailure(Exception):
 
 
 class TemplateNames(msgspec.Struct, frozen=True):
-    """The variables that a template reads, and every name by which it may read a field of a message."""
+    """The variables that a template reads, and the names of all fields of a message that it may read."""
 
     variables: frozenset[str]
     fields: frozenset[str]
@@ -64,7 +64,7 @@ class JinjaTemplate:
         """Return the text that the template renders for ``variables``.
 
         Raises:
-            TemplateRefusal: the template itself refuses the variables.
+            TemplateRefusal: the template refuses the variables with raise_exception.
             TemplateFailure: the rendering fails or exceeds a limit; names the problem, and the line if it is known.
         """
         parts: list[str] = []
@@ -98,7 +98,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**":
             raise TemplateFailure("computes a power, which chat templates may not")
         lengths = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
-        if lengths != [left, right] and all(isinstance(length, int) for length in lengths):
+        has_sequence = lengths != [left, right]
+        if has_sequence and all(isinstance(length, int) for length in lengths):
             size = sum(lengths) if operator == "+" else lengths[0] * lengths[1]
             if size > self._max_characters:
                 raise TemplateFailure(f"makes a text of more than {self._max_characters} characters")
@@ -117,13 +118,14 @@ class _Generation(Extension):
 
 
 class _FirstUses(NodeVisitor):
-    """For each name of a template, whether its first use in the order of evaluation reads it."""
+    """The first use of each name in a template, in the order of evaluation."""
 
     def __init__(self) -> None:
         self.is_read: dict[str, bool] = {}
+        """By name: True if the first use reads it, False if it sets it."""
 
     def visit_Assign(self, node: nodes.Assign) -> None:  # noqa: N802 - the name jinja2 calls
-        self.visit(node.node)
+        self.visit(node.node)  # the value is evaluated before the target is set
         self.visit(node.target)
 
     def visit_Name(self, node: nodes.Name) -> None:  # noqa: N802 - the name jinja2 calls
@@ -131,17 +133,17 @@ class _FirstUses(NodeVisitor):
 
 
 def _variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the names that a template reads before it sets them. Jinja adds those set in one branch of an `if`."""
+    """Return the names that a template reads before it sets them, without those that are set in one branch only."""
     uses = _FirstUses()
     uses.visit(tree)
     return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))
 
 
 def _field_names(tree: nodes.Template) -> frozenset[str]:
-    """Return the attribute names and texts of a template, except those with lone surrogates, which name no field."""
+    """Return all attribute names and string constants of a template, except those with lone surrogates."""
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(name for name in attributes | texts if not _SURROGATE.search(name))
+    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(name for name in attributes | constants if not _SURROGATE.search(name))
 
 
 class _AddForConcat(NodeTransformer):
@@ -166,9 +168,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return JSON as transformers' filter of this name writes it, with its parameters in the same order."""
+    """Return JSON like the filter tojson of transformers, with the same parameters in the same order."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
+    return _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
 
 
 def _problem(error: Exception) -> str:

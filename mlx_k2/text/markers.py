@@ -1,4 +1,4 @@
-"""Detection of markers in a reply: control tokens, and their names spelled in text. Knows no structure of a reply."""
+"""Detection of markers in a reply: control tokens, and their names spelled as text. Knows no structure of a reply."""
 
 import enum
 import re
@@ -34,50 +34,52 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """A marker in a reply."""
+class MarkerMatch:
+    """A marker that a reply contains."""
 
     marker: Marker
     name: str
     is_token: bool
-    """True for a control token; False for ordinary text that spells its name, for instance a quote of the user."""
+    """True for a control token; False for ordinary text that spells its name, such as a quotation."""
 
 
 class MarkerScanner:
-    """A scanner that splits the text of a reply at markers, independent of how the text is split on arrival.
+    """A scanner that splits the text of a reply at markers. The result does not depend on how the text is passed.
 
-    A name in ``control_names`` is a marker only as that control token. Any other name is a marker where text spells it.
+    A name in ``control_names`` is a marker only as a control token. Any other name is a marker where text spells it.
     """
 
     def __init__(self, control_names: Collection[str]) -> None:
-        spelled = [name for name in NAMES if name not in control_names]
-        self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
-        self._beginnings = {name[:length] for name in spelled for length in range(1, len(name))}
-        self._held = ""
+        names = [name for name in NAMES if name not in control_names]
+        self._spelled_marker = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._prefixes = {name[:length] for name in names for length in range(1, len(name))}
+        self._pending = ""
+        """Text that may be the beginning of a marker."""
 
-    def text(self, text: str) -> Iterator[str | Found]:
-        """Yield the parts of the next ordinary text. Hold back an end that may be the beginning of a marker."""
-        text = self._held + text
+    def text(self, text: str) -> Iterator[str | MarkerMatch]:
+        """Yield the next ordinary text, split at markers. Text that may begin a marker is held back."""
+        text = self._pending + text
         end = 0
-        for match in self._spelled.finditer(text):
+        for match in self._spelled_marker.finditer(text):
             yield from _unless_empty(text[end : match.start()])
-            yield Found(NAMES[match.group()], match.group(), is_token=False)
+            yield MarkerMatch(NAMES[match.group()], match.group(), is_token=False)
             end = match.end()
-        rest = text[end:]
-        bracket = rest.rfind("<")
-        cut = bracket if bracket >= 0 and rest[bracket:] in self._beginnings else len(rest)
-        self._held = rest[cut:]
-        yield from _unless_empty(rest[:cut])
+        rest, bracket, name_start = text[end:].rpartition("<")
+        if bracket + name_start in self._prefixes:
+            self._pending = bracket + name_start
+        else:
+            rest, self._pending = text[end:], ""
+        yield from _unless_empty(rest)
 
-    def control(self, name: str) -> Iterator[str | Found]:
-        """Yield held-back text, then the next control token: a marker, or its name as text if it is not a marker."""
+    def control(self, name: str) -> Iterator[str | MarkerMatch]:
+        """Yield the held-back text, then the next control token: as a MarkerMatch if it is a marker, else its name."""
         yield from self.flush()
-        yield Found(NAMES[name], name, is_token=True) if name in NAMES else name
+        yield MarkerMatch(NAMES[name], name, is_token=True) if name in NAMES else name
 
     def flush(self) -> Iterator[str]:
-        """Yield the held-back text, which is not a marker."""
-        held, self._held = self._held, ""
-        yield from _unless_empty(held)
+        """Yield the held-back text, which is no marker since no text follows."""
+        text, self._pending = self._pending, ""
+        yield from _unless_empty(text)
 
 
 def _unless_empty(text: str) -> Iterator[str]:

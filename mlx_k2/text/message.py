@@ -1,7 +1,4 @@
-"""Messages of a conversation in the one form that the program uses, also those for replies and results of tools.
-
-Knows no template and reads no JSON.
-"""
+"""Messages of a conversation, and those made from replies and tool results. Knows no template and reads no JSON."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
@@ -15,7 +12,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
-    """The function of a call. ``arguments`` is the text that the model wrote, or a JSON value from another program."""
+    """The function of a call. ``arguments`` is the text that the model wrote, or a JSON value of another program."""
 
     name: str
     arguments: Any
@@ -30,7 +27,7 @@ class MessageCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message in OpenAI's format. ``other`` holds fields that only the chat template knows."""
+    """A message with the fields of OpenAI's format. ``other`` has further fields, which the chat template reads."""
 
     role: Role
     content: str
@@ -41,7 +38,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     other: dict[str, object] = {}
 
     def json_value(self) -> dict[str, object]:
-        """Return the message as JSON holds it, for templates and files."""
+        """Return the message as a JSON object in OpenAI's format, for templates and files."""
         fields: dict[str, object] = msgspec.to_builtins(self)
         fields.pop("other", None)
         if self.tool_calls:
@@ -53,7 +50,7 @@ def assistant_message(reply: Reply, num_calls_before: int) -> Message:
     """Return ``reply`` as a message; each call's arguments are the text that the model wrote.
 
     The calls get the ids that Kimi K2 is trained on, not those that it wrote: functions.NAME:NUMBER, where NUMBER
-    counts the calls of the whole conversation from 0. Missing text is '', never None.
+    counts the calls of the conversation from 0, and the first one has ``num_calls_before``. Absent text is ''.
     """
     calls = tuple(
         MessageCall(id=call_id(call.name, number), function=CalledFunction(call.name or UNKNOWN, call.arguments))
@@ -63,7 +60,7 @@ def assistant_message(reply: Reply, num_calls_before: int) -> Message:
 
 
 def tool_messages(assistant: Message, results: Sequence[str]) -> list[Message]:
-    """Return one message for each call of ``assistant``, in the order of its calls, with the text of its result."""
+    """Return the messages with the results of the calls in ``assistant``; ``results`` has their texts in this order."""
     return [
         Message(role="tool", tool_call_id=call.id, name=call.function.name, content=result)
         for call, result in zip(assistant.tool_calls, results, strict=True)
@@ -71,5 +68,5 @@ def tool_messages(assistant: Message, results: Sequence[str]) -> list[Message]:
 
 
 def num_calls(messages: Sequence[Message]) -> int:
-    """Return the number of tool calls in a conversation, which is also the number of its next call."""
+    """Return the number of tool calls in a conversation. This is also the number in the id of its next call."""
     return sum(len(message.tool_calls) for message in messages)

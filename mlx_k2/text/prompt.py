@@ -1,6 +1,6 @@
 """Conversion of messages to prompt tokens. The template's markers become control tokens; message text never does.
 
-Knows templates, tokenizers and messages, but no files and no checkpoint.
+Knows templates, tokenizers and messages, but no files.
 """
 
 import datetime
@@ -16,13 +16,12 @@ from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.typescript_tools import typescript_tools
 
 PromptPiece: TypeAlias = str | int
-"""Part of a prompt: ordinary text, or the id of a control token."""
-
+"""A part of a prompt: ordinary text, or the id of a control token."""
 _WINDOW_CHARS = 16_384
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[int]:
-    """Return the token ids of ``pieces``; the text between two control tokens is encoded as one."""
+    """Return the token ids of ``pieces``; each text is encoded separately."""
     ids: list[int] = []
     for piece in pieces:
         ids += [piece] if isinstance(piece, int) else tokenizer.encode_text(piece)
@@ -30,9 +29,9 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[PromptPiece]) -> list[i
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Return whether the answer begins inside the reasoning: the last control token of the prompt is <think>."""
-    last = next((token_id for token_id in reversed(prompt_ids) if tokenizer.is_special(token_id)), None)
-    return last is not None and last == tokenizer.special_ids.get("<think>")
+    """Return whether the prompt ends inside the reasoning: its last control token is <think>."""
+    last_control = next((token_id for token_id in reversed(prompt_ids) if tokenizer.is_special(token_id)), None)
+    return last_control is not None and last_control == tokenizer.special_ids.get("<think>")
 
 
 def render_pieces(
@@ -46,11 +45,12 @@ def render_pieces(
 ) -> list[PromptPiece]:
     """Render a conversation; return its text and its control tokens as separate pieces, with no two adjacent texts.
 
-    A message that is a mapping is in OpenAI's format. ``options`` are passed to the template. Their text is input text,
-    like that of messages and tools.
+    A message that is a mapping is in OpenAI's format. ``options`` are further variables of the template. The text of
+    messages, tools and options is the input text.
 
-    The template renders twice: plainly, and with all input text escaped. Control tokens are the names that the second
-    rendering spells, which only the template can have written. The second rendering, unescaped, must equal the first.
+    The template renders twice: with the input text unchanged, and with all input text escaped. Control tokens are the
+    names that the second rendering spells: only the template can have written them. The second rendering, unescaped,
+    must equal the first.
 
     Raises:
         RequestError: a tool or a mapping is malformed, or the template refuses the messages.
@@ -65,33 +65,35 @@ def render_pieces(
         **_declarations(template, tools or ()),
         **options,
     }
-    own = {"add_generation_prompt": add_generation_prompt, "strftime_now": datetime.datetime.now().strftime}
+    now = datetime.datetime.now()
+    program_variables = {"add_generation_prompt": add_generation_prompt, "strftime_now": now.strftime}
     escaping = Escaping(tokenizer.special_ids, [template.source, *_texts(inputs)])
-    plain = template.render(inputs | own)
-    escaped = template.render(_escaped(inputs, escaping) | own)
+    plain = template.render(inputs | program_variables)
+    escaped = template.render(_escaped(inputs, escaping) | program_variables)
     if escaping.unescape(escaped) != plain:
         raise TokenizerError("the chat template alters message text, so that it cannot be distinguished from markers")
     return [piece if isinstance(piece, int) else escaping.unescape(piece) for piece in _split(escaped, tokenizer)]
 
 
 def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Return the template's variables that declare ``tools``, as the code of the checkpoint's tokenizer computes them.
+    """Return the template's variables that declare ``tools``, as the Python code of Kimi's tokenizers computes them.
 
-    Models that think were trained on declarations with sorted keys, K2.5 and later on TypeScript.
+    Models that think were trained on declarations with sorted keys, and K2.5 and later models on TypeScript.
     """
     for number, tool in enumerate(tools, start=1):
         if not isinstance(tool, Mapping):
             raise RequestError(f"tool {number} is not an object")
     reads_typescript = "tools_ts_str" in template.variables
     sort = template.has_reasoning or reads_typescript
-    declared = [copied_json(tool, f"tool {number}", sort=sort) for number, tool in enumerate(tools, start=1)]
-    typescript = typescript_tools(declared) if reads_typescript else ""
-    variables: dict[str, object] = {"tools": declared or None}  # not absent: some templates test `tools is not none`
-    return variables | {"tools_ts_str": typescript} if typescript else variables
+    declarations = [copied_json(tool, f"tool {number}", sort=sort) for number, tool in enumerate(tools, start=1)]
+    variables: dict[str, object] = {"tools": declarations or None}  # None is set: some templates test `is not none`
+    if reads_typescript and (typescript := typescript_tools(declarations)):
+        variables["tools_ts_str"] = typescript
+    return variables
 
 
 def _escaped(inputs: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
-    """Return the input with all text escaped, except the roles, four known words from which templates build markers."""
+    """Return the input with all text escaped, except the four roles, from which templates build markers."""
     escaped: dict[str, object] = {name: escaping.escape(value) for name, value in inputs.items()}
     messages = inputs["messages"]
     assert isinstance(messages, list)
@@ -100,6 +102,7 @@ def _escaped(inputs: Mapping[str, object], escaping: Escaping) -> dict[str, obje
 
 
 def _texts(value: object) -> Iterator[str]:
+    """Yield each text in a value of JSON, keys included."""
     match value:
         case str():
             yield value
@@ -113,7 +116,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
-    """Yield ``text`` split at the control tokens' names. Other threads can run between two windows of the search."""
+    """Yield ``text`` split at the control tokens' names. It is searched in windows, so that other threads can run."""
     longest = max(map(len, tokenizer.special_ids), default=0)
     end = start = 0
     while start < len(text):

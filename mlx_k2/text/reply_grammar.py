@@ -1,6 +1,6 @@
-"""Compiled constraint of a reply, and its guide: which tokens may follow in each phase of the reply.
+"""Compiled constraint of a reply, and the guide of a reply: the tokens that may follow in each of its phases.
 
-The reply parser decides the phase. A phase changes at a control token only, and a draft token is never one.
+The reply parser decides the phase. Only a control token changes it, and a draft token is never a control token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from mlx_k2.errors import RequestError, RequestFailed
 from mlx_k2.text.constraint import AnswerForm, Constraint, ToolChoice, ToolRules
-from mlx_k2.text.grammar import Allowed, GrammarCompiler, GrammarState
+from mlx_k2.text.grammar import GrammarCompiler
+from mlx_k2.text.grammar_state import AllowedTokens, GrammarState
 from mlx_k2.text.reply_parser import Phase
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import call_id
@@ -20,29 +21,29 @@ _CALL_BEGIN, _ARGUMENTS_BEGIN = "<|tool_call_begin|>", "<|tool_call_argument_beg
 _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
-_MOST_PREFIXES = 64
-"""A text that is forced allows only the tokens with which it begins. With more tokens than this there is a choice."""
+_MAX_PREFIXES = 64
+"""The most tokens that can begin one forced text, which allows its prefixes only. More tokens mean a choice."""
 MAX_CALLS = 16
-"""The most calls of a constrained reply, which ends a repetition. The model makes further ones in its next reply."""
+"""The most calls of a constrained reply, so that repetition ends. The next reply can make more calls."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 _NO_TOOLS = ToolRules(choice=ToolChoice.NONE)
 
 
 @dataclass(frozen=True)
 class ReplyGrammar:
-    """A compiled constraint. Several replies may use it."""
+    """A compiled constraint. Several replies may use it at the same time."""
 
     compiler: GrammarCompiler
     answer: GrammarState | None
-    """The grammar of the answer text; None allows any."""
+    """The grammar of the answer text; None allows any text."""
     rules: ToolRules
     arguments: Mapping[str, GrammarState]
-    """The grammar of each tool's arguments by its name; empty if calls are not constrained."""
+    """The grammars of the arguments by the tool's name; empty if calls are not constrained."""
     warnings: tuple[str, ...]
     """Lines about schemas whose grammar allows more than the schema."""
 
     def after_calls(self) -> "ReplyGrammar":
-        """Return the constraint of the reply to the results of tools, which need not call one again."""
+        """Return the constraint of the next reply, after the results of the tools: it need not call a tool again."""
         if self.rules.choice is not ToolChoice.REQUIRED:
             return self
         rules = replace(self.rules, choice=ToolChoice.AUTO, only=None, first_number=None)
@@ -63,7 +64,7 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
             raise RequestError(f"tool calls cannot be constrained: the model's vocabulary has no {missing[0]}")
         for tool in rules.tools:
             what = f"the schema of tool {tool.name!r}"
-            schema = _of_object(tool.parameters, what)
+            schema = _arguments_schema(tool.parameters, what)
             arguments[tool.name], warning = compiler.json_schema(
                 schema,
                 what,
@@ -72,22 +73,22 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
                 is_optional=rules.choice is ToolChoice.AUTO,
             )
             warnings.append(warning)
-        compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many names, or names too long
+        compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many or too long names
     answer: GrammarState | None = None
-    form = constraint.answer
-    if form is not None and form.form is AnswerForm.JSON_SCHEMA:
-        answer, warning = compiler.json_schema(form.schema, "the JSON schema", is_strict=form.is_strict)
+    required = constraint.answer
+    if required is not None and required.form is AnswerForm.JSON_SCHEMA:
+        answer, warning = compiler.json_schema(required.schema, "the JSON schema", is_strict=required.is_strict)
         warnings.append(warning)
-    elif form is not None:
-        answer = compiler.text(form.form.value, form.text)
+    elif required is not None:
+        answer = compiler.text(required.form.value, required.text)
     return ReplyGrammar(compiler, answer, rules, arguments, tuple(line for line in warnings if line is not None))
 
 
-def _of_object(parameters: object, what: str) -> object:
-    """Return the schema of a tool's arguments, which are an object, also where the schema does not say so.
+def _arguments_schema(parameters: object, what: str) -> object:
+    """Return the schema of a tool's arguments with the type "object", which ``parameters`` may leave out.
 
     Raises:
-        RequestError: the schema allows no object.
+        RequestError: ``parameters`` allows no object.
     """
     if parameters is None:
         return _NO_PARAMETERS
@@ -103,7 +104,7 @@ def _of_object(parameters: object, what: str) -> object:
 class _Rule:
     """The tokens that may follow: those of ``state``, ``ends`` where it may end, and ``extra``.
 
-    Without a state: ``extra`` only, or if ``banned`` is set, all but these.
+    Without a state, all but ``banned`` may follow; if ``banned`` is None, only ``extra``.
     """
 
     state: GrammarState | None = None
@@ -113,9 +114,9 @@ class _Rule:
 
 
 class ReplyGuide:
-    """The guide of one reply, which begins in ``phase``; of a raw one it is content to the end.
+    """The tokens that may follow in one reply, which begins in ``phase``. A raw reply has the phase content only.
 
-    Its methods raise RequestFailed when a grammar is too complex to continue.
+    Its methods raise RequestFailed if a grammar exceeds its limits.
     """
 
     def __init__(
@@ -131,68 +132,71 @@ class ReplyGuide:
         self._grammar = grammar
         self._tokenizer = tokenizer
         self._ids = tokenizer.special_ids
-        first = self._ids.get(_STOP)  # the usual end of a turn comes first, because the first one is forced
-        self._stop_ids = tuple(sorted(stop_ids, key=lambda number: (number != first, number)))
+        usual_stop = self._ids.get(_STOP)  # sorted first, because ``forced`` chooses the first stop token
+        self._stop_ids = tuple(sorted(stop_ids, key=lambda token_id: (token_id != usual_stop, token_id)))
         self._markers = tuple(self._ids[name] for name in _TOOL_MARKERS if name in self._ids)
         rules = grammar.rules
         self._must_call = rules.choice is ToolChoice.REQUIRED
         self._may_call = rules.choice is not ToolChoice.NONE and bool(rules.tools)
-        in_prompt = prompt_ids.count(self._ids[_CALL_BEGIN]) if _CALL_BEGIN in self._ids else 0
-        self._next_number = in_prompt if rules.first_number is None else rules.first_number
-        thinks = (self._ids.get(_THINK_BEGIN), self._ids.get(_THINK_END))
-        last = next((number for number in reversed(prompt_ids) if tokenizer.is_special(number)), None)
-        self._may_think = thinks[0] is not None and last not in thinks and not is_raw  # else the prompt has decided
+        num_prompt_calls = prompt_ids.count(self._ids[_CALL_BEGIN]) if _CALL_BEGIN in self._ids else 0
+        self._next_number = num_prompt_calls if rules.first_number is None else rules.first_number
+        think_ids = (self._ids.get(_THINK_BEGIN), self._ids.get(_THINK_END))
+        last_control = next((token_id for token_id in reversed(prompt_ids) if tokenizer.is_special(token_id)), None)
+        # A prompt that ends with a think token has decided already whether the reply begins with reasoning.
+        self._may_think = think_ids[0] is not None and last_control not in think_ids and not is_raw
         self._phase = phase
         self._state: GrammarState | None = None
         self._call_names: dict[str, str] = {}
         self._header = b""
         self._num_calls = 0
-        self._is_phase_begun = False
+        self._is_phase_empty = True
         self._may_end_section = False
-        self._has_drafts = True
-        self._allowed: dict[tuple[int, ...], Allowed] = {}
+        self._may_have_drafts = True
+        self._allowed: dict[tuple[int, ...], AllowedTokens] = {}
+        """Cached results of the grammar, by the draft tokens after the accepted ones."""
         self._enter(self._phase)
 
     @property
     def is_complete(self) -> bool:
-        """True if no token may follow, since the request has no stop token."""
+        """True if no token may follow: the grammar has ended, and the request has no stop token."""
         rule = self._rule()
         if rule.banned is not None or rule.extra or rule.ends:
             return False
         return rule.state is None or not self._allowed_after(()).num_tokens
 
     def accept(self, token_id: int, phase: Phase) -> None:
-        """Record the next token, and the phase after it."""
+        """Add the next token; ``phase`` is the phase after it."""
         if phase is not self._phase:
             self._enter(phase)
         else:
-            self._is_phase_begun = True
+            self._is_phase_empty = False
             if self._state is not None and not self._tokenizer.is_special(token_id):
                 self._state.accept(token_id)
                 if phase is Phase.CALL_ID:
                     self._header += self._tokenizer.token_bytes(token_id)
-        self._allowed = {ids[1:]: found for ids, found in self._allowed.items() if ids[:1] == (token_id,)}
+        self._allowed = {ids[1:]: allowed for ids, allowed in self._allowed.items() if ids[:1] == (token_id,)}
 
     def forced(self) -> Sequence[int]:
-        """Return the tokens that must follow; nothing if there is a choice."""
+        """Return the tokens that must follow; () if there is a choice."""
         rule = self._rule()
         if rule.banned is not None:
             return ()
         if rule.state is None:
-            return rule.extra[:1] if len(rule.extra) == 1 or rule.extra == self._stop_ids else ()
+            has_choice = len(rule.extra) > 1 and rule.extra != self._stop_ids
+            return () if has_choice else rule.extra[:1]
         if rule.extra:
             return ()
         allowed = self._allowed_after(())
         if not allowed.num_tokens:
             return rule.ends[:1]
-        if allowed.may_end or allowed.num_tokens > _MOST_PREFIXES:
+        if allowed.may_end or allowed.num_tokens > _MAX_PREFIXES:
             return ()
         return rule.state.forced() or (allowed.token_ids.tolist() if allowed.num_tokens == 1 else ())
 
     def mask(self, draft_ids: Sequence[int], *, hold_stop: bool) -> TokenMask | None:
-        """Return the mask for the token after the accepted ones and ``draft_ids``; None allows every token.
+        """Return the mask for the token after the accepted tokens and then ``draft_ids``; None allows every token.
 
-        ``hold_stop`` excludes the stop tokens, unless the grammar allows nothing else.
+        ``hold_stop`` excludes the stop tokens, unless the grammar allows no other token.
         """
         rule = self._rule()
         if rule.banned is not None:
@@ -208,23 +212,23 @@ class ReplyGuide:
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
 
     def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
-        """Return whether the ordinary token ``token_id`` may follow ``draft_ids``, and the grammar continue after it.
+        """Return whether the ordinary token ``token_id`` may follow ``draft_ids`` within the grammar's limits.
 
-        A wrong draft token can exceed the grammar's limits where the answer does not. The reply gets no further drafts
-        then, which could take as long.
+        After the first draft token that exceeds the limits the result is always False: a wrong draft token can exceed
+        them where the answer does not, and each attempt takes long.
         """
         mask = self.mask(draft_ids, hold_stop=False)
-        if not self._has_drafts or (mask is not None and not mask.allows(token_id)):
+        if not self._may_have_drafts or (mask is not None and not mask.allows(token_id)):
             return False
         if self._state is not None:
             try:
                 self._allowed_after((*draft_ids, token_id))
             except RequestFailed:
-                self._has_drafts = False
-        return self._has_drafts
+                self._may_have_drafts = False
+        return self._may_have_drafts
 
-    def _allowed_after(self, draft_ids: Sequence[int]) -> Allowed:
-        assert self._state is not None, "only a grammar allows tokens"
+    def _allowed_after(self, draft_ids: Sequence[int]) -> AllowedTokens:
+        assert self._state is not None, "the phase has a grammar"
         key = tuple(draft_ids)
         if key not in self._allowed:
             self._allowed[key] = self._state.allowed(key)
@@ -234,7 +238,7 @@ class ReplyGuide:
         """Begin a phase with its grammar."""
         grammar = self._grammar
         self._may_end_section = self._phase is Phase.ARGUMENTS
-        self._phase, self._is_phase_begun, self._state = phase, False, None
+        self._phase, self._is_phase_empty, self._state = phase, True, None
         match phase:
             case Phase.REASONING:
                 self._may_think = False
@@ -244,15 +248,16 @@ class ReplyGuide:
                 self._num_calls += 1
                 if grammar.arguments:
                     only = grammar.rules.only
-                    allowed = grammar.arguments if only is None else (only,)
-                    names = {call_id(name, self._next_number): name for name in allowed}
-                    self._call_names, self._header = names, b""
-                    self._state = grammar.compiler.choice(list(names))
+                    names = grammar.arguments if only is None else (only,)
+                    self._call_names = {call_id(name, self._next_number): name for name in names}
+                    self._header = b""
+                    self._state = grammar.compiler.choice(list(self._call_names))
                 self._next_number += 1
             case Phase.ARGUMENTS if grammar.arguments:
                 self._state = grammar.arguments[self._call_names[self._header.decode()]].copy()
 
     def _rule(self) -> _Rule:
+        """Return the rule for the next token in the current phase."""
         grammar, ids = self._grammar, self._ids
         match self._phase:
             case Phase.REASONING:
@@ -263,8 +268,10 @@ class ReplyGuide:
             case Phase.SECTION:
                 if not grammar.arguments and grammar.rules.is_parallel:
                     return _Rule(banned=())
-                begin = (ids[_CALL_BEGIN],) if self._may_call_now else ()
-                return _Rule(extra=(*begin, *((ids[_SECTION_END],) if self._may_end_section or not begin else ())))
+                extra = [ids[_CALL_BEGIN]] if self._may_call_now else []
+                if self._may_end_section or not extra:
+                    extra.append(ids[_SECTION_END])
+                return _Rule(extra=tuple(extra))
             case Phase.CALL_ID if self._state is not None:
                 return _Rule(self._state, ends=(ids[_ARGUMENTS_BEGIN],))
             case Phase.ARGUMENTS if self._state is not None:
@@ -282,13 +289,13 @@ class ReplyGuide:
         return () if self._may_call_now else self._markers
 
     def _content_rule(self) -> _Rule:
-        """Return the rule for the text after the reasoning. A constrained reply ends with its tool section."""
+        """Return the rule for the content. A constrained reply ends after its tool section."""
         is_constrained = self._must_call or self._grammar.answer is not None
         if not is_constrained:
             return _Rule(banned=self._banned_markers)
         if self._num_calls:
             return _Rule(extra=self._stop_ids)
-        at_start = not self._is_phase_begun
+        at_start = self._is_phase_empty
         think = (self._ids[_THINK_BEGIN],) if at_start and self._may_think else ()
         if self._must_call:
             return _Rule(extra=(*think, self._ids[_SECTION_BEGIN]))

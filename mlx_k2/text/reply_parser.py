@@ -1,13 +1,13 @@
-"""Parsing of a streamed reply into reasoning, content and tool calls. Knows no messages and runs no tool."""
+"""The parser of a streamed reply: reasoning, content and tool calls. Knows no messages and runs no tool."""
 
 import codecs
 import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_k2.text.markers import Found, Marker, MarkerScanner
+from mlx_k2.text.markers import Marker, MarkerMatch, MarkerScanner
 from mlx_k2.text.prompt import opens_reasoning
-from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallBegun
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, ToolCallHeader
 from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.text.tool_call import ToolCall, broken_call, read_call, tool_name
 
@@ -23,18 +23,19 @@ class Phase(enum.Enum):
     ARGUMENTS = enum.auto()
 
 
-_SPEECH: Mapping[Phase, type[Reasoning] | type[Content]] = {Phase.REASONING: Reasoning, Phase.CONTENT: Content}
-"""The phases outside of tool sections, and the parts that their text makes."""
+_TEXT_PARTS: Mapping[Phase, type[Reasoning] | type[Content]] = {Phase.REASONING: Reasoning, Phase.CONTENT: Content}
+"""The types of parts for text outside of tool sections, by phase."""
 
 
 class ReplyParser:
-    """A parser of one reply. The joined parts do not depend on how the reply's text is cut into pieces.
+    """A parser of one reply. Its joined parts do not depend on how the reply's text is passed.
 
-    ``control_names`` are the control tokens of the vocabulary. A marker that is one of them counts only when it is
-    passed to ``control`` as a sampled token, never where text spells it. Of the markers that the vocabulary lacks, a
-    section marker counts only next to a call. A quoted marker thus neither ends the reasoning nor starts a call.
+    ``control_names`` are the control tokens of the vocabulary. A marker among them counts only as a sampled token,
+    passed to ``control``, and not where text spells it: a quoted marker neither ends the reasoning nor starts a call.
+    Any other marker counts where text spells it; a section marker only if a call follows.
 
-    ``in_reasoning`` is True if the prompt opened the reasoning (K2.5 and later), False if the model does (K2 Thinking).
+    ``in_reasoning`` is True if the prompt ends inside the reasoning (K2.5 and later), False if the model writes <think>
+    itself (K2 Thinking).
     """
 
     def __init__(self, control_names: Collection[str], *, in_reasoning: bool) -> None:
@@ -42,9 +43,10 @@ class ReplyParser:
         self.phase = Phase.REASONING if in_reasoning else Phase.CONTENT
         """The part of the reply to which the next text would belong."""
         self._at_start = True
-        self._held = ""  # text to drop if a marker follows: space at the start, a spelled section marker
-        self._at_spelled_section = False
-        self._after_call = Phase.CONTENT
+        self._pending = ""
+        """Text to drop if a marker follows: space at the start, or a spelled section marker and space after it."""
+        self._at_spelled_section = False  # after a section marker that text spells
+        self._phase_after_call = Phase.CONTENT
         self._id: list[str] = []
         self._arguments: list[str] = []
 
@@ -53,35 +55,35 @@ class ReplyParser:
         return self._read(self._scanner.text(text))
 
     def control(self, name: str) -> Iterator[Part]:
-        """Yield the parts that the control token ``name`` completes. Do not pass tokens that end the reply."""
+        """Yield the parts that the control token ``name`` completes. Do not pass a stop token."""
         return self._read(self._scanner.control(name))
 
     def finish(self) -> Iterator[Part]:
-        """Yield the remaining parts. A call that has no end is broken, even if its arguments look complete."""
+        """Yield the remaining parts. A call without an end marker is broken, even if its arguments look complete."""
         yield from self._read(self._scanner.flush())
         yield from self._release()
         if self.phase in (Phase.CALL_ID, Phase.ARGUMENTS):
-            yield self._broken("the reply ended inside the call")
+            yield self._end_broken_call("the reply ended inside the call")
 
-    def _read(self, pieces: Iterable[str | Found]) -> Iterator[Part]:
+    def _read(self, pieces: Iterable[str | MarkerMatch]) -> Iterator[Part]:
         for piece in pieces:
             if isinstance(piece, str):
                 yield from self._on_text(piece)
-            elif self.phase in _SPEECH:
-                yield from self._outside_section(piece)
+            elif self.phase in _TEXT_PARTS:
+                yield from self._on_marker_outside_section(piece)
             elif self.phase is Phase.SECTION:
-                yield from self._in_section(piece)
+                yield from self._on_marker_in_section(piece)
             else:
-                yield from self._in_call(piece)
+                yield from self._on_marker_in_call(piece)
 
     def _on_text(self, text: str) -> Iterator[Part]:
         match self.phase:
             case Phase.REASONING | Phase.CONTENT if text.isspace() and (self._at_start or self._at_spelled_section):
-                self._held += text
+                self._pending += text
             case Phase.REASONING | Phase.CONTENT:
                 yield from self._release()
-                yield _SPEECH[self.phase](text)
-            case Phase.SECTION if not text.isspace():  # treated as a call whose first marker is missing
+                yield _TEXT_PARTS[self.phase](text)
+            case Phase.SECTION if not text.isspace():  # a call whose first marker is missing
                 self._begin_call(Phase.SECTION)
                 self._id.append(text.lstrip())
             case Phase.CALL_ID:
@@ -90,33 +92,33 @@ class ReplyParser:
                 self._arguments.append(text)
                 yield ArgumentsText(text)
 
-    def _outside_section(self, found: Found) -> Iterator[Part]:
-        match found.marker:
-            case Marker.THINK_BEGIN if found.is_token or self._at_start:
+    def _on_marker_outside_section(self, marker_match: MarkerMatch) -> Iterator[Part]:
+        match marker_match.marker:
+            case Marker.THINK_BEGIN if marker_match.is_token or self._at_start:
                 if self._at_start:
-                    self._drop_held()
+                    self._drop_pending()
                 yield from self._release()
                 self.phase = Phase.REASONING
-            case Marker.THINK_END if found.is_token or self.phase is Phase.REASONING:
+            case Marker.THINK_END if marker_match.is_token or self.phase is Phase.REASONING:
                 yield from self._release()
                 self.phase = Phase.CONTENT
-            case Marker.SECTION_BEGIN if found.is_token:
+            case Marker.SECTION_BEGIN if marker_match.is_token:
                 yield from self._release()
                 self.phase = Phase.SECTION
             case Marker.SECTION_BEGIN:
                 yield from self._release()
-                self._held, self._at_spelled_section = found.name, True
-            case Marker.CALL_BEGIN if found.is_token or self._at_spelled_section:
+                self._pending, self._at_spelled_section = marker_match.name, True
+            case Marker.CALL_BEGIN if marker_match.is_token or self._at_spelled_section:
                 in_section = self._at_spelled_section
                 if in_section:
-                    self._drop_held()
+                    self._drop_pending()
                 yield from self._release()
                 self._begin_call(Phase.SECTION if in_section else Phase.CONTENT)
-            case _ if not found.is_token:
-                yield from self._on_text(found.name)
+            case _ if not marker_match.is_token:
+                yield from self._on_text(marker_match.name)
 
-    def _in_section(self, found: Found) -> Iterator[Part]:
-        match found.marker:
+    def _on_marker_in_section(self, marker_match: MarkerMatch) -> Iterator[Part]:
+        match marker_match.marker:
             case Marker.CALL_BEGIN:
                 self._begin_call(Phase.SECTION)
             case Marker.SECTION_END:
@@ -124,56 +126,56 @@ class ReplyParser:
             case Marker.ARGUMENTS_BEGIN:
                 self._begin_call(Phase.SECTION)
                 yield self._begin_arguments()
-            case Marker.THINK_BEGIN | Marker.THINK_END if not found.is_token:
-                yield from self._on_text(found.name)
+            case Marker.THINK_BEGIN | Marker.THINK_END if not marker_match.is_token:
+                yield from self._on_text(marker_match.name)
 
-    def _in_call(self, found: Found) -> Iterator[Part]:
-        match found.marker:
+    def _on_marker_in_call(self, marker_match: MarkerMatch) -> Iterator[Part]:
+        match marker_match.marker:
             case Marker.ARGUMENTS_BEGIN if self.phase is Phase.CALL_ID:
                 yield self._begin_arguments()
             case Marker.CALL_END:
-                yield self._ended_call()
-            case Marker.CALL_BEGIN if found.is_token:
-                after = self._after_call
-                yield self._ended_call()
-                self._begin_call(after)
-            case Marker.SECTION_END if found.is_token:
-                yield self._ended_call()
+                yield self._end_call()
+            case Marker.CALL_BEGIN if marker_match.is_token:
+                phase_after = self._phase_after_call
+                yield self._end_call()
+                self._begin_call(phase_after)
+            case Marker.SECTION_END if marker_match.is_token:
+                yield self._end_call()
                 self.phase = Phase.CONTENT
             case _:
-                yield from self._on_text(found.name)
+                yield from self._on_text(marker_match.name)
 
-    def _begin_call(self, after: Phase) -> None:
-        self.phase, self._after_call = Phase.CALL_ID, after
+    def _begin_call(self, phase_after: Phase) -> None:
+        self.phase, self._phase_after_call = Phase.CALL_ID, phase_after
         self._id, self._arguments = [], []
 
-    def _begin_arguments(self) -> ToolCallBegun:
+    def _begin_arguments(self) -> ToolCallHeader:
         self.phase = Phase.ARGUMENTS
-        return ToolCallBegun(tool_name("".join(self._id)))
+        return ToolCallHeader(tool_name("".join(self._id)))
 
-    def _ended_call(self) -> ToolCall:
+    def _end_call(self) -> ToolCall:
         if self.phase is Phase.CALL_ID:
-            return self._broken("it has no <|tool_call_argument_begin|>")
-        self.phase = self._after_call
+            return self._end_broken_call("it has no <|tool_call_argument_begin|>")
+        self.phase = self._phase_after_call
         return read_call("".join(self._id), "".join(self._arguments))
 
-    def _broken(self, problem: str) -> ToolCall:
-        self.phase = self._after_call
+    def _end_broken_call(self, problem: str) -> ToolCall:
+        self.phase = self._phase_after_call
         return broken_call("".join(self._id + self._arguments), problem)
 
     def _release(self) -> Iterator[Part]:
         """Yield the held-back text as reasoning or content."""
-        held = self._held
-        self._drop_held()
-        if held:
-            yield _SPEECH[self.phase](held)
+        text = self._pending
+        self._drop_pending()
+        if text:
+            yield _TEXT_PARTS[self.phase](text)
 
-    def _drop_held(self) -> None:
-        self._held, self._at_spelled_section, self._at_start = "", False, False
+    def _drop_pending(self) -> None:
+        self._pending, self._at_spelled_section, self._at_start = "", False, False
 
 
-class _RawText:
-    """A parser of a text that continues a raw prompt."""
+class _RawReplyParser:
+    """A parser of a reply to a raw prompt: all text is content."""
 
     phase = Phase.CONTENT
 
@@ -185,13 +187,13 @@ class _RawText:
     control = text
 
     def finish(self) -> Iterator[Part]:
-        """Yield nothing: no text is held."""
+        """Yield nothing: no text is held back."""
         return iter(())
 
 
 @dataclass(frozen=True)
-class ReplyText:
-    """The text of a token, control tokens spelled by their names, and the parts of the reply that it completes."""
+class TokenText:
+    """The text of a token (of a control token its name), and the parts of the reply that the token completes."""
 
     text: str
     parts: tuple[Part, ...]
@@ -200,8 +202,8 @@ class ReplyText:
 class ReplyReader:
     """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text.
 
-    The joined texts equal the whole reply decoded at once: bytes that are not UTF-8 become U+FFFD, control tokens their
-    names. If ``is_raw`` is True, all text is content.
+    The joined texts equal the reply decoded at once, with U+FFFD for bytes that are not UTF-8, and with the names of
+    control tokens. If ``is_raw`` is True, all text is content.
     """
 
     def __init__(
@@ -210,31 +212,31 @@ class ReplyReader:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._parser: ReplyParser | _RawText = _RawText()
+        self._parser: ReplyParser | _RawReplyParser = _RawReplyParser()
         if not is_raw:
             self._parser = ReplyParser(tokenizer.special_ids, in_reasoning=opens_reasoning(tokenizer, prompt_ids))
 
     @property
     def phase(self) -> Phase:
-        """The part of the reply to which the next text would belong, judged by the tokens so far."""
+        """The part of the reply to which the next ordinary token belongs."""
         return self._parser.phase
 
-    def add(self, token_id: int) -> ReplyText:
-        """Return the text that ``token_id`` completes, '' while a character is incomplete, and the parts."""
+    def add(self, token_id: int) -> TokenText:
+        """Return the text that ``token_id`` completes ('' while a character is incomplete), and the parts."""
         if token_id in self._stop_ids:
-            return ReplyText("", ())
+            return TokenText("", ())
         data = self._tokenizer.token_bytes(token_id)
         if self._tokenizer.is_special(token_id):
-            rest, name = self._rest(), data.decode()
-            return ReplyText(rest + name, (*self._parser.text(rest), *self._parser.control(name)))
+            rest, name = self._flush_decoder(), data.decode()
+            return TokenText(rest + name, (*self._parser.text(rest), *self._parser.control(name)))
         text = self._decoder.decode(data)
-        return ReplyText(text, tuple(self._parser.text(text)))
+        return TokenText(text, tuple(self._parser.text(text)))
 
-    def finish(self) -> ReplyText:
-        """Return the remaining text and parts when no token follows."""
-        rest = self._rest()
-        return ReplyText(rest, (*self._parser.text(rest), *self._parser.finish()))
+    def finish(self) -> TokenText:
+        """Return the remaining text and parts. Call this after the last token."""
+        rest = self._flush_decoder()
+        return TokenText(rest, (*self._parser.text(rest), *self._parser.finish()))
 
-    def _rest(self) -> str:
-        """Return the text for an incomplete character; the next token starts a new text."""
+    def _flush_decoder(self) -> str:
+        """Return U+FFFD for an incomplete character, else ''; the next token starts a new character."""
         return self._decoder.decode(b"", final=True)

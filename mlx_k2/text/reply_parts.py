@@ -22,8 +22,8 @@ class Content:
 
 
 @dataclass(frozen=True)
-class ToolCallBegun:
-    """The header of a tool call that begins. The parts of its arguments follow, then the complete ToolCall."""
+class ToolCallHeader:
+    """The header of a tool call. ArgumentsText parts follow, and then the complete ToolCall."""
 
     name: str
     """The tool's name; '' if the header names none."""
@@ -31,17 +31,17 @@ class ToolCallBegun:
 
 @dataclass(frozen=True)
 class ArgumentsText:
-    """A further part of the arguments of the tool call that has begun, as the model writes it."""
+    """A further part of the arguments of the current tool call, as the model writes them."""
 
     text: str
 
 
-Part: TypeAlias = Reasoning | Content | ToolCallBegun | ArgumentsText | ToolCall
+Part: TypeAlias = Reasoning | Content | ToolCallHeader | ArgumentsText | ToolCall
 
 
 @dataclass(frozen=True)
 class Reply:
-    """All parts of a reply."""
+    """A complete reply."""
 
     reasoning: str
     content: str
@@ -49,7 +49,7 @@ class Reply:
 
 
 def whole_reply(parts: Iterable[Part]) -> Reply:
-    """Return the parts of one reply joined into a Reply."""
+    """Return the reply with these parts."""
     parts = list(parts)
     return Reply(
         reasoning="".join(part.text for part in parts if isinstance(part, Reasoning)),

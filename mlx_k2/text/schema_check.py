@@ -1,4 +1,4 @@
-"""Check of a JSON schema before it is compiled: that it is one, and that it has a finite value."""
+"""Check of a JSON schema before it is compiled: it must be an object, and must allow a finite value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,72 +10,72 @@ _MAX_VISITS = 100_000
 
 
 def check_schema(schema: object, what: str) -> None:
-    """Check a parsed schema, which ``what`` names in errors.
+    """Check a parsed schema; ``what`` names it in errors.
 
     Raises:
-        RequestError: it is not a schema, refers to itself without end, or is too complex to check.
+        RequestError: the schema is not a JSON object, has only infinite values, or is too complex to check.
     """
     if not isinstance(schema, Mapping):
         raise RequestError(f"{what} is not a JSON schema: give a JSON object")
     try:
-        is_finite = _Walk(schema).is_finite(schema)
+        is_finite = _FiniteValueSearch(schema).has_finite_value(schema)
     except RecursionError:
         raise RequestError(f"{what} is too complex: its references are nested too deep") from None
     if not is_finite:
         raise RequestError(f"{what} has no finite value: it refers to itself without end")
 
 
-class _Walk:
-    """A search for a finite value. A reference that needs itself has none on that path."""
+class _FiniteValueSearch:
+    """A search for a finite value of a schema. While a reference is followed, it counts as infinite."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._is_finite: dict[str, bool] = {}
+        """The results by reference."""
         self._visits_left = _MAX_VISITS
 
-    def is_finite(self, schema: object) -> bool:
-        """Return whether ``schema`` has a finite value; True for what the compiler refuses by itself."""
+    def has_finite_value(self, schema: object) -> bool:
+        """Return whether ``schema`` has a finite value; True for a malformed part, which the compiler refuses."""
         if not isinstance(schema, Mapping):
             return True
         self._visits_left -= 1
         if not self._visits_left:
             raise RecursionError
-        alternatives = [found for key in ("anyOf", "oneOf") if (found := _items(schema.get(key)))]
-        needed = [*_items(schema.get("allOf")), *_required_parts(schema)]
-        return (
-            self._refers_to_finite(schema.get("$ref"))
-            and all(any(map(self.is_finite, options)) for options in alternatives)
-            and all(map(self.is_finite, needed))
-        )
+        if not self._refers_to_finite(schema.get("$ref")):
+            return False
+        for keyword in ("anyOf", "oneOf"):
+            alternatives = _items(schema.get(keyword))
+            if alternatives and not any(map(self.has_finite_value, alternatives)):
+                return False
+        return all(map(self.has_finite_value, [*_items(schema.get("allOf")), *_required_parts(schema)]))
 
     def _refers_to_finite(self, reference: object) -> bool:
-        """Follow a JSON pointer. While it is followed, it counts as endless."""
+        """Return whether the part at a JSON pointer has a finite value; True for other references."""
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return True
         if reference not in self._is_finite:
             self._is_finite[reference] = False
-            found: Any = self._root
+            part: Any = self._root
             for key in reference.split("/")[1:]:
                 name = unquote(key).replace("~1", "/").replace("~0", "~")
-                if isinstance(found, list):
-                    found = {str(index): item for index, item in enumerate(found)}
-                found = found.get(name) if isinstance(found, Mapping) else None
-            if self.is_finite(found):
-                self._is_finite[reference] = True
-            else:
+                if isinstance(part, list):
+                    part = {str(index): item for index, item in enumerate(part)}
+                part = part.get(name) if isinstance(part, Mapping) else None
+            if not self.has_finite_value(part):
                 del self._is_finite[reference]
                 return False
+            self._is_finite[reference] = True
         return self._is_finite[reference]
 
 
 def _required_parts(schema: Mapping[str, Any]) -> list[object]:
-    """Return the schemas of values that every value of ``schema`` contains."""
-    kind, properties, least = schema.get("type"), schema.get("properties"), schema.get("minItems")
+    """Return the schemas of the parts that every value of ``schema`` has."""
+    kind, properties, min_items = schema.get("type"), schema.get("properties"), schema.get("minItems")
     if kind in ("object", ["object"]) and isinstance(properties, Mapping):
         return [properties.get(name) for name in _items(schema.get("required")) if isinstance(name, str)]
-    if kind in ("array", ["array"]) and isinstance(least, int) and least > 0:
-        first = _items(schema.get("prefixItems"))[:least]
-        return [*first, schema.get("items")] if len(first) < least else first
+    if kind in ("array", ["array"]) and isinstance(min_items, int) and min_items > 0:
+        first = _items(schema.get("prefixItems"))[:min_items]
+        return [*first, schema.get("items")] if len(first) < min_items else first
     return []
 
 

@@ -1,7 +1,7 @@
-"""The process of text/template_worker.py, as seen from the program: started when needed, ended when it exceeds a limit.
+"""The owner of the process of text/template_worker.py: starts it when needed, ends it when it exceeds a limit.
 
-It is a separate process because a template can compute without end in one call, and so that the program's other threads
-run meanwhile.
+Templates are rendered in a separate process, because a template can compute without end, and because the threads of
+this program run meanwhile.
 """
 
 import atexit
@@ -21,31 +21,31 @@ import psutil
 from mlx_k2.text.jinja_template import FILE, TemplateFailure, TemplateRefusal
 from mlx_k2.text.template_worker import LENGTH_BYTES, MAX_BYTES, Status, TemplateRequest
 
-_LOOK_EVERY_S = 0.05
-_ANSWER_S = 60.0
-"""Time limit for an answer on a busy machine, beyond ten times the CPU time that the request may use."""
-_TOO_LARGE = "needs more memory than chat templates may use"
+_CHECK_INTERVAL_S = 0.05
+_EXTRA_TIMEOUT_S = 60.0
+"""Time limit of an answer beyond ten times the CPU time that its request may use, for a busy machine."""
+_NEEDS_MEMORY = "needs more memory than chat templates may use"
 
 
 class TemplateProcess:
-    """A worker process, started at the first request and again after one that ended it. Safe to use on any thread."""
+    """A worker process, started at the first request and whenever it has ended before. Safe to use on any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
 
     def render(self, request: TemplateRequest) -> str:
-        """Return the rendered text, or the names of the template as JSON for a request without variables.
+        """Return the rendered text, or the TemplateNames as JSON for a request without variables.
 
         Raises:
-            TemplateRefusal: the template itself refuses the variables.
+            TemplateRefusal: the template refuses the variables with raise_exception.
             TemplateFailure: the rendering fails or exceeds a limit.
         """
         message = pickle.dumps(request)
         with self._lock:
             try:
-                answer = self._ask(message, request)
-            except BaseException:  # also a signal handler's: else the next request would get this answer
+                answer = self._exchange(message, request)
+            except BaseException:  # also from a signal handler: the next request must not get this answer
                 self.end()
                 raise
         text = answer[1:].decode(errors="surrogatepass")
@@ -54,31 +54,36 @@ class TemplateProcess:
                 return text
             case Status.REFUSED:
                 raise TemplateRefusal(text)
-        raise TemplateFailure(text if text.startswith(FILE) else f"{FILE}: {text or _TOO_LARGE}")
+        raise TemplateFailure(text if text.startswith(FILE) else f"{FILE}: {text or _NEEDS_MEMORY}")
 
-    def _ask(self, message: bytes, request: TemplateRequest) -> bytes:
-        worker = self._started()
+    def _exchange(self, message: bytes, request: TemplateRequest) -> bytes:
+        """Send a request to the worker process; return its answer."""
+        worker = self._running_worker()
         assert worker.stdin and worker.stdout
-        deadline = time.monotonic() + _ANSWER_S + 10 * request.max_cpu_s
+        deadline = time.monotonic() + _EXTRA_TIMEOUT_S + 10 * request.max_cpu_s
         unsent = memoryview(len(message).to_bytes(LENGTH_BYTES, "little") + message)
         received = bytearray()
-        while (missing := LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little") - len(received)) > 0:
-            readable, writable, _ = select.select([worker.stdout], [worker.stdin] if unsent else [], [], _LOOK_EVERY_S)
+        while True:
+            num_missing = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "little") - len(received)
+            if num_missing <= 0:
+                return bytes(received[LENGTH_BYTES:])
+            writers = [worker.stdin] if unsent else []
+            readable, writable, _ = select.select([worker.stdout], writers, [], _CHECK_INTERVAL_S)
             if writable:
-                with suppress(BrokenPipeError):  # stdout ends, too
+                with suppress(BrokenPipeError):  # then stdout ends, too
                     unsent = unsent[os.write(worker.stdin.fileno(), unsent) :]
             if readable:
                 part = os.read(worker.stdout.fileno(), 1 << 20)
                 received += part
                 if not part:
-                    raise TemplateFailure(f"{FILE}: {_how_it_ended(worker, request)}")
-            elif missing > MAX_BYTES or _resident_bytes(worker.pid) > MAX_BYTES:
-                raise TemplateFailure(f"{FILE}: {_TOO_LARGE}")
+                    raise TemplateFailure(f"{FILE}: {_exit_reason(worker, request)}")
+            elif num_missing > MAX_BYTES or _resident_bytes(worker.pid) > MAX_BYTES:
+                raise TemplateFailure(f"{FILE}: {_NEEDS_MEMORY}")
             elif time.monotonic() > deadline:
                 raise TemplateFailure(f"{FILE}: its process gave no answer")
-        return bytes(received[LENGTH_BYTES:])
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _running_worker(self) -> subprocess.Popen[bytes]:
+        """Return the worker process; start it if it does not run."""
         if self._worker is None or self._worker.poll() is not None:
             command = (sys.executable, "-P", "-m", "mlx_k2.text.template_worker")
             try:
@@ -92,12 +97,12 @@ class TemplateProcess:
         return self._worker
 
     def close(self) -> None:
-        """End the process, between two requests of other threads; a later request starts it again."""
+        """End the process after the current request; a later request starts it again."""
         with self._lock:
             self.end()
 
     def end(self) -> None:
-        """End the process if it runs; the next request starts it again."""
+        """End the process at once; the next request starts it again."""
         if self._worker is not None:
             self._worker.kill()
             with suppress(BrokenPipeError), self._worker:  # close the pipes, and wait for the killed process
@@ -107,20 +112,23 @@ class TemplateProcess:
 
 @functools.cache
 def template_process() -> TemplateProcess:
-    """Return the worker process that all templates of this program share. It ends with this program."""
+    """Return the worker process that all templates share. It ends with this program."""
     process = TemplateProcess()
     atexit.register(process.end)
     return process
 
 
-def _how_it_ended(worker: subprocess.Popen[bytes], request: TemplateRequest) -> str:
+def _exit_reason(worker: subprocess.Popen[bytes], request: TemplateRequest) -> str:
+    """Return why the worker process has ended, as the end of a sentence about the template."""
     returncode = worker.wait()
     if returncode == -signal.SIGXCPU:
         return f"did not end within {request.max_cpu_s} s of computing"
-    return f"its process ended with {f'signal {-returncode}' if returncode < 0 else f'exit code {returncode}'}"
+    status = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+    return f"its process ended with {status}"
 
 
 def _resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process; 0 if it has ended."""
     with suppress(psutil.Error):
         return int(psutil.Process(pid).memory_info().rss)
     return 0

@@ -1,7 +1,7 @@
-"""The process that renders chat templates: one request after another on stdin, one answer for each on stdout.
+"""The program of the process that renders chat templates: it reads requests from stdin, and answers each on stdout.
 
 Memory is limited for the process, CPU time for each request. An error of the template is an answer. A template that
-computes in one long call of C code, which no signal handler can interrupt, ends this process.
+exceeds its CPU time in one call of C code, which a signal handler cannot interrupt, ends this process.
 """
 
 import contextlib
@@ -22,16 +22,17 @@ import msgspec
 from mlx_k2.text.jinja_template import JinjaTemplate, TemplateFailure, TemplateRefusal
 
 MAX_BYTES = 1 << 30
+"""The memory limit of the process."""
 LENGTH_BYTES = 8
+"""The size of the length that precedes each request and answer, little-endian."""
 _MAX_TEMPLATES = 8
-_MAX_ERROR = 2000
-"""Characters of an error that are passed on."""
-_AGAIN_S = 0.1
+_MAX_ERROR_CHARS = 2000
+_REPEAT_S = 0.1
 """CPU time after which the exception is raised again: compilers and filters of Jinja catch some exceptions."""
-_NICE = 5
-"""Renderings have a lower priority than the program's own threads, which send plans to the stages."""
-_MARGIN_S = 1
-"""CPU time after the limit at which the system ends the process."""
+_NICENESS = 5
+"""Renderings have a lower priority than the coordinator's threads, which send plans to the stages."""
+_KILL_AFTER_S = 1
+"""CPU time beyond the limit after which the operating system ends the process."""
 
 
 class TemplateRequest(NamedTuple):
@@ -44,7 +45,7 @@ class TemplateRequest(NamedTuple):
 
 
 class Status:
-    """The first byte of an answer. The rest is text in UTF-8, which may have lone surrogates."""
+    """The first byte of an answer. The rest is text in UTF-8, which may contain lone surrogates."""
 
     RENDERED = b"0"
     REFUSED = b"1"
@@ -53,9 +54,9 @@ class Status:
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    with contextlib.suppress(ValueError, OSError):  # macOS does not enforce it; the parent watches the memory, too
+    with contextlib.suppress(ValueError, OSError):  # macOS does not enforce this; the parent checks the memory, too
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    os.nice(_NICE)
+    os.nice(_NICENESS)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while (request := _read(requests)) is not None:
         answer = _answer(request)
@@ -64,10 +65,11 @@ def main() -> None:
 
 
 def _read(stream: IO[bytes]) -> TemplateRequest | None:
+    """Return the next request; None at the end of the stream."""
     length = stream.read(LENGTH_BYTES)
     if len(length) < LENGTH_BYTES:
         return None
-    request: TemplateRequest = pickle.loads(stream.read(int.from_bytes(length, "little")))  # noqa: S301 - our parent's
+    request: TemplateRequest = pickle.loads(stream.read(int.from_bytes(length, "little")))  # noqa: S301 - from our parent
     return request
 
 
@@ -83,7 +85,7 @@ def _answer(request: TemplateRequest) -> bytes:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except (TemplateRefusal, TemplateFailure, MemoryError) as error:
         status = Status.REFUSED if isinstance(error, TemplateRefusal) else Status.FAILED
-        return status + str(error)[:_MAX_ERROR].encode(errors="surrogatepass")
+        return status + str(error)[:_MAX_ERROR_CHARS].encode(errors="surrogatepass")
 
 
 @functools.lru_cache(_MAX_TEMPLATES)
@@ -92,16 +94,18 @@ def _compiled(source: str, max_characters: int) -> JinjaTemplate:
 
 
 def _limit_cpu(cpu_s: float) -> None:
-    """Raise TemplateFailure after ``cpu_s`` of CPU time, and end the process a second later."""
+    """Raise TemplateFailure after ``cpu_s`` of CPU time; let the operating system end the process a second later."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise TemplateFailure(f"did not end within {cpu_s} s of computing")
 
     signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, cpu_s, _AGAIN_S)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(time.process_time() + cpu_s) + _MARGIN_S
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s, _REPEAT_S)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(time.process_time() + cpu_s) + _KILL_AFTER_S
+    if hard_limit != resource.RLIM_INFINITY:
+        limit = min(limit, hard_limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard_limit))
 
 
 if __name__ == "__main__":

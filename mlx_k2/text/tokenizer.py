@@ -1,6 +1,6 @@
 """Conversion of text to token ids and of ids to bytes, with tiktoken.model, the vocabulary file of the Kimi K2 family.
 
-Knows file contents by name; no paths, messages or templates.
+Knows the contents of files, but no paths; knows no messages and no templates.
 """
 
 import base64
@@ -8,6 +8,7 @@ import binascii
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 
 import msgspec
 import tiktoken
@@ -18,8 +19,9 @@ from mlx_k2.json_text.read import read_json
 
 FILE, CONFIG_FILE = "tiktoken.model", "tokenizer_config.json"
 
-# The pattern of the pieces that are encoded separately: Han runs, words with an optional leading mark and an English
-# contraction, up to three digits, punctuation, line ends, other space. `&&` is Rust's intersection of classes.
+# The pattern of the pieces that are encoded separately: runs of Han characters, words with an optional leading
+# character and English contraction, up to three digits, punctuation, line ends, other space. `&&` is the intersection
+# of character classes in Rust's syntax.
 _PIECES = "|".join(
     (
         r"[\p{Han}]+",
@@ -35,29 +37,32 @@ _PIECES = "|".join(
     )
 )
 
-# Kimi-K2-Thinking is trained to write these two as single tokens, but its tokenizer_config.json may not name them.
-# The later models of the family share its vocabulary and do name them.
+# K2-Thinking writes these control tokens, but its tokenizer_config.json may lack them. Later models share its
+# vocabulary, and name them.
 _K2_NUM_RANKS = 163_584
-_K2_UNNAMED = {"<think>": 163_606, "</think>": 163_607}
+_K2_THINK_TOKENS = {"<think>": 163_606, "</think>": 163_607}
 
 _STOP_NAMES = ("<|im_end|>", "[EOS]")
 
 # Kimi's own tokenizer cuts text at these lengths before it searches for pieces: the search would otherwise take
 # quadratic time in a run of a million spaces. Other lengths would give other tokens.
-_MAX_CHUNK = 400_000
-_MAX_RUN = 25_000
-_RUNS = re.compile(r"\s+|\S+")
+_MAX_CHUNK_CHARS = 400_000
+_MAX_RUN_CHARS = 25_000
+_SPACE_RUNS = re.compile(r"\s+|\S+")
 
-# tiktoken holds Python's lock while it makes its list of ids, so a long text is encoded in slices. No piece of the
-# vocabulary's pattern crosses these places: the start of a line, and the space between two words.
+# tiktoken holds the GIL while it makes its list of ids, so a long text is encoded in slices. A slice ends where no
+# piece of _PIECES can continue: at the start of a line, and before the space between two words.
 _SLICE_END = re.compile(r"(?<=[\r\n])(?=\S)|(?<=[a-z])(?= [a-z])")
 
 
 class Tokenizer:
-    """A tokenizer with ``vocab_size`` ids: ordinary tokens, and control tokens that no text encodes to.
+    """A tokenizer with ``vocab_size`` ids: ordinary tokens, and control tokens, which no text is encoded to.
 
-    ``encode_ordinary`` takes well-formed text and returns ids of ``ordinary`` only, for any text. ``ordinary`` has the
+    ``encode_ordinary`` returns ids of ordinary tokens only, for any text without lone surrogates. ``ordinary`` has the
     bytes of each ordinary token by id, ``special`` the ids of the control tokens by name.
+
+    Raises:
+        TokenizerError: the id of a control token is outside the vocabulary, or is that of an ordinary token.
     """
 
     def __init__(
@@ -70,22 +75,23 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self._encode_ordinary = encode_ordinary
         self._bytes = dict(ordinary)
-        for name, number in special.items():
-            if not 0 <= number < vocab_size:
-                raise TokenizerError(f"special token {name!r} has id {number}, outside the {vocab_size} tokens")
-            if number in self._bytes:
-                raise TokenizerError(f"special token {name!r} has id {number}, which an ordinary token has")
-        names = {number: f"<|reserved_token_{number}|>" for number in range(vocab_size) if number not in self._bytes}
-        names |= {number: name for name, number in special.items()}
-        self._bytes |= {number: name.encode() for number, name in names.items()}
-        self._special_numbers = names.keys()
-        self.special_ids: Mapping[str, int] = {name: number for number, name in names.items()} | dict(special)
-        """The control tokens' ids by name. Ids without a name get ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
+        for name, token_id in special.items():
+            if not 0 <= token_id < vocab_size:
+                raise TokenizerError(f"special token {name!r} has id {token_id}, outside the {vocab_size} tokens")
+            if token_id in self._bytes:
+                raise TokenizerError(f"special token {name!r} has id {token_id}, which an ordinary token has")
+        unused_ids = (token_id for token_id in range(vocab_size) if token_id not in self._bytes)
+        names = {token_id: f"<|reserved_token_{token_id}|>" for token_id in unused_ids}
+        names |= {token_id: name for name, token_id in special.items()}
+        self._bytes |= {token_id: name.encode() for token_id, name in names.items()}
+        self._control_ids = names.keys()
+        self.special_ids: Mapping[str, int] = {name: token_id for token_id, name in names.items()} | dict(special)
+        """The control tokens' ids by name. Unnamed ids are ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
         self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
-        """The control tokens that end an answer in every model of the family, independent of its config."""
+        """The control tokens that end an answer in every model of the family, whatever its config."""
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of ``text``, ordinary ones only: the name of a control token is encoded as text.
+        """Return the ids of ``text``, of ordinary tokens only: the name of a control token is encoded like any text.
 
         Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
         """
@@ -107,18 +113,18 @@ class Tokenizer:
             raise TokenizerError(f"the tokenizer has no special token {name!r}") from None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token, which may be part of a character; those of a control token spell its name."""
+        """Return the bytes of a token, which may be part of a character; for a control token the bytes of its name."""
         return self._bytes[token_id]
 
     @functools.cached_property
     def special_names(self) -> re.Pattern[str]:
-        """A pattern for the control tokens' names. Where two names match, it matches the longer one."""
+        """A pattern of the control tokens' names. Where two names match, it matches the longer one."""
         names = sorted(self.special_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def is_special(self, token_id: int) -> bool:
         """Return whether ``token_id`` is a control token."""
-        return token_id in self._special_numbers
+        return token_id in self._control_ids
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -130,7 +136,7 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a checkpoint from its files by name; ``vocab_size`` is the model's.
+    """Return the tokenizer of a checkpoint. ``files`` has file contents by name, ``vocab_size`` is the model's.
 
     Raises:
         TokenizerError: a file is missing or malformed; names the file, the line in tiktoken.model, and the problem.
@@ -142,15 +148,15 @@ def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
     special = _named_tokens(files[CONFIG_FILE])
     if len(ranks) == _K2_NUM_RANKS:
         used = set(special.values())
-        unnamed = {name: number for name, number in _K2_UNNAMED.items() if number not in used}
-        special = unnamed | special
+        missing = {name: token_id for name, token_id in _K2_THINK_TOKENS.items() if token_id not in used}
+        special = missing | special
     # tiktoken gets no special tokens, so that it cannot produce one from text.
     encoding = tiktoken.Encoding("kimi-k2", pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(encoding.encode_ordinary, {rank: token for token, rank in ranks.items()}, special, vocab_size)
 
 
 def slices(text: str, shortest: int = 16_384) -> Iterator[str]:
-    """Yield ``text`` in slices of at least ``shortest`` > 0 characters whose ids, joined, are those of the whole."""
+    """Yield ``text`` in slices of at least ``shortest`` > 0 characters, whose joined ids are those of ``text``."""
     start = 0
     while end := _SLICE_END.search(text, start + shortest):
         yield text[start : end.start()]
@@ -169,27 +175,30 @@ def well_formed(text: str) -> str:
 
 def bounded_parts(text: str) -> Iterator[str]:
     """Yield ``text`` in parts of at most 400,000 characters and 25,000 consecutive spaces or non-spaces."""
-    for start in range(0, len(text), _MAX_CHUNK):
-        chunk = text[start : start + _MAX_CHUNK]
-        cuts = [cut for run in _RUNS.finditer(chunk) for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)]
-        yield from (chunk[first:end] for first, end in zip([0, *cuts], [*cuts, len(chunk)], strict=True))
+    for start in range(0, len(text), _MAX_CHUNK_CHARS):
+        chunk = text[start : start + _MAX_CHUNK_CHARS]
+        cuts = [0]
+        for run in _SPACE_RUNS.finditer(chunk):
+            cuts += range(run.start() + _MAX_RUN_CHARS, run.end(), _MAX_RUN_CHARS)
+        yield from (chunk[begin:end] for begin, end in pairwise([*cuts, len(chunk)]))
 
 
 def _ranks(model: bytes, vocab_size: int) -> dict[bytes, int]:
+    """Return each ordinary token's rank, which is its id, from the contents of tiktoken.model."""
     ranks: dict[bytes, int] = {}
-    seen: set[int] = set()
+    used_ranks: set[int] = set()
     for number, line in enumerate(model.splitlines(), start=1):
         if not line:
             continue
         token, rank = _token_and_rank(line, number)
         if rank >= vocab_size:
             raise TokenizerError(f"{FILE} line {number}: rank {rank} is outside the vocabulary of {vocab_size} tokens")
-        if token in ranks or rank in seen:
-            what = f"token {token!r}" if token in ranks else f"rank {rank}"
-            raise TokenizerError(f"{FILE} line {number}: {what} occurs twice")
+        if token in ranks or rank in used_ranks:
+            repeated = f"token {token!r}" if token in ranks else f"rank {rank}"
+            raise TokenizerError(f"{FILE} line {number}: {repeated} occurs twice")
         ranks[token] = rank
-        seen.add(rank)
-    if missing := set(range(len(ranks))) - seen:
+        used_ranks.add(rank)
+    if missing := set(range(len(ranks))) - used_ranks:
         raise TokenizerError(f"{FILE}: rank {min(missing)} is missing")
     for byte in range(256):
         if bytes([byte]) not in ranks:
@@ -211,7 +220,7 @@ def _named_tokens(tokenizer_config: bytes) -> dict[str, int]:
     """Return the control tokens that tokenizer_config.json names in added_tokens_decoder.
 
     Raises:
-        TokenizerError: the file is malformed, or a name is empty or has two ids.
+        TokenizerError: the file is malformed, a name is empty, or a name has two ids.
     """
     try:
         config = read_json(tokenizer_config, _TokenizerConfig)

@@ -1,4 +1,4 @@
-"""The connection to one tool server: connect, call, reconnect after a loss. Runs in an event loop; knows no model."""
+"""Connections to tool servers: connect, call, connect again after a loss. For one event loop; knows no model."""
 
 import contextlib
 import os
@@ -18,26 +18,26 @@ from mcp_types import CONNECTION_CLOSED, INVALID_REQUEST, METHOD_NOT_FOUND, UNSU
 from pydantic import ValidationError
 
 from mlx_k2.http_reason import http_reason
-from mlx_k2.tools.server_output import ServerOutput, inspected
+from mlx_k2.tools.server_output import ServerOutput, inspected_streams
 from mlx_k2.tools.servers import HttpServer, Server
 
 _MAX_PAGES = 100
-_MAX_LINES = 5
-_MAX_LINE_CHARS = 500
+_MAX_STDERR_LINES = 5
+_MAX_STDERR_LINE_CHARS = 500
 _MAX_EVENT_BYTES = 64 * 2**20
-_CONNECT_S = 10.0
-_STDERR_S = 1.0
+_CONNECT_TIMEOUT_S = 10.0
+_STDERR_TIMEOUT_S = 1.0
 
-# The mcp package's messages for a closed connection. A server's own errors have other messages.
-_OVER = ("Connection closed", "Session terminated")
-# Its messages for an HTTP status that is an error.
-_OF_STATUS = ("Server returned an error response", "Not Found")
-# A server that answers `initialize` with one of these may know only the newer handshake.
-_NO_INITIALIZE = (METHOD_NOT_FOUND, INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION)
+# Messages of the mcp package for a closed connection. A server's own errors have other messages.
+_CLOSED_MESSAGES = ("Connection closed", "Session terminated")
+# Messages of the mcp package for an HTTP status that is an error.
+_HTTP_ERROR_MESSAGES = ("Server returned an error response", "Not Found")
+# A server that answers `initialize` with one of these codes may know only the newer handshake.
+_NO_INITIALIZE_CODES = (METHOD_NOT_FOUND, INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION)
 
 
 class ServerLost(Exception):
-    """The error for a server that ended: the reason, with the last lines of its stderr."""
+    """The error for a server that ended. Its text is the reason, with the last lines of the server's stderr."""
 
 
 class NotStarted(ServerLost):
@@ -45,25 +45,25 @@ class NotStarted(ServerLost):
 
 
 class _Parameters(StdioServerParameters):
-    """The parameters of a stdio server. Bytes that are not UTF-8 stay in the text, so that they can be named."""
+    """The parameters of a stdio server. Bytes that are not UTF-8 become surrogates, so that an error can name them."""
 
     encoding_error_handler: Any = "surrogateescape"
 
 
 @dataclass
 class _Link:
-    """One link to a server, from connect to close."""
+    """One link to a server, from its start to its end."""
 
     client: Client
     tools: list[types.Tool]
     output: ServerOutput
-    closing: anyio.Event = field(default_factory=anyio.Event)
-    over: anyio.Event = field(default_factory=anyio.Event)
-    reason: str = "it ended"
+    close_requested: anyio.Event = field(default_factory=anyio.Event)
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    end_reason: str = "it ended"
 
 
 class Connection:
-    """A server's tools and its calls. A task in ``tasks`` holds each link and closes it when the task group ends."""
+    """A server's tools, and calls to them. A task in ``tasks`` keeps each link open until the task group ends."""
 
     def __init__(self, server: Server, tasks: TaskGroup, start_timeout_s: float) -> None:
         self.server = server
@@ -73,18 +73,18 @@ class Connection:
         self._link: _Link | None = None
 
     async def tools(self) -> tuple[list[types.Tool], list[str]]:
-        """Return the tools that the server offers, and lines about those that cannot be offered.
+        """Return the server's tools, and lines for the user about those that cannot be used.
 
         Raises:
             NotStarted: the server does not start, or not within ``start_timeout_s``.
         """
-        link = await self._linked()
+        link = await self._open_link()
         return link.tools, link.output.problems
 
     @property
-    def stray(self) -> str:
-        """The last line of the server's stdout that is not a message; '' without one."""
-        return "" if self._link is None else self._link.output.stray
+    def last_stray_line(self) -> str:
+        """The last line of the server's stdout that is not a message, quoted; '' if there is none."""
+        return "" if self._link is None else self._link.output.last_stray_line
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """Call one of the server's tools and return its result.
@@ -95,70 +95,71 @@ class Connection:
             MCPError: the server answers with an error, or its answer cannot be read.
             pydantic.ValidationError: the result is not a valid MCP result.
         """
-        link = await self._linked()
+        link = await self._open_link()
         try:
             return await link.client.call_tool(tool, arguments)
         except Exception as error:
-            if not (link.over.is_set() or _is_over(error)):
-                raise _with_status(error, link.output) from error
-            reason = error.message if isinstance(error, MCPError) and error.message not in _OVER else None
-        link.closing.set()
-        await link.over.wait()
-        raise ServerLost(reason or link.reason)
+            if not (link.ended.is_set() or _is_closed_error(error)):
+                raise _with_http_status(error, link.output) from error
+            reason = error.message if isinstance(error, MCPError) and error.message not in _CLOSED_MESSAGES else None
+        link.close_requested.set()
+        await link.ended.wait()
+        raise ServerLost(reason or link.end_reason)
 
-    async def _linked(self) -> _Link:
+    async def _open_link(self) -> _Link:
+        """Return the open link; connect if there is none."""
         async with self._lock:
-            if self._link is None or self._link.over.is_set():
+            if self._link is None or self._link.ended.is_set():
                 try:
                     with anyio.fail_after(self._start_timeout_s):
-                        self._link = await self._tasks.start(self._hold)
+                        self._link = await self._tasks.start(self._keep_link_open)
                 except TimeoutError:
                     raise NotStarted(f"it did not answer within {self._start_timeout_s:g} s") from None
             return self._link
 
-    async def _hold(self, *, task_status: TaskStatus[_Link]) -> None:
-        """Connect, and hold the link until ``closing`` is set or the link breaks.
+    async def _keep_link_open(self, *, task_status: TaskStatus[_Link]) -> None:
+        """Connect, and keep the link open until ``close_requested`` is set or the link breaks.
 
-        The handshake is `initialize`, which servers of all versions know; older ones end at any other first request.
+        The handshake is `initialize` if the server knows it: older servers end at any other first request.
         """
-        if not await self._connected("legacy", task_status):
-            await self._connected("auto", task_status)
+        if not await self._connect("legacy", task_status):
+            await self._connect("auto", task_status)
 
-    async def _connected(self, mode: str, task_status: TaskStatus[_Link]) -> bool:
-        """Connect with one handshake and hold the link. Return False if the server refuses the handshake ``legacy``.
+    async def _connect(self, mode: str, task_status: TaskStatus[_Link]) -> bool:
+        """Connect with mcp's handshake ``mode``, and keep the link open. Return False if the server refuses "legacy".
 
         Raises:
-            NotStarted: it does not start.
+            NotStarted: the server does not start.
         """
         link: _Link | None = None
-        last_lines: deque[str] = deque(maxlen=_MAX_LINES)
+        last_lines: deque[str] = deque(maxlen=_MAX_STDERR_LINES)
         output = ServerOutput()
         try:
-            with _last_lines(last_lines) as stderr:
+            with _stderr_file(last_lines) as stderr:
                 async with Client(_transport(self.server, stderr, output), mode=mode) as client:
                     link = _Link(client, await _all_tools(client, output), output)
                     task_status.started(link)
-                    await link.closing.wait()
+                    await link.close_requested.wait()
         except Exception as error:  # noqa: BLE001 - any exception of the package ends the connection
             while isinstance(error, ExceptionGroup):
                 error = error.exceptions[0]
-            if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE:
+            if link is None and mode == "legacy" and isinstance(error, MCPError) and error.code in _NO_INITIALIZE_CODES:
                 return False
-            reason = _reason(_with_status(error, output), last_lines, self.server)
+            reason = _end_reason(_with_http_status(error, output), last_lines, self.server)
             if link is None:
                 raise NotStarted(reason) from None
-            link.reason = reason
+            link.end_reason = reason
         else:
-            link.reason = _reason(None, last_lines, self.server)
+            link.end_reason = _end_reason(None, last_lines, self.server)
         finally:
             if link is not None:
-                link.over.set()
+                link.ended.set()
         return True
 
 
 @contextlib.asynccontextmanager
 async def _transport(server: Server, stderr: TextIO, output: ServerOutput) -> AsyncIterator[Any]:
-    """Open the streams to ``server`` for mcp's client."""
+    """Open the streams to ``server`` for mcp's client; record in ``output`` what the client does not report."""
     async with contextlib.AsyncExitStack() as stack:
         if isinstance(server, HttpServer):
 
@@ -168,7 +169,7 @@ async def _transport(server: Server, stderr: TextIO, output: ServerOutput) -> As
 
             http = httpx2.AsyncClient(
                 headers=server.headers,
-                timeout=httpx2.Timeout(_CONNECT_S, read=None),  # an answer can take long; the caller sets the deadline
+                timeout=httpx2.Timeout(_CONNECT_TIMEOUT_S, read=None),  # the caller limits the time of an answer
                 event_hooks={"response": [record_status]},
             )
             await stack.enter_async_context(http)
@@ -177,11 +178,11 @@ async def _transport(server: Server, stderr: TextIO, output: ServerOutput) -> As
         else:
             parameters = _Parameters(command=server.command, args=list(server.args), env=server.env, cwd=server.cwd)
             streams = await stack.enter_async_context(stdio_client(parameters, errlog=stderr))
-        yield await stack.enter_async_context(inspected(streams, output))
+        yield await stack.enter_async_context(inspected_streams(streams, output))
 
 
 async def _all_tools(client: Client, output: ServerOutput) -> list[types.Tool]:
-    """Return the tools of all pages; a server that has none may refuse to list them."""
+    """Return the tools of all pages. A server without tools may refuse to list them."""
     tools: list[types.Tool] = []
     cursor = None
     for _ in range(_MAX_PAGES):
@@ -201,15 +202,15 @@ async def _all_tools(client: Client, output: ServerOutput) -> list[types.Tool]:
 
 
 @contextlib.contextmanager
-def _last_lines(lines: deque[str]) -> Iterator[TextIO]:
-    """Yield a file for a server's stderr; on exit its last lines are in ``lines``."""
+def _stderr_file(last_lines: deque[str]) -> Iterator[TextIO]:
+    """Yield a file for a server's stderr; on exit ``last_lines`` has its last lines."""
     read_end, write_end = os.pipe()
 
     def drain() -> None:
         with os.fdopen(read_end, encoding="utf-8", errors="replace") as stream:
-            for line in iter(lambda: stream.readline(_MAX_LINE_CHARS), ""):
+            for line in iter(lambda: stream.readline(_MAX_STDERR_LINE_CHARS), ""):
                 if line.strip():
-                    lines.append(line.rstrip())
+                    last_lines.append(line.rstrip())
 
     reader = threading.Thread(target=drain, name="tool server's stderr", daemon=True)
     reader.start()
@@ -217,36 +218,38 @@ def _last_lines(lines: deque[str]) -> Iterator[TextIO]:
         with os.fdopen(write_end, "w", encoding="utf-8") as stream:
             yield stream
     finally:
-        reader.join(timeout=_STDERR_S)  # a child process of the server may hold the other end open
+        reader.join(timeout=_STDERR_TIMEOUT_S)  # a child process of the server may keep the pipe open
 
 
-def _with_status(error: Exception, output: ServerOutput) -> Exception:
-    """Return an error of HTTP with the response's status, which mcp's client leaves out; any other error unchanged."""
-    if not isinstance(error, MCPError) or error.message not in _OF_STATUS:
+def _with_http_status(error: Exception, output: ServerOutput) -> Exception:
+    """Return an HTTP error with the status, which mcp's client leaves out; return any other error unchanged."""
+    if not isinstance(error, MCPError) or error.message not in _HTTP_ERROR_MESSAGES:
         return error
     hint = ": see its headers in the MCP file" if output.http_status.startswith(("401", "403")) else ""
     return MCPError(error.code, f"HTTP {output.http_status}{hint}")
 
 
-def _reason(error: Exception | None, last_lines: deque[str], server: Server) -> str:
-    """Return why a connection ended: the error, and the last lines of the server's stderr."""
-    if error is None or _is_over(error):
-        why = "it ended"
+def _end_reason(error: Exception | None, last_lines: deque[str], server: Server) -> str:
+    """Return why a link ended: the error (None: the server or this program closed it), and the last lines of stderr."""
+    if error is None or _is_closed_error(error):
+        reason = "it ended"
     elif isinstance(error, MCPError) or not isinstance(server, HttpServer):
-        why = first_problem(error).rstrip(".") or type(error).__name__
+        reason = first_problem(error).rstrip(".") or type(error).__name__
     else:
-        why = http_reason(error)
-    return f"{why}; it wrote last: {' | '.join(last_lines)}" if last_lines else why
+        reason = http_reason(error)
+    return f"{reason}; it wrote last: {' | '.join(last_lines)}" if last_lines else reason
 
 
 def first_problem(error: Exception) -> str:
-    """Return the message of an error; of a misshapen result the first field and what is wrong with it."""
+    """Return the message of an error; of a pydantic error the first malformed field and its problem."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return str(error)
 
 
-def _is_over(error: BaseException) -> bool:
-    closed = isinstance(error, anyio.ClosedResourceError | anyio.BrokenResourceError)
-    return closed or (isinstance(error, MCPError) and (error.code == CONNECTION_CLOSED or error.message in _OVER))
+def _is_closed_error(error: BaseException) -> bool:
+    """Return whether the error reports a closed connection."""
+    if isinstance(error, MCPError):
+        return error.code == CONNECTION_CLOSED or error.message in _CLOSED_MESSAGES
+    return isinstance(error, anyio.ClosedResourceError | anyio.BrokenResourceError)

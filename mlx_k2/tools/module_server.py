@@ -1,8 +1,8 @@
-"""MCP server for the functions of one Python file, on stdin and stdout. Runs as a separate process.
+"""The program of an MCP server for the functions of one Python file, on stdin and stdout.
 
 The tools are the public functions that the file defines, or those that its ``__all__`` names. Types and defaults come
 from the signature, the description from the docstring. A result that is not text is returned as JSON, an iterator as a
-list. Output that the functions print goes to stderr. A function that cannot be served ends the start.
+list. Output that the functions print goes to stderr. The server does not start if a function cannot be a tool.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ import msgspec
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-_MODULE = "mlx_k2_tools_module"
-_LOOK_EVERY_S = 1.0
+_MODULE_NAME = "mlx_k2_tools_module"
+_PARENT_CHECK_INTERVAL_S = 1.0
 
 
 def main(path: Path) -> None:
@@ -34,48 +34,52 @@ def main(path: Path) -> None:
     server = MCPServer(path.name, log_level="ERROR")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            functions = _tools(_load(path))
+            functions = _tool_functions(_load_module(path))
         for name, function in functions.items():
-            _add(server, name, function)
+            _add_tool(server, name, function)
     except BaseException as error:  # noqa: BLE001 - a module can raise any exception, SystemExit too
         _exit_with_error(path, error)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     server.run()
     os._exit(0)
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
+def _load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_MODULE_NAME, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[_MODULE] = module
-    sys.path.append(str(path.parent))  # last, so that no file there replaces a module of a package that we import
+    sys.modules[_MODULE_NAME] = module
+    sys.path.append(str(path.parent))  # last, so that no file there shadows a module of a package
     spec.loader.exec_module(module)
     return module
 
 
-def _tools(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    public = getattr(module, "__all__", None)
-    names = [name for name in vars(module) if not name.startswith("_")] if public is None else public
-    found = {name: getattr(module, name) for name in names}
-    functions: dict[str, Callable[..., Any]] = {
-        name: item
-        for name, item in found.items()
-        if inspect.isfunction(item) and (public is not None or item.__module__ == _MODULE)
-    }
-    if public is not None and (others := found.keys() - functions.keys()):
-        raise ImportError(f"__all__ names {min(others)}, which is not a function")
+def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Return the functions that become tools, by name; raise ImportError if there is none."""
+    public_names = getattr(module, "__all__", None)
+    functions: dict[str, Callable[..., Any]]
+    if public_names is None:
+        functions = {
+            name: item
+            for name, item in vars(module).items()
+            if not name.startswith("_") and inspect.isfunction(item) and item.__module__ == _MODULE_NAME
+        }
+    else:
+        functions = {name: getattr(module, name) for name in public_names}
+        for name, item in functions.items():
+            if not inspect.isfunction(item):
+                raise ImportError(f"__all__ names {name}, which is not a function")
     if not functions:
         raise ImportError("it defines no public function")
     return functions
 
 
-def _add(server: MCPServer, name: str, function: Callable[..., Any]) -> None:
+def _add_tool(server: MCPServer, name: str, function: Callable[..., Any]) -> None:
     """Add a function as a tool.
 
     Raises:
-        UnusableFunction: it cannot be called with named arguments in JSON, or has more than one result.
+        UnusableFunction: the function cannot be called with named JSON arguments, or is a generator.
     """
     try:
         for parameter in inspect.signature(function).parameters.values():
@@ -84,18 +88,18 @@ def _add(server: MCPServer, name: str, function: Callable[..., Any]) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError("it is a generator: return a list")
         description = inspect.getdoc(function) or ""
-        server.add_tool(_as_tool(function), name=name, description=description, structured_output=False)
+        server.add_tool(_tool_for(function), name=name, description=description, structured_output=False)
     except Exception as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnusableFunction(f"line {inspect.unwrap(function).__code__.co_firstlineno}: {name}: {problem}") from error
 
 
 class UnusableFunction(Exception):
-    """The error for a function that cannot be a tool; names its line and the function."""
+    """The error for a function that cannot be a tool; names the line, the function and the problem."""
 
 
-def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` in the form that mcp calls: blocking code in a thread, exceptions as text for the model."""
+def _tool_for(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a coroutine function that calls ``function``: blocking code in a thread, exceptions as ToolError."""
 
     @functools.wraps(function)
     async def tool(**arguments: Any) -> str:
@@ -107,7 +111,7 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
             text = result if isinstance(result, str) else _json_text(result)
         except (anyio.get_cancelled_exc_class(), ToolError):
             raise
-        except BaseException as error:  # also KeyboardInterrupt and such, which would leave the call without a result
+        except BaseException as error:  # also SystemExit and others, after which the call would get no result
             raise ToolError(_well_formed(f"{type(error).__name__}: {error}")) from error
         return _well_formed(text)
 
@@ -116,17 +120,18 @@ def _as_tool(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _json_text(value: Any) -> str:
     try:
-        return msgspec.json.encode(value, enc_hook=_as_json).decode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return json.dumps(msgspec.to_builtins(value, enc_hook=_as_json), ensure_ascii=False)
+        return msgspec.json.encode(value, enc_hook=_json_value).decode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return json.dumps(msgspec.to_builtins(value, enc_hook=_json_value), ensure_ascii=False)
 
 
-def _as_json(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+    """Return a value of a type that msgspec does not know as a list or as text."""
     return list(value) if isinstance(value, Iterator) else str(value)
 
 
 def _well_formed(text: str) -> str:
-    """Return ``text`` with U+FFFD for each half of a surrogate pair, as names of files can have."""
+    """Return ``text`` with U+FFFD for each lone surrogate; names of files can have some."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -140,10 +145,10 @@ def _exit_with_error(path: Path, error: BaseException) -> NoReturn:
     os._exit(2)
 
 
-def _end_with(parent: int) -> None:
-    """End the process when ``parent`` has ended: a hanging function keeps the server from detecting a closed stdin."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_EVERY_S)
+def _exit_with_parent(parent_pid: int) -> None:
+    """End the process when its parent has ended: a hanging function keeps the server from detecting a closed stdin."""
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_CHECK_INTERVAL_S)
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The outcome of a tool call, and its text for the model. Knows neither servers nor protocols."""
+"""Results of tool calls: their outcome, and their text for the model. Knows neither servers nor protocols."""
 
 import enum
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ class Outcome(enum.Enum):
 
     DONE = "done"
     CUT = "cut"
-    """Done, but the result is longer than the limit; the text is its beginning."""
+    """The tool returned a result longer than the limit; the text is its beginning."""
     FAILED = "failed"
     """The tool returned an error, or its server rejected the call."""
     TIMED_OUT = "timed out"
     LOST = "lost"
-    """The server ended or cannot be reached. The next call to it starts it again."""
+    """The server ended or cannot be reached. The next call starts it again."""
     REFUSED = "refused"
     """The tool does not exist, the call is malformed, or the limit of tool calls is reached."""
     DECLINED = "declined"
@@ -25,7 +25,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class ToolResult:
-    """The result of one call. ``text`` is what the model reads, for every outcome."""
+    """The result of one call. The model gets ``text``, for every outcome."""
 
     outcome: Outcome
     text: str

@@ -13,16 +13,16 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
 
 _VARIABLE = re.compile(r"\$\{(?:env:)?(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
-# Spellings that other programs replace: ${input:key} and ${workspaceFolder:x}, {env:NAME}, %NAME% of Windows, and the
-# shell's $NAME as a last word.
-_OTHER_VARIABLE = re.compile(
+# Variables that other programs replace: ${input:key} and ${workspaceFolder:x}, {env:NAME}, Windows' %NAME%, and the
+# shell's $NAME at the end of a text.
+_UNSUPPORTED_VARIABLE = re.compile(
     r"\$\{(?!(?:env:)?[A-Za-z_]\w*(?::-|\}))[^}]*\}|(?<!\$)\{env:\w+\}|%[A-Z_][A-Z0-9_]{2,}%|(?<!\S)\$[A-Z_][A-Z0-9_]*$"
 )
 _EXAMPLE = 'for instance {"mcpServers": {"files": {"command": "npx", "args": ["some-server"]}}}'
 
 
 class StdioServer(msgspec.Struct, frozen=True, kw_only=True):
-    """A server to start as its own process. Its environment is ``env`` and our PATH, HOME and similar variables."""
+    """A server to start as a separate process. Its environment is ``env``, and our PATH, HOME and similar variables."""
 
     name: str
     command: str
@@ -42,8 +42,8 @@ class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
 Server: TypeAlias = StdioServer | HttpServer
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    """A server in an MCP file. Keys that only other programs use are ignored, and so are keys that are null."""
+class _ServerEntry(msgspec.Struct, frozen=True):
+    """A server in an MCP file. Keys of other programs are ignored."""
 
     command: str | None = None
     args: tuple[str | int, ...] = ()
@@ -67,12 +67,11 @@ class _McpFile(msgspec.Struct, frozen=True):
 def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[str], None]) -> tuple[Server, ...]:
     """Return the enabled servers of an MCP file; ``${NAME}`` is replaced by its value in ``environment``.
 
-    Comments and commas before a closing bracket are accepted. ``${env:NAME}`` is the same as ``${NAME}``.
-
-    A malformed server is left out, and ``notify`` is called with what is wrong with it.
+    Comments, and commas before a closing bracket, are accepted. ``${env:NAME}`` is the same as ``${NAME}``. A malformed
+    server is left out, and ``notify`` is called with its problem.
 
     Raises:
-        ToolsError: the file cannot be read, or all servers in it are malformed; names the first.
+        ToolsError: the file cannot be read, or all servers in it are malformed; names the first problem.
     """
     try:
         file = read_json(path.read_bytes(), _McpFile, has_comments=True)
@@ -88,9 +87,10 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     for name, fields in entries.items():
         where = f"{path}: the server {name!r}"
         try:
-            is_object = isinstance(fields, dict)
-            given = {key: value for key, value in fields.items() if value is not None} if is_object else fields
-            entry = convert(given, _Entry)
+            set_fields = fields  # null is the same as an absent key
+            if isinstance(fields, dict):
+                set_fields = {key: value for key, value in fields.items() if value is not None}
+            entry = convert(set_fields, _ServerEntry)
             if not entry.disabled:
                 servers.append(_server(name, entry, where, environment))
         except JsonError as error:
@@ -105,7 +105,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
 
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
-    """Return a server for the functions of a Python file; it runs as a separate process with ``environment``.
+    """Return the server for the functions of a Python file: a separate process with ``environment``.
 
     Raises:
         ToolsError: there is no such file.
@@ -116,24 +116,24 @@ def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
     return StdioServer(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
 
 
-def _server(name: str, entry: _Entry, where: str, environment: Mapping[str, str]) -> Server:
+def _server(name: str, entry: _ServerEntry, where: str, environment: Mapping[str, str]) -> Server:
     url = entry.url or entry.http_url or entry.server_url
     if (entry.command is None) == (url is None):
         raise ToolsError(f"{where} needs either a command or a url")
     if entry.type == "sse":
         raise ToolsError(f"{where} uses MCP's old HTTP+SSE: give the address of its streamable HTTP")
-    fields = _expanded(msgspec.to_builtins(entry) | {"url": url}, where, environment)
+    fields = _replace_variables(msgspec.to_builtins(entry) | {"url": url}, where, environment)
     if entry.command is not None:
         return msgspec.convert(fields | {"name": name}, StdioServer)
     if not fields["url"].startswith(("http://", "https://")):
-        raise ToolsError(f"{where} has the url {url!r}, which is not one of http:// or https://")
+        raise ToolsError(f"{where} has the url {url!r}, which does not begin with http:// or https://")
     return msgspec.convert(fields | {"name": name}, HttpServer)
 
 
-def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
-    """Return ``value`` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced."""
+def _replace_variables(value: object, where: str, environment: Mapping[str, str]) -> Any:
+    """Return ``value`` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced; numbers become text."""
 
-    def found(match: re.Match[str]) -> str:
+    def value_of(match: re.Match[str]) -> str:
         text = environment.get(match["name"], match["default"])
         if text is None:
             raise ToolsError(f"{where} needs the environment variable {match['name']}, which is not set")
@@ -141,15 +141,14 @@ def _expanded(value: object, where: str, environment: Mapping[str, str]) -> Any:
 
     match value:
         case str():
-            if (other := _OTHER_VARIABLE.search(value)) is not None:
-                raise ToolsError(
-                    f"{where} has {other[0]}, which is not replaced: write ${{NAME}} and set that variable"
-                )
-            return _VARIABLE.sub(found, value)
+            if (unsupported := _UNSUPPORTED_VARIABLE.search(value)) is not None:
+                problem = f"{unsupported[0]}, which is not replaced: write ${{NAME}} and set that variable"
+                raise ToolsError(f"{where} has {problem}")
+            return _VARIABLE.sub(value_of, value)
         case dict():
-            return {key: _expanded(item, where, environment) for key, item in value.items()}
+            return {key: _replace_variables(item, where, environment) for key, item in value.items()}
         case list() | tuple():
-            return tuple(_expanded(item, where, environment) for item in value)
+            return tuple(_replace_variables(item, where, environment) for item in value)
         case int():
             return str(value)
     return value

@@ -1,4 +1,4 @@
-"""The tools of all servers together, for a program without an event loop. Declares, calls and closes them."""
+"""The tools of several servers, for a program without an event loop: declarations, calls, start and end."""
 
 import contextlib
 import re
@@ -21,14 +21,14 @@ from mlx_k2.tools.connection import Connection, NotStarted, ServerLost, first_pr
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import Server
 
-_NOT_IN_A_NAME = re.compile(r"[^\w.-]")
-# Codes of errors with which a server reports that it has not run a call.
-_NOT_RUN = (INVALID_PARAMS, METHOD_NOT_FOUND)
+_INVALID_IN_NAME = re.compile(r"[^\w.-]")
+# Codes of the errors with which a server reports that it has not run a call.
+_NOT_RUN_CODES = (INVALID_PARAMS, METHOD_NOT_FOUND)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a tool server: seconds to start, seconds per call, characters per result."""
+    """The limits of a tool server: seconds of its start, seconds per call, characters per result."""
 
     start_timeout_s: float = 60.0
     call_timeout_s: float = 120.0
@@ -37,15 +37,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool as it is declared to the model, and the target of its calls."""
+    """A tool as it is declared to the model, and the connection for its calls."""
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     """The JSON schema of the arguments."""
     connection: Connection
-    name_there: str
-    """The tool's name on its server."""
+    name_on_server: str
 
     @property
     def server(self) -> str:
@@ -61,14 +60,14 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolBox:
-    """Tools to call, several at once and from any thread. Every call gets a result, even if its server fails."""
+    """Tools that any thread can call, several at the same time. Every call gets a result, even if its server fails."""
 
     _portal: BlockingPortal
     tools: Mapping[str, Tool]
     """The tools by name."""
     _limits: Limits
     problems: Sequence[str] = ()
-    """Lines for the user about servers that did not start, and tools that cannot be offered."""
+    """Lines for the user about servers that did not start, and tools that cannot be used."""
 
     @property
     def declarations(self) -> list[dict[str, Any]]:
@@ -76,28 +75,28 @@ class ToolBox:
         return [tool.declaration for tool in self.tools.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Run one call to its end and return its result."""
+        """Run a call, and return its result when it has ended."""
         return self.start(name, arguments).result()
 
     def start(self, name: str, arguments: Mapping[str, Any]) -> Future[ToolResult]:
-        """Start a call. Cancelling the future asks the server to stop it."""
+        """Start a call; return the future of its result. Its ``cancel`` asks the server to stop the call."""
         return self._portal.start_task_soon(self._call, name, dict(arguments))
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
         if name not in self.tools:
-            known = ", ".join(self.tools) or "none"
-            return ToolResult(Outcome.REFUSED, f"There is no tool {name!r}. The tools are: {known}.")
+            names = ", ".join(self.tools) or "none"
+            return ToolResult(Outcome.REFUSED, f"There is no tool {name!r}. The tools are: {names}.")
         tool = self.tools[name]
         server, timeout_s = tool.server, self._limits.call_timeout_s
         try:
             with anyio.fail_after(timeout_s):
-                result = await tool.connection.call(tool.name_there, arguments)
+                result = await tool.connection.call(tool.name_on_server, arguments)
         except TimeoutError:
-            stray = tool.connection.stray
-            wrote = f" On its stdout it wrote {stray}, which is not a message." if stray else ""
+            stray_line = tool.connection.last_stray_line
+            hint = f" On its stdout it wrote {stray_line}, which is not a message." if stray_line else ""
             return ToolResult(
                 Outcome.TIMED_OUT,
-                f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{wrote}",
+                f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{hint}",
             )
         except NotStarted as lost:
             return ToolResult(
@@ -108,8 +107,9 @@ class ToolBox:
                 Outcome.LOST, f"The tool server {server} was lost during this call, which may have run: {lost}."
             )
         except MCPError as error:
-            happened = "did not accept the call" if error.code in _NOT_RUN else "ended the call, which may have run"
-            return ToolResult(Outcome.FAILED, f"The tool server {server} {happened}: {error}")
+            may_have_run = error.code not in _NOT_RUN_CODES
+            reaction = "ended the call, which may have run" if may_have_run else "did not accept the call"
+            return ToolResult(Outcome.FAILED, f"The tool server {server} {reaction}: {error}")
         except Exception as error:  # noqa: BLE001 - any error of a server becomes a result for the model
             return ToolResult(
                 Outcome.FAILED,
@@ -122,80 +122,83 @@ class ToolBox:
 def open_toolbox(servers: Sequence[Server], limits: Limits) -> Iterator[ToolBox]:
     """Start ``servers`` and yield their tools. On exit, end the calls that still run and close all servers.
 
-    A server that does not start is a problem of the toolbox, and the others are used.
+    A server that does not start adds a line to ``problems``, and the tools of the others are used.
 
     Raises:
-        ToolsError: no server starts, or two servers have one name; names the servers.
+        ToolsError: no server starts, or two servers have the same name; names them.
     """
-    twice = [name for name, count in Counter(server.name for server in servers).items() if count > 1]
-    if twice:
-        raise ToolsError(f"two tool servers have the name {twice[0]!r}: rename one")
+    counts = Counter(server.name for server in servers)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise ToolsError(f"two tool servers have the name {repeated[0]!r}: rename one")
     with start_blocking_portal(name="tools") as portal:
         try:
-            _, connections = portal.start_task(_hold, servers, limits.start_timeout_s)
-            offers, problems = portal.call(_offers, connections)
-            yield ToolBox(portal, _named(offers), limits, problems)
+            _, connections = portal.start_task(_run_connections, servers, limits.start_timeout_s)
+            offered_tools, problems = portal.call(_start_servers, connections)
+            yield ToolBox(portal, _with_unique_names(offered_tools), limits, problems)
         finally:
             portal.call(portal.stop, True)
 
 
-async def _hold(
+async def _run_connections(
     servers: Sequence[Server], start_timeout_s: float, *, task_status: TaskStatus[list[Connection]]
 ) -> None:
-    """Hold the connections' tasks until cancelled."""
+    """Make the connections, and run their tasks until this task is cancelled."""
     async with anyio.create_task_group() as tasks:
         task_status.started([Connection(server, tasks, start_timeout_s) for server in servers])
         await anyio.sleep_forever()
 
 
-async def _offers(connections: Sequence[Connection]) -> tuple[list[tuple[Connection, types.Tool]], list[str]]:
-    """Start the servers concurrently; return all their tools in the order of the servers, and lines about problems."""
-    offers: dict[str, list[types.Tool]] = {}
+async def _start_servers(connections: Sequence[Connection]) -> tuple[list[tuple[Connection, types.Tool]], list[str]]:
+    """Start all servers; return their tools in the order of the servers, and lines about problems."""
+    tools: dict[str, list[types.Tool]] = {}
     problems: dict[str, list[str]] = {}
 
-    async def ask(connection: Connection) -> None:
+    async def list_tools(connection: Connection) -> None:
         name = connection.server.name
         try:
-            offers[name], problems[name] = await connection.tools()
+            tools[name], problems[name] = await connection.tools()
         except NotStarted as lost:
             problems[name] = [str(lost)]
 
-    async with anyio.create_task_group() as asking:
+    async with anyio.create_task_group() as group:
         for connection in connections:
-            asking.start_soon(ask, connection)
+            group.start_soon(list_tools, connection)
     names = [connection.server.name for connection in connections]
     lines = [f"{name}: {problem}" for name in names for problem in problems[name]]
-    if connections and not offers:
+    if connections and not tools:
         raise ToolsError(f"no tool server starts: {'; '.join(lines)}")
-    return [(connection, tool) for connection in connections for tool in offers.get(connection.server.name, ())], lines
+    return [(connection, tool) for connection in connections for tool in tools.get(connection.server.name, ())], lines
 
 
-def _named(offers: Sequence[tuple[Connection, types.Tool]]) -> dict[str, Tool]:
-    """Return the tools by different names that fit into a call's id.
+def _with_unique_names(offered_tools: Sequence[tuple[Connection, types.Tool]]) -> dict[str, Tool]:
+    """Return the tools by unique names that can be part of a call's id.
 
-    Names that occur twice get their server's name as prefix, and a number if that does not help.
+    A name that occurs twice gets its server's name as prefix, and a number if it is still not unique.
     """
-    counts = Counter(_plain(tool.name) for _, tool in offers)
+    counts = Counter(_valid_name(tool.name) for _, tool in offered_tools)
     tools: dict[str, Tool] = {}
-    for connection, tool in offers:
-        plain = _plain(tool.name)
-        name = plain = plain if counts[plain] == 1 else f"{_plain(connection.server.name)}_{plain}"
+    for connection, tool in offered_tools:
+        base_name = _valid_name(tool.name)
+        if counts[base_name] > 1:
+            base_name = f"{_valid_name(connection.server.name)}_{base_name}"
+        name = base_name
         number = 2
         while name in tools:
-            name, number = f"{plain}_{number}", number + 1
+            name, number = f"{base_name}_{number}", number + 1
         tools[name] = Tool(name, tool.description or "", tool.input_schema, connection, tool.name)
     return tools
 
 
-def _plain(name: str) -> str:
-    return _NOT_IN_A_NAME.sub("_", unicodedata.normalize("NFC", name)) or "_"
+def _valid_name(name: str) -> str:
+    return _INVALID_IN_NAME.sub("_", unicodedata.normalize("NFC", name)) or "_"
 
 
 def read_result(result: types.CallToolResult, max_chars: int) -> ToolResult:
-    """Return the result's text: its text parts, and a note for each other part.
+    """Return the result as text: its text parts, and a line about each other part.
 
-    Text of more than ``max_chars`` characters is cut there, and a note of the cut is added. A result without parts
-    becomes its structured content as JSON.
+    Text of more than ``max_chars`` characters is cut, with a line about it. A result without parts becomes its
+    structured content as JSON.
     """
     text = "\n".join(map(_part_text, result.content))
     if not result.content and result.structured_content is not None:

@@ -13,7 +13,7 @@ from mlx_k2.text.tool_call import ToolCall
 from tests.advice import follows_advice
 from tests.chat.scripted import encode_reply
 from tests.examples import scaled
-from tests.text.fixtures import builtin_template, decoded, tokenizer
+from tests.text.fixtures import builtin_template, decode, tokenizer
 from tests.text.kimi import template
 
 SYSTEM_TURN = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
@@ -44,11 +44,11 @@ def conversation_with(*texts: str) -> Conversation:
 
 def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
     conversation = conversation_with("hello")
-    assert decoded(conversation.prompt_ids()) == SYSTEM_TURN + HELLO_TURN + ANSWER_OPENING
+    assert decode(conversation.prompt_ids()) == SYSTEM_TURN + HELLO_TURN + ANSWER_OPENING
     conversation.add_reply(Reply("R", "", (WEATHER,)), ())
     conversation.add_results(['{"w":1}'])
     assert (
-        decoded(conversation.prompt_ids())
+        decode(conversation.prompt_ids())
         == SYSTEM_TURN + HELLO_TURN + ANSWER_OPENING + CALL_TURN + RESULT_TURN + ANSWER_OPENING
     )
 
@@ -66,7 +66,7 @@ def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt()
         + ANSWER_OPENING
         + "<think></think>Sunny.<|im_end|>"
     )
-    assert decoded(conversation.prompt_ids()) == SYSTEM_TURN + HELLO_TURN + turns + HELLO_TURN + ANSWER_OPENING
+    assert decode(conversation.prompt_ids()) == SYSTEM_TURN + HELLO_TURN + turns + HELLO_TURN + ANSWER_OPENING
 
 
 HOSTILE_TEXT = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_ids)[:20])
@@ -95,7 +95,7 @@ def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: st
     assert prompt[: len(known_ids)] == known_ids
     num_role_tokens = len("user") + len("assistant")
     assert len(prompt) <= len(known_ids) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
-    assert "R" not in decoded(known_ids)  # the reasoning of answered turns
+    assert "R" not in decode(known_ids)  # the reasoning of answered turns
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
     last_prompt = conversation.prompt_ids()
     conversation.add_reply(Reply("R2", "Sunny.", ()), encode_reply(tokenizer(), "R2</think>Sunny.<|im_end|>"))
     known_ids = conversation.next_prompt_prefix()
-    assert ("R1" in decoded(known_ids), "R2" in decoded(known_ids)) == (keeps_reasoning, keeps_reasoning)
-    assert decoded(known_ids).endswith("<|im_user|>user<|im_middle|>")
+    assert ("R1" in decode(known_ids), "R2" in decode(known_ids)) == (keeps_reasoning, keeps_reasoning)
+    assert decode(known_ids).endswith("<|im_user|>user<|im_middle|>")
     extends_last_prompt = known_ids[: len(last_prompt)] == last_prompt
     assert extends_last_prompt == (keeps_reasoning or mode.thinking is False)
     conversation.add_user("more")
@@ -141,7 +141,7 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
 def test_known_ids_end_before_the_next_message_and_are_the_whole_prompt_if_the_template_ignores_it(
     source: str, known_text: str
 ) -> None:
-    assert decoded(Conversation(ChatTemplate(source), tokenizer()).next_prompt_prefix()) == known_text
+    assert decode(Conversation(ChatTemplate(source), tokenizer()).next_prompt_prefix()) == known_text
 
 
 def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
@@ -150,7 +150,7 @@ def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
     endings = []
     for thinking in (False, True):
         conversation.set_thinking(thinking)
-        endings.append(decoded(conversation.prompt_ids()).rpartition("<|im_middle|>")[2])
+        endings.append(decode(conversation.prompt_ids()).rpartition("<|im_middle|>")[2])
     assert endings == ["<think></think>", "<think>"]
 
 
@@ -207,7 +207,7 @@ def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_le
     ]
     warnings = conversation.load(messages, 4096)
     assert warnings == ("message 3 (assistant) has fields that the chat template does not read: refusal",)
-    assert decoded(conversation.prompt_ids()) == (
+    assert decode(conversation.prompt_ids()) == (
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>xy<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|><think>WHY</think><|tool_calls_section_begin|><|tool_call_begin|>"
         "functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"

@@ -6,19 +6,19 @@ import pytest
 
 from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine
-from tests.server.server_process import Server, home_of, serving
+from tests.server.server_process import Server, running_server
 
 QUESTION = "What is 17 plus 25?"
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    return home_of(tmp_path_factory.mktemp("home"))
+    return CommandLine(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
 def server(user: CommandLine) -> Iterator[Server]:
-    with serving(user) as server:
+    with running_server(user) as server:
         yield server
 
 

@@ -17,7 +17,8 @@ import pytest
 from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine, descendants_of
 from tests.local_cluster import wait_until_gone
-from tests.server.server_process import WAIT_S, Server, exchange, parsed, serving
+from tests.server.http_client import WAIT_S, exchange, parse_answer
+from tests.server.server_process import Server, running_server
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -130,11 +131,11 @@ def test_the_property_list_of_a_command_started_as_a_module_starts_the_module(co
 
 
 def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: CommandLine, endless_model: Path) -> None:
-    with serving(command_line, "--model", str(endless_model), "--context", "200") as server:
+    with running_server(command_line, "--model", str(endless_model), "--context", "200") as server:
         processes = descendants_of(server.process)
         connection = start_answer(server)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("ending: running requests may continue")
+        server.wait_for_line("ending: running requests may continue")
         assert b"[DONE]" in read_to_end(connection)
         assert server.process.wait(WAIT_S) == 0
         assert not wait_until_gone(processes, 5)
@@ -142,18 +143,18 @@ def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: Comman
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(command_line: CommandLine, endless_model: Path) -> None:
-    with serving(command_line, "--model", str(endless_model), "--drain", "600") as server:
+    with running_server(command_line, "--model", str(endless_model), "--drain", "600") as server:
         processes = descendants_of(server.process)
         with start_answer(server):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for("ending: running requests may continue")
+            server.wait_for_line("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert not wait_until_gone(processes, 5)
 
 
 @pytest.mark.slow
 def test_an_answer_longer_than_the_drain_ends_with_an_error(command_line: CommandLine, endless_model: Path) -> None:
-    with serving(command_line, "--model", str(endless_model), "--drain", "1") as server:
+    with running_server(command_line, "--model", str(endless_model), "--drain", "1") as server:
         connection = start_answer(server, temperature=0)
         assert server.end(signal.SIGTERM) == 0
         assert b'"code":"unavailable"' in read_to_end(connection)
@@ -163,12 +164,15 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error(command_line: Comman
 def test_an_answer_without_streaming_longer_than_the_drain_is_a_503_in_the_apis_format(
     command_line: CommandLine, endless_model: Path
 ) -> None:
-    with serving(command_line, "--model", str(endless_model), "--drain", "1") as server, server.connect() as connection:
+    with (
+        running_server(command_line, "--model", str(endless_model), "--drain", "1") as server,
+        server.connect() as connection,
+    ):
         connection.sendall(chat_request(stream=False, temperature=0))
         while not server.request("GET", "/v1/status").json["requests"]:
             pass
         assert server.end(signal.SIGTERM) == 0
-        answer = parsed(read_to_end(connection))
+        answer = parse_answer(read_to_end(connection))
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
         assert int(answer.headers["retry-after"]) > 0
 
@@ -200,11 +204,11 @@ def test_after_a_killed_stage_the_stream_continues_and_health_and_status_report_
     command_line: CommandLine, endless_model: Path
 ) -> None:
     options = ("--model", str(endless_model), "--stages", "2", "--context", "400")
-    with serving(command_line, *options) as server:
+    with running_server(command_line, *options) as server:
         undisturbed = read_text_until_done(start_answer(server, seed=5, max_tokens=150))
         connection = start_answer(server, seed=5, max_tokens=150)
         psutil.Process(server.stages()[1].pid).kill()
-        server.wait_for("all stages start again")
+        server.wait_for_line("all stages start again")
         assert server.request("GET", "/health").status == 503
         assert [stage["loaded_bytes"] for stage in server.request("GET", "/v1/status").json["stages"]] == [0, 0]
         assert read_text_until_done(connection)[-200:] == undisturbed[-200:]
@@ -221,7 +225,7 @@ def test_after_a_killed_stage_the_stream_continues_and_health_and_status_report_
 @pytest.mark.slow
 def test_a_reader_of_status_events_does_not_delay_the_end(command_line: CommandLine, endless_model: Path) -> None:
     with (
-        serving(command_line, "--model", str(endless_model), "--drain", "600") as server,
+        running_server(command_line, "--model", str(endless_model), "--drain", "600") as server,
         server.connect() as connection,
     ):
         connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -236,7 +240,7 @@ def test_a_server_with_a_certificate_answers_https_and_not_http(command_line: Co
     openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
     command = [*openssl, "-keyout", files["key"], "-out", files["cert"]]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
-    with serving(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
+    with running_server(command_line, "--certfile", files["cert"], "--keyfile", files["key"]) as server:
         context = ssl.create_default_context(cafile=files["cert"])
         with context.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
             request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -13,13 +13,13 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
 from tests.coordinator.token_engine import request
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.in_process import SteppedServer, stepped_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SteppedServer]:
-    with stepped_server(num_slots=2, chunk_tokens=8) as found, stepping(found):
-        yield found
+    with stepped_server(num_slots=2, chunk_tokens=8) as running, running.running_stages():
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,16 @@ def engine(server: SteppedServer) -> RemoteEngine:
 
 
 def tokens_of(handle: Handle) -> tuple[list[int], Finished]:
+    """Return the token ids of an answer, and its last event."""
     events: list[Event] = list(handle.events())
     last = events[-1]
     assert isinstance(last, Finished)
     return [event.token_id for event in events if isinstance(event, Token)], last
 
 
-def with_stop_tokens(plain: Request, engine: RemoteEngine) -> Request:
+def with_stop_tokens(request: Request, engine: RemoteEngine) -> Request:
     """Return the request with the stop tokens of the server's model."""
-    return Request(plain.prompt_ids, plain.max_tokens, plain.sampling, engine.frontend.stop_ids)
+    return Request(request.prompt_ids, request.max_tokens, request.sampling, engine.frontend.stop_ids)
 
 
 def test_the_model_is_read_from_the_server(server: SteppedServer, engine: RemoteEngine) -> None:
@@ -51,14 +52,14 @@ def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
 ) -> None:
     for seed in range(3):
         submitted = with_stop_tokens(request(*range(50, 90), max_tokens=25, seed=seed), engine)
-        own, _ = tokens_of(server.tokens.engine.submit(submitted))
-        remote, end = tokens_of(engine.submit(submitted))
-        assert remote == own
-        assert end.summary.prompt_tokens == 40
-        assert end.summary.generated_tokens == len(own)
-        assert end.summary.seed == seed
-        assert end.reason is (FinishReason.LENGTH if len(own) == 25 else FinishReason.STOP)
-        assert end.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
+        own_tokens, _ = tokens_of(server.tokens.engine.submit(submitted))
+        remote_tokens, finished = tokens_of(engine.submit(submitted))
+        assert remote_tokens == own_tokens
+        assert finished.summary.prompt_tokens == 40
+        assert finished.summary.generated_tokens == len(own_tokens)
+        assert finished.summary.seed == seed
+        assert finished.reason is (FinishReason.LENGTH if len(own_tokens) == 25 else FinishReason.STOP)
+        assert finished.summary.cached_tokens == 39  # the server's own engine has computed this prompt before
 
 
 def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
@@ -75,18 +76,18 @@ def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
     )
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(Request((60, 61), 50, sampling, frozenset()))
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
         assert job.submission.request == Request((60, 61), 50, sampling, frozenset())
         handle.cancel()
-        wait_until(lambda: server.num_used == 0, "the request is gone")
+        server.wait_for_requests(0)
 
 
 def test_progress_of_a_prompt_arrives(engine: RemoteEngine) -> None:
     events = list(engine.submit(with_stop_tokens(request(*range(100, 190), max_tokens=2), engine)).events())
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress
-    assert all(0 <= one.done < one.total == 90 for one in progress)
+    assert all(0 <= report.done < report.total == 90 for report in progress)
 
 
 def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
@@ -96,11 +97,13 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
     think = tokenizer.special_ids["<think>"]
     submitted = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
-        own, own_end = tokens_of(server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
-        remote, end = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
-        assert remote == own
-        assert end.parts == own_end.parts
-        assert end.reason is own_end.reason
+        own_tokens, own_finished = tokens_of(
+            server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
+        )
+        remote_tokens, finished = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
+        assert remote_tokens == own_tokens
+        assert finished.parts == own_finished.parts
+        assert finished.reason is own_finished.reason
     close = tokenizer.special_ids["</think>"]
     budget = ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=4))
     assert tokens_of(engine.submit(submitted, budget))[0].index(close) <= 4
@@ -112,18 +115,18 @@ def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> 
         engine = RemoteEngine(ServerAddress(server.url))
         submitted = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
         handle = engine.submit(submitted)
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
         assert job.submission.request.priority is priority
         handle.cancel()
         assert [type(event) for event in handle.events()] == [Finished]
-        wait_until(lambda: server.num_used == 0, "the request is gone")
+        server.wait_for_requests(0)
 
 
 def test_the_end_of_the_servers_engine_is_an_error() -> None:
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(request(60, max_tokens=100))
-        wait_until(lambda: bool(server.tokens.plans), "the request runs")
+        server.wait_for_plan()
         server.tokens.fail(0)
         server.tokens.cancel()
         with pytest.raises(ClusterError):
@@ -134,12 +137,12 @@ def test_a_request_waits_while_the_servers_stages_start_again() -> None:
     with stepped_server() as server:
         engine = RemoteEngine(ServerAddress(server.url))
         first = engine.submit(request(60, max_tokens=20, seed=2))
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.wait_for_plan()
         server.tokens.fail(0)
         second = engine.submit(request(60, max_tokens=20, seed=2))
-        server.wait_for("/v1/completions 503")
+        server.wait_for_line("/v1/completions 503")
         server.tokens.end_restart()
-        with stepping(server):
+        with server.running_stages():
             assert tokens_of(first)[0] == tokens_of(second)[0]
 
 
@@ -147,33 +150,33 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
         handles = [engine.submit(request(60, max_tokens=100))]
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
+        server.wait_for_plan()
         handles.append(engine.submit(request(61, max_tokens=100)))
-        wait_until(lambda: server.num_used == 2, "the second request waits")
+        server.wait_for_requests(2)
         with pytest.raises(EngineBusy) as caught:
             list(engine.submit(request(62)).events())
         assert caught.value.wait_s >= 1
         for handle in handles:
             handle.cancel()
-        wait_until(lambda: server.num_used == 0, "both are gone")
+        server.wait_for_requests(0)
 
 
 def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
-        others = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
-        wait_until(lambda: bool(server.tokens.plans), "another request runs")
-        others.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
+        other_handles = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
+        server.wait_for_plan()
+        other_handles.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
         submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
         handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
-        server.wait_for("/v1/completions 429")
-        for other in others:
+        server.wait_for_line("/v1/completions 429")
+        for other in other_handles:
             other.cancel()
-        with stepping(server):
-            found, end = tokens_of(handle)
-        assert found[0] == tokenizer.special_ids["</think>"]
-        assert (len(found), end.reason) == (12, FinishReason.LENGTH)
+        with server.running_stages():
+            tokens, finished = tokens_of(handle)
+        assert tokens[0] == tokenizer.special_ids["</think>"]
+        assert (len(tokens), finished.reason) == (12, FinishReason.LENGTH)
 
 
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the guard, as a process over the small stages of stage_programs.py. The test acts as the coordinator."""
+"""Tests of the guard as its own process over small real stages. The test acts as its coordinator."""
 
 import json
 import os
@@ -19,17 +19,18 @@ from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_
 from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
 from tests.launch import guarded
+from tests.local_cluster import is_running
 
-END_S = 60.0
+TIMEOUT_S = 60.0
 """Deadline for the end of all processes, long enough for a busy machine."""
 
 DEFAULT_LEASE_S = GuardSettings().lease_s
 LONG_LEASE_S = 600.0
-"""A lease longer than every test, so that no stage ends because its lease is over."""
+"""A lease longer than every test, so that no stage ends because its lease expires."""
 
 
 class GuardedStage:
-    """A running guard, its stage and its watchdog. ``program`` is the name of the stage's program."""
+    """A running guard, its watchdog and its stage, which runs a program of `stage_programs.py`."""
 
     def __init__(self, program: str) -> None:
         self.process = subprocess.Popen(
@@ -41,13 +42,13 @@ class GuardedStage:
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.streams = (self.process.stdin, self.process.stdout, self.process.stderr)
-        self._input, self.output, self._stderr = self.streams
+        self._input, self.output, self._log = self.streams
         self.send_settings()
         assert skip_to_mark(self.output) == b""
         assert decode_from_stage(self.read().payload) == Connected()
         self.guard = psutil.Process(self.process.pid)
         self.descendants = self.guard.children(recursive=True)
-        self.processes = [self.guard, *self.descendants]
+        self.all_processes = [self.guard, *self.descendants]
 
     @property
     def stage(self) -> psutil.Process:
@@ -58,7 +59,8 @@ class GuardedStage:
         return next(process for process in self.descendants if "mlx_k2.guard.watchdog" in process.cmdline())
 
     def write(self, kind: Kind, payload: bytes) -> None:
-        self.write_raw(encode_frame(kind, payload))
+        self._input.write(encode_frame(kind, payload))
+        self._input.flush()
 
     def write_raw(self, data: bytes) -> None:
         self._input.write(data)
@@ -70,61 +72,63 @@ class GuardedStage:
     def send_step(self, number: int) -> None:
         self.write(Kind.MESSAGE, encode_message(Step(number, ())))
 
-    def close(self) -> None:
+    def close_input(self) -> None:
         self._input.close()
+
+    def status(self) -> StageStatus:
+        """Return the stage status that the guard sends with its answer to a heartbeat."""
+        self.write(Kind.HEARTBEAT, b"")
+        return StageStatus.from_json(self.read(Kind.STAGE_STATUS).payload)
 
     def read(self, kind: Kind | None = None) -> Frame:
         """Return the next frame of ``kind``, or without it the next frame that is not a stage status."""
         while True:
             frame = read_frame(self.output)
-            assert frame is not None, f"the guard has ended: {self._stderr.read().decode()}"
+            assert frame is not None, f"the guard has ended: {self.log()}"
             if frame.kind is kind or (kind is None and frame.kind is not Kind.STAGE_STATUS):
                 return frame
 
+    def log(self) -> str:
+        return self._log.read().decode()
+
     def last_frame(self) -> dict[str, object]:
-        """Read to the end; return the payload of the guard's last frame, which states how the stage ended."""
+        """Return the guard's last frame, which states how the stage ended."""
         last = None
         while (frame := read_frame(self.output)) is not None:
             last = frame
         assert last is not None and last.kind is Kind.STAGE_EXIT
         return dict(json.loads(last.payload))
 
-    def wait_until_gone(self, timeout_s: float = END_S) -> None:
+    def wait_until_gone(self, timeout_s: float = TIMEOUT_S) -> None:
         """Wait until every process is gone."""
         deadline = time.monotonic() + timeout_s
-        while alive := [process for process in self.processes if _runs(process)]:
-            assert time.monotonic() < deadline, f"still running after {timeout_s} s: {alive}"
+        while running := [process for process in self.all_processes if is_running(process)]:
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s: {running}"
             self.process.poll()
             time.sleep(0.01)
 
 
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+Start = Callable[[str], GuardedStage]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[str], GuardedStage]]:
+def start() -> Iterator[Start]:
+    """Yield a function that starts a guarded stage with a program. All of them are killed after the test."""
     stages: list[GuardedStage] = []
 
-    def start(program: str) -> GuardedStage:
+    def start_stage(program: str) -> GuardedStage:
         stages.append(GuardedStage(program))
         return stages[-1]
 
-    yield start
+    yield start_stage
     for stage in stages:
-        for process in stage.processes:
-            if _runs(process):
+        for process in stage.all_processes:
+            if is_running(process):
                 process.kill()
-        stage.process.wait(END_S)
+        stage.process.wait(TIMEOUT_S)
         for stream in stage.streams:
             with suppress(BrokenPipeError):  # closing writes the data that is still buffered
                 stream.close()
-
-
-Start = Callable[[str], GuardedStage]
 
 
 def test_messages_are_relayed_both_ways_and_heartbeats_are_answered(start: Start) -> None:
@@ -147,24 +151,24 @@ def test_a_stage_that_receives_stop_exits_by_itself(start: Start) -> None:
     stage = start("echo")
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "it ended by itself"}
-    assert stage.process.wait(END_S) == 0
+    assert stage.process.wait(TIMEOUT_S) == 0
     stage.wait_until_gone()
 
 
 def test_a_closed_connection_ends_the_stage_with_exit_code_0(start: Start) -> None:
     stage = start("echo")
-    stage.close()
+    stage.close_input()
     assert stage.last_frame() == {"exit_code": 0, "signal": None, "reason": "the coordinator closed the connection"}
 
 
 @pytest.mark.parametrize("program", ["reads_nothing", "with_child", "repeats_answers"])
-def test_the_end_of_the_coordinator_leaves_no_process(start: Start, program: str) -> None:
+def test_no_process_is_left_when_the_coordinator_closes_its_connections(start: Start, program: str) -> None:
     stage = start(program)
     stage.send_settings(lease_s=LONG_LEASE_S)
     if program == "repeats_answers":
         for number in range(100):
             stage.send_step(number)
-    stage.close()
+    stage.close_input()
     stage.output.close()
     stage.wait_until_gone()
 
@@ -173,10 +177,10 @@ def test_the_end_of_the_coordinator_leaves_no_process(start: Start, program: str
 def test_a_stage_that_ignores_stop_and_sigterm_is_killed_after_its_grace_period(start: Start) -> None:
     stage = start("ignores_signals")
     stage.send_settings(held_bytes=10 * 10**9)
-    began = time.monotonic()
-    stage.close()
+    started_at = time.monotonic()
+    stage.close_input()
     assert stage.last_frame()["signal"] == signal.SIGKILL
-    assert time.monotonic() - began >= 6  # 5 s, plus 1 s for each 10 GB
+    assert time.monotonic() - started_at >= 6  # 5 s, plus 1 s for each 10 GB
 
 
 @pytest.mark.slow
@@ -216,35 +220,35 @@ def test_an_unexpected_frame_ends_the_stage(start: Start, data: bytes, reason: s
 
 
 @pytest.mark.parametrize(
-    ("data", "complaint"),
+    ("data", "error"),
     [(b"", ""), (encode_frame(Kind.HEARTBEAT, b""), "first frame is a HEARTBEAT"), (b"no frame", "ProtocolError")],
 )
-def test_without_settings_as_the_first_frame_the_guard_starts_no_stage(data: bytes, complaint: str) -> None:
+def test_without_settings_as_the_first_frame_the_guard_starts_no_stage(data: bytes, error: str) -> None:
     command = [sys.executable, guarded.__file__, "echo"]
-    result = subprocess.run(command, input=data, capture_output=True, timeout=END_S)
-    assert result.returncode == 1
-    assert result.stdout == b""
-    assert complaint in result.stderr.decode()
+    guard = subprocess.run(command, input=data, capture_output=True, timeout=TIMEOUT_S)
+    assert guard.returncode == 1
+    assert guard.stdout == b""
+    assert error in guard.stderr.decode()
 
 
-def test_the_stage_starts_with_the_environment_of_the_first_settings() -> None:
+def test_the_first_settings_have_the_environment_of_the_stage() -> None:
     settings = GuardSettings(environment=("MLX_OF_THE_HOSTFILE=a=b", "HOME=/nowhere"))
-    script = (
+    stage_script = "import os; os.write(2, (os.environ['MLX_OF_THE_HOSTFILE'] + ' ' + os.environ['HOME']).encode())"
+    guard_script = (
         "import os, sys; from mlx_k2.guard.guard import run_guard; "
-        "os._exit(run_guard([sys.executable, '-c', "
-        '\'import os; os.write(2, repr([os.environ[n] for n in ("MLX_OF_THE_HOSTFILE", "HOME")]).encode())\']))'
+        f"os._exit(run_guard([sys.executable, '-c', {stage_script!r}]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
+    guard = subprocess.run(
+        [sys.executable, "-c", guard_script],
         input=encode_frame(Kind.GUARD_SETTINGS, settings.to_json()),
         capture_output=True,
-        timeout=END_S,
+        timeout=TIMEOUT_S,
     )
-    assert result.stderr == b"['a=b', '/nowhere']"
+    assert guard.stderr == b"a=b /nowhere"
 
 
 @pytest.mark.parametrize("program", ["echo", "reads_nothing", "with_child"])
-def test_a_killed_guard_leaves_no_process(start: Start, program: str) -> None:
+def test_no_process_is_left_when_the_guard_is_killed(start: Start, program: str) -> None:
     stage = start(program)
     stage.send_settings(lease_s=LONG_LEASE_S)
     stage.process.kill()
@@ -254,27 +258,27 @@ def test_a_killed_guard_leaves_no_process(start: Start, program: str) -> None:
 @pytest.mark.slow
 def test_the_watchdog_kills_a_stage_that_ignores_sigterm_after_its_guard_is_killed(start: Start) -> None:
     stage = start("ignores_signals")
-    began = time.monotonic()
+    started_at = time.monotonic()
     stage.process.kill()
     stage.wait_until_gone()
-    assert time.monotonic() - began >= 5
+    assert time.monotonic() - started_at >= 5
 
 
 @pytest.mark.slow
 def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start) -> None:
     stage = start("reads_nothing")
     stage.send_settings(lease_s=2.0)
-    starting_s = status(stage).for_s
-    while status(stage).for_s < starting_s + 2 * TICK_S:
-        pass  # after two ticks of the guard the watchdog knows the lease
+    first_age_s = stage.status().for_s
+    while stage.status().for_s < first_age_s + 2 * TICK_S:
+        pass  # the guard sends the lease to the watchdog in one of two ticks
     stage.guard.suspend()
-    stage.wait_until_gone(DEFAULT_LEASE_S - 2)  # the default lease would be too long
+    stage.wait_until_gone(DEFAULT_LEASE_S - 2)
 
 
-def test_a_suspended_stage_is_ended_by_sigterm(start: Start) -> None:
+def test_sigterm_ends_a_suspended_stage(start: Start) -> None:
     stage = start("echo")
     stage.stage.suspend()
-    stage.close()
+    stage.close_input()
     assert stage.last_frame()["signal"] == signal.SIGTERM
     stage.wait_until_gone()
 
@@ -284,7 +288,7 @@ def test_a_killed_watchdog_does_not_end_the_stage(start: Start) -> None:
     stage.watchdog.kill()
     stage.send_step(1)
     assert stage.read().kind is Kind.MESSAGE
-    stage.close()
+    stage.close_input()
     assert stage.last_frame()["exit_code"] == 0
 
 
@@ -294,9 +298,9 @@ def test_the_last_frame_holds_the_stages_exit_code_or_signal(start: Start) -> No
 
 
 def test_a_stage_that_writes_bytes_that_are_not_frames_is_ended(start: Start) -> None:
-    stage_exit = start("writes_garbage").last_frame()
-    assert stage_exit["signal"] == signal.SIGTERM
-    assert "bytes that are not frames" in str(stage_exit["reason"])
+    last_frame = start("writes_garbage").last_frame()
+    assert last_frame["signal"] == signal.SIGTERM
+    assert "bytes that are not frames" in str(last_frame["reason"])
 
 
 def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:
@@ -311,41 +315,35 @@ def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> N
 
 def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
     stage = start("with_child")
-    assert len(stage.descendants) == 3  # the watchdog, the stage and its child
+    assert len(stage.descendants) == 3, "watchdog, stage and the stage's child"
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     stage.last_frame()
     stage.wait_until_gone()
 
 
 def test_the_guard_runs_with_only_the_standard_library(tmp_path: Path) -> None:
-    script = "import sys, mlx_k2.stage.__main__; print([m for m in ('msgspec', 'mlx', 'numpy') if m in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", script],  # -S: without installed packages
+    script = "import sys, mlx_k2.stage.__main__; print({'msgspec', 'mlx', 'numpy'} & sys.modules.keys())"
+    python = subprocess.run(
+        [sys.executable, "-S", "-c", script],
         env={**os.environ, "PYTHONPATH": str(Path(guarded.__file__).parents[2])},
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert result.stdout == "[]\n", result.stderr
+    assert python.stdout == "set()\n", python.stderr
 
 
 def test_a_heartbeat_returns_the_stage_status_with_phase_age_and_stopped_time(start: Start) -> None:
     stage = start("receives")
     stage.stage.suspend()
-    statuses = [status(stage)]
+    statuses = [stage.status()]
     while not statuses[-1].stopped_s:
-        statuses.append(status(stage))
-    assert {each.update for each in statuses} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
+        statuses.append(stage.status())
+    assert {status.update for status in statuses} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
     assert statuses[-1].for_s > 0
     stage.stage.resume()
-    while status(stage).stopped_s:
+    while stage.status().stopped_s:
         pass
-
-
-def status(stage: GuardedStage) -> StageStatus:
-    """Return the status that comes before the answer to a heartbeat."""
-    stage.write(Kind.HEARTBEAT, b"")
-    return StageStatus.from_json(stage.read(Kind.STAGE_STATUS).payload)
 
 
 def test_a_malformed_phase_update_or_stage_status_is_refused() -> None:

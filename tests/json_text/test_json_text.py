@@ -1,4 +1,4 @@
-"""Tests of the one reader of JSON: what it refuses, and that each message names the line or the field."""
+"""Tests of reading JSON: what is refused, and that each message names the line or the field."""
 
 import json
 import subprocess
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from mlx_k2.json_text.parse import MAX_BYTES, MAX_DEPTH, JsonError, parse_json
 from mlx_k2.json_text.read import read_json
 
-JSON = st.recursive(
+json_values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**63)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
 )
 
 
@@ -40,7 +40,7 @@ def test_a_key_twice_among_many_is_found_in_linear_time() -> None:
         parse_json("{" + ", ".join([*names, names[-1]]) + "}")
 
 
-@given(JSON)
+@given(json_values)
 def test_json_is_read_back_as_its_value(value: object) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
         assert parse_json(text) == value
@@ -48,15 +48,14 @@ def test_json_is_read_back_as_its_value(value: object) -> None:
         assert parse_json(b"\xef\xbb\xbf" + text.encode()) == value
 
 
-@given(JSON, st.sampled_from([" ", '// a "b\n', "/* [1,\n*/", "\n"]))
-def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(value: object, between: str) -> None:
-    texts = (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1))
-    for text in texts:
-        assert parse_json(f"{between}{text}{between}", has_comments=True) == value
-    wrapped = f'{{"a": [{texts[0]}{between},{between}],{between}}}'
-    assert parse_json(wrapped, has_comments=True) == {"a": [value]}
+@given(json_values, st.sampled_from([" ", '// a "b\n', "/* [1,\n*/", "\n"]))
+def test_comments_and_trailing_commas_do_not_change_the_value(value: object, comment: str) -> None:
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        assert parse_json(f"{comment}{text}{comment}", has_comments=True) == value
+    with_commas = f'{{"a": [{json.dumps(value)}{comment},{comment}],{comment}}}'
+    assert parse_json(with_commas, has_comments=True) == {"a": [value]}
     with pytest.raises(JsonError):
-        parse_json(wrapped)
+        parse_json(with_commas)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +82,17 @@ def test_comments_and_last_commas_do_not_change_the_value_or_what_is_in_quotes(v
         (b"[" * 101 + b"]" * 101, f"it is nested more than {MAX_DEPTH} deep"),
     ],
 )
-def test_text_that_is_not_our_json_is_refused_with_its_line_or_key(text: bytes, problem: str) -> None:
+def test_text_that_is_not_strict_json_is_refused_with_its_line_or_key(text: bytes, problem: str) -> None:
     with pytest.raises(JsonError, match=f"^{problem}"):
         parse_json(text)
 
 
-def test_a_hundred_levels_and_a_pair_of_surrogates_are_read() -> None:
-    deep = parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
-    assert str(deep) == "[" * MAX_DEPTH + "]" * MAX_DEPTH
+def test_lists_nested_as_deep_as_allowed_are_read() -> None:
+    text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert str(parse_json(text)) == text
+
+
+def test_a_pair_of_surrogates_and_an_escaped_backslash_are_read() -> None:
     assert parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "\N{GRINNING FACE} \\ud800"
 
 
@@ -122,22 +124,22 @@ def test_a_value_of_the_type_is_returned() -> None:
     )
 
 
-FIRST_USE = """
+FIRST_USE_BY_SIX_THREADS = """
 import sys, threading
 from typing import Annotated
 import msgspec
 from mlx_k2.json_text.read import convert
 
-def made_up(number):
+def new_type(number):
     fields = [(f"f{field}", Annotated[int, msgspec.Meta(ge=field)]) for field in range(20)]
     parts = [msgspec.defstruct(f"Part{number}_{part}", fields) for part in range(20)]
-    return msgspec.defstruct(f"Whole{number}", [(f"part{index}", part) for index, part in enumerate(parts)])
+    return msgspec.defstruct(f"Outer{number}", [(f"part{index}", part) for index, part in enumerate(parts)])
 
 sys.setswitchinterval(1e-6)
 value = {f"part{index}": {f"f{field}": field for field in range(20)} for index in range(20)}
 for number in range(30):
-    kind, begin = made_up(number), threading.Barrier(6)
-    threads = [threading.Thread(target=lambda: (begin.wait(), convert(value, kind))) for _ in range(6)]
+    struct, barrier = new_type(number), threading.Barrier(6)
+    threads = [threading.Thread(target=lambda: (barrier.wait(), convert(value, struct))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -146,5 +148,6 @@ for number in range(30):
 
 
 def test_several_threads_may_use_a_type_for_the_first_time_at_once() -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    command = [sys.executable, "-c", FIRST_USE_BY_SIX_THREADS]
+    python = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (python.returncode, python.stderr) == (0, "")

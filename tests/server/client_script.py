@@ -1,9 +1,8 @@
-"""A program that sends each request with the official client in four ways, and prints what it returns as JSON.
+"""A program that sends each request with OpenAI's client in four ways: complete and streamed, synchronous and not.
 
-A stream is joined by the accumulator of the client.
-
-It runs with OpenAI's client 1.x and with the current one. A line of its input is a base URL and the arguments of
-``create``, for a response if they have an ``input``, else for a chat completion. It answers with a line.
+It runs with the client 1.x and with the current one, and prints the client's version first. A line of its input is a
+JSON array of a base URL and the arguments of ``create``, for a response if they have an ``input``, else for a chat
+completion. Its answer is a line with the fields received in each way; the client joins the parts of a stream.
 """
 
 import asyncio
@@ -16,8 +15,11 @@ import openai
 from openai import APIError, AsyncOpenAI, OpenAI
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
+Fields = dict[str, Any]
 
-def fields_of(completion: Any) -> dict[str, Any]:
+
+def completion_fields(completion: Any) -> Fields:
+    """Return the fields that a completion has in common with its stream."""
     (choice,) = completion.choices
     message = choice.message
     return {
@@ -28,24 +30,33 @@ def fields_of(completion: Any) -> dict[str, Any]:
     }
 
 
-def fields_of_response(response: Any) -> dict[str, Any]:
-    return {
-        "status": response.status,
-        "output": [(item.type, item.status, text_of(item), getattr(item, "call_id", None)) for item in response.output],
-    }
+def response_fields(response: Any) -> Fields:
+    """Return the fields that a response has in common with its stream."""
+    return {"status": response.status, "output": [item_fields(item) for item in response.output]}
 
 
-def text_of(item: Any) -> str:
+def item_fields(item: Any) -> tuple[str, str, str, str | None]:
+    """Return type, status, text and call id of an output item. The call id of an item other than a call is None."""
+    return item.type, item.status, item_text(item), getattr(item, "call_id", None)
+
+
+def item_text(item: Any) -> str:
+    """Return a call's arguments, or the joined parts of another item."""
     return str(item.arguments) if item.type == "function_call" else "".join(part.text for part in item.content)
 
 
-class Accumulated:
-    """What a reader of events builds: the items that are done, which the snapshots and deltas must equal."""
+def error_fields(error: APIError) -> Fields:
+    return {"error": error.code}
+
+
+class ResponseAccumulator:
+    """The response that the events of a stream add up to. Asserts that items, deltas and snapshots agree."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
         self.text = ""
-        self.response: dict[str, Any] = {}
+        """The deltas of the item that is open."""
+        self.fields: Fields = {}
 
     def add(self, event: Any) -> None:
         if event.type == "response.output_item.added":
@@ -54,91 +65,90 @@ class Accumulated:
             self.text += event.delta
             assert getattr(event, "snapshot", self.text) == self.text
         elif event.type == "response.output_item.done":
-            assert text_of(event.item) == self.text
+            assert item_text(event.item) == self.text
             self.items.append(event.item)
         elif event.type == "response.failed":
-            self.response = {"error": "unavailable"}
+            self.fields = {"error": "unavailable"}  # the code of the error that `create` raises for this failure
         elif event.type in ("response.completed", "response.incomplete"):
-            self.response = fields_of_response(event.response)
+            self.fields = response_fields(event.response)
             assert [item.id for item in event.response.output] == [item.id for item in self.items]
-            assert fields_of_response(event.response)["output"] == [
-                (item.type, item.status, text_of(item), getattr(item, "call_id", None)) for item in self.items
-            ]
+            assert self.fields["output"] == [item_fields(item) for item in self.items]
 
 
-def error_of(error: APIError) -> dict[str, Any]:
-    return {"error": error.code}
-
-
-def complete(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
-    try:
-        if "input" in request:
-            return fields_of_response(client.responses.create(**request))
-        return fields_of(client.chat.completions.create(**request))
-    except APIError as error:
-        return error_of(error)
-
-
-def stream(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
-    try:
-        if "input" in request:
-            found = Accumulated()
-            with client.responses.stream(**request) as events:
-                for event in events:
-                    found.add(event)
-            return found.response
-        state = ChatCompletionStreamState()
-        for chunk in client.chat.completions.create(stream=True, **request):
-            state.handle_chunk(chunk)
-        return fields_of(state.current_completion_snapshot)
-    except APIError as error:
-        return error_of(error)
-
-
-async def complete_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+def receive(client: OpenAI, request: Fields) -> Fields:
     if "input" in request:
-        return fields_of_response(await client.responses.create(**request))
-    return fields_of(await client.chat.completions.create(**request))
+        return response_fields(client.responses.create(**request))
+    return completion_fields(client.chat.completions.create(**request))
 
 
-async def stream_async(client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+def receive_stream(client: OpenAI, request: Fields) -> Fields:
     if "input" in request:
-        found = Accumulated()
+        accumulator = ResponseAccumulator()
+        with client.responses.stream(**request) as events:
+            for event in events:
+                accumulator.add(event)
+        return accumulator.fields
+    state = ChatCompletionStreamState()
+    for chunk in client.chat.completions.create(stream=True, **request):
+        state.handle_chunk(chunk)
+    return completion_fields(state.current_completion_snapshot)
+
+
+async def receive_async(client: AsyncOpenAI, request: Fields) -> Fields:
+    if "input" in request:
+        return response_fields(await client.responses.create(**request))
+    return completion_fields(await client.chat.completions.create(**request))
+
+
+async def receive_stream_async(client: AsyncOpenAI, request: Fields) -> Fields:
+    if "input" in request:
+        accumulator = ResponseAccumulator()
         async with client.responses.stream(**request) as events:
             async for event in events:
-                found.add(event)
-        return found.response
+                accumulator.add(event)
+        return accumulator.fields
     state = ChatCompletionStreamState()
     async for chunk in await client.chat.completions.create(stream=True, **request):
         state.handle_chunk(chunk)
-    return fields_of(state.current_completion_snapshot)
+    return completion_fields(state.current_completion_snapshot)
 
 
-async def complete_and_stream(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
-        for ask in (complete_async, stream_async):
-            try:
-                found.append(await ask(client, request))
-            except APIError as error:
-                found.append(error_of(error))
-    return found
-
-
-def results(base_url: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+def synchronous_results(base_url: str, request: Fields) -> list[Fields]:
+    results = []
     with OpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
-        found = [complete(client, request), stream(client, request)]
-    return found + asyncio.run(complete_and_stream(base_url, request))
+        for receive_fields in (receive, receive_stream):
+            try:
+                results.append(receive_fields(client, request))
+            except APIError as error:
+                results.append(error_fields(error))
+    return results
+
+
+async def asynchronous_results(base_url: str, request: Fields) -> list[Fields]:
+    results = []
+    async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=60) as client:
+        for receive_fields in (receive_async, receive_stream_async):
+            try:
+                results.append(await receive_fields(client, request))
+            except APIError as error:
+                results.append(error_fields(error))
+    return results
+
+
+def write_line(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
+    write_line(openai.__version__)
     for line in sys.stdin:
+        base_url, request = json.loads(line)
         try:
-            answer = {"version": openai.__version__, "results": results(*json.loads(line))}
+            results = synchronous_results(base_url, request) + asyncio.run(asynchronous_results(base_url, request))
         except Exception:  # noqa: BLE001 - the test shows it
-            answer = {"failure": traceback.format_exc()}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            results = [{"failure": traceback.format_exc()}]
+        write_line(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Scheduler, slots, cache, engine, token policy and HTTP are the real ones.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from openai import OpenAI
 
@@ -16,51 +16,78 @@ from mlx_k2.server.api_keys import KeyRing
 from mlx_k2.server.server_state import ServerOptions
 from mlx_k2.testing.token_stages import TokenStages
 from mlx_k2.text.tokenizer import Tokenizer
+from tests.server.client_script import completion_fields
+from tests.server.http_client import WAIT_S
 from tests.server.in_process import SteppedServer, builtin_frontend, stepped_server
-from tests.server.server_process import WAIT_S
-from tests.text.replies import call, section, tokens_of
+from tests.text.replies import call, reply_ids, section
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "mcp__a-b.c")
 ]
-USER: list[Any] = [{"role": "user", "content": "a"}]
+USER_MESSAGES: list[Any] = [{"role": "user", "content": "a"}]
 TWO_CALLS = section(
     call("functions.f:0", '{"text": "one two three four five"}'), call("functions.mcp__a-b.c:1", '{"number": 5777}')
 )
+
+
+class ForcedReply(NamedTuple):
+    """A reply as the model writes it, and its finish reason in a chat completion."""
+
+    text: str
+    finish_reason: str
+
+
 REPLIES = {
-    "text": ("<think>Short.</think>The answer is ☃.", "stop"),
-    "content alone": ("<think></think>Only this.", "stop"),
-    "reasoning alone": ("<think>Never ended", "stop"),
-    "calls": (f"<think>Think first.</think>I call.{TWO_CALLS}", "tool_calls"),
-    "calls within the reasoning": (f"<think>Think first.{TWO_CALLS}", "tool_calls"),
-    "a call without arguments": (f"<think></think>{section(call('functions.f:0', ''))}", "tool_calls"),
-    "broken arguments": ("<think></think>" + section(call("functions.f:0", '{"a": ')), "tool_calls"),
-    "markers as text": ("<think></think>Say `<|tool_calls_section_begin|` and </thin", "stop"),
+    "text": ForcedReply("<think>Short.</think>The answer is ☃.", "stop"),
+    "content alone": ForcedReply("<think></think>Only this.", "stop"),
+    "reasoning alone": ForcedReply("<think>Never ended", "stop"),
+    "calls": ForcedReply(f"<think>Think first.</think>I call.{TWO_CALLS}", "tool_calls"),
+    "calls within the reasoning": ForcedReply(f"<think>Think first.{TWO_CALLS}", "tool_calls"),
+    "a call without arguments": ForcedReply(f"<think></think>{section(call('functions.f:0', ''))}", "tool_calls"),
+    "broken arguments": ForcedReply("<think></think>" + section(call("functions.f:0", '{"a": ')), "tool_calls"),
+    "markers as text": ForcedReply("<think></think>Say `<|tool_calls_section_begin|` and </thin", "stop"),
 }
+TEXT_REPLY, CALLS_REPLY = REPLIES["text"].text, REPLIES["calls"].text
 
 
 @dataclass
 class ForcedStages:
-    """A maker of stages that sample ``token_ids`` after a prompt of ``num_prompt`` tokens, then the end of a turn."""
+    """A maker of stages that sample ``token_ids`` after a prompt of ``num_prompt_tokens``, then the end of a turn."""
 
     token_ids: Sequence[int]
     end_id: int
-    num_prompt: int = 0
+    num_prompt_tokens: int = 0
     fail_at: int | None = None
     """A stage fails, once, when this token of the reply is sampled, or the next one that the grammar does not force."""
 
     def __call__(self, num_stages: int, on_plan: Callable[[Step], None]) -> TokenStages:
-        forced = self
+        maker = self
 
         class Stages(TokenStages):
             def sample(self, token_ids: Sequence[int], sampling: Sampling) -> int:
-                at = len(token_ids) - forced.num_prompt
-                if forced.fail_at is not None and at >= forced.fail_at:
-                    forced.fail_at = None
+                index = len(token_ids) - maker.num_prompt_tokens
+                if maker.fail_at is not None and index >= maker.fail_at:
+                    maker.fail_at = None
                     self.fail(1)
-                return forced.token_ids[at] if 0 <= at < len(forced.token_ids) else forced.end_id
+                return maker.token_ids[index] if 0 <= index < len(maker.token_ids) else maker.end_id
 
         return Stages(num_stages, on_plan)
+
+
+@dataclass(frozen=True)
+class ForcedServer(SteppedServer):
+    """A server with running stages whose model gives one reply, and the official client."""
+
+    client: OpenAI
+    forced: ForcedStages
+
+    def fail_once(self, index: int, *, restarts: bool) -> None:
+        """Let a stage fail once, at token ``index`` of a reply. Its restart succeeds, or is cancelled."""
+        self.forced.fail_at = index
+        if restarts:
+            self.tokens.may_restart.set()
+        else:
+            self.tokens.cancel()
 
 
 def builtin_tokenizer() -> Tokenizer:
@@ -69,53 +96,40 @@ def builtin_tokenizer() -> Tokenizer:
 
 
 @contextmanager
-def forcing(
+def forced_server(
     reply: str,
     options: ServerOptions | None = None,
     *,
     drafts: bool = False,
-    messages: Sequence[Any] = USER,
+    messages: Sequence[Any] = USER_MESSAGES,
     keys: KeyRing | None = None,
     key: str = "any",
-) -> Iterator[tuple[SteppedServer, OpenAI, ForcedStages]]:
-    """Yield a server whose model answers ``reply`` to ``messages``, the official client, and the stages."""
+) -> Iterator[ForcedServer]:
+    """Yield a server whose model gives ``reply`` after the prompt of ``messages`` and TOOLS. The client has ``key``."""
     tokenizer = builtin_tokenizer()
-    ids: list[int] = []
-    for piece, is_control in tokens_of(reply):
-        ids += [tokenizer.special_ids[piece]] if is_control else tokenizer.encode_text(piece)
-    stages = ForcedStages(ids, tokenizer.special_ids["<|im_end|>"])
-    with stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server:
+    stages = ForcedStages(reply_ids(reply, tokenizer), tokenizer.special_ids["<|im_end|>"])
+    with (
+        stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server,
+        server.running_stages(),
+    ):
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
-        asked = {"messages": list(messages), "tools": TOOLS}
-        stages.num_prompt = server.request("POST", "/tokenize", asked, **{"x-api-key": key}).json["count"]
-        yield server, client, stages
+        prompt = {"messages": list(messages), "tools": TOOLS}
+        stages.num_prompt_tokens = server.request("POST", "/tokenize", prompt, **{"x-api-key": key}).json["count"]
+        yield ForcedServer(server.port, server.tokens, server.lines, server.state, client, stages)
 
 
-def prompt_of(server: SteppedServer, **request: Any) -> list[int]:
+def prompt_ids(server: SteppedServer, **request: Any) -> list[int]:
     """Return the token ids of the prompt for a chat request."""
-    tokens: list[int] = server.request("POST", "/tokenize", request).json["tokens"]
-    return tokens
+    ids: list[int] = server.request("POST", "/tokenize", request).json["tokens"]
+    return ids
 
 
-def accumulated(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of a stream."""
-    with client.chat.completions.stream(model="m", messages=USER, tools=TOOLS, **fields) as stream:
-        return comparable(stream.get_final_completion().to_dict())
+def reply_fields(client: OpenAI, **fields: Any) -> dict[str, Any]:
+    """Return the fields of the reply to USER_MESSAGES."""
+    return completion_fields(client.chat.completions.create(model="m", messages=USER_MESSAGES, tools=TOOLS, **fields))
 
 
-def body_of(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    return comparable(client.chat.completions.create(model="m", messages=USER, tools=TOOLS, **fields).to_dict())
-
-
-def comparable(body: dict[str, Any]) -> dict[str, Any]:
-    (choice,) = body["choices"]
-    message = choice["message"]
-    return {
-        "content": message.get("content") or "",
-        "reasoning": message.get("reasoning_content") or "",
-        "calls": [
-            (one["id"], one["function"]["name"], one["function"]["arguments"])
-            for one in message.get("tool_calls") or ()
-        ],
-        "finish_reason": choice["finish_reason"],
-    }
+def streamed_reply_fields(client: OpenAI, **fields: Any) -> dict[str, Any]:
+    """Return the same fields as the client's own accumulator joins them from a stream."""
+    with client.chat.completions.stream(model="m", messages=USER_MESSAGES, tools=TOOLS, **fields) as stream:
+        return completion_fields(stream.get_final_completion())

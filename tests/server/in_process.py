@@ -1,10 +1,12 @@
-"""A server in this process, over stages that execute plans on token ids when a test says so."""
+"""A server in this process, over stages that execute plans on token ids only when a test calls for it."""
 
 import functools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.protocol.messages import Step
@@ -22,14 +24,16 @@ from mlx_k2.weights.model_files import read_model_files
 from mlx_k2.weights.model_frontend import ModelFrontend
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 from tests.coordinator.token_engine import WAIT_S, TokenEngine, token_engine
-from tests.server.server_process import HttpAnswer, request_on
+from tests.server.http_client import CHAT_PATH, HttpAnswer, connect, exchange, request_bytes, send
 
 CONTEXT_TOKENS = 4000
+LONG_PROMPT = "one two three " * 60
+"""The prompt for this text has 324 tokens, the one for "a" 24."""
 
 
 @dataclass(frozen=True)
 class SteppedServer:
-    """A server whose stages wait for ``tokens.run_until``, and the lines of its log."""
+    """A server whose stages execute plans only in ``run_plans`` and in ``running_stages``, and the lines of its log."""
 
     port: int
     tokens: TokenEngine
@@ -40,18 +44,72 @@ class SteppedServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def num_requests(self) -> int:
+        """The number of requests that wait or run in the engine."""
+        return len(self.tokens.engine._jobs)
+
+    @property
+    def num_planned_tokens(self) -> int:
+        """The number of tokens in all plans that were sent to the stages."""
+        return sum(len(row.token_ids) for step in self.tokens.plans for row in step.rows)
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the server, with a deadline."""
+        return connect(self.port)
+
     def request(self, method: str, path: str, body: object = None, **headers: str) -> HttpAnswer:
         """Send one request on a separate connection and return the whole answer."""
-        return request_on(self.port, method, path, body, **headers)
+        with self.connect() as connection:
+            return exchange(connection, request_bytes(method, path, body, **headers))
 
-    def wait_for(self, text: str, count: int = 1) -> None:
+    def send(self, method: str, path: str, body: object = None, **headers: str) -> socket.socket:
+        """Send a request on a new connection, and return the connection."""
+        return send(self.port, method, path, body, **headers)
+
+    def send_chat(self, text: str = "a", key: str = "", pipelined: bytes | None = None, **fields: Any) -> socket.socket:
+        """Send a chat request and return its connection.
+
+        ``pipelined`` follows the request on a connection that stays open; with None the request closes its connection.
+        """
+        body = {"messages": [{"role": "user", "content": text}], "seed": 3} | fields
+        headers = {"x-api-key": key, "Connection": "close" if pipelined is None else "keep-alive"}
+        connection = self.send("POST", CHAT_PATH, body, **headers)
+        connection.sendall(pipelined or b"")
+        return connection
+
+    @contextmanager
+    def running_stages(self) -> Iterator[None]:
+        """Execute all plans on another thread."""
+        stop = threading.Event()
+
+        def execute_plans() -> None:
+            while not stop.is_set():
+                num_executed = sum(self.tokens.stages.execute(rank) for rank in range(2))
+                if not num_executed:
+                    stop.wait(0.001)
+
+        thread = threading.Thread(target=execute_plans, daemon=True)
+        thread.start()
+        yield
+        stop.set()
+        thread.join(WAIT_S)
+
+    def wait_for_line(self, text: str, count: int = 1) -> None:
         """Wait until ``count`` lines of the log have ``text``."""
         wait_until(lambda: sum(text in line for line in self.lines) >= count, f"{count} lines with {text!r}")
 
-    @property
-    def num_used(self) -> int:
-        """The number of requests that wait or run in the engine."""
-        return len(self.tokens.engine._jobs)
+    def wait_for_plan(self) -> None:
+        """Wait until the stages have a plan: the first request runs."""
+        wait_until(lambda: bool(self.tokens.plans), "a first plan")
+
+    def run_plans(self, count: int) -> None:
+        """Execute plans until more than ``count`` were sent."""
+        self.tokens.run_until(lambda: len(self.tokens.plans) > count)
+
+    def wait_for_requests(self, count: int) -> None:
+        """Wait until ``count`` requests wait or run in the engine."""
+        wait_until(lambda: self.num_requests == count, f"{count} requests in the engine")
 
 
 @functools.cache
@@ -91,29 +149,11 @@ def stepped_server(
         yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)
 
 
-@contextmanager
-def stepping(server: SteppedServer) -> Iterator[None]:
-    """Execute plans on another thread."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            if not sum(server.tokens.stages.execute(rank) for rank in range(2)):
-                stop.wait(0.001)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    yield
-    stop.set()
-    thread.join(WAIT_S)
-
-
-def wait_until(holds: object, what: str) -> None:
-    """Wait until ``holds()`` is true."""
-    assert callable(holds)
+def wait_until(is_true: Callable[[], bool], description: str) -> None:
+    """Wait until ``is_true()``, with a deadline. The error has the description."""
     pause = threading.Event()
     for _ in range(int(WAIT_S / 0.005)):
-        if holds():
+        if is_true():
             return
         pause.wait(0.005)
-    raise AssertionError(f"not within {WAIT_S} s: {what}")
+    raise AssertionError(f"not within {WAIT_S} s: {description}")

@@ -1,19 +1,19 @@
-"""Anthropic's official client, and what the tests compare of its messages."""
+"""Requests for messages with Anthropic's official client, and what the tests compare of their answers."""
 
 from typing import Any
 
 from anthropic import Anthropic
 
-from tests.server.forced_replies import TOOLS
+from tests.server.forced_replies import TOOLS, USER_MESSAGES
+from tests.server.http_client import WAIT_S
 from tests.server.in_process import SteppedServer
-from tests.server.server_process import WAIT_S, Server
+from tests.server.server_process import Server
 
-MESSAGES = "/v1/messages"
-USER: list[Any] = [{"role": "user", "content": "a"}]
+MESSAGES_PATH = "/v1/messages"
 CLIENT_TOOLS: list[Any] = [
     {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS
 ]
-"""The tools of the forced replies."""
+"""The tools of the forced replies as this API declares them."""
 
 
 def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
@@ -21,37 +21,41 @@ def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
     return Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=WAIT_S)
 
 
-def whole(client: Anthropic, **fields: Any) -> dict[str, Any]:
+def create_message(client: Anthropic, **fields: Any) -> dict[str, Any]:
     """Return the message of a request that is not streamed."""
     message: dict[str, Any] = client.messages.create(**_request(fields)).to_dict()
     return message
 
 
-def accumulated(client: Anthropic, **fields: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of a stream."""
+def stream_message(client: Anthropic, **fields: Any) -> dict[str, Any]:
+    """Return the message that the client's own accumulator joins from a stream."""
     with client.messages.stream(**_request(fields)) as stream:
         return stream.get_final_message().to_dict()
 
 
-def comparable(message: dict[str, Any]) -> dict[str, Any]:
+def comparable_fields(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without what differs between two equal answers: its id, its handle and its cached tokens."""
     usage = message["usage"]
-    num_prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    num_prompt_tokens = usage["input_tokens"] + usage["cache_read_input_tokens"]
     return {
         "role": message["role"],
-        "content": [{name: value for name, value in one.items() if name != "signature"} for one in message["content"]],
+        "content": [_without_signature(block) for block in message["content"]],
         "stop": (message["stop_reason"], message["stop_sequence"]),
-        "tokens": (num_prompt, usage["output_tokens"], usage["output_tokens_details"]),
+        "tokens": (num_prompt_tokens, usage["output_tokens"], usage["output_tokens_details"]),
     }
 
 
 def error_of(body: Any) -> tuple[str, str]:
-    """Return the type and the message of an error in Anthropic's shape; nothing else is in it."""
+    """Return the type and the message of an error in Anthropic's shape, which has no other fields."""
     assert body.keys() == {"type", "error", "request_id"}
     assert body["type"] == "error"
     assert body["error"].keys() == {"type", "message"}
     return body["error"]["type"], body["error"]["message"]
 
 
+def _without_signature(block: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in block.items() if name != "signature"}
+
+
 def _request(fields: dict[str, Any]) -> dict[str, Any]:
-    return {"model": "m", "max_tokens": 500, "messages": USER, "tools": CLIENT_TOOLS} | fields
+    return {"model": "m", "max_tokens": 500, "messages": USER_MESSAGES, "tools": CLIENT_TOOLS} | fields

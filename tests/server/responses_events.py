@@ -9,26 +9,19 @@ from pydantic import TypeAdapter
 from tests.server.forced_replies import TOOLS
 
 Fields = dict[str, Any]
+RESPONSES_PATH = "/v1/responses"
 FUNCTIONS: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
-ENDS = ("response.completed", "response.incomplete", "response.failed")
-_TEXT_OF = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
-_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+"""The tools of the forced replies as this API declares them."""
+LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
+_TEXT_EVENTS = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
+"""The prefix of an item's text events, by the item's type."""
+_EVENT_TYPE: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-def without_chunks(body: bytes) -> bytes:
-    """Return a body in HTTP's chunked encoding as it was before that."""
-    whole = b""
-    while body:
-        size, _, body = body.partition(b"\r\n")
-        length = int(size, 16)
-        whole, body = whole + body[:length], body[length + 2 :]
-    return whole
-
-
-def events_of(sent: bytes) -> list[Fields]:
-    """Return the events of a stream, each with the name of its data's type, and [DONE] at the end alone."""
-    *frames, done, rest = sent.decode().split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
+def parse_events(stream: bytes) -> list[Fields]:
+    """Return the events of a stream. Check that each is named as its type, and that [DONE] ends the stream."""
+    *frames, last_frame, empty = stream.decode().split("\n\n")
+    assert (last_frame, empty) == ("data: [DONE]", "")
     events = []
     for frame in frames:
         name, _, data = frame.partition("\n")
@@ -38,71 +31,85 @@ def events_of(sent: bytes) -> list[Fields]:
     return events
 
 
-def checked(events: list[Fields]) -> Fields:
-    """Check a whole stream: order, indexes, ids, and that its deltas are its items; return the last response."""
+def check_events(events: list[Fields]) -> Fields:
+    """Check a whole stream: order, indexes, ids, and that the items equal their deltas. Return the last response."""
     for event in events:
-        _EVENT.validate_python(event)
+        _EVENT_TYPE.validate_python(event)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
-    assert [event["type"] in ENDS for event in events] == [False] * (len(events) - 1) + [True]
-    items: list[Fields] = []
-    opened: Fields | None = None
-    text = ""
+    assert events[-1]["type"] in LAST_EVENTS
+    items = _ItemChecker()
     for event in events[2:-1]:
-        kind = event["type"].removeprefix("response.")
-        if kind == "in_progress":
+        assert event["type"] not in LAST_EVENTS
+        if event["type"] == "response.in_progress":
             assert event["response"]["id"] == events[0]["response"]["id"]
-            continue
-        if kind == "output_item.added":
-            assert opened is None
-            opened, text = event["item"], ""
-            assert opened["status"] == "in_progress"
-            assert event["output_index"] == len(items)
-            continue
-        assert opened is not None, f"{kind} belongs to no item"
-        assert event["output_index"] == len(items)
-        if kind == "output_item.done":
-            assert all(
-                event["item"].get(name) == opened.get(name) for name in ("type", "id", "role", "call_id", "name")
-            )
-            items.append(event["item"])
-            assert text_of(event["item"]) == text
-            opened = None
-            continue
-        assert event["item_id"] == opened["id"]
-        assert event.get("content_index", 0) == 0
-        if kind == f"{_TEXT_OF[opened['type']]}.delta":
-            assert event["delta"]
-            text += event["delta"]
-        elif kind == f"{_TEXT_OF[opened['type']]}.done":
-            assert event["arguments" if opened["type"] == "function_call" else "text"] == text
         else:
-            assert kind in ("content_part.added", "content_part.done")
-            assert opened["type"] == "message"
+            items.add(event)
     response: Fields = events[-1]["response"]
     if response["status"] != "failed":
-        assert opened is None
-        assert response["output"] == items
+        assert items.open_item is None
+        assert response["output"] == items.done
     Response.model_validate(response)
     assert len({item["id"] for item in response["output"]}) == len(response["output"])
     return response
 
 
-def text_of(item: Fields) -> str:
+class _ItemChecker:
+    """A checker of the events of output items: one item is open at a time, and its deltas are its text."""
+
+    def __init__(self) -> None:
+        self.done: list[Fields] = []
+        self.open_item: Fields | None = None
+        self.text = ""
+        """The deltas of the open item."""
+
+    def add(self, event: Fields) -> None:
+        name = event["type"].removeprefix("response.")
+        assert event["output_index"] == len(self.done)
+        if name == "output_item.added":
+            assert self.open_item is None
+            self.open_item, self.text = event["item"], ""
+            assert event["item"]["status"] == "in_progress"
+            return
+        assert self.open_item is not None, f"{name} belongs to no item"
+        if name == "output_item.done":
+            for field in ("type", "id", "role", "call_id", "name"):
+                assert event["item"].get(field) == self.open_item.get(field)
+            assert item_text(event["item"]) == self.text
+            self.done.append(event["item"])
+            self.open_item = None
+        else:
+            self._add_part(event, name, self.open_item)
+
+    def _add_part(self, event: Fields, name: str, item: Fields) -> None:
+        assert event["item_id"] == item["id"]
+        assert event.get("content_index", 0) == 0
+        text_events = _TEXT_EVENTS[item["type"]]
+        if name == f"{text_events}.delta":
+            assert event["delta"]
+            self.text += event["delta"]
+        elif name == f"{text_events}.done":
+            assert event["arguments" if item["type"] == "function_call" else "text"] == self.text
+        else:
+            assert name in ("content_part.added", "content_part.done")
+            assert item["type"] == "message"
+
+
+def item_text(item: Fields) -> str:
     """Return the text of an item: its reasoning, its answer, or its arguments."""
-    return (
-        str(item["arguments"]) if item["type"] == "function_call" else "".join(part["text"] for part in item["content"])
-    )
+    if item["type"] == "function_call":
+        return str(item["arguments"])
+    return "".join(part["text"] for part in item["content"])
 
 
-def comparable(response: Fields) -> Fields:
-    """Return what must be equal however a response is received."""
+def comparable_fields(response: Fields) -> Fields:
+    """Return the fields in which a response equals its stream."""
     usage = response["usage"]
     return {
         "status": response["status"],
         "incomplete_details": response["incomplete_details"],
         "output": [
-            (item["type"], item["status"], item.get("call_id"), item.get("name"), text_of(item))
+            (item["type"], item["status"], item.get("call_id"), item.get("name"), item_text(item))
             for item in response["output"]
         ],
         "usage": (usage["input_tokens"], usage["output_tokens"], usage["output_tokens_details"]["reasoning_tokens"]),

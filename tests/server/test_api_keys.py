@@ -1,4 +1,4 @@
-"""Tests of API keys: their file, and a real server that requires them."""
+"""Tests of API keys: their file, and a server that requires them."""
 
 import stat
 import subprocess
@@ -13,8 +13,8 @@ from mlx_k2.cli.main import run
 from mlx_k2.errors import SetupError
 from mlx_k2.server.api_keys import KeyRing, add_key, read_keys, remove_key
 from tests.cli.command import CommandLine
+from tests.server.http_client import WAIT_S
 from tests.server.in_process import SteppedServer, stepped_server
-from tests.server.server_process import WAIT_S
 
 
 def test_a_key_is_stored_as_a_digest_in_a_private_file(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
     assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
     remove_key(path, "bob")
     assert ring.owner(bob) is None
-    assert ring.owner(None) is None, "a server that required keys does not open by itself"
+    assert ring.owner(None) is None, "without the last key the server still requires one"
 
 
 def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_it_can(tmp_path: Path) -> None:
@@ -55,12 +55,12 @@ def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_i
     assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
 
 
-def test_keys_that_two_processes_add_at_once_are_all_kept(tmp_path: Path) -> None:
+def test_keys_that_processes_add_at_once_are_all_stored(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     names = [f"user-{number}" for number in range(8)]
     code = "import sys, pathlib, mlx_k2.server.api_keys as keys; keys.add_key(pathlib.Path(sys.argv[1]), sys.argv[2])"
-    adding = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in names]
-    assert [process.wait(WAIT_S) for process in adding] == [0] * len(names)
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in names]
+    assert [process.wait(WAIT_S) for process in processes] == [0] * len(names)
     assert sorted(stored.name for stored in read_keys(path)) == names
 
 
@@ -70,7 +70,7 @@ def test_a_key_without_a_name_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"keys": [{"name": 5}]}'])
-def test_a_file_that_is_no_key_file_is_an_error(tmp_path: Path, content: str) -> None:
+def test_a_malformed_key_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content)
     path.chmod(0o600)
@@ -78,7 +78,7 @@ def test_a_file_that_is_no_key_file_is_an_error(tmp_path: Path, content: str) ->
         read_keys(path)
 
 
-def test_a_key_file_that_others_can_read_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_key_file_that_others_can_read_is_refused_with_the_command_that_fixes_it(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     add_key(path, "alice")
     path.chmod(0o644)
@@ -102,15 +102,15 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def keys(key_file: Path) -> dict[str, str]:
-    """Two keys, made by the command."""
+    """Two keys by their names, made by the command."""
     user = CommandLine(key_file.parent)
     add = ("keys", "add", "--key-file", str(key_file))
     return {name: user.run(*add, name).stdout.strip() for name in ("alice", "bob")}
 
 
 @pytest.fixture(scope="module")
-def locked(key_file: Path, keys: dict[str, str]) -> Iterator[SteppedServer]:
-    """A server that requires keys."""
+def locked_server(key_file: Path, keys: dict[str, str]) -> Iterator[SteppedServer]:
+    """A server that requires keys, since its file has some."""
     with stepped_server(keys=KeyRing(key_file, is_required=False)) as server:
         yield server
 
@@ -119,35 +119,35 @@ def test_the_command_lists_the_names_of_keys(
     key_file: Path, keys: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["keys", "list", "--key-file", str(key_file)]) == 0
-    listed = capsys.readouterr().out
-    assert [line.split("\t")[0] for line in listed.splitlines()] == ["alice", "bob"]
-    assert not any(key in listed for key in keys.values())
+    output = capsys.readouterr().out
+    assert [line.split("\t")[0] for line in output.splitlines()] == ["alice", "bob"]
+    assert not any(key in output for key in keys.values())
 
 
 def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(
-    locked: SteppedServer, keys: dict[str, str]
+    locked_server: SteppedServer, keys: dict[str, str]
 ) -> None:
-    base_url = f"http://127.0.0.1:{locked.port}/v1"
+    base_url = f"{locked_server.url}/v1"
     assert OpenAI(base_url=base_url, api_key=keys["alice"], timeout=WAIT_S).models.list().data
     with pytest.raises(AuthenticationError) as caught:
         OpenAI(base_url=base_url, api_key="mk2-wrong", timeout=WAIT_S).models.list()
     assert caught.value.code == "invalid_api_key"
 
 
-def test_every_path_but_health_needs_a_key(locked: SteppedServer, keys: dict[str, str]) -> None:
+def test_every_path_but_health_needs_a_key(locked_server: SteppedServer, keys: dict[str, str]) -> None:
     for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/v1/status"), ("POST", "/tokenize")):
-        answer = locked.request(method, path)
+        answer = locked_server.request(method, path)
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.error["type"] == "authentication_error"
-    assert locked.request("GET", "/health").status == 200
-    assert locked.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
+    assert locked_server.request("GET", "/health").status == 200
+    assert locked_server.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
 
 
-def test_no_key_is_in_the_log(locked: SteppedServer, keys: dict[str, str]) -> None:
-    assert locked.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
-    assert locked.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
-    log = "\n".join(locked.lines)
+def test_no_key_is_in_the_log(locked_server: SteppedServer, keys: dict[str, str]) -> None:
+    assert locked_server.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
+    assert locked_server.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
+    log = "\n".join(locked_server.lines)
     assert keys["alice"] not in log
     assert "mk2-" not in log
 

@@ -7,155 +7,95 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
-from tests.server.server_process import WAIT_S, Server
+from tests.server.chat_client import (
+    SUM_QUESTION,
+    WEATHER_QUESTION,
+    WEATHER_TOOLS,
+    Completion,
+    create_completion,
+    stream_completion,
+)
+from tests.server.http_client import WAIT_S
+from tests.server.server_process import Server
 
-ASKED: list[Any] = [{"role": "user", "content": "What is 17 plus 25?"}]
-WEATHER: list[Any] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Get the weather in a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-]
-IN_PARIS: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
-
-
-def streamed(server: Server, **request: Any) -> dict[str, Any]:
-    """Return what the client's own accumulator makes of the stream, as the fields of a body."""
-    fields: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": {}}
-    options: Any = {"include_usage": True}
-    roles, reasons = [], []
-    for chunk in server.client.chat.completions.create(stream=True, stream_options=options, **request):
-        if not chunk.choices:
-            fields["usage"] = chunk.usage.to_dict()
-            continue
-        (choice,) = chunk.choices
-        delta = choice.delta
-        roles += [delta.role] if delta.role else []
-        reasons += [choice.finish_reason] if choice.finish_reason else []
-        fields["content"] += delta.content or ""
-        fields["reasoning_content"] += getattr(delta, "reasoning_content", None) or ""
-        for call in delta.tool_calls or ():
-            if call.index not in fields["tool_calls"]:
-                fields["tool_calls"][call.index] = {"id": call.id, "name": call.function.name, "arguments": ""}
-            else:
-                assert call.id is None
-                assert call.function.name is None
-            fields["tool_calls"][call.index]["arguments"] += call.function.arguments
-    assert roles == ["assistant"]
-    (fields["finish_reason"],) = reasons
-    fields["tool_calls"] = list(fields["tool_calls"].values())
-    return fields
-
-
-def complete(server: Server, **request: Any) -> dict[str, Any]:
-    """Return the same fields of the body that is not streamed."""
-    body = server.client.chat.completions.create(**request)
-    (choice,) = body.choices
-    assert body.usage is not None
-    return {
-        "content": choice.message.content,
-        "reasoning_content": getattr(choice.message, "reasoning_content", ""),
-        "tool_calls": [
-            {"id": call.id, "name": call.function.name, "arguments": call.function.arguments}
-            for call in choice.message.tool_calls or ()
-        ],
-        "finish_reason": choice.finish_reason,
-        "usage": body.usage.to_dict(),
-    }
-
-
-def without_cache(fields: dict[str, Any]) -> dict[str, Any]:
-    usage = {name: value for name, value in fields["usage"].items() if "cached" not in name and "prompt" not in name}
-    return fields | {"usage": usage}
+CITY_WEATHER = '{"city": "Paris", "sky": "sunny", "temperature": 21}'
 
 
 @pytest.mark.parametrize(
     ("request_fields", "finish_reason"),
     [
-        ({"messages": ASKED, "temperature": 0}, "stop"),
-        ({"messages": ASKED, "temperature": 0, "max_tokens": 7}, "length"),
-        ({"messages": ASKED, "temperature": 0, "stop": ["+ 25"]}, "stop"),
-        ({"messages": IN_PARIS, "temperature": 0, "tools": WEATHER}, "tool_calls"),
-        ({"messages": ASKED, "seed": 5, "temperature": 1.0}, "stop"),
+        ({"messages": SUM_QUESTION, "temperature": 0}, "stop"),
+        ({"messages": SUM_QUESTION, "temperature": 0, "max_tokens": 7}, "length"),
+        ({"messages": SUM_QUESTION, "temperature": 0, "stop": ["+ 25"]}, "stop"),
+        ({"messages": WEATHER_QUESTION, "temperature": 0, "tools": WEATHER_TOOLS}, "tool_calls"),
+        ({"messages": SUM_QUESTION, "seed": 5, "temperature": 1.0}, "stop"),
     ],
     ids=["text", "length", "stop", "call", "sampled"],
 )
-def test_what_the_client_accumulates_equals_the_body(
-    server: Server, request_fields: dict[str, Any], finish_reason: str
-) -> None:
-    body = complete(server, model="any", **request_fields)
-    assert without_cache(streamed(server, model="any", **request_fields)) == without_cache(body)
-    assert body["finish_reason"] == finish_reason
+def test_the_stream_equals_the_body(server: Server, request_fields: dict[str, Any], finish_reason: str) -> None:
+    completion = create_completion(server, model="any", **request_fields)
+    assert stream_completion(server, model="any", **request_fields) == completion
+    assert completion.finish_reason == finish_reason
 
 
-def test_the_answer_has_its_reasoning_in_a_field_of_its_own(server: Server) -> None:
-    body = complete(server, model="kimi-k2-tiny", messages=ASKED, temperature=0)
-    assert body["content"] == "17 + 25 = 42"
-    assert body["reasoning_content"].startswith("17 + 25.")
-    details = body["usage"]["completion_tokens_details"]
-    assert 0 < details["reasoning_tokens"] < body["usage"]["completion_tokens"]
+def test_the_answer_has_its_reasoning_in_a_separate_field(server: Server) -> None:
+    completion = create_completion(server, model="kimi-k2-tiny", messages=SUM_QUESTION, temperature=0)
+    assert completion.content == "17 + 25 = 42"
+    assert completion.reasoning.startswith("17 + 25.")
+    num_reasoning_tokens = completion.usage["completion_tokens_details"]["reasoning_tokens"]
+    assert 0 < num_reasoning_tokens < completion.usage["completion_tokens"]
 
 
 def test_a_stop_string_is_not_part_of_the_answer(server: Server) -> None:
-    assert complete(server, model="any", messages=ASKED, temperature=0, stop="+ 25")["content"] == "17 "
+    completion = create_completion(server, model="any", messages=SUM_QUESTION, temperature=0, stop="+ 25")
+    assert completion.content == "17 "
 
 
-def test_a_tool_loop_continues_from_the_cache_with_ids_of_the_conversation(server: Server) -> None:
-    first = server.client.chat.completions.create(model="any", messages=IN_PARIS, tools=WEATHER, temperature=0)
+def test_a_tool_loop_continues_from_the_cache(server: Server) -> None:
+    create = server.client.chat.completions.create
+    request: dict[str, Any] = {"model": "any", "tools": WEATHER_TOOLS, "temperature": 0}
+    first = create(messages=WEATHER_QUESTION, **request)
     message = first.choices[0].message
     assert message.tool_calls is not None
     (call,) = message.tool_calls
     assert call.type == "function"
     assert (call.id, json.loads(call.function.arguments)) == ("functions.get_weather:0", {"city": "Paris"})
-    result = {"city": "Paris", "sky": "sunny", "temperature": 21}
-    messages: list[Any] = [
-        *IN_PARIS,
-        message.to_dict(),
-        {"role": "tool", "tool_call_id": call.id, "content": json.dumps(result)},
-    ]
-    second = server.client.chat.completions.create(model="any", messages=messages, tools=WEATHER, temperature=0)
+    result = {"role": "tool", "tool_call_id": call.id, "content": CITY_WEATHER}
+    messages: list[Any] = [*WEATHER_QUESTION, message.to_dict(), result]
+    second = create(messages=messages, **request)
     assert second.choices[0].message.content == "In Paris it is sunny and 21 degrees."
     assert second.choices[0].finish_reason == "stop"
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert second.usage.prompt_tokens_details.cached_tokens is not None
-    assert second.usage.prompt_tokens_details.cached_tokens >= 0.95 * first.usage.prompt_tokens  # type: ignore[union-attr]
+    assert second.usage.prompt_tokens_details.cached_tokens >= 0.95 * first.usage.prompt_tokens
 
 
 @pytest.mark.parametrize("call_id", ["functions_get_weather_0", "call_8f3a", "toolu_01", "functions.get_weather:7"])
 def test_ids_of_any_form_in_the_history_give_the_same_prompt(server: Server, call_id: str) -> None:
-    def follow_up(written: str) -> dict[str, Any]:
+    def follow_up(call_id: str) -> Completion:
         function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+        calls = [{"id": call_id, "type": "function", "function": function}]
         messages: list[Any] = [
-            *IN_PARIS,
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": written, "type": "function", "function": function}],
-            },
-            {
-                "role": "tool",
-                "tool_call_id": written,
-                "content": '{"city": "Paris", "sky": "sunny", "temperature": 21}',
-            },
+            *WEATHER_QUESTION,
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": call_id, "content": CITY_WEATHER},
         ]
-        return complete(server, model="any", messages=messages, tools=WEATHER, temperature=0)
+        return create_completion(server, model="any", messages=messages, tools=WEATHER_TOOLS, temperature=0)
 
-    assert without_cache(follow_up(call_id)) == without_cache(follow_up("functions.get_weather:0"))
+    assert follow_up(call_id) == follow_up("functions.get_weather:0")
 
 
 def test_tool_choice_none_calls_no_tool(server: Server) -> None:
-    body = complete(server, model="any", messages=IN_PARIS, tools=WEATHER, tool_choice="none", temperature=0)
-    assert body["tool_calls"] == []
-    assert "tool_call" not in body["content"]
+    request: dict[str, Any] = {"messages": WEATHER_QUESTION, "tools": WEATHER_TOOLS, "tool_choice": "none"}
+    completion = create_completion(server, model="any", temperature=0, **request)
+    assert completion.calls == []
+    assert "tool_call" not in completion.content
 
 
 def test_log_probabilities_cover_the_content_and_not_the_reasoning(server: Server) -> None:
-    request: dict[str, Any] = {"model": "any", "messages": ASKED, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
+    request: dict[str, Any] = {"model": "any", "messages": SUM_QUESTION, "temperature": 0} | logprobs
     body = server.client.chat.completions.create(**request)
     (choice,) = body.choices
     assert choice.logprobs is not None
@@ -163,9 +103,8 @@ def test_log_probabilities_cover_the_content_and_not_the_reasoning(server: Serve
     assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
     chunks = server.client.chat.completions.create(stream=True, **request)
-    found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
-    joined = [token for one in found if one is not None for token in one.content or ()]
-    assert joined == choice.logprobs.content
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
+    assert [token for part in parts if part is not None for token in part.content or ()] == choice.logprobs.content
 
 
 def test_asynchronous_requests_run_side_by_side(server: Server) -> None:
@@ -175,14 +114,13 @@ def test_asynchronous_requests_run_side_by_side(server: Server) -> None:
         return body.choices[0].message.content
 
     async def ask_all() -> list[str | None]:
-        base_url = f"http://127.0.0.1:{server.port}/v1"
-        async with AsyncOpenAI(base_url=base_url, api_key="any", timeout=WAIT_S) as client:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=WAIT_S) as client:
             return await asyncio.gather(*(ask(client, number) for number in range(10, 16)))
 
     assert asyncio.run(ask_all()) == [f"{number} + 25 = {number + 25}" for number in range(10, 16)]
 
 
-def test_a_prompt_that_is_too_long_has_the_code_and_the_phrases_that_agents_match(server: Server) -> None:
+def test_the_error_for_a_prompt_that_is_too_long_has_the_code_and_phrases_that_agents_match(server: Server) -> None:
     messages: list[Any] = [{"role": "user", "content": "one two three " * 20_000}]
     with pytest.raises(BadRequestError) as caught:
         server.client.chat.completions.create(model="any", messages=messages)
@@ -200,7 +138,7 @@ def test_the_model_is_listed_and_another_is_not_found(server: Server) -> None:
 
 
 def test_another_models_name_is_accepted_with_a_warning(server: Server) -> None:
-    body = {"model": "gpt-9", "messages": ASKED, "max_tokens": 1}
+    body = {"model": "gpt-9", "messages": SUM_QUESTION, "max_tokens": 1}
     answer = server.request("POST", "/v1/chat/completions", body)
     assert answer.status == 200
     assert "another model" in answer.headers["warning"]

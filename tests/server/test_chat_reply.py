@@ -1,4 +1,4 @@
-"""Tests of replies as chat completions: what the official client accumulates, for any cut of the stream."""
+"""Tests of replies as chat completions: the official client accumulates the body, however the events are grouped."""
 
 import json
 from collections.abc import Sequence
@@ -10,110 +10,43 @@ from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
-from mlx_k2.coordinator.answer_summary import AnswerSummary
-from mlx_k2.coordinator.handle import Event, Finished, Token
-from mlx_k2.coordinator.jobs import Submission
-from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
-from mlx_k2.sampling import Sampling
-from mlx_k2.scheduling.request import FinishReason, Request
+from mlx_k2.coordinator.handle import Event, Finished
+from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.chat_completions import ChatFormat
 from mlx_k2.server.chat_reply import ChatReply, declared_name
 from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.language_model import Generation, next_call_number
 from mlx_k2.server.request_fields import StreamOptions
 from mlx_k2.server.server_state import ServerOptions
-from mlx_k2.server.sse import ReplyFormat
-from tests.text.fixtures import tokenizer
-from tests.text.replies import call, section, tokens_of
-
-PIECES = st.sampled_from(
-    [
-        "<think>",
-        "</think>",
-        "Hello ",
-        " wörld ☃",
-        "\n\n",
-        section(call("functions.f:0", '{"a": "ö"}')),
-        section(call("functions.f:0", "{}"), call("functions.g-h.i:1", '{"b": [1, 2]}')),
-        section(call("functions.f:0", "")),
-        section(call("functions.f:0", '{"broken')),
-        section(call("", '{"a": 1}')),
-        section("<|tool_call_begin|>functions.f:0<|tool_call_end|>"),
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{",
-        "stop here",
-        "<|im_middle|>",
-    ]
+from tests.server.reply_events import (
+    GROUP_SIZES,
+    OPEN_CALL,
+    REPLY_PARTS,
+    STOP_STRINGS,
+    engine_events,
+    new_generation,
+    stream_in_groups,
 )
-NAMES = ("f", "g-h.i")
+from tests.text.replies import call, section
 
 
-def token_ids(text: str) -> list[int]:
-    """Return the tokens of a reply, with each marker as its control token."""
-    ids: list[int] = []
-    for piece, is_control in tokens_of(text):
-        ids += [tokenizer().special_ids[piece]] if is_control else tokenizer().encode_text(piece)
-    return ids
-
-
-def generation_of(stop_strings: tuple[str, ...] = (), first_call: int = 0, in_reasoning: bool = False) -> Generation:
-    prompt = (tokenizer().special_ids["<think>"],) if in_reasoning else (5,)
-    request = Request(prompt, 1000, Sampling(seed=0), tokenizer().stop_ids)
-    policy = ReplyPolicy(tokenizer(), request, ReplyLimits(stop_strings))
-    return Generation((Submission(request, policy),), tokenizer(), in_reasoning, first_call, NAMES)
-
-
-def events_of(generation: Generation, ids: Sequence[int], reason: FinishReason = FinishReason.LENGTH) -> list[Event]:
-    """Return the events that the engine makes of a reply's tokens."""
-    events: list[Event] = []
-    policy = generation.submissions[0].policy
-    assert policy is not None
-    for token_id in ids:
-        accepted = policy.accept(token_id)
-        events.append(Token(token_id, accepted.text, accepted.parts, logprob=-0.5))
-        if accepted.finish_reason is not None:
-            reason = accepted.finish_reason
-            break
-    num_tokens = len(events)
-    summary = AnswerSummary(
-        prompt_tokens=3,
-        cached_tokens=1,
-        generated_tokens=num_tokens,
-        finish_reason=reason,
-        seed=0,
-        time_to_first_token_s=None,
-        prefill_tokens_per_s=None,
-        decode_tokens_per_s=None,
-    )
-    return [*events, Finished(summary, policy.finish().parts)]
-
-
-def body_of(generation: Generation, events: Sequence[Event]) -> dict[str, Any]:
+def create_body(generation: Generation, events: Sequence[Event]) -> dict[str, Any]:
     reply = ChatReply(generation)
     for event in events:
         reply.add(event)
-    return format_of(reply).body()
+    return new_format(reply).body()
 
 
-def format_of(reply: ChatReply) -> ChatFormat:
-    asked = ChatRequest(messages=[], logprobs=True, stream_options=StreamOptions(include_usage=True))
+def new_format(reply: ChatReply) -> ChatFormat:
+    request = ChatRequest(messages=[], logprobs=True, stream_options=StreamOptions(include_usage=True))
     head = {"id": "chatcmpl-1", "created": 1, "model": "m"}
-    return ChatFormat(head, [reply], asked, ServerOptions(keepalive="chunk"))
+    return ChatFormat(head, [reply], request, ServerOptions(keepalive="chunk"))
 
 
-def stream_of(form: ReplyFormat, events: Sequence[Event], cuts: Sequence[int]) -> bytes:
-    """Return the stream when the events are read in groups of ``cuts``, with a keep-alive before each group."""
-    sent, rest, sizes = form.begin(), [(0, event) for event in events], list(cuts)
-    while rest:
-        size = sizes.pop(0) if sizes else len(rest)
-        sent += form.keepalive() + form.events(rest[:size])
-        rest = rest[size:]
-    return sent
-
-
-def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]) -> dict[str, Any]:
-    """Return what the official client makes of the stream, when the events are read in groups of ``cuts``."""
-    sent = stream_of(format_of(ChatReply(generation)), events, cuts)
-    *lines, done = [line for line in sent.decode().split("\n\n") if line]
+def accumulate_stream(generation: Generation, events: list[Event], group_sizes: Sequence[int]) -> dict[str, Any]:
+    """Return the body that the official client joins from the stream, when the events are read in groups."""
+    stream = stream_in_groups(new_format(ChatReply(generation)), events, group_sizes)
+    *lines, done = [line for line in stream.decode().split("\n\n") if line]
     assert done == "data: [DONE]"
     state = ChatCompletionStreamState()
     for line in lines:
@@ -123,7 +56,7 @@ def accumulated(generation: Generation, events: list[Event], cuts: Sequence[int]
     return {**snapshot, "usage": usage}
 
 
-def comparable(body: dict[str, Any]) -> dict[str, Any]:
+def comparable_fields(body: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a body that the accumulator has as well."""
     (choice,) = body["choices"]
     message = choice["message"]
@@ -143,49 +76,46 @@ def comparable(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@given(
-    st.lists(PIECES, max_size=6),
-    st.lists(st.integers(1, 7), max_size=8),
-    st.booleans(),
-    st.sampled_from([(), ("stop",), ("world", "here")]),
-)
-def test_the_client_accumulates_the_body_from_any_cut_of_the_stream(
-    pieces: list[str], cuts: list[int], in_reasoning: bool, stop_strings: tuple[str, ...]
+@given(st.lists(REPLY_PARTS, max_size=6), GROUP_SIZES, st.booleans(), STOP_STRINGS)
+def test_the_client_accumulates_the_body_for_any_groups_of_events(
+    parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...]
 ) -> None:
-    ids = token_ids("".join(pieces))
-    whole, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
-    body = body_of(whole, events_of(whole, ids))
-    assert comparable(accumulated(cut, events_of(cut, ids), cuts)) == comparable(body)
+    text = "".join(parts)
+    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    body = create_body(for_body, engine_events(for_body, text))
+    accumulated = accumulate_stream(for_stream, engine_events(for_stream, text), group_sizes)
+    assert comparable_fields(accumulated) == comparable_fields(body)
 
 
-def answered(text: str, **options: Any) -> dict[str, Any]:
-    generation = generation_of(**options)
+def body_fields(text: str, **options: Any) -> dict[str, Any]:
+    """Return the fields of the body for a reply. It ends by itself after a section of calls, else with LENGTH."""
+    generation = new_generation(**options)
     reason = FinishReason.STOP if text.endswith("<|tool_calls_section_end|>") else FinishReason.LENGTH
-    return comparable(body_of(generation, events_of(generation, token_ids(text), reason)))
+    return comparable_fields(create_body(generation, engine_events(generation, text, reason)))
 
 
-def test_calls_are_numbered_on_from_the_conversation() -> None:
-    found = answered(section(call("functions.f:0", "{}"), call("call_x", "{}")), first_call=4)
-    assert found["calls"][0][0] == "functions.f:4"
-    assert found["finish_reason"] == "tool_calls"
+def test_the_numbers_of_calls_continue_those_of_the_conversation() -> None:
+    fields = body_fields(section(call("functions.f:0", "{}"), call("call_x", "{}")), first_call=4)
+    assert fields["calls"][0][0] == "functions.f:4"
+    assert fields["finish_reason"] == "tool_calls"
 
 
 def test_a_call_without_arguments_has_an_empty_object() -> None:
-    assert answered(section(call("functions.f:0", "")))["calls"] == [("functions.f:0", "function", "f", "{}")]
+    assert body_fields(section(call("functions.f:0", "")))["calls"] == [("functions.f:0", "function", "f", "{}")]
 
 
 def test_arguments_stay_the_text_that_the_model_wrote() -> None:
-    written = '{"zip": "5777", "x": 1.0,  "y": [ ]}'
-    assert answered(section(call("functions.f:0", written)))["calls"][0][3] == written
+    arguments = '{"zip": "5777", "x": 1.0,  "y": [ ]}'
+    assert body_fields(section(call("functions.f:0", arguments)))["calls"][0][3] == arguments
 
 
 @pytest.mark.parametrize("header", ["functionsf", "functionsf5", "functions.f:0", "f:7", "f"])
 def test_a_name_without_its_separators_is_found_among_the_declared_tools(header: str) -> None:
-    assert answered(section(call(header, "{}")))["calls"][0][2] == "f"
+    assert body_fields(section(call(header, "{}")))["calls"][0][2] == "f"
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("written_name", "name"),
     [
         ("write_file_v2", "write_file_v2"),
         ("functionswrite_file3", "write_file"),
@@ -196,40 +126,38 @@ def test_a_name_without_its_separators_is_found_among_the_declared_tools(header:
         ("functionsexec5", "functionsexec5"),
     ],
 )
-def test_a_name_that_only_contains_a_tools_name_stays_as_written(written: str, meant: str) -> None:
-    assert declared_name(written, ("write_file", "write_file2", "read")) == meant
+def test_a_prefix_or_number_is_dropped_only_if_a_declared_name_remains(written_name: str, name: str) -> None:
+    assert declared_name(written_name, ("write_file", "write_file2", "read")) == name
 
 
 def test_a_cancelled_reply_with_an_open_call_ends_with_length() -> None:
-    generation = generation_of()
-    text = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"
-    *events, end = events_of(generation, token_ids(text), FinishReason.CANCELLED)
+    generation = new_generation()
+    *events, end = engine_events(generation, OPEN_CALL, FinishReason.CANCELLED)
     assert isinstance(end, Finished)
-    body = body_of(generation, [*events, Finished(end.summary)])
+    body = create_body(generation, [*events, Finished(end.summary)])
     assert body["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_section_without_a_readable_call_is_content_and_never_nothing() -> None:
-    found = answered(section(call("00003", '{"a": 1}')))
-    assert found["calls"] == []
-    assert found["content"] == '00003{"a": 1}'
-    assert found["finish_reason"] == "stop"
+def test_a_section_without_a_readable_call_is_content() -> None:
+    fields = body_fields(section(call("00003", '{"a": 1}')))
+    assert fields["calls"] == []
+    assert fields["content"] == '00003{"a": 1}'
+    assert fields["finish_reason"] == "stop"
 
 
 def test_a_call_that_max_tokens_cuts_ends_with_length() -> None:
-    cut = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"
-    found = answered(cut)
-    assert found["calls"] == [("functions.f:0", "function", "f", "{")]
-    assert found["finish_reason"] == "length"
+    fields = body_fields(OPEN_CALL)
+    assert fields["calls"] == [("functions.f:0", "function", "f", "{")]
+    assert fields["finish_reason"] == "length"
 
 
 def test_arguments_are_streamed_as_they_are_sampled() -> None:
-    generation = generation_of()
-    events = events_of(generation, token_ids(section(call("functions.f:0", '{"path": "a", "text": "one two"}'))))
+    generation = new_generation()
+    events = engine_events(generation, section(call("functions.f:0", '{"path": "a", "text": "one two"}')))
     reply = ChatReply(generation)
-    counts = [len(reply.add(event)) for event in events]
-    assert sum(counts) > 8
-    assert max(counts) <= 2
+    num_deltas = [len(reply.add(event)) for event in events]
+    assert sum(num_deltas) > 8
+    assert max(num_deltas) <= 2, "an event has at most the beginning of a call and some arguments"
 
 
 @pytest.mark.parametrize(
@@ -237,5 +165,5 @@ def test_arguments_are_streamed_as_they_are_sampled() -> None:
     [([], 0), (["functions.f:0"], 1), (["call_a", "call_b"], 2), (["functions.f:80"], 81), (["functions.f:0", "x"], 2)],
 )
 def test_a_new_calls_number_is_above_all_that_occur(ids: list[str], number: int) -> None:
-    calls = [{"id": written, "function": {"name": "f", "arguments": "{}"}} for written in ids]
+    calls = [{"id": call_id, "function": {"name": "f", "arguments": "{}"}} for call_id in ids]
     assert next_call_number([{"role": "assistant", "tool_calls": calls}]) == number

@@ -1,4 +1,4 @@
-"""Test of Claude Code's requests: a loop of calls whose history is sent as text, without reasoning."""
+"""Test of Claude Code's requests: a loop of calls whose history has no reasoning."""
 
 import json
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.server.chat_client import MCP_TOOLS
 from tests.server.messages_client import client_of
 from tests.server.server_process import Server
-from tests.server.test_request_shapes import OTHERS
 
-ROUNDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
-CACHED = {"cache_control": {"type": "ephemeral"}}
-SHAPE: dict[str, Any] = {
+NUM_ROUNDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
+CACHE_CONTROL = {"cache_control": {"type": "ephemeral"}}
+REQUEST: dict[str, Any] = {
     "model": "claude-sonnet-5",
     "max_tokens": 80,
     "tool_choice": {"type": "tool", "name": "get_weather"},
@@ -27,60 +27,58 @@ SHAPE: dict[str, Any] = {
 }
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Lyon"]}}, "required": ["city"]}
 TOOLS: list[Any] = [
-    *(
-        {"name": one["name"], "description": one["description"], "input_schema": one["parameters"]} | CACHED
-        for one in (tool["function"] for tool in OTHERS)
-    ),
-    {"name": "get_weather", "description": "Current weather in a city.", "input_schema": CITY},
+    {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]} | CACHE_CONTROL
+    for tool in (tool["function"] for tool in MCP_TOOLS)
 ]
+TOOLS.append({"name": "get_weather", "description": "Current weather in a city.", "input_schema": CITY})
 
 
-def system_of(number: int) -> list[Any]:
-    """Return the system prompt, whose first block differs each time."""
+def system_prompt(number: int) -> list[Any]:
+    """Return the system prompt, whose first block differs for each number."""
     billing = f"x-anthropic-billing-header: cc_version=2.1.36.{number:03x}; cc_entrypoint=cli; cch={number:05x};"
-    return [{"type": "text", "text": text} | CACHED for text in (billing, "You are Claude Code.", "Be short.")]
+    return [{"type": "text", "text": text} | CACHE_CONTROL for text in (billing, "You are Claude Code.", "Be short.")]
 
 
 def without_reasoning(messages: list[Any]) -> list[Any]:
-    def kept(content: Any) -> Any:
-        return content if isinstance(content, str) else [block for block in content if block["type"] != "thinking"]
-
-    return [{**message, "content": kept(message["content"])} for message in messages]
+    """Return the messages without thinking blocks. Contents are lists of blocks."""
+    return [
+        {**message, "content": [block for block in message["content"] if block["type"] != "thinking"]}
+        for message in messages
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_reasoning(server: Server) -> None:
-    """After each result the client asks on within the same turn. The small model is forced to call a tool each time."""
+    """After each result the client continues the same turn. The small model is forced to call a tool each time."""
     client = client_of(server)
-    complete: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
-    num_prompt = num_cached = num_thoughts = 0
-    for number in range(ROUNDS):
-        request: dict[str, Any] = SHAPE | {"system": system_of(number), "tools": TOOLS}
-        with client.messages.stream(messages=without_reasoning(complete), **request) as stream:
-            message = stream.get_final_message().to_dict()
-        usage: Any = message["usage"]
+    question = [{"type": "text", "text": "What is the weather in Paris?"}]
+    history: list[Any] = [{"role": "user", "content": question}]
+    prompt_tokens = cached_tokens = 0
+    for number in range(NUM_ROUNDS):
+        request: dict[str, Any] = REQUEST | {"system": system_prompt(number), "tools": TOOLS}
+        with client.messages.stream(messages=without_reasoning(history), **request) as stream:
+            message: Any = stream.get_final_message().to_dict()
         if number:
-            num_prompt += usage["input_tokens"] + usage["cache_read_input_tokens"]
-            num_cached += usage["cache_read_input_tokens"]
-        content: Any = message["content"]
+            usage = message["usage"]
+            prompt_tokens += usage["input_tokens"] + usage["cache_read_input_tokens"]
+            cached_tokens += usage["cache_read_input_tokens"]
         assert message["stop_reason"] == "tool_use"
-        num_thoughts += content[0]["type"] == "thinking"
-        complete.append({"role": "assistant", "content": content})
+        assert message["content"][0]["type"] == "thinking"
         text = json.dumps({"city": "Paris", "sky": "sunny", "temperature": number})
         results = [
             {"type": "tool_result", "tool_use_id": block["id"], "content": text}
-            for block in content
+            for block in message["content"]
             if block["type"] == "tool_use"
         ]
-        complete.append({"role": "user", "content": results})
+        history += [{"role": "assistant", "content": message["content"]}, {"role": "user", "content": results}]
     assert len(TOOLS) == 40
-    assert num_cached >= 0.95 * num_prompt
-    assert num_thoughts == ROUNDS
+    assert cached_tokens >= 0.95 * prompt_tokens
 
-    def count(messages: list[Any], system: list[Any]) -> int:
+    def num_prompt_tokens(messages: list[Any], system: list[Any]) -> int:
         return client.messages.count_tokens(model="m", messages=messages, system=system, tools=TOOLS).input_tokens
 
-    assert count(without_reasoning(complete), system_of(99)) == count(complete, system_of(98))
-    changed = [{"type": "text", "text": "Another prompt."}]
-    assert count(without_reasoning(complete), changed) < count(complete, changed)
+    num_expected = num_prompt_tokens(history, system_prompt(98))
+    assert num_prompt_tokens(without_reasoning(history), system_prompt(99)) == num_expected, "reasoning is put back"
+    changed_system = [{"type": "text", "text": "Another prompt."}]
+    assert num_prompt_tokens(without_reasoning(history), changed_system) < num_prompt_tokens(history, changed_system)

@@ -28,29 +28,30 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    found = Clock()
-    monkeypatch.setattr(cluster_activity, "time", found)
-    yield found
+    clock = Clock()
+    monkeypatch.setattr(cluster_activity, "time", clock)
+    yield clock
 
 
 def activity_of_two_stages() -> ClusterActivity:
+    """Return the activity of a stage with layers 0 to 2 and one with layers 3 and 4."""
+    plans = []
+    for rank, (first_layer, end_layer) in enumerate(((0, 3), (3, 5))):
+        assignment = StageAssignment(first_layer=first_layer, end_layer=end_layer, held_bytes=9, read_bytes=9)
+        plans.append(StagePlan(rank, local_host(), assignment, 100, 200, 0, ()))
     activity = ClusterActivity()
-    assignments = [
-        StageAssignment(first_layer=first, end_layer=end, held_bytes=9, read_bytes=9) for first, end in ((0, 3), (3, 5))
-    ]
-    activity.plans = [
-        StagePlan(rank, local_host(), assignment, 100, 200, 0, ()) for rank, assignment in enumerate(assignments)
-    ]
+    activity.plans = plans
     return activity
 
 
-def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: float = 0.0, num_tokens: int = 4) -> None:
-    asked = request(*range(num_tokens))
-    sequence = Sequence(asked, context_tokens=100)
+def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: float = 0.0) -> None:
+    """Add the report of a stage that a step of 4 tokens is done."""
+    prompt = request(0, 1, 2, 3)
+    sequence = Sequence(prompt, context_tokens=100)
     sequence.slot = 0
-    row = PlannedRow.of(sequence, asked.prompt_ids)
-    done = StepDone(0, busy_s, receive_s=receive_s)
-    activity.add_report(StageReport(rank, Microbatch(0, (row,)), done, 0.0))
+    row = PlannedRow.of(sequence, prompt.prompt_ids)
+    step_done = StepDone(0, busy_s, receive_s=receive_s)
+    activity.add_report(StageReport(rank, Microbatch(0, (row,)), step_done, 0.0))
 
 
 def test_fractions_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:

@@ -8,12 +8,16 @@ import pytest
 
 from mlx_k2.server.chat_request import read_chat_request
 from mlx_k2.server.language_model import LanguageModel
-from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_frontend import ModelFrontend
-from mlx_k2.weights.model_source import BUILTIN, ModelSource
+from tests.server.chat_client import (
+    SUM_QUESTION,
+    WEATHER_QUESTION,
+    WEATHER_TOOLS,
+    create_completion,
+    stream_completion,
+)
+from tests.server.http_client import CHAT_PATH
+from tests.server.in_process import builtin_frontend
 from tests.server.server_process import Server
-from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER, complete, streamed
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -30,109 +34,110 @@ SCHEMA: dict[str, Any] = {
     "required": ["sky", "warm", "days"],
     "additionalProperties": False,
 }
-FORECAST: list[Any] = [
-    *WEATHER,
-    {"type": "function", "function": {"name": "set_forecast", "description": "Set it.", "parameters": SCHEMA}},
-]
-HOT: dict[str, Any] = {
+FORECAST_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "set_forecast", "description": "Set it.", "parameters": SCHEMA},
+}
+HOT_REQUEST: dict[str, Any] = {
     "model": "any",
-    "messages": IN_PARIS,
+    "messages": WEATHER_QUESTION,
     "temperature": 1.5,
     "max_tokens": 400,
     "extra_body": {"thinking": {"type": "enabled", "budget_tokens": 20}},
 }
-"""A request whose unconstrained answer would be of no form."""
+"""A request at a temperature at which an unconstrained answer is no JSON."""
 
 
-@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize("receive", [stream_completion, create_completion])
 @pytest.mark.parametrize("seed", range(3))
-def test_an_answer_with_a_schema_is_valid_after_the_reasoning(server: Server, ask: Any, seed: int) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
-    found = ask(server, response_format=form, seed=seed, **HOT)
-    jsonschema.validate(json.loads(found["content"]), SCHEMA)
-    assert found["finish_reason"] == "stop"
-    assert found["reasoning_content"]
+def test_an_answer_with_a_schema_is_valid_after_the_reasoning(server: Server, receive: Any, seed: int) -> None:
+    answer_format = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
+    completion = receive(server, response_format=answer_format, seed=seed, **HOT_REQUEST)
+    jsonschema.validate(json.loads(completion.content), SCHEMA)
+    assert completion.finish_reason == "stop"
+    assert completion.reasoning
 
 
-def test_a_json_object_is_an_object(server: Server) -> None:
-    close = server.request("POST", "/tokenize", {"prompt": "}"}).json["tokens"]
-    bias = {str(token_id): 30.0 for token_id in close}
-    found = complete(server, response_format={"type": "json_object"}, seed=1, logit_bias=bias, **HOT)
-    assert isinstance(json.loads(found["content"]), dict)
-    assert found["finish_reason"] == "stop"
+def test_an_answer_in_the_format_json_object_is_an_object(server: Server) -> None:
+    """A bias for the closing brace ends the object within the token limit."""
+    brace_ids = server.request("POST", "/tokenize", {"prompt": "}"}).json["tokens"]
+    fields: dict[str, Any] = {"response_format": {"type": "json_object"}, "logit_bias": dict.fromkeys(brace_ids, 30.0)}
+    completion = create_completion(server, seed=1, **fields, **HOT_REQUEST)
+    assert isinstance(json.loads(completion.content), dict)
+    assert completion.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("ask", [streamed, complete])
+@pytest.mark.parametrize("receive", [stream_completion, create_completion])
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "set_forecast"}}], ids=["required", "named"]
 )
-def test_a_forced_call_has_valid_arguments(server: Server, ask: Any, choice: Any) -> None:
-    tools = FORECAST[1:] if choice == "required" else FORECAST
-    found = ask(server, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2, **HOT)
-    (call,) = found["tool_calls"]
-    assert (call["name"], call["id"]) == ("set_forecast", "functions.set_forecast:0")
-    jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
-    assert found["finish_reason"] == "tool_calls"
+def test_a_forced_call_has_valid_arguments(server: Server, receive: Any, choice: Any) -> None:
+    tools = [FORECAST_TOOL] if choice == "required" else [*WEATHER_TOOLS, FORECAST_TOOL]
+    completion = receive(server, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2, **HOT_REQUEST)
+    (call,) = completion.calls
+    assert (call.name, call.id) == ("set_forecast", "functions.set_forecast:0")
+    jsonschema.validate(json.loads(call.arguments), SCHEMA)
+    assert completion.finish_reason == "tool_calls"
 
 
 def test_with_tool_choice_none_no_call_is_made(server: Server) -> None:
     for seed in range(3):
-        found = complete(server, tools=FORECAST, tool_choice="none", seed=seed, **HOT)
-        assert found["tool_calls"] == []
-        assert "tool_call" not in found["content"] + found["reasoning_content"]
+        completion = create_completion(server, tools=[FORECAST_TOOL], tool_choice="none", seed=seed, **HOT_REQUEST)
+        assert completion.calls == []
+        assert "tool_call" not in completion.content + completion.reasoning
 
 
-def test_an_operator_can_let_the_model_write_calls_without_a_grammar() -> None:
-    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
-    frontend = ModelFrontend(describe_model(files, BUILTIN), 4000)
-    chat = read_chat_request(json.dumps({"messages": IN_PARIS, "tools": FORECAST}).encode())
-    for tool_grammar, forced in ((True, ["<|tool_call_begin|>"]), (False, [])):
-        model = LanguageModel(frontend, "m", tool_grammar=tool_grammar)
-        policy = model.chat(chat, "").submissions[0].policy
-        assert policy is not None
-        policy.accept(model.tokenizer.token_id("<|tool_calls_section_begin|>"))
-        assert list(policy.forced()) == [model.tokenizer.token_id(name) for name in forced]
+@pytest.mark.parametrize(("tool_grammar", "forced_markers"), [(True, ["<|tool_call_begin|>"]), (False, [])])
+def test_an_operator_can_let_the_model_write_calls_without_a_grammar(
+    tool_grammar: bool, forced_markers: list[str]
+) -> None:
+    chat = read_chat_request(json.dumps({"messages": WEATHER_QUESTION, "tools": [FORECAST_TOOL]}).encode())
+    model = LanguageModel(builtin_frontend(), "m", tool_grammar=tool_grammar)
+    policy = model.chat(chat, "").submissions[0].policy
+    assert policy is not None
+    policy.accept(model.tokenizer.token_id("<|tool_calls_section_begin|>"))
+    assert list(policy.forced()) == [model.tokenizer.token_id(marker) for marker in forced_markers]
 
 
 def test_a_schema_with_an_unknown_keyword_is_answered_with_a_warning_and_a_strict_one_is_refused(
     server: Server,
 ) -> None:
     schema = SCHEMA | {"not": {"required": ["rain"]}}
-    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": schema}}
-    body = {"messages": IN_PARIS, "max_tokens": 2, "response_format": form}
-    answer = server.request("POST", "/v1/chat/completions", body)
+    json_schema: dict[str, Any] = {"name": "forecast", "schema": schema}
+    answer_format = {"type": "json_schema", "json_schema": json_schema}
+    body = {"messages": WEATHER_QUESTION, "max_tokens": 2, "response_format": answer_format}
+    answer = server.request("POST", CHAT_PATH, body)
     assert answer.status == 200
     assert answer.headers["warning"].startswith('299 mlx-k2 "')
     assert "not" in answer.headers["warning"]
-    form["json_schema"]["strict"] = True
-    refused = server.request("POST", "/v1/chat/completions", body)
+    json_schema["strict"] = True
+    refused = server.request("POST", CHAT_PATH, body)
     assert (refused.status, refused.error["param"]) == (400, "response_format")
 
 
-def continued(server: Server, **fields: Any) -> list[int]:
-    """Return the tokens of a raw completion."""
+def completion_ids(server: Server, **fields: Any) -> list[int]:
+    """Return the 40 token ids of a text completion."""
     body = {"prompt": "Count from 3", "temperature": 0, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
     ids: list[int] = server.request("POST", "/v1/completions", body | fields).json["choices"][0]["token_ids"]
     return ids
 
 
 def test_a_bias_makes_a_token_certain_or_impossible(server: Server) -> None:
-    free = continued(server)
-    assert free[0] not in continued(server, logit_bias={str(free[0]): -100})
-    assert continued(server, logit_bias={str(free[0]): 100}) == [free[0]] * 40
+    first_id = completion_ids(server)[0]
+    assert first_id not in completion_ids(server, logit_bias={first_id: -100})
+    assert completion_ids(server, logit_bias={first_id: 100}) == [first_id] * 40
 
 
-def test_a_penalty_ends_a_repetition(server: Server) -> None:
-    first, second = continued(server)[:2]
-    assert first != second
-    bias = {str(first): 60.0, str(second): 60.0}
-    repeated = continued(server, logit_bias=bias, presence_penalty=-2)
-    assert set(repeated) <= {first, second}
-    assert continued(server, logit_bias=bias, frequency_penalty=2) != continued(server, logit_bias=bias)
+def test_a_frequency_penalty_changes_a_repetition(server: Server) -> None:
+    first_id, second_id = completion_ids(server)[:2]
+    assert first_id != second_id
+    bias = {first_id: 60.0, second_id: 60.0}
+    assert set(completion_ids(server, logit_bias=bias, presence_penalty=-2)) <= {first_id, second_id}
+    assert completion_ids(server, logit_bias=bias, frequency_penalty=2) != completion_ids(server, logit_bias=bias)
 
 
 def test_an_answer_has_at_least_min_tokens(server: Server) -> None:
-    fields: dict[str, Any] = {"messages": ASKED, "temperature": 0, "model": "any"}
-    num_tokens = complete(server, **fields)["usage"]["completion_tokens"]
-    longer = complete(server, **fields, extra_body={"min_tokens": num_tokens + 10})
-    assert longer["usage"]["completion_tokens"] >= num_tokens + 10
+    fields: dict[str, Any] = {"messages": SUM_QUESTION, "temperature": 0, "model": "any"}
+    num_tokens = create_completion(server, **fields).usage["completion_tokens"]
+    longer = create_completion(server, **fields, extra_body={"min_tokens": num_tokens + 10})
+    assert longer.usage["completion_tokens"] >= num_tokens + 10

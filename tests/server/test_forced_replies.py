@@ -3,47 +3,44 @@
 import pytest
 from openai import APIError
 
-from tests.server.forced_replies import REPLIES, accumulated, body_of, forcing
-from tests.server.in_process import stepping
+from tests.server.forced_replies import CALLS_REPLY, REPLIES, forced_server, reply_fields, streamed_reply_fields
 
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> None:
-    reply, finish_reason = REPLIES[name]
-    with forcing(reply) as (server, client, _), stepping(server):
-        body = body_of(client)
-        assert accumulated(client) == body
-        assert body["finish_reason"] == finish_reason
+    with forced_server(REPLIES[name].text) as server:
+        body = reply_fields(server.client)
+        assert streamed_reply_fields(server.client) == body
+        assert body["finish_reason"] == REPLIES[name].finish_reason
         if "calls" in name:
-            arguments = ('{"text": "one two three four five"}', '{"number": 5777}')
-            ids = ("functions.f:0", "functions.mcp__a-b.c:1")
-            assert body["calls"] == list(zip(ids, ("f", "mcp__a-b.c"), arguments, strict=True))
+            assert body["calls"] == [
+                ("functions.f:0", "f", '{"text": "one two three four five"}'),
+                ("functions.mcp__a-b.c:1", "mcp__a-b.c", '{"number": 5777}'),
+            ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [0, 3, 20, 40])
-def test_a_restart_in_the_middle_of_a_reply_changes_nothing(at: int) -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, stages), stepping(server):
-        body = body_of(client)
-        assert len(stages.token_ids) > 40
-        stages.fail_at = at
-        server.tokens.may_restart.set()
-        assert accumulated(client) == body
+@pytest.mark.parametrize("index", [0, 3, 20, 40])
+def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
+    with forced_server(CALLS_REPLY) as server:
+        body = reply_fields(server.client)
+        assert len(server.forced.token_ids) > 40
+        server.fail_once(index, restarts=True)
+        assert streamed_reply_fields(server.client) == body
         assert len(server.tokens.restarts) == 1
 
 
 def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, stages), stepping(server):
-        stages.fail_at = 20
-        server.tokens.cancel()
+    with forced_server(CALLS_REPLY) as server:
+        server.fail_once(20, restarts=False)
         with pytest.raises(APIError) as caught:
-            accumulated(client)
+            streamed_reply_fields(server.client)
         assert caught.value.code == "unavailable"
 
 
 def test_parallel_tool_calls_false_ends_the_answer_after_one_call() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, _), stepping(server):
-        body = body_of(client, parallel_tool_calls=False)
-        assert [one[0] for one in body["calls"]] == ["functions.f:0"]
+    with forced_server(CALLS_REPLY) as server:
+        body = reply_fields(server.client, parallel_tool_calls=False)
+        assert [call_id for call_id, _, _ in body["calls"]] == ["functions.f:0"]
         assert body["finish_reason"] == "tool_calls"
-        assert accumulated(client, parallel_tool_calls=False) == body
+        assert streamed_reply_fields(server.client, parallel_tool_calls=False) == body

@@ -1,4 +1,4 @@
-"""Tests of connections: clients that do not read, and clients that send on after their answer."""
+"""Tests of connections: clients that do not read, and clients that continue to send after their answer."""
 
 import contextlib
 import socket
@@ -12,18 +12,18 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_k2.server import http_connection
 from mlx_k2.server.http_server import HttpServer
+from tests.server.http_client import WAIT_S, parse_answer, request_bytes
 from tests.server.in_process import wait_until
-from tests.server.server_process import WAIT_S, parsed
 
-BIG = b"a" * 16_000_000  # more than the system's buffers hold
+LARGE_BODY = b"a" * 16_000_000  # more than the system's buffers hold
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer at once: /whole with a large body, /stream with a large last part, others without a body."""
+    """Answer at once: /large with a large body, /stream with a large last part, others without a body."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x-path", scope["path"].encode())]})
     if scope["path"] == "/stream":
-        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
-    await send({"type": "http.response.body", "body": BIG if scope["path"] in ("/whole", "/stream") else b""})
+        await send({"type": "http.response.body", "body": b"first part", "more_body": True})
+    await send({"type": "http.response.body", "body": LARGE_BODY if scope["path"] in ("/large", "/stream") else b""})
 
 
 @pytest.fixture
@@ -36,44 +36,46 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @contextmanager
-def asked(port: int, path: str, *headers: str) -> Iterator[socket.socket]:
+def connection_with_request(port: int, path: str, **headers: str) -> Iterator[socket.socket]:
     """Yield a connection on which a request was sent."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
         connection.settimeout(WAIT_S)
         connection.connect(("127.0.0.1", port))
-        connection.sendall("\r\n".join((f"POST {path} HTTP/1.1", "Host: localhost", *headers, "", "")).encode())
+        connection.sendall(request_bytes("POST", path, **headers))
         yield connection
 
 
-def is_open(port: int) -> bool:
-    """Return whether the server has an established connection."""
-    found = psutil.Process().net_connections("tcp")
-    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr[1] == port for one in found)
+def has_open_connection(port: int) -> bool:
+    """Return whether the server on this port has an established connection."""
+    connections = psutil.Process().net_connections("tcp")
+    return any(
+        connection.status == psutil.CONN_ESTABLISHED and connection.laddr and connection.laddr[1] == port
+        for connection in connections
+    )
 
 
-@pytest.mark.parametrize("path", ["/whole", "/stream"])
-@pytest.mark.parametrize("headers", [(), ("Connection: close",)], ids=["keep-alive", "close"])
-def test_a_client_that_does_not_read_its_answer_to_the_end_is_closed(
-    port: int, path: str, headers: tuple[str, ...]
-) -> None:
-    with asked(port, path, "Content-Length: 0", *headers):
-        wait_until(lambda: is_open(port), "the connection is open")
-        wait_until(lambda: not is_open(port), "the server has closed the connection")
+@pytest.mark.parametrize("path", ["/large", "/stream"])
+@pytest.mark.parametrize("kind", ["keep-alive", "close"])
+def test_the_connection_of_a_client_that_does_not_read_its_answer_is_closed(port: int, path: str, kind: str) -> None:
+    with connection_with_request(port, path, Connection=kind):
+        wait_until(lambda: has_open_connection(port), "the connection is open")
+        wait_until(lambda: not has_open_connection(port), "the server has closed the connection")
 
 
 def test_a_client_that_reads_slowly_gets_its_whole_answer(port: int) -> None:
-    with asked(port, "/whole", "Content-Length: 0", "Connection: close") as connection:
-        received = bytearray()
+    with connection_with_request(port, "/large") as connection:
+        received_bytes = bytearray()
         pause = threading.Event()
         while part := connection.recv(1 << 18):
-            received += part
+            received_bytes += part
             pause.wait(0.01)
-    assert parsed(bytes(received)).body.count(b"a") >= len(BIG)
+    assert parse_answer(bytes(received_bytes)).body == LARGE_BODY
 
 
-def test_a_body_that_goes_on_after_its_answer_is_ended(port: int) -> None:
-    with asked(port, "/small", "Content-Length: 1000000000") as connection:
+def test_the_connection_of_a_client_that_sends_its_body_after_the_answer_is_closed(port: int) -> None:
+    headers = {"Content-Length": "1000000000", "Connection": "keep-alive"}
+    with connection_with_request(port, "/small", **headers) as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             for _ in range(int(WAIT_S / 0.01)):

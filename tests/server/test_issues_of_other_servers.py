@@ -1,12 +1,12 @@
-"""Tests of what broke clients of other servers, and of errors that other servers made with Kimi K2.
+"""Tests of errors that other servers had with clients of chat completions, and with Kimi K2.
 
-A test is named after an issue or a report where the error was described. `CLIENTS` and `MODEL` list all of them.
+A test is named after an issue or a report where the error was described. `TESTS_BY_CLIENT_ERROR` and
+`TESTS_BY_MODEL_ERROR` list these tests and those of other files.
 """
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -15,10 +15,6 @@ from mlx_k2.scheduling.request import Priority
 from mlx_k2.server.chat_request import read_chat_request
 from mlx_k2.server.language_model import LanguageModel
 from mlx_k2.server.server_state import ServerOptions
-from mlx_k2.weights.checkpoint import describe_model
-from mlx_k2.weights.model_files import read_model_files
-from mlx_k2.weights.model_frontend import ModelFrontend
-from mlx_k2.weights.model_source import BUILTIN, ModelSource
 from tests.coordinator import test_constrained_replies
 from tests.server import (
     test_chat_completions,
@@ -31,88 +27,80 @@ from tests.server import (
     test_messages_request,
     test_turn_store,
 )
+from tests.server.chat_client import SUM_QUESTION, WEATHER_TOOLS
 from tests.server.forced_replies import (
+    CALLS_REPLY,
     REPLIES,
+    TEXT_REPLY,
     TOOLS,
-    USER,
-    accumulated,
-    body_of,
+    USER_MESSAGES,
     builtin_tokenizer,
-    comparable,
-    forcing,
-    prompt_of,
+    forced_server,
+    prompt_ids,
+    reply_fields,
+    streamed_reply_fields,
 )
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.http_client import CHAT_PATH, receive_answer
+from tests.server.in_process import LONG_PROMPT, SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import Server
-from tests.server.test_life_of_a_request import LONG_PROMPT, send_chat
-from tests.text.replies import call, section
+from tests.text.replies import CALL
 
-CHAT = "/v1/chat/completions"
-CALL = section(call("functions.f:0", '{"a": 1}'))
+REQUEST: dict[str, Any] = {"model": "m", "messages": USER_MESSAGES, "tools": TOOLS}
 
 
-def events_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
-    """Return the chunks of a streamed answer, with nothing added and nothing left out."""
-    answer = server.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "stream": True} | fields)
-    return [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: {")]
+def chunks_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
+    """Return the chunks of a streamed answer as they are sent."""
+    return server.request("POST", CHAT_PATH, REQUEST | {"stream": True} | fields).events
 
 
-def deltas_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [choice["delta"] for event in events for choice in event["choices"]]
+def deltas_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     """The built-in model's language model, without an engine."""
-    files = read_model_files(ModelSource(path_or_repo=BUILTIN)).files
-    return LanguageModel(ModelFrontend(describe_model(files, BUILTIN), 4000), "m")
+    return LanguageModel(builtin_frontend(), "m")
 
 
-@pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
-    with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
-        yield server
-
-
-# ---- what broke clients
+# ---- errors with clients
 
 
 @pytest.mark.parametrize("mirrors", [False, True])
 def test_vllm_27755_reasoning_is_sent_as_reasoning_content_and_mirrored_by_option(mirrors: bool) -> None:
-    with forcing(REPLIES["text"][0], ServerOptions(mirrors_reasoning=mirrors)) as (server, client, _), stepping(server):
-        deltas = deltas_of(events_of(server))
-        message = client.chat.completions.create(model="m", messages=USER, tools=TOOLS).choices[0].message.to_dict()
-    for name, sent in (("reasoning_content", "Short."), ("reasoning", "Short." if mirrors else "")):
-        assert "".join(delta.get(name, "") for delta in deltas) == sent
-        assert message.get(name, "") == sent
+    with forced_server(TEXT_REPLY, ServerOptions(mirrors_reasoning=mirrors)) as server:
+        deltas = deltas_of(chunks_of(server))
+        message = server.client.chat.completions.create(**REQUEST).choices[0].message.to_dict()
+    for name, text in (("reasoning_content", "Short."), ("reasoning", "Short." if mirrors else "")):
+        assert "".join(delta.get(name, "") for delta in deltas) == text
+        assert message.get(name, "") == text
     assert not any("reasoning_details" in delta for delta in deltas)  # mlx-vlm#1408
 
 
-def test_vllm_33402_reasoning_is_accepted_under_both_names(answering: SteppedServer) -> None:
-    def follow_up(**reasoning: str) -> list[int]:
+def test_vllm_33402_reasoning_is_accepted_under_both_names(fast_server: SteppedServer) -> None:
+    def prompt_after(**reasoning: str) -> list[int]:
         calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
         turn = {"role": "assistant", "content": "", "tool_calls": calls} | reasoning
-        return prompt_of(answering, messages=[*USER, turn, {"role": "tool", "tool_call_id": "x", "content": "1"}])
+        result = {"role": "tool", "tool_call_id": "x", "content": "1"}
+        return prompt_ids(fast_server, messages=[*USER_MESSAGES, turn, result])
 
-    as_content = follow_up(reasoning_content="Why?")
-    assert as_content == follow_up(reasoning="Why?") == follow_up(reasoning_content="Why?", reasoning="other")
-    assert as_content != follow_up()
+    expected = prompt_after(reasoning_content="Why?")
+    assert prompt_after(reasoning="Why?") == expected
+    assert prompt_after(reasoning_content="Why?", reasoning="other") == expected
+    assert prompt_after() != expected
 
 
 def test_opencode_16318_missing_reasoning_is_accepted_and_put_back() -> None:
-    reply = f"<think>Think first.</think>I call.{CALL}"
-    with forcing(reply) as (server, client, _), stepping(server):
-        message: Any = client.chat.completions.create(model="m", messages=USER, tools=TOOLS).choices[0].message
+    with forced_server(f"<think>Think first.</think>I call.{CALL}") as server:
+        message: Any = server.client.chat.completions.create(**REQUEST).choices[0].message
         result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"}
-        whole = message.to_dict()
-        assert whole["reasoning_content"] == "Think first."
-        lost = {name: value for name, value in whole.items() if name != "reasoning_content"}
-        prompts = [prompt_of(server, messages=[*USER, turn, result], tools=TOOLS) for turn in (whole, lost)]
-    assert prompts[0] == prompts[1]
+        turn = message.to_dict()
+        expected = prompt_ids(server, messages=[*USER_MESSAGES, turn, result], tools=TOOLS)
+        assert turn.pop("reasoning_content") == "Think first."
+        assert prompt_ids(server, messages=[*USER_MESSAGES, turn, result], tools=TOOLS) == expected
 
 
-def test_zed_46794_the_request_of_zed_is_answered(answering: SteppedServer) -> None:
+def test_zed_46794_the_request_of_zed_is_answered(fast_server: SteppedServer) -> None:
     calls = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     body = {
         "model": "kimi",
@@ -133,50 +121,52 @@ def test_zed_46794_the_request_of_zed_is_answered(answering: SteppedServer) -> N
         "prompt_cache_key": "k",
         "reasoning_effort": "medium",
     }
-    answer = answering.request("POST", CHAT, body)
+    answer = fast_server.request("POST", CHAT_PATH, body)
     assert answer.status == 200
     assert b"data: [DONE]" in answer.body
 
 
 def test_zed_54872_and_opencode_43328_id_name_and_role_are_sent_once_and_never_empty() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
-        events = events_of(server)
-    deltas = deltas_of(events)
+    with forced_server(CALLS_REPLY) as server:
+        chunks = chunks_of(server)
+    deltas = deltas_of(chunks)
     assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
-    assert len({event["id"] for event in events}) == 1  # zed#54804
-    assert all(event["object"] == "chat.completion.chunk" and event["created"] and event["model"] for event in events)
-    begun: set[int] = set()
+    assert len({chunk["id"] for chunk in chunks}) == 1  # zed#54804
+    assert all(chunk["object"] == "chat.completion.chunk" and chunk["created"] and chunk["model"] for chunk in chunks)
+    num_calls = 0
     for part in (part for delta in deltas for part in delta.get("tool_calls", ())):
         function = part["function"]
-        if part["index"] in begun:
-            assert part.keys() == {"index", "function"}
-            assert function.keys() == {"arguments"}
-        else:
-            begun.add(part["index"])
+        if part["index"] == num_calls:
+            num_calls += 1
             assert part["id"]
             assert part["type"] == "function"
             assert function["name"]
             assert function["arguments"] == ""
-    assert begun == {0, 1}
+        else:
+            assert part.keys() == {"index", "function"}
+            assert function.keys() == {"arguments"}
+    assert num_calls == 2
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
-def test_openai4j_60_a_chunk_without_choices_comes_only_when_usage_is_asked_for(
-    answering: SteppedServer, asked: bool | None
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
+def test_openai4j_60_without_a_request_for_usage_each_chunk_has_choices(
+    fast_server: SteppedServer, options: dict[str, Any]
 ) -> None:
-    options = {} if asked is None else {"stream_options": {"include_usage": asked}}
-    events = events_of(answering, max_tokens=3, **options)
-    assert all("choices" in event for event in events)  # ATOM#1711
-    empty = [event for event in events if not event["choices"]]
-    assert [("usage" in event) for event in empty] == ([True] if asked else [])
-    assert not any("usage" in event for event in events if event["choices"])
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks_of(fast_server, max_tokens=3, **options))
 
 
-def test_9router_1468_unknown_fields_are_ignored_at_every_level(answering: SteppedServer) -> None:
+def test_openai4j_60_usage_is_in_the_only_chunk_without_choices(fast_server: SteppedServer) -> None:
+    *chunks, last = chunks_of(fast_server, max_tokens=3, stream_options={"include_usage": True})
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
+    assert last["choices"] == []  # ATOM#1711: the field is there
+    assert "usage" in last
+
+
+def test_9router_1468_unknown_fields_are_ignored_at_every_level(fast_server: SteppedServer) -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "e"}}], "x": [1]}
     tool = {**TOOLS[0], "defer_loading": True, "function": {**TOOLS[0]["function"], "x": 1}}
     body = {"messages": [message], "tools": [tool], "max_tokens": 1, "context_management": {"edits": []}}
-    assert answering.request("POST", CHAT, body | {"stream_options": {"x": 1}}).status == 200
+    assert fast_server.request("POST", CHAT_PATH, body | {"stream_options": {"x": 1}}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -190,206 +180,200 @@ def test_9router_1468_unknown_fields_are_ignored_at_every_level(answering: Stepp
     ],
     ids=str,
 )
-def test_claude_code_69379_thinking_is_never_refused(answering: SteppedServer, fields: dict[str, Any]) -> None:
-    assert answering.request("POST", CHAT, {"messages": USER, "max_tokens": 1} | fields).status == 200
+def test_claude_code_69379_thinking_is_never_refused(fast_server: SteppedServer, fields: dict[str, Any]) -> None:
+    assert fast_server.request("POST", CHAT_PATH, {"messages": USER_MESSAGES, "max_tokens": 1} | fields).status == 200
 
 
 @pytest.mark.parametrize("content", ["", "a", " ", None])
-def test_mlx_lm_1327_a_short_prompt_is_no_404(answering: SteppedServer, content: str | None) -> None:
+def test_mlx_lm_1327_a_short_prompt_is_no_404(fast_server: SteppedServer, content: str | None) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-    assert answering.request("POST", CHAT, body).status == 200
+    assert fast_server.request("POST", CHAT_PATH, body).status == 200
 
 
 def test_mlx_lm_1327_a_defect_is_a_500_and_the_next_request_works(
-    answering: SteppedServer, monkeypatch: pytest.MonkeyPatch
+    fast_server: SteppedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise LookupError("a secret prompt")
 
-    monkeypatch.setattr(LanguageModel, "chat", broken)
-    answer = answering.request("POST", CHAT, {"messages": USER})
+    monkeypatch.setattr(LanguageModel, "chat", raise_error)
+    answer = fast_server.request("POST", CHAT_PATH, {"messages": USER_MESSAGES})
     assert (answer.status, answer.error["type"]) == (500, "server_error")
     assert b"secret" not in answer.body
-    assert "secret" not in "\n".join(answering.lines)
+    assert "secret" not in "\n".join(fast_server.lines)
     monkeypatch.undo()
-    assert answering.request("POST", CHAT, {"messages": USER, "max_tokens": 1}).status == 200
+    assert fast_server.request("POST", CHAT_PATH, {"messages": USER_MESSAGES, "max_tokens": 1}).status == 200
 
 
 def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: LanguageModel) -> None:
-    """service_tier flex, OpenAI's word for slower processing, makes a background request."""
+    """The service_tier "flex", OpenAI's name for slower processing, makes a background request."""
     for tier, priority in (("flex", Priority.BACKGROUND), ("auto", Priority.INTERACTIVE), (None, Priority.INTERACTIVE)):
-        chat = read_chat_request(json.dumps({"messages": USER, "service_tier": tier}).encode())
+        chat = read_chat_request(json.dumps({"messages": USER_MESSAGES, "service_tier": tier}).encode())
         assert model.chat(chat, "").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
-        title = send_chat(server, LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
-        wait_until(lambda: bool(server.tokens.plans), "the title begins")
-        chat_stream = send_chat(server, stream=True, max_tokens=3)
-        wait_until(lambda: server.num_used == 2, "the chat is there")
-        with stepping(server):
-            received = b""
-            while part := chat_stream.recv(65536):
-                received += part
-            assert b"[DONE]" in received
-            while title.recv(65536):
-                pass
-        title.close()
-        chat_stream.close()
-    long_rows = [len(row.token_ids) for step in server.tokens.plans for row in step.rows]
-    assert sum(long_rows) > 180, "the title was computed, too"
+        title = server.send_chat(LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
+        server.wait_for_plan()
+        chat_connection = server.send_chat(stream=True, max_tokens=3)
+        server.wait_for_requests(2)
+        with server.running_stages():
+            for connection in (chat_connection, title):
+                assert b"[DONE]" in receive_answer(connection).body
+    slots = [row.slot for step in server.tokens.plans for row in step.rows]
+    chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]
+    assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "no row of the title is between the chat's"
 
 
-def test_ds4_333_a_prompt_sent_again_goes_on_from_what_was_computed() -> None:
+def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() -> None:
     with stepped_server() as server:
-        first = send_chat(server, LONG_PROMPT, stream=True)
-        wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
-        server.tokens.run_until(
-            lambda: sum(len(row.token_ids) for step in server.tokens.plans for row in step.rows) > 80
-        )
+        first = server.send_chat(LONG_PROMPT, stream=True)
+        server.wait_for_plan()
+        server.tokens.run_until(lambda: server.num_planned_tokens > 80)
         first.close()
-        wait_until(lambda: server.num_used == 0, "the request is gone")
-        with stepping(server):
-            body = {"messages": [{"role": "user", "content": LONG_PROMPT}], "max_tokens": 1}
-            usage = server.request("POST", CHAT, body).json["usage"]
+        server.wait_for_requests(0)
+        with server.running_stages():
+            usage = receive_answer(server.send_chat(LONG_PROMPT, max_tokens=1)).json["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 64
 
 
-# ---- what was wrong with Kimi K2
+# ---- errors with Kimi K2
 
 
-def test_vllm_kimi_k2_accuracy_the_prompt_ends_with_the_assistants_header(answering: SteppedServer) -> None:
-    tokens = prompt_of(answering, messages=USER)
-    text = answering.request("POST", "/detokenize", {"tokens": tokens}).json["prompt"]
+def test_vllm_kimi_k2_accuracy_the_prompt_ends_with_the_assistants_header(fast_server: SteppedServer) -> None:
+    ids = prompt_ids(fast_server, messages=USER_MESSAGES)
+    text = fast_server.request("POST", "/detokenize", {"tokens": ids}).json["prompt"]
     assert text.endswith("<|im_user|>user<|im_middle|>a<|im_end|><|im_assistant|>assistant<|im_middle|>")
 
 
-@pytest.mark.parametrize("content", [[{"type": "text", "text": "a"}], [{"type": "text", "text": ""}, {"text": "a"}]])
-def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(answering: SteppedServer, content: list[Any]) -> None:
-    content = [{"type": "text"} | part for part in content]
-    assert prompt_of(answering, messages=[{"role": "user", "content": content}]) == prompt_of(answering, messages=USER)
+@pytest.mark.parametrize("texts", [["a"], ["", "a"]])
+def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(fast_server: SteppedServer, texts: list[str]) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+    assert prompt_ids(fast_server, messages=messages) == prompt_ids(fast_server, messages=USER_MESSAGES)
 
 
 def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-        stages.fail_at = 20
-        server.tokens.cancel()
-        sent = server.request("POST", CHAT, {"messages": USER, "tools": TOOLS, "stream": True}).body
-    assert b'"error"' in sent
-    assert b"<|" not in sent
+    with forced_server(CALLS_REPLY) as server:
+        server.fail_once(20, restarts=False)
+        body = server.request("POST", CHAT_PATH, REQUEST | {"stream": True}).body
+    assert b'"error"' in body
+    assert b"<|" not in body
 
 
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
 )
 def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server, choice: object) -> None:
-    body = {"messages": test_chat_completions.ASKED, "tools": test_chat_completions.WEATHER, "temperature": 0}
-    (found,) = server.request("POST", CHAT, body | {"tool_choice": choice, "max_tokens": 100}).json["choices"]
-    (made, *_) = found["message"]["tool_calls"]
-    assert (made["id"], made["function"]["name"]) == ("functions.get_weather:0", "get_weather")
-    assert found["finish_reason"] in ("tool_calls", "length")
-    assert "<|" not in found["message"]["content"]
+    body = {"messages": SUM_QUESTION, "tools": WEATHER_TOOLS, "temperature": 0, "tool_choice": choice}
+    (reply,) = server.request("POST", CHAT_PATH, body | {"max_tokens": 100}).json["choices"]
+    first_call, *_ = reply["message"]["tool_calls"]
+    assert (first_call["id"], first_call["function"]["name"]) == ("functions.get_weather:0", "get_weather")
+    assert reply["finish_reason"] in ("tool_calls", "length")
+    assert "<|" not in reply["message"]["content"]
 
 
-def test_vllm_37397_a_literal_extra_body_is_refused(answering: SteppedServer) -> None:
+def test_vllm_37397_a_literal_extra_body_is_refused(fast_server: SteppedServer) -> None:
     extra = {"chat_template_kwargs": {"thinking": False}}
-    answer = answering.request("POST", CHAT, {"messages": USER, "extra_body": extra})
+    answer = fast_server.request("POST", CHAT_PATH, {"messages": USER_MESSAGES, "extra_body": extra})
     assert (answer.status, answer.error["param"]) == (400, "extra_body")
 
 
 def test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reasoning() -> None:
     for name in ("calls", "calls within the reasoning"):
-        with forcing(REPLIES[name][0]) as (server, client, _), stepping(server):
-            body = body_of(client)
+        with forced_server(REPLIES[name].text) as server:
+            body = reply_fields(server.client)
         assert body["finish_reason"] == "tool_calls"
         assert body["reasoning"] == "Think first."
 
 
 def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be_sampled(model: LanguageModel) -> None:
-    body = {"messages": USER, "tools": TOOLS, "tool_choice": "none"}
+    body = {"messages": USER_MESSAGES, "tools": TOOLS, "tool_choice": "none"}
     generation = model.chat(read_chat_request(json.dumps(body).encode()), "")
-    plain = model.chat(read_chat_request(json.dumps({"messages": USER}).encode()), "")
+    plain = model.chat(read_chat_request(json.dumps({"messages": USER_MESSAGES}).encode()), "")
     (submission,) = generation.submissions
     assert submission.policy is not None
     assert submission.request.prompt_ids == plain.submissions[0].request.prompt_ids
     mask = submission.policy.token_mask(())
     assert mask is not None
-    special = builtin_tokenizer().special_ids
-    banned = {"<|tool_calls_section_begin|>": False, "<|tool_call_begin|>": False, "<|im_end|>": True}
-    assert {name: mask.allows(special[name]) for name in banned} == banned
+    special_ids = builtin_tokenizer().special_ids
+    assert mask.allows(special_ids["<|im_end|>"])
+    for marker in ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"):
+        assert not mask.allows(special_ids[marker])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
 def test_vllm_38579_draft_tokens_that_cross_markers_change_nothing(name: str) -> None:
     """The reply is repeated, so that the drafter proposes its markers."""
-    reply = REPLIES[name][0]
-    history: list[Any] = [*USER]
-    with forcing(reply) as (server, client, _), stepping(server):
-        without = comparable(client.chat.completions.create(model="m", messages=history, tools=TOOLS).to_dict())
-    with forcing(reply, drafts=True) as (server, client, _), stepping(server):
+    reply = REPLIES[name].text
+    with forced_server(reply) as server:
+        without_drafts = reply_fields(server.client)
+    with forced_server(reply, drafts=True) as server:
         for _ in range(2):
-            assert body_of(client) == without
-            assert accumulated(client) == without
+            assert reply_fields(server.client) == without_drafts
+            assert streamed_reply_fields(server.client) == without_drafts
 
 
 def test_vllm_54701_streams_side_by_side_do_not_mix() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, _), stepping(server):
-        body = body_of(client)
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(lambda seed: accumulated(client, seed=seed), range(4))) == [body] * 4
+    with forced_server(CALLS_REPLY) as server, ThreadPoolExecutor(4) as pool:
+        body = reply_fields(server.client)
+        replies = list(pool.map(lambda seed: streamed_reply_fields(server.client, seed=seed), range(4)))
+    assert replies == [body] * 4
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
-def test_sglang_8087_strict_tools_are_accepted(answering: SteppedServer, strict: bool | None) -> None:
+def test_sglang_8087_strict_tools_are_accepted(fast_server: SteppedServer, strict: bool | None) -> None:
     tool = {"type": "function", "function": {"name": "f", "strict": strict}}
-    assert answering.request("POST", CHAT, {"messages": USER, "tools": [tool], "max_tokens": 1}).status == 200
+    body = {"messages": USER_MESSAGES, "tools": [tool], "max_tokens": 1}
+    assert fast_server.request("POST", CHAT_PATH, body).status == 200
 
 
 def test_sglang_23363_names_with_dots_and_hyphens_stay_whole() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, _), stepping(server):
-        assert [name for _, name, _ in body_of(client)["calls"]] == ["f", "mcp__a-b.c"]
+    with forced_server(CALLS_REPLY) as server:
+        assert [name for _, name, _ in reply_fields(server.client)["calls"]] == ["f", "mcp__a-b.c"]
 
 
 def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
     for fields, finish_reason in (({}, "stop"), ({"max_tokens": 2}, "length")):
-        with forcing(REPLIES["reasoning alone"][0]) as (server, client, _), stepping(server):
-            body = body_of(client, **fields)
+        with forced_server(REPLIES["reasoning alone"].text) as server:
+            body = reply_fields(server.client, **fields)
         assert body["reasoning"]
         assert (body["content"], body["finish_reason"]) == ("", finish_reason)
 
 
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
-    by_model = test_chat_reply.answered(f"<think>a</think>b{CALL}")
-    by_prompt = test_chat_reply.answered(f"a</think>b{CALL}", in_reasoning=True)
-    assert by_model | {"usage": {}} == by_prompt | {"usage": {}}
+    by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL}")
+    by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL}", in_reasoning=True)
+    assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is a token"
+    assert by_model == by_prompt
     assert by_model["reasoning"] == "a"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
 def test_openrouter_420_the_finish_reason_is_sent_exactly_once(name: str) -> None:
-    with forcing(REPLIES[name][0]) as (server, _, _), stepping(server):
-        events = events_of(server)
-    reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
-    assert reasons[-1] == REPLIES[name][1]
-    assert set(reasons[:-1]) == {None}
+    with forced_server(REPLIES[name].text) as server:
+        chunks = chunks_of(server)
+    *earlier_reasons, last_reason = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert set(earlier_reasons) == {None}
+    assert last_reason == REPLIES[name].finish_reason
 
 
 @pytest.mark.slow
-def test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing(answering: SteppedServer) -> None:
-    """One run of one character, and one of spaces: both are hard for a tokenizer. /health answers meanwhile."""
-    for text in ("a" * (8 << 20), " " * (8 << 20)):
-        body = {"messages": [{"role": "user", "content": text}]}
-        answers: list[Any] = []
-        sending = threading.Thread(target=lambda: answers.append(answering.request("POST", CHAT, body)))  # noqa: B023
-        sending.start()
-        while sending.is_alive():
-            assert answering.request("GET", "/health").status == 200
-            sending.join(0.1)
-        assert (answers[0].status, answers[0].error["code"]) == (400, "context_length_exceeded")
+@pytest.mark.parametrize("character", ["a", " "])
+def test_cheshire_cat_1118_a_text_of_8_mib_is_refused_while_health_is_answered(
+    fast_server: SteppedServer, character: str
+) -> None:
+    """A long run of one character is hard for a tokenizer."""
+    body = {"messages": [{"role": "user", "content": character * (8 << 20)}]}
+    with ThreadPoolExecutor(1) as pool:
+        chat = pool.submit(fast_server.request, "POST", CHAT_PATH, body)
+        while not chat.done():
+            assert fast_server.request("GET", "/health").status == 200
+            wait([chat], timeout=0.1)
+    assert (chat.result().status, chat.result().error["code"]) == (400, "context_length_exceeded")
 
 
 Test = Callable[..., None]
-CLIENTS: dict[str, tuple[Test, ...]] = {
+TESTS_BY_CLIENT_ERROR: dict[str, tuple[Test, ...]] = {
     "a hash in the system prompt": (
         test_messages_request.test_the_billing_line_is_dropped_at_the_start_of_system_only,
         test_issues_with_messages.test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached,
@@ -408,7 +392,10 @@ CLIENTS: dict[str, tuple[Test, ...]] = {
     "repeated, null or empty id, name and role": (
         test_zed_54872_and_opencode_43328_id_name_and_role_are_sent_once_and_never_empty,
     ),
-    "choices: []": (test_openai4j_60_a_chunk_without_choices_comes_only_when_usage_is_asked_for,),
+    "choices: []": (
+        test_openai4j_60_without_a_request_for_usage_each_chunk_has_choices,
+        test_openai4j_60_usage_is_in_the_only_chunk_without_choices,
+    ),
     "unknown fields refused": (
         test_9router_1468_unknown_fields_are_ignored_at_every_level,
         test_messages_request.test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level,
@@ -418,7 +405,7 @@ CLIENTS: dict[str, tuple[Test, ...]] = {
         test_claude_code_69379_thinking_is_never_refused,
         test_issues_with_messages.test_claude_code_69379_thinking_is_never_refused,
     ),
-    "a disconnect not noticed": (
+    "a closed connection not detected": (
         test_life_of_a_request.test_a_hang_up_in_the_queue_ends_the_request,
         test_life_of_a_request.test_a_hang_up_in_prefill_stops_the_prompt,
         test_life_of_a_request.test_a_hang_up_in_decode_ends_the_answer,
@@ -429,19 +416,19 @@ CLIENTS: dict[str, tuple[Test, ...]] = {
     ),
     "requests for titles": (
         test_open_webui_28413_a_request_for_a_title_waits_for_the_chat,
-        test_issues_with_messages.test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not,
+        test_issues_with_messages.test_open_webui_28413_a_request_for_a_title_is_brief_and_an_agents_is_not,
     ),
-    "count_tokens": (
+    "inexact or slow counts of tokens": (
         test_issues_with_messages.test_lms_2055_a_count_is_exact,
         test_issues_with_messages.test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model,
     ),
-    "an adapter that disagrees with its body": (
-        test_chat_reply.test_the_client_accumulates_the_body_from_any_cut_of_the_stream,
-        test_messages_format.test_the_client_accumulates_the_body_from_any_cut_of_the_stream,
+    "a stream that differs from its body": (
+        test_chat_reply.test_the_client_accumulates_the_body_for_any_groups_of_events,
+        test_messages_format.test_the_client_accumulates_the_body_for_any_groups_of_events,
     ),
-    "a prompt sent again": (test_ds4_333_a_prompt_sent_again_goes_on_from_what_was_computed,),
+    "a prompt sent again": (test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended,),
 }
-MODEL: dict[str, tuple[Test, ...]] = {
+TESTS_BY_MODEL_ERROR: dict[str, tuple[Test, ...]] = {
     "no header of the assistant": (test_vllm_kimi_k2_accuracy_the_prompt_ends_with_the_assistants_header,),
     "content as a list": (test_vllm_kimi_k2_accuracy_parts_of_content_are_joined,),
     "ids without separators": (test_chat_reply.test_a_name_without_its_separators_is_found_among_the_declared_tools,),
@@ -455,19 +442,17 @@ MODEL: dict[str, tuple[Test, ...]] = {
     ),
     "draft tokens across markers": (test_vllm_38579_draft_tokens_that_cross_markers_change_nothing,),
     "state shared by streams": (test_vllm_54701_streams_side_by_side_do_not_mix,),
-    "two parsers": (test_chat_reply.test_the_client_accumulates_the_body_from_any_cut_of_the_stream,),
-    "strict": (test_sglang_8087_strict_tools_are_accepted,),
-    "names": (test_sglang_23363_names_with_dots_and_hyphens_stay_whole,),
+    "two parsers": (test_chat_reply.test_the_client_accumulates_the_body_for_any_groups_of_events,),
+    "strict refused": (test_sglang_8087_strict_tools_are_accepted,),
+    "names with dots and hyphens": (test_sglang_23363_names_with_dots_and_hyphens_stay_whole,),
     "reasoning without an end": (test_sglang_23341_reasoning_that_never_ends_is_kept,),
-    "a section without a readable call": (
-        test_chat_reply.test_a_section_without_a_readable_call_is_content_and_never_nothing,
-    ),
-    "who opens the reasoning": (test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model,),
+    "a section without a readable call": (test_chat_reply.test_a_section_without_a_readable_call_is_content,),
+    "reasoning opened by prompt or model": (test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model,),
     "reasoning of turns with calls": (test_opencode_16318_missing_reasoning_is_accepted_and_put_back,),
     "no finish_reason": (test_openrouter_420_the_finish_reason_is_sent_exactly_once,),
     "ids that are not the model's": (
         test_chat_completions.test_ids_of_any_form_in_the_history_give_the_same_prompt,
-        test_issues_with_messages.test_kimi_k2_128_ids_of_any_form_are_written_as_the_model_knows_them,
+        test_issues_with_messages.test_kimi_k2_128_ids_of_any_form_have_the_models_form_in_the_prompt,
     ),
     "arguments in one piece": (test_chat_reply.test_arguments_are_streamed_as_they_are_sampled,),
     "an id twice": (test_chat_reply.test_a_new_calls_number_is_above_all_that_occur,),
@@ -486,12 +471,12 @@ MODEL: dict[str, tuple[Test, ...]] = {
         test_constrained_replies.test_reasoning_comes_before_a_required_call_and_an_answer_in_json,
         test_constrained_replies.test_the_model_may_begin_reasoning_before_a_constrained_answer,
     ),
-    "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_8_mb_ends_nothing,),
+    "a tokenizer's stack": (test_cheshire_cat_1118_a_text_of_8_mib_is_refused_while_health_is_answered,),
 }
 
 
 def test_every_test_of_this_file_is_in_a_list() -> None:
-    listed = {test for tests in (*CLIENTS.values(), *MODEL.values()) for test in tests}
-    here = {found for name, found in globals().items() if name.startswith("test_") and callable(found)}
-    assert here - listed == {test_every_test_of_this_file_is_in_a_list}
-    assert (len(CLIENTS), len(MODEL)) == (14, 26)
+    rows = (*TESTS_BY_CLIENT_ERROR.values(), *TESTS_BY_MODEL_ERROR.values())
+    tests = {value for name, value in globals().items() if name.startswith("test_") and callable(value)}
+    assert tests - {test for row in rows for test in row} == {test_every_test_of_this_file_is_in_a_list}
+    assert (len(TESTS_BY_CLIENT_ERROR), len(TESTS_BY_MODEL_ERROR)) == (14, 26)

@@ -1,11 +1,10 @@
-"""Tests of what broke Claude Code and other clients of the Messages API with other servers.
+"""Tests of errors that other servers had with Claude Code and other clients of the Messages API.
 
-A test is named after an issue. Further ones are in `test_messages_format` and `test_messages_request`.
+A test is named after an issue where the error was described.
 """
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,51 +13,47 @@ import pytest
 from mlx_k2.scheduling.request import Priority
 from mlx_k2.server.messages_request import MessagesRequest
 from mlx_k2.server.request_fields import read_fields
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
-from tests.server.messages_client import CLIENT_TOOLS, MESSAGES, USER, client_of, whole
+from tests.server.forced_replies import USER_MESSAGES
+from tests.server.in_process import SteppedServer, stepped_server
+from tests.server.messages_client import CLIENT_TOOLS, MESSAGES_PATH, client_of, create_message
 from tests.server.server_process import Server
-from tests.server.test_life_of_a_request import send
-
-
-@pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
-    with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
-        yield server
 
 
 def prompt_text(server: SteppedServer, **fields: Any) -> str:
     """Return the prompt of a request as text."""
-    body = {"max_tokens": 5, "messages": USER, "tools": CLIENT_TOOLS} | fields
+    body = {"max_tokens": 5, "messages": USER_MESSAGES, "tools": CLIENT_TOOLS} | fields
+    chat = read_fields(json.dumps(body).encode(), MessagesRequest).chat
     model = server.state.model()
-    return model.text_of(model.chat_prompt(read_fields(json.dumps(body).encode(), MessagesRequest).chat, "")[0])
+    prompt_ids, *_ = model.chat_prompt(chat, "")
+    return model.text_of(prompt_ids)
 
 
-def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(answering: SteppedServer) -> None:
-    client = client_of(answering)
+def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(fast_server: SteppedServer) -> None:
+    client = client_of(fast_server)
     usages = []
     for number in range(2):
         billing = f"x-anthropic-billing-header: cc_version=2.1.36; cch={number:05x}"
         system = [{"type": "text", "text": billing}, {"type": "text", "text": "Be short."}]
-        usages.append(whole(client, system=system, max_tokens=2)["usage"])
+        usages.append(create_message(client, system=system, max_tokens=2)["usage"])
     assert usages[1]["input_tokens"] == 1
 
 
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "new"}, None])
-def test_claude_code_69379_thinking_is_never_refused(answering: SteppedServer, thinking: Any) -> None:
-    fields = {} if thinking is None else {"thinking": thinking}
-    assert answering.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER} | fields).status == 200
+def test_claude_code_69379_thinking_is_never_refused(fast_server: SteppedServer, thinking: Any) -> None:
+    body = {"max_tokens": 1, "messages": USER_MESSAGES} | ({} if thinking is None else {"thinking": thinking})
+    assert fast_server.request("POST", MESSAGES_PATH, body).status == 200
 
 
-def test_copilot_api_217_server_tools_are_left_out(answering: SteppedServer) -> None:
+def test_copilot_api_217_server_tools_are_left_out(fast_server: SteppedServer) -> None:
     tools = [*CLIENT_TOOLS, {"type": "web_search_20250305", "name": "web_search"}]
-    assert prompt_text(answering, tools=tools) == prompt_text(answering)
-    assert answering.request("POST", MESSAGES, {"max_tokens": 1, "messages": USER, "tools": tools}).status == 200
+    assert prompt_text(fast_server, tools=tools) == prompt_text(fast_server)
+    body = {"max_tokens": 1, "messages": USER_MESSAGES, "tools": tools}
+    assert fast_server.request("POST", MESSAGES_PATH, body).status == 200
 
 
 def test_lms_2055_a_count_is_exact(server: Server) -> None:
     client = client_of(server)
-    fields: dict[str, Any] = {"model": "m", "system": "Be short.", "messages": USER, "tools": CLIENT_TOOLS}
+    fields: dict[str, Any] = {"model": "m", "system": "Be short.", "messages": USER_MESSAGES, "tools": CLIENT_TOOLS}
     usage = client.messages.create(max_tokens=1, **fields).usage
     counted = client.messages.count_tokens(**fields).input_tokens
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
@@ -66,46 +61,47 @@ def test_lms_2055_a_count_is_exact(server: Server) -> None:
 
 def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() -> None:
     with stepped_server(max_queued=1) as server, ThreadPoolExecutor(8) as pool:
-        waiting = [send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER})]
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
-        waiting.append(send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER}))
-        wait_until(lambda: server.num_used == 2, "the model is busy, and the queue is full")
-        began = time.monotonic()
-        path = f"{MESSAGES}/count_tokens?beta=true"
-        answers = list(pool.map(lambda _: server.request("POST", path, {"messages": USER}), range(50)))
-        assert time.monotonic() - began < 30
+        body = {"max_tokens": 5, "messages": USER_MESSAGES}
+        running = server.send("POST", MESSAGES_PATH, body)
+        server.wait_for_plan()
+        queued = server.send("POST", MESSAGES_PATH, body)
+        server.wait_for_requests(2)
+        started_at = time.monotonic()
+        path = f"{MESSAGES_PATH}/count_tokens?beta=true"
+        answers = list(pool.map(lambda _: server.request("POST", path, {"messages": USER_MESSAGES}), range(50)))
+        assert time.monotonic() - started_at < 30
         assert {answer.status for answer in answers} == {200}
-        for connection in waiting:
-            connection.close()
+        running.close()
+        queued.close()
 
 
-def test_kimi_k2_128_ids_of_any_form_are_written_as_the_model_knows_them(answering: SteppedServer) -> None:
-    def loop(*ids: str) -> list[Any]:
-        messages = list(USER)
-        for number, written in enumerate(ids):
-            call = {"type": "tool_use", "id": written, "name": "f", "input": {"n": number}}
-            result = {"type": "tool_result", "tool_use_id": written, "content": "r"}
+def test_kimi_k2_128_ids_of_any_form_have_the_models_form_in_the_prompt(fast_server: SteppedServer) -> None:
+    def history(*ids: str) -> list[Any]:
+        messages = list(USER_MESSAGES)
+        for number, call_id in enumerate(ids):
+            call = {"type": "tool_use", "id": call_id, "name": "f", "input": {"n": number}}
+            result = {"type": "tool_result", "tool_use_id": call_id, "content": "r"}
             messages += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
         return messages
 
-    found = prompt_text(answering, messages=loop("toolu_01A", "functions_f_0"))
-    assert found == prompt_text(answering, messages=loop("functions.f:0", "functions.f:1"))
-    assert found.count("functions.f:0") == found.count("functions.f:1") == 2
+    text = prompt_text(fast_server, messages=history("toolu_01A", "functions_f_0"))
+    assert text == prompt_text(fast_server, messages=history("functions.f:0", "functions.f:1"))
+    assert text.count("functions.f:0") == text.count("functions.f:1") == 2, "in the call and in its result"
 
 
-def test_open_webui_28413_a_title_is_a_brief_request_and_an_agents_is_not(answering: SteppedServer) -> None:
-    model = answering.state.model()
+def test_open_webui_28413_a_request_for_a_title_is_brief_and_an_agents_is_not(fast_server: SteppedServer) -> None:
+    model = fast_server.state.model()
     for fields, priority in (
         ({"max_tokens": 512}, Priority.BRIEF),
         ({"max_tokens": 512, "tools": CLIENT_TOOLS}, Priority.INTERACTIVE),
         ({"max_tokens": 32000}, Priority.INTERACTIVE),
     ):
-        chat = read_fields(json.dumps({"messages": USER} | fields).encode(), MessagesRequest).chat
+        chat = read_fields(json.dumps({"messages": USER_MESSAGES} | fields).encode(), MessagesRequest).chat
         assert model.chat(chat, "").submissions[0].request.priority is priority
 
 
-def test_exo_an_errors_word_reaches_the_model(answering: SteppedServer) -> None:
+def test_exo_the_prompt_shows_that_a_tool_failed(fast_server: SteppedServer) -> None:
     call = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "x", "content": "no such file", "is_error": True}
-    messages = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
-    assert "Error: no such file" in prompt_text(answering, messages=messages)
+    messages = [*USER_MESSAGES, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert "Error: no such file" in prompt_text(fast_server, messages=messages)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,162 +14,158 @@ from mlx_k2.server import access, routes
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.forced_replies import REPLIES, forcing
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
+from tests.server.forced_replies import CALLS_REPLY, REPLIES, TEXT_REPLY, USER_MESSAGES, forced_server
+from tests.server.http_client import WAIT_S, HttpAnswer, receive_until
+from tests.server.in_process import SteppedServer, stepped_server
 from tests.server.messages_client import (
     CLIENT_TOOLS,
-    MESSAGES,
-    USER,
-    accumulated,
+    MESSAGES_PATH,
     client_of,
-    comparable,
+    comparable_fields,
+    create_message,
     error_of,
-    whole,
+    stream_message,
 )
-from tests.server.server_process import WAIT_S, HttpAnswer, Server
-from tests.server.test_life_of_a_request import receive_until, send
+from tests.server.server_process import Server
 from tests.text.replies import call, section
 
-ENDS: dict[str, dict[str, Any]] = {
-    "length": {"max_tokens": 9},
-    "stop": {"stop_sequences": ["answer"]},
-    "no thinking shown": {"thinking": {"type": "adaptive", "display": "omitted"}},
-}
-
-
-@pytest.fixture(scope="module")
-def answering() -> Iterator[SteppedServer]:
-    """A server that answers at once, with tokens of no meaning."""
-    with stepped_server(num_slots=4, chunk_tokens=512) as server, stepping(server):
-        yield server
+MAX_TOKENS = {"max_tokens": 9}
+STOP_SEQUENCE = {"stop_sequences": ["answer"]}
+OMITTED_THINKING = {"thinking": {"type": "adaptive", "display": "omitted"}}
 
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> None:
-    reply, finish_reason = REPLIES[name]
-    with forcing(reply) as (server, _, _), stepping(server):
+    with forced_server(REPLIES[name].text) as server:
         client = client_of(server)
-        for fields in ({}, *ENDS.values()):
-            body = whole(client, **fields)
-            assert comparable(accumulated(client, **fields)) == comparable(body)
-        content = whole(client)["content"]
+        variants: tuple[dict[str, Any], ...] = ({}, MAX_TOKENS, STOP_SEQUENCE, OMITTED_THINKING)
+        for fields in variants:
+            body = create_message(client, **fields)
+            assert comparable_fields(stream_message(client, **fields)) == comparable_fields(body)
+        content = create_message(client)["content"]
     calls = [(block["id"], block["name"], block["input"]) for block in content if block["type"] == "tool_use"]
     if "calls" in name:
-        inputs = ({"text": "one two three four five"}, {"number": 5777})
-        assert calls == list(zip(("functions.f:0", "functions.mcp__a-b.c:1"), ("f", "mcp__a-b.c"), inputs, strict=True))
-    assert bool(calls) is (finish_reason == "tool_calls" and name != "broken arguments")
+        assert calls == [
+            ("functions.f:0", "f", {"text": "one two three four five"}),
+            ("functions.mcp__a-b.c:1", "mcp__a-b.c", {"number": 5777}),
+        ]
+    assert bool(calls) is (REPLIES[name].finish_reason == "tool_calls" and name != "broken arguments")
 
 
 def test_the_asynchronous_client_accumulates_the_same() -> None:
-    async def asked(url: str) -> list[dict[str, Any]]:
-        request: Any = {"model": "m", "max_tokens": 500, "messages": USER, "tools": CLIENT_TOOLS}
+    async def receive(url: str) -> list[dict[str, Any]]:
+        request: Any = {"model": "m", "max_tokens": 500, "messages": USER_MESSAGES, "tools": CLIENT_TOOLS}
         async with AsyncAnthropic(base_url=url, api_key="any", max_retries=0, timeout=WAIT_S) as client:
             body = (await client.messages.create(**request)).to_dict()
             async with client.messages.stream(**request) as stream:
                 return [body, (await stream.get_final_message()).to_dict()]
 
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
-        body, streamed = asyncio.run(asked(server.url))
-        assert comparable(streamed) == comparable(body) == comparable(whole(client_of(server)))
+    with forced_server(CALLS_REPLY) as server:
+        expected = comparable_fields(create_message(client_of(server)))
+        assert [comparable_fields(message) for message in asyncio.run(receive(server.url))] == [expected] * 2
 
 
-def test_the_reasons_of_the_end_are_anthropics() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
-        client = client_of(server)
-        ends = [
-            (message["stop_reason"], message["stop_sequence"])
-            for message in (whole(client), whole(client, **ENDS["length"]), whole(client, **ENDS["stop"]))
-        ]
-    assert ends == [("end_turn", None), ("max_tokens", None), ("stop_sequence", "answer")]
+@pytest.mark.parametrize(
+    ("fields", "stop_reason", "stop_sequence"),
+    [({}, "end_turn", None), (MAX_TOKENS, "max_tokens", None), (STOP_SEQUENCE, "stop_sequence", "answer")],
+)
+def test_the_stop_reasons_are_anthropics(fields: dict[str, Any], stop_reason: str, stop_sequence: str | None) -> None:
+    with forced_server(TEXT_REPLY) as server:
+        message = create_message(client_of(server), **fields)
+    assert (message["stop_reason"], message["stop_sequence"]) == (stop_reason, stop_sequence)
 
 
-@pytest.mark.parametrize("arguments", ['{"a": ', '{"a": "b', ""])
-@pytest.mark.parametrize("ask", [whole, accumulated])
-def test_broken_arguments_are_text_and_never_a_tool_use(arguments: str, ask: Any) -> None:
-    """The forced tokens pass by the grammar, which a real model's cannot."""
+@pytest.mark.parametrize("arguments", ['{"a": ', '{"a": "b'])
+@pytest.mark.parametrize("receive", [create_message, stream_message])
+def test_broken_arguments_are_text_and_never_a_tool_use(arguments: str, receive: Any) -> None:
+    """Forced tokens are not restricted by the grammar, which gives a real model no such arguments."""
     reply = "<think></think>" + section(call("functions.f:0", arguments), call("functions.f:1", '{"b": 2}'))
-    with forcing(reply) as (server, _, _), stepping(server):
-        message = ask(client_of(server))
-    inputs = [block["input"] for block in message["content"] if block["type"] == "tool_use"]
-    assert inputs == ([{"b": 2}] if arguments else [{}, {"b": 2}])
-    if arguments:
-        assert message["content"][0] == {"type": "text", "text": "functions.f:0" + arguments}
+    with forced_server(reply) as server:
+        text, tool_use = receive(client_of(server))["content"]
+    assert text == {"type": "text", "text": "functions.f:0" + arguments}
+    assert (tool_use["type"], tool_use["input"]) == ("tool_use", {"b": 2})
 
 
-def test_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
-    eager = [{**tool, "eager_input_streaming": True} for tool in CLIENT_TOOLS]
-    counts = []
-    with forcing(REPLIES["calls"][0]) as (server, _, _), stepping(server):
-        for tools in (CLIENT_TOOLS, eager):
-            request = {"max_tokens": 500, "messages": USER, "tools": tools, "stream": True}
-            counts.append(server.request("POST", MESSAGES, request).body.count(b"input_json_delta"))
-        assert comparable(accumulated(client_of(server), tools=eager)) == comparable(whole(client_of(server)))
-    assert counts[0] == 2
-    assert counts[1] > 8
+@pytest.mark.parametrize("receive", [create_message, stream_message])
+def test_missing_arguments_are_an_empty_object(receive: Any) -> None:
+    with forced_server("<think></think>" + section(call("functions.f:0", ""))) as server:
+        (tool_use,) = receive(client_of(server))["content"]
+    assert (tool_use["type"], tool_use["input"]) == ("tool_use", {})
+
+
+def test_only_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
+    eager_tools = [{**tool, "eager_input_streaming": True} for tool in CLIENT_TOOLS]
+
+    def num_deltas(server: SteppedServer, tools: list[Any]) -> int:
+        request = {"max_tokens": 500, "messages": USER_MESSAGES, "tools": tools, "stream": True}
+        return server.request("POST", MESSAGES_PATH, request).body.count(b"input_json_delta")
+
+    with forced_server(CALLS_REPLY) as server:
+        assert num_deltas(server, CLIENT_TOOLS) == 2, "one for each call"
+        assert num_deltas(server, eager_tools) > 8
+        eager_message = stream_message(client_of(server), tools=eager_tools)
+        assert comparable_fields(eager_message) == comparable_fields(create_message(client_of(server)))
 
 
 def test_a_stream_begins_with_the_prompts_tokens_and_a_ping() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
-        counted = client_of(server).messages.count_tokens(model="m", messages=USER, tools=CLIENT_TOOLS).input_tokens
-        request = {"max_tokens": 20, "messages": USER, "tools": CLIENT_TOOLS, "stream": True}
-        answer = server.request("POST", MESSAGES, request)
-        lines = [line for line in answer.body.decode().split("\n") if line.startswith(("event: ", "data: "))]
-    events = list(zip(lines[::2], lines[1::2], strict=True))
-    for name, data in events:
-        assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
-    assert [name for name, _ in events[:2]] == ["event: message_start", "event: ping"]
-    assert json.loads(events[0][1].removeprefix("data: "))["message"]["usage"]["input_tokens"] == counted
-    assert events[-1][0] == "event: message_stop"
+    prompt: dict[str, Any] = {"messages": USER_MESSAGES, "tools": CLIENT_TOOLS}
+    with forced_server(TEXT_REPLY) as server:
+        num_prompt_tokens = client_of(server).messages.count_tokens(model="m", **prompt).input_tokens
+        answer = server.request("POST", MESSAGES_PATH, prompt | {"max_tokens": 20, "stream": True})
+    start, ping, *_, stop = answer.events
+    assert start["message"]["usage"]["input_tokens"] == num_prompt_tokens
+    assert [event["type"] for event in (start, ping, stop)] == ["message_start", "ping", "message_stop"]
+    names = [line for line in answer.body.decode().split("\n") if line.startswith("event: ")]
+    assert names == [f"event: {event['type']}" for event in answer.events]
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
 
 
 def test_pings_are_sent_while_nothing_is_computed() -> None:
-    ping = b'event: ping\ndata: {"type":"ping"}\n\n'
-    with stepped_server(ServerOptions(keepalive_s=0.02)) as server:
-        connection = send(server, "POST", MESSAGES, {"max_tokens": 5, "messages": USER, "stream": True})
-        received = b""
-        for _ in range(3):
-            received = receive_until(connection, ping, received).partition(ping)[2]
-        connection.close()
+    request = {"max_tokens": 5, "messages": USER_MESSAGES, "stream": True}
+    with (
+        stepped_server(ServerOptions(keepalive_s=0.02)) as server,
+        server.send("POST", MESSAGES_PATH, request) as connection,
+    ):
+        receive_until(connection, b'event: ping\ndata: {"type":"ping"}\n\n', count=3)
 
 
 def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
-    with forcing(REPLIES["text"][0]) as (server, _, _), stepping(server):
+    with forced_server(TEXT_REPLY) as server:
         client = client_of(server)
-        warm = whole(client, max_tokens=0)
-        assert (warm["content"], warm["stop_reason"], warm["usage"]["output_tokens"]) == ([], "max_tokens", 0)
-        assert comparable(accumulated(client, max_tokens=0)) == comparable(warm)
-        after = whole(client)["usage"]
-        assert after["input_tokens"] == 1
-        assert after["cache_read_input_tokens"] == warm["usage"]["input_tokens"] - 1
+        empty = create_message(client, max_tokens=0)
+        assert (empty["content"], empty["stop_reason"], empty["usage"]["output_tokens"]) == ([], "max_tokens", 0)
+        assert comparable_fields(stream_message(client, max_tokens=0)) == comparable_fields(empty)
+        usage = create_message(client)["usage"]
+        assert usage["input_tokens"] == 1, "all but the last position is cached"
+        assert usage["cache_read_input_tokens"] == empty["usage"]["input_tokens"] - 1
 
 
 def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
     with stepped_server(max_queued=1) as server:
-        body = {"max_tokens": 5, "messages": USER, "stream": True}
-        connections = [send(server, "POST", MESSAGES, body)]
-        wait_until(lambda: bool(server.tokens.plans), "the first request runs")
-        connections.append(send(server, "POST", MESSAGES, body))
-        wait_until(lambda: server.num_used == 2, "both requests are there")
+        body = {"max_tokens": 5, "messages": USER_MESSAGES, "stream": True}
+        running = server.send("POST", MESSAGES_PATH, body)
+        server.wait_for_plan()
+        waiting = server.send("POST", MESSAGES_PATH, body)
+        server.wait_for_requests(2)
         with pytest.raises(APIStatusError) as caught:
-            whole(client_of(server))
-        counted = client_of(server).messages.count_tokens(model="m", messages=USER)
-        for connection in connections:
-            connection.close()
+            create_message(client_of(server))
+        count = client_of(server).messages.count_tokens(model="m", messages=USER_MESSAGES)
+        running.close()
+        waiting.close()
     assert (caught.value.status_code, error_of(caught.value.body)[0]) == (529, "overloaded_error")
     assert int(caught.value.response.headers["retry-after"]) >= 1
-    assert counted.input_tokens > 0, "a count waits for nothing"
+    assert count.input_tokens > 0, "a count does not wait for the queue"
 
 
 def test_each_key_may_count_50_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert routes.COUNTS_PER_S == 50
-    monkeypatch.setattr(routes, "COUNTS_PER_S", 3)  # more than any machine is too slow to send
+    monkeypatch.setattr(routes, "COUNTS_PER_S", 3)  # a slow machine, too, sends 30 in less than 9 s
     keys = [add_key(tmp_path / "keys", name) for name in ("alice", "bob")]
-    path = f"{MESSAGES}/count_tokens"
+    path = f"{MESSAGES_PATH}/count_tokens"
     with stepped_server(keys=KeyRing(tmp_path / "keys", is_required=True)) as server:
 
         def count(key: str) -> HttpAnswer:
-            return server.request("POST", path, {"messages": USER}, **{"x-api-key": key})
+            return server.request("POST", path, {"messages": USER_MESSAGES}, **{"x-api-key": key})
 
         answers = [count(keys[0]) for _ in range(30)]
         assert [answer.status for answer in answers[:3]] == [200] * 3
@@ -191,32 +186,37 @@ def test_the_limit_of_a_rate_allows_a_burst_and_then_the_rate(monkeypatch: pytes
         with suppress(ApiError):
             limit.check("alice")
             num_allowed += 1
-    assert 545 <= num_allowed <= 550
+    assert 545 <= num_allowed <= 550, "a burst of 50, and 50 a second"
 
 
 def test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_key_only(tmp_path: Path) -> None:
     keys = {name: add_key(tmp_path / "keys", name) for name in ("alice", "bob")}
     ring = KeyRing(tmp_path / "keys", is_required=True)
-    reply = REPLIES["calls within the reasoning"][0]
-    with forcing(reply, keys=ring, key=keys["alice"]) as (server, _, _), stepping(server):
-        content = whole(client_of(server, keys["alice"]))["content"]
-        assert content[0]["thinking"] == "Think first."
-        results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in content[1:]]
-        result = {"role": "user", "content": results}
-        empty = {**content[0], "thinking": ""}
-        changed = [{"role": "user", "content": "changed"}]
+    reply = REPLIES["calls within the reasoning"].text
+    with forced_server(reply, keys=ring, key=keys["alice"]) as server:
+        thinking, *calls = create_message(client_of(server, keys["alice"]))["content"]
+        assert thinking["thinking"] == "Think first."
+        results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in calls]
+        signature_only = thinking | {"thinking": ""}
+        changed_question = [{"role": "user", "content": "changed"}]
 
-        def num_prompt(name: str, before: list[Any], answer: list[Any]) -> int:
-            messages: Any = [*before, {"role": "assistant", "content": answer}, result]
+        def num_prompt_tokens(name: str, question: list[Any], answer: list[Any]) -> int:
+            turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": results}]
+            messages: Any = [*question, *turns]
             client = client_of(server, keys[name])
             return client.messages.count_tokens(model="m", messages=messages, tools=CLIENT_TOOLS).input_tokens
 
-        for before, answer in ((USER, content[1:]), (USER, [empty, *content[1:]]), (changed, [empty, *content[1:]])):
-            sent = num_prompt("bob", before, content)
-            assert num_prompt("alice", before, answer) == sent
-            assert num_prompt("bob", before, answer) < sent
-        unknown = [{**empty, "signature": "unknown"}, *content[1:]]
-        assert num_prompt("alice", changed, unknown) == num_prompt("bob", changed, content[1:])
+        for question, answer in (
+            (USER_MESSAGES, calls),
+            (USER_MESSAGES, [signature_only, *calls]),
+            (changed_question, [signature_only, *calls]),
+        ):
+            num_complete = num_prompt_tokens("bob", question, [thinking, *calls])
+            assert num_prompt_tokens("alice", question, answer) == num_complete
+            assert num_prompt_tokens("bob", question, answer) < num_complete
+        unknown = thinking | {"thinking": "", "signature": "unknown"}
+        num_without_reasoning = num_prompt_tokens("bob", changed_question, calls)
+        assert num_prompt_tokens("alice", changed_question, [unknown, *calls]) == num_without_reasoning
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
@@ -228,14 +228,18 @@ def test_a_forced_call_is_made_and_disable_parallel_tool_use_makes_one(server: S
     choice = {**choice, "disable_parallel_tool_use": True}
     client = client_of(server)
     thinking = {"type": "enabled", "budget_tokens": 20}
-    message = whole(client, max_tokens=300, tools=[tool], tool_choice=choice, thinking=thinking)
+    message = create_message(client, max_tokens=300, tools=[tool], tool_choice=choice, thinking=thinking)
     (block,) = [block for block in message["content"] if block["type"] == "tool_use"]
     assert (block["name"], block["input"], message["stop_reason"]) == ("get_weather", {"city": "Paris"}, "tool_use")
-    none = whole(client, max_tokens=40, tools=[tool], tool_choice={"type": "none"}, thinking=thinking)
-    assert all(block["type"] != "tool_use" for block in none["content"])
 
 
-def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
+def test_tool_choice_none_calls_no_tool(server: Server) -> None:
+    tools: Any = [{"name": "get_weather", "input_schema": {"type": "object"}}]
+    message = create_message(client_of(server), max_tokens=40, tools=tools, tool_choice={"type": "none"})
+    assert all(block["type"] != "tool_use" for block in message["content"])
+
+
+def test_an_answer_with_a_schema_is_valid(server: Server) -> None:
     schema = {
         "type": "object",
         "properties": {"sky": {"enum": ["sunny", "cloudy"]}},
@@ -255,13 +259,13 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "text"),
+    ("fields", "message_part"),
     [
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"max_tokens": "many"}, "max_tokens: expected a whole number"),
         ({"messages": []}, "there is no message"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role is 'robot'"),
-        ({"messages": [*USER, {"role": "assistant", "content": "b"}]}, "end with the user's"),
+        ({"messages": [*USER_MESSAGES, {"role": "assistant", "content": "b"}]}, "end with a user's"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"output_config": {"effort": "extreme"}}, "output_config.effort 'extreme' is unknown"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
@@ -273,13 +277,13 @@ def test_an_answer_in_a_schema_is_valid(server: Server) -> None:
     ],
 )
 def test_a_refused_request_is_400_in_anthropics_shape(
-    answering: SteppedServer, fields: dict[str, Any], text: str
+    fast_server: SteppedServer, fields: dict[str, Any], message_part: str
 ) -> None:
     with pytest.raises(BadRequestError) as caught:
-        whole(client_of(answering), **fields)
+        create_message(client_of(fast_server), **fields)
     kind, message = error_of(caught.value.body)
     assert kind == "invalid_request_error"
-    assert text in message
+    assert message_part in message
     assert caught.value.request_id
 
 
@@ -287,16 +291,16 @@ def test_a_refused_request_is_400_in_anthropics_shape(
     ("method", "path", "headers", "status", "kind"),
     [
         ("POST", "/v1/messages/nothing", {}, 404, "not_found_error"),
-        ("GET", MESSAGES, {}, 405, "invalid_request_error"),
-        ("POST", MESSAGES, {"Host": "evil.example"}, 403, "permission_error"),
-        ("POST", MESSAGES, {"Content-Encoding": "gzip"}, 415, "invalid_request_error"),
-        ("POST", MESSAGES, {"Content-Length": "999999999"}, 413, "request_too_large"),
+        ("GET", MESSAGES_PATH, {}, 405, "invalid_request_error"),
+        ("POST", MESSAGES_PATH, {"Host": "evil.example"}, 403, "permission_error"),
+        ("POST", MESSAGES_PATH, {"Content-Encoding": "gzip"}, 415, "invalid_request_error"),
+        ("POST", MESSAGES_PATH, {"Content-Length": "999999999"}, 413, "request_too_large"),
     ],
 )
 def test_every_error_of_these_paths_is_in_anthropics_shape(
-    answering: SteppedServer, method: str, path: str, headers: dict[str, str], status: int, kind: str
+    fast_server: SteppedServer, method: str, path: str, headers: dict[str, str], status: int, kind: str
 ) -> None:
-    answer = answering.request(method, path, {} if "Content-Length" not in headers else b"", **headers)
+    answer = fast_server.request(method, path, {} if "Content-Length" not in headers else b"", **headers)
     assert (answer.status, error_of(answer.json)[0]) == (status, kind)
     assert answer.json["request_id"] == answer.headers["request-id"]
 
@@ -304,8 +308,8 @@ def test_every_error_of_these_paths_is_in_anthropics_shape(
 def test_a_missing_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys", "alice")
     with stepped_server(keys=KeyRing(tmp_path / "keys", is_required=True)) as server:
-        body = {"messages": USER}
-        path = f"{MESSAGES}/count_tokens?beta=true"
+        body = {"messages": USER_MESSAGES}
+        path = f"{MESSAGES_PATH}/count_tokens?beta=true"
         answer = server.request("POST", path, body, **{"x-api-key": "wrong"})
         assert (answer.status, error_of(answer.json)[0]) == (401, "authentication_error")
         headers = {"x-api-key": key, "anthropic-version": "2023-06-01", "anthropic-beta": "unknown-2030-01-01"}
@@ -313,24 +317,22 @@ def test_a_missing_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-        stages.fail_at = 20
-        server.tokens.cancel()
+    with forced_server(CALLS_REPLY) as server:
+        server.fail_once(20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
-            accumulated(client_of(server))
+            stream_message(client_of(server))
         assert error_of(caught.value.body)[0] == "api_error"
 
 
-@pytest.mark.parametrize("at", [3, 40])
-def test_a_restart_in_the_middle_of_a_reply_changes_nothing(at: int) -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-        body = whole(client_of(server))
-        stages.fail_at = at
-        server.tokens.may_restart.set()
-        assert comparable(accumulated(client_of(server))) == comparable(body)
+@pytest.mark.parametrize("index", [3, 40])
+def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
+    with forced_server(CALLS_REPLY) as server:
+        body = create_message(client_of(server))
+        server.fail_once(index, restarts=True)
+        assert comparable_fields(stream_message(client_of(server))) == comparable_fields(body)
         assert len(server.tokens.restarts) == 1
 
 
-def test_the_client_lists_the_model(answering: SteppedServer) -> None:
-    (model,) = client_of(answering).models.list().data
+def test_the_client_lists_the_model(fast_server: SteppedServer) -> None:
+    (model,) = client_of(fast_server).models.list().data
     assert (model.id, model.type, model.display_name) == ("tokens", "model", "tokens")

@@ -1,4 +1,4 @@
-"""Tests of the format of Messages: for any cut of the model's text the official client accumulates the body."""
+"""Tests of replies as messages: the official client accumulates the body, however the events are grouped."""
 
 import json
 from collections.abc import Sequence
@@ -15,45 +15,53 @@ from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.messages_format import MessagesFormat
-from mlx_k2.server.messages_request import MessagesRequest, MessagesThinking, MessagesTool, Turn
+from mlx_k2.server.messages_request import MessageEntry, MessagesRequest, MessagesThinking, MessagesTool
 from mlx_k2.server.sse import json_response
-from tests.server.test_chat_reply import PIECES, events_of, generation_of, stream_of, token_ids
+from tests.server.reply_events import (
+    GROUP_SIZES,
+    REPLY_PARTS,
+    STOP_STRINGS,
+    add_events,
+    engine_events,
+    new_generation,
+    stream_in_groups,
+)
 from tests.text.replies import call, section
 
-STARTS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
-ARGUMENTS = st.text(st.sampled_from('{}[]":,\\ \ufeff01eNa☃'), max_size=12)
-MORE_CALLS = st.builds(
-    lambda arguments: section(call("functions.f:0", arguments)), ARGUMENTS | st.just('{"a": 1e999, "a": "\\ud800"}')
-)
+Fields = dict[str, Any]
+DELTA_TYPES = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+"""The type of a block's deltas, by the block's type."""
+ARGUMENTS = st.text(st.sampled_from('{}[]":,\\ \ufeff01eNa☃'), max_size=12) | st.just('{"a": 1e999, "a": "\\ud800"}')
+CALLS = ARGUMENTS.map(lambda arguments: section(call("functions.f:0", arguments)))
 
 
-def format_of(generation: Generation, display: str) -> MessagesFormat:
+def new_format(generation: Generation, display: str) -> MessagesFormat:
     thinking = MessagesThinking(type="enabled", display=display)
-    asked = MessagesRequest(messages=[Turn(role="user", content="a")], max_tokens=1000, stream=True, thinking=thinking)
-    return MessagesFormat("1", "m", asked, ChatReply(generation, handle="handle"))
+    turns = [MessageEntry(role="user", content="a")]
+    request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, thinking=thinking)
+    return MessagesFormat("1", "m", request, ChatReply(generation, turn_handle="handle"))
 
 
-def body_of(generation: Generation, events: Sequence[Event], display: str) -> dict[str, Any]:
-    form = format_of(generation, display)
-    form.events([(0, event) for event in events])
-    body: dict[str, Any] = json.loads(bytes(json_response(form.body()).body))
+def create_body(generation: Generation, events: Sequence[Event], display: str = "summarized") -> Fields:
+    reply_format = new_format(generation, display)
+    add_events(reply_format, events)
+    body: Fields = json.loads(bytes(json_response(reply_format.body()).body))
     return body
 
 
-def sent_events(
-    generation: Generation, events: Sequence[Event], cuts: Sequence[int], display: str
-) -> list[dict[str, Any]]:
-    """Return the events of the stream, when the engine's are read in groups of ``cuts``."""
-    sent = stream_of(format_of(generation, display), events, cuts)
-    found = []
-    for text in sent.decode().split("\n\n")[:-1]:
+def parse_events(stream: bytes) -> list[Fields]:
+    """Return the events of a stream, whose names are their types."""
+    events = []
+    for text in stream.decode().split("\n\n")[:-1]:
         name, data = text.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        events.append(event)
+    return events
 
 
-def accumulated(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def accumulate_events(events: Sequence[Fields]) -> Fields:
+    """Return the message that the official client joins from the events of a stream."""
     snapshot, buffers = None, dict[int, bytes]()
     for event in events:
         if event["type"] != "ping":
@@ -62,11 +70,11 @@ def accumulated(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return snapshot.to_dict()
 
 
-def check_order(events: Sequence[dict[str, Any]]) -> None:
-    """Blocks are counted from 0, one is open at a time, each delta is one of its block, and a call is a JSON object."""
+def check_blocks(events: Sequence[Fields]) -> None:
+    """Check that blocks are numbered from 0, one is open at a time, deltas have its type, and arguments are objects."""
     names = [event["type"] for event in events if event["type"] != "ping"]
     assert (names[0], names[-2:]) == ("message_start", ["message_delta", "message_stop"])
-    open_block: dict[str, Any] | None = None
+    open_block: Fields | None = None
     num_blocks, arguments = 0, ""
     for event in events:
         match event["type"]:
@@ -80,7 +88,7 @@ def check_order(events: Sequence[dict[str, Any]]) -> None:
                 if event["delta"]["type"] == "signature_delta":
                     assert open_block["type"] == "thinking"
                     continue
-                assert event["delta"]["type"] == STARTS[open_block["type"]]
+                assert event["delta"]["type"] == DELTA_TYPES[open_block["type"]]
                 arguments += event["delta"].get("partial_json", "")
             case "content_block_stop":
                 assert open_block is not None
@@ -95,53 +103,55 @@ def check_order(events: Sequence[dict[str, Any]]) -> None:
     "arguments", ['{"a": ', '{"a": 1}}', "[1]", "null", "text", '{"a": 1', '"\\ud800"', "{'a': 1}"]
 )
 def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
-    generation = generation_of()
-    events = events_of(generation, token_ids(section(call("functions.f:0", arguments), call("functions.f:1", "{}"))))
-    text, full_call = body_of(generation, events, "summarized")["content"]
+    generation = new_generation()
+    events = engine_events(generation, section(call("functions.f:0", arguments), call("functions.f:1", "{}")))
+    text, tool_use = create_body(generation, events)["content"]
     assert text == {"type": "text", "text": f"functions.f:0{arguments}"}
-    assert (full_call["type"], full_call["input"]) == ("tool_use", {})
+    assert (tool_use["type"], tool_use["input"]) == ("tool_use", {})
 
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.TIMEOUT, FinishReason.CANCELLED])
 @pytest.mark.parametrize("arguments", ["", " ", "\n\t", '{"a": '])
-def test_a_call_that_is_cut_is_text_and_only_its_length_fills_the_context(arguments: str, reason: FinishReason) -> None:
-    generation = generation_of()
-    whole = section(call("functions.f:0", arguments + "|"))
-    body = body_of(generation, events_of(generation, token_ids(whole.partition("|<|")[0]), reason), "summarized")
+def test_a_call_that_is_cut_is_text_and_by_length_a_full_context(arguments: str, reason: FinishReason) -> None:
+    """The request's max_tokens is not reached, so that only the context can have cut a reply with reason LENGTH."""
+    generation = new_generation()
+    cut_call = section(call("functions.f:0", arguments)).partition("<|tool_call_end|>")[0]
+    body = create_body(generation, engine_events(generation, cut_call, reason))
     assert body["content"] == [{"type": "text", "text": f"functions.f:0{arguments}"}]
     assert (body["stop_reason"] == "model_context_window_exceeded") is (reason is FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("constrains_calls", [True, False])
 def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(constrains_calls: bool) -> None:
-    generation = replace(generation_of(), constrains_calls=constrains_calls)
+    generation = replace(new_generation(), constrains_calls=constrains_calls)
     tools = [MessagesTool(name="f", eager_input_streaming=True)]
-    turns = [Turn(role="user", content="a")]
-    asked = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
-    form = MessagesFormat("1", "m", asked, ChatReply(generation))
-    broken = events_of(generation, token_ids(section(call("functions.f:0", '{"a": x'))))
-    assert (b'"tool_use"' in form.events([(0, event) for event in broken])) is constrains_calls
+    turns = [MessageEntry(role="user", content="a")]
+    request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
+    reply_format = MessagesFormat("1", "m", request, ChatReply(generation))
+    events = engine_events(generation, section(call("functions.f:0", '{"a": x')))
+    assert (b'"tool_use"' in add_events(reply_format, events)) is constrains_calls
 
 
 def test_a_byte_order_mark_before_arguments_is_left_out() -> None:
-    generation = generation_of()
-    events = events_of(generation, token_ids(section(call("functions.f:0", '\ufeff{"a": 1}'))))
-    (block,) = body_of(generation, events, "summarized")["content"]
+    generation = new_generation()
+    events = engine_events(generation, section(call("functions.f:0", '\ufeff{"a": 1}')))
+    (block,) = create_body(generation, events)["content"]
     assert block["input"] == {"a": 1}
 
 
 @given(
-    st.lists(PIECES | MORE_CALLS, max_size=6),
-    st.lists(st.integers(1, 7), max_size=8),
+    st.lists(REPLY_PARTS | CALLS, max_size=6),
+    GROUP_SIZES,
     st.booleans(),
-    st.sampled_from([(), ("stop",), ("world", "here")]),
+    STOP_STRINGS,
     st.sampled_from(["summarized", "omitted"]),
 )
-def test_the_client_accumulates_the_body_from_any_cut_of_the_stream(
-    pieces: list[str], cuts: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], display: str
+def test_the_client_accumulates_the_body_for_any_groups_of_events(
+    parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], display: str
 ) -> None:
-    ids = token_ids("".join(pieces))
-    whole, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
-    sent = sent_events(cut, events_of(cut, ids), cuts, display)
-    check_order(sent)
-    assert accumulated(sent) == body_of(whole, events_of(whole, ids), display)
+    text = "".join(parts)
+    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    reply_format = new_format(for_stream, display)
+    events = parse_events(stream_in_groups(reply_format, engine_events(for_stream, text), group_sizes))
+    check_blocks(events)
+    assert accumulate_events(events) == create_body(for_body, engine_events(for_body, text), display)

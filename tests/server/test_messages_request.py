@@ -1,4 +1,4 @@
-"""Tests of requests of the Messages API as chat requests: which field becomes which."""
+"""Tests of requests of the Messages API: the chat request that each becomes, and its refusal."""
 
 import json
 from typing import Any
@@ -10,70 +10,82 @@ from mlx_k2.server.chat_request import ChatRequest
 from mlx_k2.server.messages_request import MessagesRequest
 from mlx_k2.server.request_fields import read_fields
 
-USER = {"role": "user", "content": "a"}
-BILLING = "x-anthropic-billing-header: cc_version=2.1.36; cch=a1b2c;"
+USER_MESSAGE = {"role": "user", "content": "a"}
+BILLING_LINE = "x-anthropic-billing-header: cc_version=2.1.36; cch=a1b2c;"
 
 
-def read(**fields: Any) -> ChatRequest:
-    return read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest).chat
+def chat_request(**fields: Any) -> ChatRequest:
+    body = {"max_tokens": 5, "messages": [USER_MESSAGE]} | fields
+    return read_fields(json.dumps(body).encode(), MessagesRequest).chat
 
 
-def text(*texts: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": one} for one in texts]
+def text_blocks(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
 
 
 @pytest.mark.parametrize(
-    ("system", "read_as"),
+    ("system", "content"),
     [
         (None, None),
         ("", None),
         ("Be short.", "Be short."),
-        (text("Be", "short."), "Be\n\nshort."),
-        (text(BILLING, "Be short."), "Be short."),
-        (f"{BILLING}\nBe short.", "Be short."),
-        (text(BILLING), None),
-        (text("Be short.", BILLING), f"Be short.\n\n{BILLING}"),
-        (f"Be short.\n{BILLING}", f"Be short.\n{BILLING}"),
+        (text_blocks("Be", "short."), "Be\n\nshort."),
+        (text_blocks(BILLING_LINE, "Be short."), "Be short."),
+        (f"{BILLING_LINE}\nBe short.", "Be short."),
+        (text_blocks(BILLING_LINE), None),
+        (text_blocks("Be short.", BILLING_LINE), f"Be short.\n\n{BILLING_LINE}"),
+        (f"Be short.\n{BILLING_LINE}", f"Be short.\n{BILLING_LINE}"),
     ],
 )
-def test_the_billing_line_is_dropped_at_the_start_of_system_only(system: Any, read_as: str | None) -> None:
-    messages = read(system=system, messages=[{"role": "user", "content": BILLING}]).messages
-    assert messages[-1] == {"role": "user", "content": BILLING}
-    assert messages[:-1] == ([] if read_as is None else [{"role": "system", "content": read_as}])
+def test_the_billing_line_is_dropped_at_the_start_of_system_only(system: Any, content: str | None) -> None:
+    *system_messages, last = chat_request(system=system, messages=[{"role": "user", "content": BILLING_LINE}]).messages
+    assert last == {"role": "user", "content": BILLING_LINE}
+    assert system_messages == ([] if content is None else [{"role": "system", "content": content}])
 
 
-def test_results_come_before_the_text_and_turns_of_one_role_are_one() -> None:
-    call = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
-    thought = {"type": "thinking", "thinking": "hm", "signature": "handle"}
+def test_consecutive_turns_of_the_user_become_one_message() -> None:
+    turns = [USER_MESSAGE, {"role": "user", "content": text_blocks("b", "c")}]
+    assert chat_request(messages=turns).messages == [{"role": "user", "content": "a\nb\nc"}]
+
+
+CALL = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
+CALLING_MESSAGE = {
+    "role": "assistant",
+    "content": "I call.",
+    "reasoning_content": "hm",
+    "turn_handle": "handle",
+    "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+}
+
+
+def test_consecutive_turns_of_the_assistant_become_one_message() -> None:
+    thinking = {"type": "thinking", "thinking": "hm", "signature": "handle"}
+    turns = [
+        USER_MESSAGE,
+        {"role": "assistant", "content": [thinking, *text_blocks("I "), {"type": "server_tool_use", "id": "s"}]},
+        {"role": "assistant", "content": [*text_blocks("call."), CALL]},
+        USER_MESSAGE,
+    ]
+    assert chat_request(messages=turns).messages[1] == CALLING_MESSAGE
+
+
+def test_results_come_before_the_users_text() -> None:
     result = {"type": "tool_result", "tool_use_id": "x"}
-    parts = [
-        *text("r", "s"),
+    blocks = [
+        *text_blocks("r", "s"),
         {"type": "image", "source": {}},
         {"type": "tool_reference", "tool_name": "g"},
         {"type": "new"},
     ]
-    messages = read(
-        messages=[
-            USER,
-            {"role": "user", "content": text("b", "c")},
-            {"role": "assistant", "content": [thought, *text("I "), {"type": "server_tool_use", "id": "s"}]},
-            {"role": "assistant", "content": [*text("call."), call]},
-            {"role": "user", "content": [*text("d"), {**result, "content": "gone", "is_error": True}]},
-            {"role": "user", "content": [{**result, "content": parts}, result]},
-        ]
-    ).messages
-    function = {"name": "f", "arguments": {"a": 1}}
-    results = ("Error: gone", "r\ns\n[image left out: this model reads text only]\ng", "")
-    assert messages == [
-        {"role": "user", "content": "a\nb\nc"},
-        {
-            "role": "assistant",
-            "content": "I call.",
-            "reasoning_content": "hm",
-            "turn_handle": "handle",
-            "tool_calls": [{"id": "x", "type": "function", "function": function}],
-        },
-        *({"role": "tool", "tool_call_id": "x", "content": content} for content in results),
+    turns = [
+        USER_MESSAGE,
+        {"role": "assistant", "content": [CALL]},
+        {"role": "user", "content": [*text_blocks("d"), {**result, "content": "gone", "is_error": True}]},
+        {"role": "user", "content": [{**result, "content": blocks}, result]},
+    ]
+    contents = ("Error: gone", "r\ns\n[image left out: this model reads text only]\ng", "")
+    assert chat_request(messages=turns).messages[2:] == [
+        *({"role": "tool", "tool_call_id": "x", "content": content} for content in contents),
         {"role": "user", "content": "d"},
     ]
 
@@ -81,7 +93,8 @@ def test_results_come_before_the_text_and_turns_of_one_role_are_one() -> None:
 @pytest.mark.parametrize("kind", ["image", "document", "search_result"])
 def test_a_block_that_the_model_cannot_read_is_refused_and_named(kind: str) -> None:
     with pytest.raises(ApiError) as caught:
-        read(messages=[USER, {"role": "user", "content": [*text("a"), {"type": kind, "source": {"data": "x"}}]}])
+        block = {"type": kind, "source": {"data": "x"}}
+        chat_request(messages=[USER_MESSAGE, {"role": "user", "content": [*text_blocks("a"), block]}])
     assert (caught.value.param, caught.value.code) == ("messages[1].content[1]", "unsupported_content")
     assert f"is {kind!r}, and this model reads text only" in caught.value.message
 
@@ -94,25 +107,25 @@ def test_tools_of_the_client_are_functions_and_others_are_left_out() -> None:
         {"type": "web_search_20260101", "name": "web_search", "max_uses": 3},
         {"type": "bash_20250124", "name": "bash"},
     ]
-    assert read(tools=tools).tools == [
+    assert chat_request(tools=tools).tools == [
         {"type": "function", "function": {"name": "f", "description": "F.", "parameters": schema, "strict": True}},
         {"type": "function", "function": {"name": "g", "parameters": {}}},
     ]
 
 
 @pytest.mark.parametrize(
-    ("choice", "read_as"),
+    ("choice", "openai_choice", "parallel_tool_calls"),
     [
-        ({"type": "auto"}, ("auto", None)),
-        ({"type": "any"}, ("required", None)),
-        ({"type": "none"}, ("none", None)),
-        ({"type": "auto", "disable_parallel_tool_use": True}, ("auto", False)),
-        ({"type": "tool", "name": "f"}, ({"type": "function", "function": {"name": "f"}}, None)),
+        ({"type": "auto"}, "auto", None),
+        ({"type": "any"}, "required", None),
+        ({"type": "none"}, "none", None),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto", False),
+        ({"type": "tool", "name": "f"}, {"type": "function", "function": {"name": "f"}}, None),
     ],
 )
-def test_tool_choice_is_openais(choice: Any, read_as: Any) -> None:
-    asked = read(tool_choice=choice, tools=[{"name": "f", "input_schema": {}}])
-    assert (asked.tool_choice, asked.parallel_tool_calls) == read_as
+def test_tool_choice_is_translated_to_openais(choice: Any, openai_choice: Any, parallel_tool_calls: Any) -> None:
+    request = chat_request(tool_choice=choice, tools=[{"name": "f", "input_schema": {}}])
+    assert (request.tool_choice, request.parallel_tool_calls) == (openai_choice, parallel_tool_calls)
 
 
 @pytest.mark.parametrize(
@@ -127,15 +140,15 @@ def test_tool_choice_is_openais(choice: Any, read_as: Any) -> None:
     ],
 )
 def test_thinking_and_effort_are_read(fields: dict[str, Any], thinks: bool | None, budget: int | None) -> None:
-    asked = read(**fields)
-    assert (asked.wants_thinking, asked.thinking_budget) == (thinks, budget)
+    request = chat_request(**fields)
+    assert (request.wants_thinking, request.thinking_budget) == (thinks, budget)
 
 
 def test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level() -> None:
-    new = {"new": {"a": [1]}}
+    unknown = {"new": {"a": [1]}}
     sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "stop_sequences": ["x"], "stream": True}
     ignored = {
-        **new,
+        **unknown,
         "metadata": {"user_id": "u"},
         "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
         "betas": ["b"],
@@ -143,12 +156,12 @@ def test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level(
         "container": None,
         "inference_geo": "eu",
         "cache_control": {"type": "ephemeral"},
-        "output_config": new,
-        "thinking": {"type": "adaptive", **new},
+        "output_config": unknown,
+        "thinking": {"type": "adaptive", **unknown},
     }
-    block = {"type": "text", "text": "a", "citations": None, **new}
-    asked = read(**sampling, **ignored, messages=[{"role": "user", "content": [block], **new}])
-    found = (asked.temperature, asked.top_p, asked.top_k, asked.stop_strings, asked.stream, asked.limit_tokens)
-    assert found == (0.5, 0.9, 7, ("x",), True, 5)
-    assert asked.messages == [USER]
-    assert asked.service_tier is None
+    block = {"type": "text", "text": "a", "citations": None, **unknown}
+    request = chat_request(**sampling, **ignored, messages=[{"role": "user", "content": [block], **unknown}])
+    assert (request.temperature, request.top_p, request.top_k) == (0.5, 0.9, 7)
+    assert (request.stop_strings, request.stream, request.limit_tokens) == (("x",), True, 5)
+    assert request.messages == [USER_MESSAGE]
+    assert request.service_tier is None

@@ -13,18 +13,28 @@ from typing import Any
 import pytest
 
 from tests.server import client_script
-from tests.server.forced_replies import REPLIES, TOOLS, USER, forcing
-from tests.server.in_process import SteppedServer, stepping
+from tests.server.chat_client import SUM_QUESTION, WEATHER_QUESTION, WEATHER_TOOLS
+from tests.server.forced_replies import (
+    CALLS_REPLY,
+    REPLIES,
+    TEXT_REPLY,
+    TOOLS,
+    USER_MESSAGES,
+    ForcedReply,
+    forced_server,
+)
+from tests.server.in_process import SteppedServer
 from tests.server.responses_events import FUNCTIONS
 from tests.server.server_process import Server
-from tests.server.test_chat_completions import ASKED, IN_PARIS, WEATHER
 
-OLD = "openai>=1.60,<2"
-ENDS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in REPLIES},
-    "length": {"max_tokens": 6},
-    "stop": {"stop": ["answer"]},
+OLD_CLIENT = "openai>=1.60,<2"
+CUT_REPLIES: dict[str, tuple[ForcedReply, dict[str, Any]]] = {
+    "length": (ForcedReply(TEXT_REPLY, "length"), {"max_tokens": 6}),
+    "stop": (ForcedReply(TEXT_REPLY, "stop"), {"stop": ["answer"]}),
 }
+"""Replies with the fields of the request that end them early."""
+CASES: dict[str, tuple[ForcedReply, dict[str, Any]]] = {name: (reply, {}) for name, reply in REPLIES.items()}
+CASES |= CUT_REPLIES
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +43,7 @@ def old_client(pytestconfig: pytest.Config) -> Path:
     assert pytestconfig.cache is not None
     folder = pytestconfig.cache.mkdir("openai-1")
     if not list(folder.glob("openai-1.*")):
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--upgrade", OLD]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--upgrade", OLD_CLIENT]
         if subprocess.run(install, capture_output=True, timeout=100).returncode:
             pytest.skip("needs OpenAI's client 1.x: a package index")
     return folder
@@ -41,99 +51,115 @@ def old_client(pytestconfig: pytest.Config) -> Path:
 
 @dataclass(frozen=True)
 class Client:
-    """A process that runs the program of requests with one version of OpenAI's client."""
+    """A process that runs `client_script` with one version of OpenAI's client, and the version's first number."""
 
     process: subprocess.Popen[str]
+    major_version: int
 
-    def results(self, server: SteppedServer | Server, request: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-        """Return the client's version, and what it accumulates in each of the four ways."""
-        asked = {"tools": FUNCTIONS} if "input" in request else {"messages": USER, "tools": TOOLS}
+    def results(self, server: SteppedServer | Server, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what the client receives in each of the four ways."""
+        prompt = {"tools": FUNCTIONS} if "input" in request else {"messages": USER_MESSAGES, "tools": TOOLS}
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([f"{server.url}/v1", {"model": "m"} | asked | request]) + "\n")
+        self.process.stdin.write(json.dumps([f"{server.url}/v1", {"model": "m"} | prompt | request]) + "\n")
         self.process.stdin.flush()
-        found = json.loads(self.process.stdout.readline())
-        assert "failure" not in found, found["failure"]
-        return found["version"].partition(".")[0], found["results"]
+        results: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
+        assert "failure" not in results[0], results[0]["failure"]
+        return results
 
 
 @pytest.fixture(scope="module")
 def clients(old_client: Path) -> Iterator[list[Client]]:
     """Yield the client 1.x and the current one."""
     with ExitStack() as stack:
-        found = []
-        for changes in ({"PYTHONPATH": str(old_client)}, {}):
+        clients = []
+        for variables in ({"PYTHONPATH": str(old_client)}, {}):
             command = [sys.executable, client_script.__file__]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-            process = subprocess.Popen(command, env={**os.environ, **changes}, text=True, **pipes)
-            found.append(Client(stack.enter_context(process)))
-        yield found
+            process = subprocess.Popen(command, env={**os.environ, **variables}, text=True, **pipes)
+            stack.enter_context(process)
+            assert process.stdout
+            clients.append(Client(process, int(process.stdout.readline().partition(".")[0])))
+        yield clients
+
+
+def common_result(clients: list[Client], server: SteppedServer | Server, request: dict[str, Any]) -> dict[str, Any]:
+    """Return what both clients receive in each of the four ways. Assert that it is the same."""
+    first, *other_results = [result for client in clients for result in client.results(server, request)]
+    assert other_results == [first] * 7
+    return first
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("messages", [ASKED, IN_PARIS], ids=["text", "call"])
+@pytest.mark.parametrize("messages", [SUM_QUESTION, WEATHER_QUESTION], ids=["text", "call"])
 def test_old_and_new_client_accumulate_the_body_of_the_builtin_model(
     server: Server, clients: list[Client], messages: list[Any]
 ) -> None:
-    request = {"messages": messages, "tools": WEATHER, "temperature": 0}
-    (first, *others) = [one for client in clients for one in client.results(server, request)[1]]
-    assert others == [first] * 7
-    assert first["content"] or first["calls"]
+    request = {"messages": messages, "tools": WEATHER_TOOLS, "temperature": 0}
+    completion = common_result(clients, server, request)
+    assert completion["content"] or completion["calls"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENDS)
+def test_one_client_is_1_x_and_the_other_is_newer(clients: list[Client]) -> None:
+    old, new = clients
+    assert old.major_version == 1
+    assert new.major_version > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_old_and_new_client_accumulate_the_body_in_every_way(clients: list[Client], name: str) -> None:
-    reply, finish_reason = REPLIES.get(name, (REPLIES["text"][0], name))
-    with forcing(reply) as (server, _, _), stepping(server):
-        versions, found = zip(*(client.results(server, ENDS[name]) for client in clients), strict=True)
-    assert versions[0] == "1"
-    assert int(versions[1]) > 1
-    (first, *others) = [one for each in found for one in each]
-    assert others == [first] * 7
-    assert first["finish_reason"] == finish_reason
+    reply, fields = CASES[name]
+    with forced_server(reply.text) as server:
+        assert common_result(clients, server, fields)["finish_reason"] == reply.finish_reason
 
 
 @pytest.mark.slow
 def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client]) -> None:
-    """The stages fail at token 20 and are not restarted: two clients, one request each, and then none is served."""
+    """The stages fail in the first request and are not restarted, so that the server refuses the others."""
     for client in clients:
-        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-            stages.fail_at = 20
-            server.tokens.cancel()
-            _, found = client.results(server, {})
-        assert found == [{"error": "unavailable"}] * 4
+        with forced_server(CALLS_REPLY) as server:
+            server.fail_once(20, restarts=False)
+            assert client.results(server, {}) == [{"error": "unavailable"}] * 4
 
 
 @pytest.mark.slow
 def test_old_and_new_client_see_nothing_of_a_restart_in_the_middle(clients: list[Client]) -> None:
     for client in clients:
-        with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-            _, undisturbed = client.results(server, {})
-            stages.fail_at = 20
-            server.tokens.may_restart.set()
-            _, found = client.results(server, {})
+        with forced_server(CALLS_REPLY) as server:
+            undisturbed = client.results(server, {})
+            server.fail_once(20, restarts=True)
+            assert client.results(server, {}) == undisturbed
             assert len(server.tokens.restarts) == 1
-        assert found == undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ENDS, "restart", "error"])
+@pytest.mark.parametrize("name", CASES)
 def test_old_and_new_client_accumulate_the_body_of_a_response_in_every_way(clients: list[Client], name: str) -> None:
-    """In "restart" the stages fail once at token 20. In "error" they fail in each client's first request."""
-    ends: dict[str, dict[str, Any]] = {"length": {"max_output_tokens": 6}, "stop": {"extra_body": {"stop": ["answer"]}}}
-    request: dict[str, Any] = {"input": "a"} | ends.get(name, {})
-    reply, finish_reason = REPLIES.get(name, REPLIES["text" if name in ENDS else "calls"])
-    found: list[dict[str, Any]] = []
+    request: dict[str, Any] = {"input": "a"}
+    if name == "length":
+        request["max_output_tokens"] = 6
+    elif name == "stop":
+        request["extra_body"] = {"stop": ["answer"]}
+    reply, _ = CASES[name]
+    with forced_server(reply.text) as server:
+        response = common_result(clients, server, request)
+    assert response["status"] == ("incomplete" if name == "length" else "completed")
+    has_call = any(kind == "function_call" for kind, *_ in response["output"])
+    assert has_call == (reply.finish_reason == "tool_calls")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [True, False])
+def test_old_and_new_client_agree_on_a_response_whose_stages_fail(clients: list[Client], restarts: bool) -> None:
+    results = []
     for client in clients:
-        with forcing(reply) as (server, _, stages), stepping(server):
-            if name in ("restart", "error"):
-                stages.fail_at = 20
-                (server.tokens.cancel if name == "error" else server.tokens.may_restart.set)()
-            found += client.results(server, request)[1]
-    first, *others = found
-    assert others == [first] * 7
-    if name == "error":
-        assert first == {"error": "unavailable"}
+        with forced_server(CALLS_REPLY) as server:
+            server.fail_once(20, restarts=restarts)
+            results += client.results(server, {"input": "a"})
+    first, *other_results = results
+    assert other_results == [first] * 7
+    if restarts:
+        assert first["status"] == "completed"
     else:
-        assert first["status"] == ("incomplete" if name == "length" else "completed")
-        assert any(item[0] == "function_call" for item in first["output"]) == (finish_reason == "tool_calls")
+        assert first == {"error": "unavailable"}

@@ -1,17 +1,18 @@
 """Tests of text completions, tokens, status, metrics and origins on a served built-in model."""
 
 import base64
-import json
-import re
 from typing import Any
 
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from mlx_k2.builtin import BUILTIN_FOLDER
+from tests.server.http_client import CHAT_PATH
 from tests.server.server_process import Server
 
-METRICS = {
+COMPLETIONS_PATH = "/v1/completions"
+METRIC_TYPES = {
     "mlx_k2_num_requests_waiting": "gauge",
     "mlx_k2_num_requests_running": "gauge",
     "mlx_k2_restarts": "counter",
@@ -63,67 +64,72 @@ def test_a_prompt_can_be_text_or_token_ids(server: Server) -> None:
     assert len(texts) == 1
 
 
-def test_a_text_completion_has_its_token_ids_if_they_are_asked_for(server: Server) -> None:
+def test_a_text_completion_has_its_token_ids_on_request(server: Server) -> None:
     request: dict[str, Any] = {"prompt": "Count from 3", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
-    (choice,) = server.request("POST", "/v1/completions", request).json["choices"]
-    stream = server.request("POST", "/v1/completions", request | {"stream": True}).body
-    events = [json.loads(line[6:]) for line in stream.split(b"\n") if line.startswith(b"data: {")]
-    sent = [number for event in events for one in event["choices"] for number in one.get("token_ids", ())]
-    assert sent == choice["token_ids"]
-    assert server.request("POST", "/detokenize", {"tokens": sent}).json["prompt"].startswith(choice["text"])
+    (choice,) = server.request("POST", COMPLETIONS_PATH, request).json["choices"]
+    chunks = server.request("POST", COMPLETIONS_PATH, request | {"stream": True}).events
+    streamed_choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    token_ids = [token_id for choice in streamed_choices for token_id in choice.get("token_ids", ())]
+    assert token_ids == choice["token_ids"]
+    assert server.request("POST", "/detokenize", {"tokens": token_ids}).json["prompt"].startswith(choice["text"])
 
 
-def test_with_ignore_eos_an_answer_goes_on_after_its_end(server: Server) -> None:
+def test_with_ignore_eos_an_answer_continues_after_its_end(server: Server) -> None:
     request: dict[str, Any] = {"prompt": "Hello", "temperature": 0, "max_tokens": 60, "return_token_ids": True}
-    found = {
-        ignored: server.request("POST", "/v1/completions", request | {"ignore_eos": ignored}).json
-        for ignored in (False, True)
-    }
-    assert found[True]["usage"]["completion_tokens"] == 60
-    assert found[True]["choices"][0]["finish_reason"] == "length"
-    shorter, longer = (found[ignored]["choices"][0]["token_ids"] for ignored in (False, True))
-    assert longer[: len(shorter)] == shorter
+    (short,) = server.request("POST", COMPLETIONS_PATH, request).json["choices"]
+    (long,) = server.request("POST", COMPLETIONS_PATH, request | {"ignore_eos": True}).json["choices"]
+    assert (short["finish_reason"], long["finish_reason"]) == ("stop", "length")
+    assert len(long["token_ids"]) == 60
+    assert long["token_ids"][: len(short["token_ids"])] == short["token_ids"]
 
 
 def test_the_models_small_files_are_those_of_its_folder(server: Server) -> None:
-    found = server.request("GET", "/v1/model-files").json
-    assert (found["name"], found["context_tokens"]) == ("kimi-k2-tiny", 16384)
-    for name, text in found["files"].items():
-        assert base64.b64decode(text) == (BUILTIN_FOLDER / name).read_bytes()
-    assert {"config.json", "tiktoken.model"} <= found["files"].keys()
+    model = server.request("GET", "/v1/model-files").json
+    assert (model["name"], model["context_tokens"]) == ("kimi-k2-tiny", 16384)
+    for name, content in model["files"].items():
+        assert base64.b64decode(content) == (BUILTIN_FOLDER / name).read_bytes()
+    assert {"config.json", "tiktoken.model"} <= model["files"].keys()
 
 
 @pytest.mark.parametrize("prompt", [[], "", ["a", "b"], [1, "a"], [10**9], [[1], [2]], 5, None, [True]])
-def test_a_prompt_that_is_none_is_a_400(server: Server, prompt: object) -> None:
-    answer = server.request("POST", "/v1/completions", {"prompt": prompt})
+def test_a_malformed_prompt_is_a_400(server: Server, prompt: object) -> None:
+    answer = server.request("POST", COMPLETIONS_PATH, {"prompt": prompt})
     assert (answer.status, answer.error["param"]) == (400, "prompt")
 
 
-def test_choices_of_a_text_completion_are_those_of_single_requests_with_their_seeds(server: Server) -> None:
-    request: dict[str, Any] = {"model": "any", "prompt": "Count from 3", "temperature": 4.0, "max_tokens": 9, "seed": 3}
-    several = server.client.completions.create(n=3, best_of=3, extra_body={"min_tokens": 9}, **request)
+def test_several_choices_of_a_text_completion_are_streamed_as_in_the_body(server: Server) -> None:
+    request: dict[str, Any] = {
+        "model": "any",
+        "prompt": "Count from 3",
+        "temperature": 4.0,
+        "max_tokens": 9,
+        "seed": 3,
+        "extra_body": {"min_tokens": 9},
+    }
+    several = server.client.completions.create(n=3, best_of=3, **request)
     texts = [choice.text for choice in several.choices]
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(set(texts)) == 3
-    assert several.usage is not None and several.usage.completion_tokens == 27
-    single = server.client.completions.create(extra_body={"min_tokens": 9}, **request)
-    assert single.choices[0].text == texts[0]
-    streamed = ["", "", ""]
-    for chunk in server.client.completions.create(n=3, stream=True, extra_body={"min_tokens": 9}, **request):
+    assert several.usage is not None
+    assert several.usage.completion_tokens == 3 * 9
+    assert server.client.completions.create(**request).choices[0].text == texts[0]
+    streamed_texts = ["", "", ""]
+    for chunk in server.client.completions.create(n=3, stream=True, **request):
         for choice in chunk.choices:
-            streamed[choice.index] += choice.text
-    assert streamed == texts
+            streamed_texts[choice.index] += choice.text
+    assert streamed_texts == texts
 
 
-@pytest.mark.parametrize("name", ["suffix", "echo", "logprobs", "best_of", "n"])
-def test_what_text_completions_do_not_do_is_a_400(server: Server, name: str) -> None:
-    value = "a" if name == "suffix" else 5 if name in ("logprobs", "best_of") else 0 if name == "n" else True
-    answer = server.request("POST", "/v1/completions", {"prompt": "a", name: value})
+@pytest.mark.parametrize(
+    ("name", "value"), [("suffix", "a"), ("echo", True), ("logprobs", 5), ("best_of", 5), ("n", 0)]
+)
+def test_an_unsupported_field_of_text_completions_is_a_400(server: Server, name: str, value: object) -> None:
+    answer = server.request("POST", COMPLETIONS_PATH, {"prompt": "a", name: value})
     assert (answer.status, answer.error["param"]) == (400, name)
 
 
 @pytest.mark.parametrize("text", ["Hello wörld ☃", "", "<|im_end|>", "a\n\nb"])
-def test_tokens_become_the_text_again(server: Server, text: str) -> None:
+def test_tokens_of_a_text_are_detokenized_to_the_text(server: Server, text: str) -> None:
     answer = server.request("POST", "/tokenize", {"prompt": text}).json
     assert answer["count"] == len(answer["tokens"])
     assert server.request("POST", "/detokenize", {"tokens": answer["tokens"]}).json == {"prompt": text}
@@ -131,15 +137,15 @@ def test_tokens_become_the_text_again(server: Server, text: str) -> None:
 
 def test_messages_are_tokenized_as_a_chat_request_renders_them(server: Server) -> None:
     messages = [{"role": "user", "content": "Hello"}]
-    tokens = server.request("POST", "/tokenize", {"messages": messages}).json
-    body = server.request("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 1}).json
-    assert tokens["count"] == body["usage"]["prompt_tokens"]
+    count = server.request("POST", "/tokenize", {"messages": messages}).json["count"]
+    usage = server.request("POST", CHAT_PATH, {"messages": messages, "max_tokens": 1}).json["usage"]
+    assert count == usage["prompt_tokens"]
 
 
 @pytest.mark.parametrize(
     ("path", "body"), [("/tokenize", {}), ("/tokenize", {"prompt": 5}), ("/detokenize", {"tokens": [-1]})]
 )
-def test_tokens_of_a_bad_body_are_a_400(server: Server, path: str, body: object) -> None:
+def test_a_bad_body_of_tokenize_and_detokenize_is_a_400(server: Server, path: str, body: object) -> None:
     assert server.request("POST", path, body).status == 400
 
 
@@ -157,9 +163,9 @@ def test_the_status_names_stages_and_requests(server: Server) -> None:
 
 def test_the_status_has_the_work_of_the_last_hour(server: Server) -> None:
     body = {"messages": [{"role": "user", "content": "Count from 3"}], "max_tokens": 5}
-    usage = server.request("POST", "/v1/chat/completions", body).json["usage"]
+    usage = server.request("POST", CHAT_PATH, body).json["usage"]
     status = server.request("GET", "/v1/status").json
-    (first, last) = status["stages"]
+    first, last = status["stages"]
     assert 0 < first["busy_fraction"] <= 1
     assert first["sent_bytes_per_s"] > 0
     assert last["sent_bytes_per_s"] == 0
@@ -170,44 +176,50 @@ def test_the_status_has_the_work_of_the_last_hour(server: Server) -> None:
     assert all(len(point["busy_fractions"]) == 2 and 0 <= point["seconds_ago"] <= 3610 for point in status["history"])
 
 
-def test_the_metrics_are_those_of_the_golden_list_and_count(server: Server) -> None:
-    before = metrics_of(server)
-    body = server.request("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}).json
-    after = metrics_of(server)
-    families = {family.name: family for family in text_string_to_metric_families(after)}
-    assert {name: family.type for name, family in families.items() if not name.endswith("_created")} == METRICS
-    assert (
-        value(after, "mlx_k2_prompt_tokens_total") - value(before, "mlx_k2_prompt_tokens_total")
-        == (body["usage"]["prompt_tokens"])
-    )
-    assert (
-        value(after, "mlx_k2_generation_tokens_total") - value(before, "mlx_k2_generation_tokens_total")
-        == (body["usage"]["completion_tokens"])
-    )
-    for total, by_source in (("num_draft", "draft"), ("num_accepted", "accepted_draft")):
-        counts = [sample.value for sample in families[f"mlx_k2_{by_source}_tokens"].samples if "_total" in sample.name]
-        assert sum(counts) == value(after, f"mlx_k2_spec_decode_{total}_tokens_total")
-    for family in families.values():
-        if family.type == "histogram" and "first_token" in family.name:
-            assert max(float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels) >= 1800
-
-
-def metrics_of(server: Server) -> str:
+def metric_families(server: Server) -> dict[str, Metric]:
     answer = server.request("GET", "/metrics")
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/plain")
-    return answer.body.decode()
+    return {family.name: family for family in text_string_to_metric_families(answer.body.decode())}
 
 
-def value(text: str, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-    assert found
-    return float(found[1])
+def total(families: dict[str, Metric], name: str) -> float:
+    """Return the sum of a counter over its labels."""
+    return sum(sample.value for sample in families[name].samples if sample.name == f"{name}_total")
+
+
+def test_the_metrics_are_those_of_the_list(server: Server) -> None:
+    types = {name: family.type for name, family in metric_families(server).items() if not name.endswith("_created")}
+    assert types == METRIC_TYPES
+
+
+def test_the_metrics_count_the_tokens_of_a_request(server: Server) -> None:
+    families_before = metric_families(server)
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    usage = server.request("POST", CHAT_PATH, body).json["usage"]
+    families_after = metric_families(server)
+    for metric, field in (
+        ("mlx_k2_prompt_tokens", "prompt_tokens"),
+        ("mlx_k2_generation_tokens", "completion_tokens"),
+    ):
+        assert total(families_after, metric) - total(families_before, metric) == usage[field]
+
+
+def test_vllms_metrics_of_draft_tokens_are_the_sums_over_all_drafters(server: Server) -> None:
+    families = metric_families(server)
+    assert total(families, "mlx_k2_spec_decode_num_draft_tokens") == total(families, "mlx_k2_draft_tokens")
+    num_accepted = total(families, "mlx_k2_spec_decode_num_accepted_tokens")
+    assert num_accepted == total(families, "mlx_k2_accepted_draft_tokens")
+
+
+def test_the_time_to_the_first_token_is_measured_up_to_half_an_hour(server: Server) -> None:
+    samples = metric_families(server)["mlx_k2_time_to_first_token_seconds"].samples
+    assert max(float(sample.labels["le"]) for sample in samples if sample.labels.get("le", "+Inf") != "+Inf") >= 1800
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1"])
 def test_a_page_of_another_origin_is_refused_and_gets_no_cors_headers(server: Server, origin: str) -> None:
-    for method, path in (("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/chat/completions"), ("GET", "/v1/models")):
+    for method, path in (("POST", CHAT_PATH), ("OPTIONS", CHAT_PATH), ("GET", "/v1/models")):
         answer = server.request(method, path, Origin=origin)
         assert answer.status == 403
         assert not [name for name in answer.headers if name.startswith("access-control")]

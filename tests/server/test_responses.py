@@ -1,4 +1,4 @@
-"""Tests of responses over HTTP: replies of every kind, what is stored, what keeps a stream alive, and failures."""
+"""Tests of responses over HTTP: replies of every kind, stored responses, signs of life in a stream, and failures."""
 
 import json
 import socket
@@ -11,264 +11,247 @@ from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.server_state import ServerOptions
-from tests.server.forced_replies import REPLIES, TOOLS, USER, ForcedStages, forcing, prompt_of
-from tests.server.in_process import SteppedServer, stepped_server, stepping, wait_until
-from tests.server.responses_events import FUNCTIONS, Fields, checked, comparable, events_of, without_chunks
-from tests.server.server_process import WAIT_S, parsed
-from tests.server.test_official_clients import ENDS
+from tests.server.forced_replies import CALLS_REPLY, TOOLS, USER_MESSAGES, ForcedServer, forced_server, prompt_ids
+from tests.server.http_client import WAIT_S, parse_answer, receive_until
+from tests.server.in_process import SteppedServer, stepped_server
+from tests.server.responses_events import (
+    FUNCTIONS,
+    RESPONSES_PATH,
+    Fields,
+    check_events,
+    comparable_fields,
+    parse_events,
+)
+from tests.server.test_official_clients import CASES
 
-PATH = "/v1/responses"
-ASKED: Fields = {"model": "m", "input": "a", "tools": FUNCTIONS}
+REQUEST: Fields = {"model": "m", "input": "a", "tools": FUNCTIONS}
 RESULTS: list[Any] = [
     {"type": "function_call_output", "call_id": "functions.f:0", "output": "1"},
     {"type": "function_call_output", "call_id": "functions.mcp__a-b.c:1", "output": "2"},
 ]
-Forced = tuple[SteppedServer, OpenAI, ForcedStages]
+"""The results of the calls in CALLS."""
 
 
 @pytest.fixture(scope="module")
-def calling() -> Iterator[Forced]:
+def calling_server() -> Iterator[ForcedServer]:
     """A server whose model thinks, writes a text and calls two tools."""
-    with forcing(REPLIES["calls"][0], ServerOptions(strict_model=False)) as forced, stepping(forced[0]):
-        yield forced
+    with forced_server(CALLS_REPLY, ServerOptions(strict_model=False)) as server:
+        yield server
 
 
-def streamed(server: SteppedServer, **fields: Any) -> Fields:
-    answer = server.request("POST", PATH, ASKED | {"stream": True} | fields)
+def stream_response(server: SteppedServer, **fields: Any) -> Fields:
+    """Return the last response of a stream whose events are checked."""
+    answer = server.request("POST", RESPONSES_PATH, REQUEST | {"stream": True} | fields)
     assert answer.status == 200, answer.body
-    return checked(events_of(without_chunks(answer.body)))
+    return check_events(parse_events(answer.body))
 
 
-def whole(server: SteppedServer, **fields: Any) -> Fields:
-    answer = server.request("POST", PATH, ASKED | fields)
+def create_response(server: SteppedServer, **fields: Any) -> Fields:
+    answer = server.request("POST", RESPONSES_PATH, REQUEST | fields)
     assert answer.status == 200, answer.body
-    found: Fields = answer.json
-    return found
+    response: Fields = answer.json
+    return response
 
 
-def begun(server: SteppedServer, **fields: Any) -> socket.socket:
+def send_streamed(server: SteppedServer, **fields: Any) -> socket.socket:
     """Send a streamed request and return its connection."""
-    body = json.dumps(ASKED | {"stream": True} | fields).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-    connection.sendall(head.encode() + body)
-    return connection
+    return server.send("POST", RESPONSES_PATH, REQUEST | {"stream": True} | fields)
 
 
-def received_until(connection: socket.socket, mark: bytes, count: int = 1) -> bytes:
-    received = b""
-    while received.count(mark) < count:
-        part = connection.recv(65536)
-        assert part, received
-        received += part
-    return received
-
-
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_stream_is_the_body_for_every_kind_of_reply(name: str) -> None:
-    reply, finish_reason = REPLIES.get(name, (REPLIES["text"][0], name))
-    fields = {"max_output_tokens": 6} if name == "length" else ENDS[name]
-    with forcing(reply) as (server, _, _), stepping(server):
-        body = whole(server, **fields)
-        assert comparable(streamed(server, **fields)) == comparable(body)
-    assert body["status"] == ("incomplete" if finish_reason == "length" else "completed")
+    reply, fields = CASES[name]
+    fields = {"max_output_tokens": 6} if name == "length" else fields
+    with forced_server(reply.text) as server:
+        body = create_response(server, **fields)
+        assert comparable_fields(stream_response(server, **fields)) == comparable_fields(body)
+    assert body["status"] == ("incomplete" if reply.finish_reason == "length" else "completed")
     kinds = [item["type"] for item in body["output"]]
-    assert ("function_call" in kinds) == (finish_reason == "tool_calls")
+    assert ("function_call" in kinds) == (reply.finish_reason == "tool_calls")
 
 
 def test_a_restart_in_the_middle_changes_nothing() -> None:
-    with forcing(REPLIES["calls"][0]) as (server, _, stages), stepping(server):
-        body = whole(server)
-        stages.fail_at = 20
-        server.tokens.may_restart.set()
-        assert comparable(streamed(server)) == comparable(body)
+    with forced_server(CALLS_REPLY) as server:
+        body = create_response(server)
+        server.fail_once(20, restarts=True)
+        assert comparable_fields(stream_response(server)) == comparable_fields(body)
         assert len(server.tokens.restarts) == 1
 
 
-@pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_failure_in_the_middle_is_an_event_or_a_status(is_streamed: bool) -> None:
-    with forcing(REPLIES["calls"][0]) as (server, client, stages), stepping(server):
-        stages.fail_at = 20
-        server.tokens.cancel()
-        if is_streamed:
-            failed = streamed(server)
-            assert (failed["status"], failed["error"]["code"]) == ("failed", "server_error")
-            assert "<|" not in json.dumps(failed)
-        else:
-            with pytest.raises(APIStatusError) as caught:
-                client.responses.create(**ASKED)
-            assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
+    with forced_server(CALLS_REPLY) as server:
+        server.fail_once(20, restarts=False)
+        response = stream_response(server)
+    assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
+    assert "<|" not in json.dumps(response)
+
+
+def test_a_failure_before_a_body_is_sent_is_a_503() -> None:
+    with forced_server(CALLS_REPLY) as server:
+        server.fail_once(20, restarts=False)
+        with pytest.raises(APIStatusError) as caught:
+            server.client.responses.create(**REQUEST)
+    assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
 
 
 def test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_repeated() -> None:
-    with stepped_server(ServerOptions(keepalive_s=0.05)) as server, begun(server, max_output_tokens=3) as connection:
-        sent = received_until(connection, b"event: response.in_progress", 3)
-        assert b"event: response.created" in sent.partition(b"response.in_progress")[0]
-        with stepping(server):
-            rest = received_until(connection, b"[DONE]")
-    chunks = parsed(sent + rest)
-    assert chunks.headers["content-type"].startswith("text/event-stream")
-    assert b": keep-alive" not in chunks.body
+    options = ServerOptions(keepalive_s=0.05)
+    with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
+        received_bytes = receive_until(connection, b"event: response.in_progress", count=3)
+        assert b"event: response.created" in received_bytes.partition(b"response.in_progress")[0]
+        with server.running_stages():
+            answer = parse_answer(receive_until(connection, b"[DONE]", received_bytes))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert b": keep-alive" not in answer.body
 
 
 def test_without_keep_alives_in_progress_is_sent_once() -> None:
-    with (
-        stepped_server(ServerOptions("off", keepalive_s=0.01)) as server,
-        begun(server, max_output_tokens=3) as connection,
-    ):
-        received_until(connection, b"event: response.in_progress")
-        wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
-        server.tokens.run_until(lambda: len(server.tokens.plans) > 2)
-        with stepping(server):
-            assert b"in_progress" not in received_until(connection, b"[DONE]").replace(b'"status":"in_progress"', b"")
+    options = ServerOptions("off", keepalive_s=0.01)
+    with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
+        received_bytes = receive_until(connection, b"event: response.in_progress")
+        server.wait_for_plan()
+        server.run_plans(2)
+        with server.running_stages():
+            answer = parse_answer(receive_until(connection, b"[DONE]", received_bytes))
+    assert answer.body.count(b"event: response.in_progress") == 1
 
 
 def test_a_client_that_hangs_up_ends_its_request() -> None:
     with stepped_server() as server:
-        connection = begun(server)
-        wait_until(lambda: bool(server.tokens.plans), "the prompt begins")
+        connection = send_streamed(server)
+        server.wait_for_plan()
         connection.close()
-        wait_until(lambda: server.num_used == 0, "the request is gone")
+        server.wait_for_requests(0)
 
 
 def test_a_request_is_cancelled_by_the_id_of_its_response() -> None:
-    with stepped_server() as server, begun(server) as connection:
-        sent = received_until(connection, b"event: response.in_progress")
-        data = next(line for line in sent.decode().splitlines() if line.startswith("data: "))
-        response_id = json.loads(data.removeprefix("data: "))["response"]["id"]
+    with stepped_server() as server, send_streamed(server) as connection:
+        created = parse_answer(receive_until(connection, b"event: response.in_progress")).events[0]
+        response_id = created["response"]["id"]
         assert server.request("POST", f"/v1/requests/{response_id}/cancel").json["cancelled"]
-        with stepping(server):
-            assert b"response.completed" in received_until(connection, b"[DONE]")
+        with server.running_stages():
+            assert b"response.completed" in receive_until(connection, b"[DONE]")
 
 
-def test_a_prompt_that_does_not_fit_is_a_status_or_a_failed_response(calling: Forced) -> None:
-    client = calling[1]
+def test_a_prompt_that_does_not_fit_is_a_status_or_a_failed_response(calling_server: ForcedServer) -> None:
+    client = calling_server.client
     long = "a b c d " * 4000
     with pytest.raises(BadRequestError) as caught:
-        client.responses.create(**ASKED | {"input": long})
+        client.responses.create(**REQUEST | {"input": long})
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
-    events: list[Any] = list(client.responses.create(**ASKED | {"input": long}, stream=True))
+    events: list[Any] = list(client.responses.create(**REQUEST | {"input": long}, stream=True))
     assert [event.type for event in events] == ["response.created", "response.failed"]
     error = events[-1].response.error
     assert error.code == "context_length_exceeded"
     assert "maximum context length" in error.message
 
 
-def test_what_is_left_out_is_named_in_a_warning(calling: Forced) -> None:
-    answer = calling[0].request("POST", PATH, ASKED | {"tools": [*FUNCTIONS, {"type": "web_search"}]})
+def test_a_warning_names_the_types_of_tools_that_are_left_out(calling_server: ForcedServer) -> None:
+    tools = [*FUNCTIONS, {"type": "web_search"}]
+    answer = calling_server.request("POST", RESPONSES_PATH, REQUEST | {"tools": tools})
     assert '299 mlx-k2 "tools of these types are left out: web_search"' in answer.headers["warning"]
 
 
-def test_one_call_is_made_without_parallel_calls(calling: Forced) -> None:
-    body = whole(calling[0], parallel_tool_calls=False)
+def test_one_call_is_made_without_parallel_calls(calling_server: ForcedServer) -> None:
+    body = create_response(calling_server, parallel_tool_calls=False)
     assert [item["call_id"] for item in body["output"] if item["type"] == "function_call"] == ["functions.f:0"]
-    assert comparable(streamed(calling[0], parallel_tool_calls=False)) == comparable(body)
+    streamed_response = stream_response(calling_server, parallel_tool_calls=False)
+    assert comparable_fields(streamed_response) == comparable_fields(body)
 
 
 # ---- the store
 
 
-def test_a_stored_response_is_read_again_and_deleted(calling: Forced) -> None:
-    client = calling[1]
-    made = client.responses.create(**ASKED)
-    assert client.responses.retrieve(made.id).to_dict() == made.to_dict()
-    client.responses.delete(made.id)
-    for again in (client.responses.retrieve, client.responses.delete):
+def num_prompt_tokens(client: OpenAI, items: list[Any] | str, **fields: Any) -> int:
+    """Return the number of tokens in the prompt for input items."""
+    usage = client.responses.create(**REQUEST | {"input": items, "max_output_tokens": 1} | fields).usage
+    assert usage is not None
+    return int(usage.input_tokens)
+
+
+def test_a_stored_response_is_read_again_and_deleted(calling_server: ForcedServer) -> None:
+    responses = calling_server.client.responses
+    response = responses.create(**REQUEST)
+    assert responses.retrieve(response.id).to_dict() == response.to_dict()
+    responses.delete(response.id)
+    for method in (responses.retrieve, responses.delete):
         with pytest.raises(NotFoundError):
-            again(made.id)
+            method(response.id)
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_response_continues_the_previous_one(calling: Forced, is_streamed: bool) -> None:
+def test_a_response_continues_the_previous_one(calling_server: ForcedServer, is_streamed: bool) -> None:
     """The prompt is the one of the whole conversation, and the cache has the model's turn with its reasoning."""
-    server, client, _ = calling
-    first = streamed(server) if is_streamed else whole(server)
-    second = client.responses.create(
-        **ASKED | {"input": RESULTS}, previous_response_id=first["id"], max_output_tokens=1
-    )
-    sent_whole = client.responses.create(**ASKED | {"input": [*USER, *first["output"], *RESULTS]}, max_output_tokens=1)
+    client = calling_server.client
+    first = stream_response(calling_server) if is_streamed else create_response(calling_server)
+    request = REQUEST | {"input": RESULTS, "max_output_tokens": 1}
+    second = client.responses.create(**request, previous_response_id=first["id"])
     assert second.usage is not None
-    assert sent_whole.usage is not None
-    assert second.usage.input_tokens == sent_whole.usage.input_tokens
-    written = first["usage"]["input_tokens"] + first["usage"]["output_tokens"]
-    assert second.usage.input_tokens_details.cached_tokens >= written - 1
-    third = client.responses.create(**ASKED | {"input": "b"}, previous_response_id=second.id, max_output_tokens=1)
-    assert third.usage is not None
-    assert third.usage.input_tokens > second.usage.input_tokens
+    conversation = [*USER_MESSAGES, *first["output"], *RESULTS]
+    assert second.usage.input_tokens == num_prompt_tokens(client, conversation)
+    num_first_tokens = first["usage"]["input_tokens"] + first["usage"]["output_tokens"]
+    assert second.usage.input_tokens_details.cached_tokens >= num_first_tokens - 1
+    assert num_prompt_tokens(client, "b", previous_response_id=second.id) > second.usage.input_tokens
 
 
-def test_a_response_that_is_not_stored_is_not_found(calling: Forced) -> None:
-    client = calling[1]
-    made = client.responses.create(**ASKED, store=False)
+def test_a_response_that_is_not_stored_is_not_found(calling_server: ForcedServer) -> None:
+    client = calling_server.client
+    response = client.responses.create(**REQUEST, store=False)
     with pytest.raises(NotFoundError):
-        client.responses.retrieve(made.id)
+        client.responses.retrieve(response.id)
     with pytest.raises(BadRequestError) as caught:
-        client.responses.create(**ASKED, previous_response_id=made.id)
+        client.responses.create(**REQUEST, previous_response_id=response.id)
     assert (caught.value.code, caught.value.param) == ("previous_response_not_found", "previous_response_id")
 
 
-def test_instructions_hold_for_one_response_and_the_turn_is_found_all_the_same(calling: Forced) -> None:
-    server, client, _ = calling
-    first = client.responses.create(**ASKED, instructions="Instructions of the first response.")
-    fields = ASKED | {"input": RESULTS, "previous_response_id": first.id, "max_output_tokens": 1}
-    second = client.responses.create(**fields)
+def test_the_next_response_has_the_turn_without_the_instructions_of_the_first(calling_server: ForcedServer) -> None:
+    client = calling_server.client
+    first = client.responses.create(**REQUEST, instructions="Instructions of the first response.")
     calls = [
         {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
         for item in first.output
         if item.type == "function_call"
     ]
     turn = {"role": "assistant", "content": "I call.", "reasoning_content": "Think first.", "tool_calls": calls}
-    results = [{"role": "tool", "tool_call_id": one["call_id"], "content": one["output"]} for one in RESULTS]
-    assert second.usage is not None
-    assert second.usage.input_tokens == len(prompt_of(server, messages=[*USER, turn, *results], tools=TOOLS))
+    results = [{"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]} for item in RESULTS]
+    expected = prompt_ids(calling_server, messages=[*USER_MESSAGES, turn, *results], tools=TOOLS)
+    assert num_prompt_tokens(client, RESULTS, previous_response_id=first.id) == len(expected)
 
 
 @pytest.mark.parametrize("lost", ["the text", "the handle", "the reasoning"])
-def test_lost_reasoning_is_put_back(calling: Forced, lost: str) -> None:
+def test_lost_reasoning_is_put_back(calling_server: ForcedServer, lost: str) -> None:
     """A client may send the reasoning as text, the handle alone, or nothing."""
-    client = calling[1]
-    first = client.responses.create(**ASKED, store=False)
-    output = [item.to_dict() for item in first.output]
-    kept: dict[str, list[Any]] = {
-        "the text": [output[0] | {"content": None}],
-        "the handle": [output[0] | {"encrypted_content": None}],
+    client = calling_server.client
+    reasoning, *other_items = [item.to_dict() for item in client.responses.create(**REQUEST, store=False).output]
+    sent_reasoning: dict[str, list[Any]] = {
+        "the text": [reasoning | {"content": None}],
+        "the handle": [reasoning | {"encrypted_content": None}],
         "the reasoning": [],
     }
-    requests = ([*USER, *begin, *output[1:], *RESULTS] for begin in (output[:1], kept[lost]))
-    whole_usage, usage = (
-        client.responses.create(**ASKED | {"input": items}, store=False, max_output_tokens=1).usage
-        for items in requests
-    )
-    assert whole_usage is not None
-    assert usage is not None
-    assert usage.input_tokens == whole_usage.input_tokens
+    complete = [*USER_MESSAGES, reasoning, *other_items, *RESULTS]
+    incomplete = [*USER_MESSAGES, *sent_reasoning[lost], *other_items, *RESULTS]
+    assert num_prompt_tokens(client, incomplete, store=False) == num_prompt_tokens(client, complete, store=False)
 
 
 def test_two_keys_never_see_each_others_responses_and_handles(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    alice, bob = add_key(path, "alice"), add_key(path, "bob")
-    with (
-        forcing(REPLIES["calls"][0], keys=KeyRing(path, is_required=True), key=alice) as (server, client, _),
-        stepping(server),
-    ):
-        other = OpenAI(base_url=f"{server.url}/v1", api_key=bob, max_retries=0, timeout=WAIT_S)
-        made = client.responses.create(**ASKED)
-        for not_found in (other.responses.retrieve, other.responses.delete):
+    alice_key, bob_key = add_key(path, "alice"), add_key(path, "bob")
+    with forced_server(CALLS_REPLY, keys=KeyRing(path, is_required=True), key=alice_key) as server:
+        alice = server.client
+        bob = OpenAI(base_url=f"{server.url}/v1", api_key=bob_key, max_retries=0, timeout=WAIT_S)
+        response = alice.responses.create(**REQUEST)
+        for method in (bob.responses.retrieve, bob.responses.delete):
             with pytest.raises(NotFoundError):
-                not_found(made.id)
+                method(response.id)
         with pytest.raises(BadRequestError):
-            other.responses.create(**ASKED, previous_response_id=made.id)
-        reasoning, *rest = [item.to_dict() for item in made.output]
+            bob.responses.create(**REQUEST, previous_response_id=response.id)
+        reasoning, *other_items = [item.to_dict() for item in response.output]
         assert reasoning["encrypted_content"]
         handle = reasoning | {"content": None}
-        changed = [{"role": "user", "content": "b"}]  # found by the handle alone
-
-        def num_tokens(who: OpenAI, *items: Any) -> int:
-            asked = ASKED | {"input": [*changed, *items, *rest, *RESULTS]}
-            usage = who.responses.create(**asked, max_output_tokens=1).usage
-            assert usage is not None
-            return usage.input_tokens
-
-        assert num_tokens(client, handle) > num_tokens(client)
-        assert num_tokens(other, handle) == num_tokens(other) == num_tokens(client)
-        assert client.responses.retrieve(made.id).id == made.id
+        changed_question = [{"role": "user", "content": "b"}]  # so that only the handle finds the turn
+        with_handle = [*changed_question, handle, *other_items, *RESULTS]
+        without_handle = [*changed_question, *other_items, *RESULTS]
+        num_without = num_prompt_tokens(alice, without_handle)
+        assert num_prompt_tokens(alice, with_handle) > num_without
+        assert num_prompt_tokens(bob, with_handle) == num_prompt_tokens(bob, without_handle) == num_without
+        assert alice.responses.retrieve(response.id).id == response.id

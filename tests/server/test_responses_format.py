@@ -1,8 +1,7 @@
-"""Tests of replies as responses: events, indexes and bodies for any text of the model and any cut of the stream."""
+"""Tests of replies as responses: the stream equals the body for any reply, however the events are grouped."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -15,83 +14,88 @@ from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.language_model import Generation
 from mlx_k2.server.responses_format import ResponseFormat, failed_stream, response_fields
 from mlx_k2.server.responses_request import ResponsesRequest
-from tests.server.responses_events import Fields, checked, comparable, events_of, text_of
-from tests.server.test_chat_reply import PIECES, generation_of, stream_of, token_ids
-from tests.server.test_chat_reply import events_of as engine_events_of
+from tests.server.reply_events import (
+    GROUP_SIZES,
+    OPEN_CALL,
+    REPLY_PARTS,
+    STOP_STRINGS,
+    add_events,
+    engine_events,
+    new_generation,
+    stream_in_groups,
+)
+from tests.server.responses_events import Fields, check_events, comparable_fields, item_text, parse_events
 from tests.text.replies import call, section
 
 HEAD = {"id": "resp_1", "created": 1, "model": "m"}
-BROKEN = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"
 
 
-def format_of(reply: ChatReply, kept: list[bytes] | None = None) -> ResponseFormat:
+def new_format(reply: ChatReply, store: Callable[[bytes], None] = lambda _: None) -> ResponseFormat:
     sampling = reply.generation.submissions[0].request.sampling
     fields = response_fields(HEAD, ResponsesRequest(input="a"), sampling)
-    return ResponseFormat(fields, reply, "comment", ([] if kept is None else kept).append)
+    return ResponseFormat(fields, reply, "comment", store)
 
 
-def body_of(generation: Generation, events: Sequence[Event]) -> Fields:
-    kept: list[bytes] = []
-    form = format_of(ChatReply(generation), kept)
-    form.events([(0, event) for event in events])
-    body = bytes(form.body())
-    assert kept == [body]
-    found: Fields = json.loads(body)
-    return found
+def create_body(generation: Generation, events: Sequence[Event]) -> Fields:
+    """Return the body, which is also what the response store gets."""
+    stored: list[bytes] = []
+    reply_format = new_format(ChatReply(generation), stored.append)
+    add_events(reply_format, events)
+    body = bytes(reply_format.body())
+    assert stored == [body]
+    fields: Fields = json.loads(body)
+    return fields
 
 
-def streamed(generation: Generation, events: Sequence[Event], cuts: Sequence[int] = ()) -> Fields:
-    """Return the response of a stream whose events are read in groups of ``cuts``, with a keep-alive before each."""
-    return checked(events_of(stream_of(format_of(ChatReply(generation)), events, cuts)))
+def stream_response(generation: Generation, events: Sequence[Event], group_sizes: Sequence[int] = ()) -> Fields:
+    """Return the last response of the stream, when the events are read in groups."""
+    return check_events(parse_events(stream_in_groups(new_format(ChatReply(generation)), events, group_sizes)))
 
 
-def answered(text: str, reason: FinishReason = FinishReason.STOP, **options: Any) -> Fields:
-    """Return the body of a reply, which its stream has as well."""
+def body_and_stream(text: str) -> Fields:
+    """Return the fields that the body of a reply has in common with its stream."""
     bodies = []
-    for make in (body_of, streamed):
-        generation = generation_of(**options)
-        bodies.append(make(generation, engine_events_of(generation, token_ids(text), reason)))
-    assert comparable(bodies[0]) == comparable(bodies[1])
+    for receive in (create_body, stream_response):
+        generation = new_generation()
+        bodies.append(comparable_fields(receive(generation, engine_events(generation, text, FinishReason.STOP))))
+    assert bodies[0] == bodies[1]
     return bodies[0]
 
 
 @given(
-    st.lists(PIECES, max_size=6),
-    st.lists(st.integers(1, 7), max_size=8),
+    st.lists(REPLY_PARTS, max_size=6),
+    GROUP_SIZES,
     st.booleans(),
-    st.sampled_from([(), ("stop",), ("world", "here")]),
+    STOP_STRINGS,
     st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]),
 )
-def test_indexes_are_right_and_the_stream_is_the_body_for_any_text_and_any_cut(
-    pieces: list[str], cuts: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], reason: FinishReason
+def test_indexes_are_right_and_the_stream_is_the_body_for_any_groups_of_events(
+    parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], reason: FinishReason
 ) -> None:
-    ids = token_ids("".join(pieces))
-    whole, cut = (generation_of(stop_strings, 3, in_reasoning) for _ in range(2))
-    body = body_of(whole, engine_events_of(whole, ids, reason))
-    assert comparable(streamed(cut, engine_events_of(cut, ids, reason), cuts)) == comparable(body)
+    text = "".join(parts)
+    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    body = create_body(for_body, engine_events(for_body, text, reason))
+    response = stream_response(for_stream, engine_events(for_stream, text, reason), group_sizes)
+    assert comparable_fields(response) == comparable_fields(body)
 
 
-@given(st.lists(PIECES, max_size=5))
-def test_the_items_hold_what_the_reply_of_a_chat_holds(pieces: list[str]) -> None:
-    ids = token_ids("".join(pieces))
-    generation = generation_of()
-    reply = ChatReply(generation)
-    for event in engine_events_of(generation, ids):
+@given(st.lists(REPLY_PARTS, max_size=5))
+def test_the_items_equal_the_parts_of_a_chat_reply(parts: list[str]) -> None:
+    text = "".join(parts)
+    for_reply, for_body = new_generation(), new_generation()
+    reply = ChatReply(for_reply)
+    for event in engine_events(for_reply, text):
         reply.add(event)
-    again = generation_of()
-    output = body_of(again, engine_events_of(again, ids))["output"]
-    texts = {
-        kind: "".join(text_of(item) for item in output if item["type"] == kind) for kind in ("reasoning", "message")
-    }
-    assert texts == {"reasoning": reply.reasoning, "message": reply.content}
+    output = create_body(for_body, engine_events(for_body, text))["output"]
+    assert "".join(item_text(item) for item in output if item["type"] == "reasoning") == reply.reasoning
+    assert "".join(item_text(item) for item in output if item["type"] == "message") == reply.content
     calls = [(item["call_id"], item["name"], item["arguments"]) for item in output if item["type"] == "function_call"]
-    assert calls == [(one.id, one.name, one.arguments) for one in reply.calls]
+    assert calls == [(call.id, call.name, call.arguments) for call in reply.calls]
 
 
-def test_each_kind_of_item_follows_the_order_of_the_model() -> None:
+def test_the_items_have_the_order_of_the_model() -> None:
     text = f"<think>Why?</think>So.{section(call('functions.f:0', '{}'), call('functions.g-h.i:1', ''))}"
-    body = answered(text)
-    assert comparable(body)["output"] == [
+    assert body_and_stream(text)["output"] == [
         ("reasoning", "completed", None, None, "Why?"),
         ("message", "completed", None, None, "So."),
         ("function_call", "completed", "functions.f:0", "f", "{}"),
@@ -99,50 +103,53 @@ def test_each_kind_of_item_follows_the_order_of_the_model() -> None:
     ]
 
 
-def test_all_items_with_reasoning_have_the_handle_of_the_turn() -> None:
-    generation = generation_of()
+def test_an_item_with_reasoning_has_the_handle_of_the_turn() -> None:
+    generation = new_generation()
     reply = ChatReply(generation)
-    form = format_of(reply)
-    form.events([(0, event) for event in engine_events_of(generation, token_ids("<think>a</think>b"))])
-    (reasoning, _) = json.loads(bytes(form.body()))["output"]
-    assert reasoning["encrypted_content"] == reply.handle
+    reply_format = new_format(reply)
+    add_events(reply_format, engine_events(generation, "<think>a</think>b"))
+    reasoning, _ = json.loads(bytes(reply_format.body()))["output"]
+    assert reasoning["encrypted_content"] == reply.turn_handle
 
 
 def test_arguments_that_are_no_json_are_passed_on_as_written() -> None:
-    body = answered("<think></think>" + section(call("functions.f:0", '{"a": ')))
-    assert comparable(body)["output"] == [("function_call", "completed", "functions.f:0", "f", '{"a": ')]
+    body = body_and_stream("<think></think>" + section(call("functions.f:0", '{"a": ')))
+    assert body["output"] == [("function_call", "completed", "functions.f:0", "f", '{"a": ')]
 
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.STOP])
 def test_a_call_that_is_cut_is_an_incomplete_item_of_an_incomplete_response(reason: FinishReason) -> None:
-    generation = generation_of()
-    *events, end = engine_events_of(generation, token_ids(BROKEN), reason)
+    generation = new_generation()
+    *events, end = engine_events(generation, OPEN_CALL, reason)
     assert isinstance(end, Finished)
-    body = streamed(generation, [*events, Finished(end.summary)])
-    assert body["status"] == "incomplete"
-    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert comparable(body)["output"] == [("function_call", "incomplete", "functions.f:0", "f", "{")]
-    assert body["completed_at"] is None
+    response = stream_response(generation, [*events, Finished(end.summary)])
+    assert response["status"] == "incomplete"
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert comparable_fields(response)["output"] == [("function_call", "incomplete", "functions.f:0", "f", "{")]
+    assert response["completed_at"] is None
 
 
 def test_a_failure_ends_the_stream_with_an_event_and_finishes_no_call() -> None:
-    generation = generation_of()
-    form = format_of(ChatReply(generation))
-    *events, _ = engine_events_of(generation, token_ids(f"<think>Why?{BROKEN}"))
-    sent = events_of(form.begin() + form.events([(0, event) for event in events]) + form.error(unavailable_error("x")))
-    failed = checked(sent)
-    assert failed["error"] == {"code": "server_error", "message": "x"}
-    assert [event["item"]["type"] for event in sent if event["type"] == "response.output_item.done"] == ["reasoning"]
-    assert failed["output"][-1]["status"] == "incomplete"
+    generation = new_generation()
+    reply_format = new_format(ChatReply(generation))
+    *events, _ = engine_events(generation, f"<think>Why?{OPEN_CALL}")
+    sent_events = parse_events(
+        reply_format.begin() + add_events(reply_format, events) + reply_format.error(unavailable_error("x"))
+    )
+    response = check_events(sent_events)
+    assert response["error"] == {"code": "server_error", "message": "x"}
+    done_types = [event["item"]["type"] for event in sent_events if event["type"] == "response.output_item.done"]
+    assert done_types == ["reasoning"]
+    assert response["output"][-1]["status"] == "incomplete"
 
 
 def test_a_response_that_cannot_begin_fails_in_its_stream() -> None:
     fields = response_fields(HEAD, ResponsesRequest(input="a", stream=True), None)
-    created, failed = events_of(failed_stream(fields, unavailable_error("x")))
+    created, failed = parse_events(failed_stream(fields, unavailable_error("x")))
     assert (created["type"], failed["type"]) == ("response.created", "response.failed")
     assert (created["sequence_number"], failed["sequence_number"]) == (0, 1)
 
 
 def test_an_empty_reply_has_no_items_and_is_complete() -> None:
-    body = answered("")
+    body = body_and_stream("")
     assert (body["status"], body["output"]) == ("completed", [])

@@ -9,41 +9,43 @@ import pytest
 from mlx_k2.server.api_errors import ApiError
 from mlx_k2.server.responses_input import InputReader
 from mlx_k2.server.responses_request import Conversation, conversation_of, in_responses_words, read_responses_request
-from mlx_k2.server.turn_store import HANDLE_FIELD
+from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 
-CALLED: list[Any] = [
+CALL_ITEMS: list[Any] = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"},
     {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
 ]
-SEARCH = {"type": "web_search", "external_web_access": True}
-F = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
-G = {"type": "function", "name": "g"}
+WEB_SEARCH = {"type": "web_search", "external_web_access": True}
+FUNCTION_F = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
+FUNCTION_G = {"type": "function", "name": "g"}
 
 
 def conversation(earlier: list[Any] | None = None, **fields: Any) -> Conversation:
+    """Return the conversation of a request that continues the ``earlier`` messages."""
     return conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()), earlier or [])
 
 
 def messages(items: list[Any]) -> list[dict[str, Any]]:
+    """Return the messages for input items."""
     return conversation(input=items).chat.messages
 
 
-def refused(**fields: Any) -> ApiError:
+def refusal(**fields: Any) -> ApiError:
     """Return the error that a client gets."""
     try:
-        asked = read_responses_request(json.dumps({"input": "a"} | fields).encode())
+        request = read_responses_request(json.dumps({"input": "a"} | fields).encode())
     except ApiError as error:
         return error
     with pytest.raises(ApiError) as caught:
-        conversation_of(asked)
+        conversation_of(request)
     return in_responses_words(caught.value)
 
 
 def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
-    found = conversation(instructions="Be brief.")
-    user = {"role": "user", "content": "a"}
-    assert found.chat.messages == [{"role": "system", "content": "Be brief."}, user]
-    assert found.messages == [user], "a later response has its own instructions"
+    with_instructions = conversation(instructions="Be brief.")
+    user_message = {"role": "user", "content": "a"}
+    assert with_instructions.chat.messages == [{"role": "system", "content": "Be brief."}, user_message]
+    assert with_instructions.messages == [user_message], "stored without the instructions"
 
 
 def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
@@ -53,12 +55,11 @@ def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
         {"type": "function_call_output", "call_id": "c1", "output": "1"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
     ]
-    found = messages([{"role": "user", "content": "a"}, reasoning, answer, *CALLED, *outputs, answer])
     calls = [
         {"id": "c1", "function": {"name": "f", "arguments": '{"a": 1}'}},
         {"id": "c2", "function": {"name": "g", "arguments": "{}"}},
     ]
-    assert found == [
+    assert messages([{"role": "user", "content": "a"}, reasoning, answer, *CALL_ITEMS, *outputs, answer]) == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "I call.", "reasoning_content": "Why?", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "c1", "content": "1"},
@@ -67,20 +68,20 @@ def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
     ]
 
 
-def test_a_handle_names_its_turn_and_another_one_begins_another() -> None:
+def test_items_with_another_handle_begin_another_turn() -> None:
     def reasoning(handle: str) -> dict[str, Any]:
         return {"type": "reasoning", "summary": [], "encrypted_content": handle}
 
     answer = {"type": "message", "role": "assistant", "content": "b"}
-    found = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
-    assert found == [{"role": "assistant", "content": "b", HANDLE_FIELD: handle} for handle in ("h1", "h2")]
+    turns = messages([reasoning("h1"), answer, reasoning("h1"), reasoning("h2"), answer])
+    assert turns == [{"role": "assistant", "content": "b", TURN_HANDLE_FIELD: handle} for handle in ("h1", "h2")]
 
 
-def test_a_summary_stands_in_for_reasoning_only_if_there_is_nothing_else() -> None:
+def test_a_summary_is_used_as_reasoning_only_if_the_reasoning_is_missing() -> None:
     summary = {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in ("s", "t")]}
-    assert messages([summary, *CALLED])[0]["reasoning_content"] == "st"
-    whole = summary | {"content": [{"type": "reasoning_text", "text": "Why?"}]}
-    assert messages([whole, *CALLED])[0]["reasoning_content"] == "Why?"
+    assert messages([summary, *CALL_ITEMS])[0]["reasoning_content"] == "st"
+    complete = summary | {"content": [{"type": "reasoning_text", "text": "Why?"}]}
+    assert messages([complete, *CALL_ITEMS])[0]["reasoning_content"] == "Why?"
 
 
 def test_the_parts_of_a_message_are_joined() -> None:
@@ -92,78 +93,90 @@ def test_the_parts_of_a_message_are_joined() -> None:
 
 def test_the_image_of_a_tool_is_replaced_by_a_line_of_text() -> None:
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
-    found = messages([*CALLED, {"type": "function_call_output", "call_id": "c1", "output": output}])
-    assert found[-1]["content"] == "a[input_image left out: this model reads text only]"
+    *_, result = messages([*CALL_ITEMS, {"type": "function_call_output", "call_id": "c1", "output": output}])
+    assert result["content"] == "a[input_image left out: this model reads text only]"
 
 
 def test_a_response_continues_an_earlier_conversation() -> None:
     earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    found = conversation(earlier, instructions="s")
-    assert [message["content"] for message in found.chat.messages] == ["s", "x", "y", "a"]
-    assert [message["content"] for message in found.messages] == ["x", "y", "a"]
+    continued = conversation(earlier, instructions="s")
+    assert [message["content"] for message in continued.chat.messages] == ["s", "x", "y", "a"]
+    assert [message["content"] for message in continued.messages] == ["x", "y", "a"]
 
 
 def test_an_item_whose_type_is_null_is_a_message() -> None:
-    found = conversation(input=[{"type": None, "role": "user", "content": "a"}])
-    assert [message["content"] for message in found.chat.messages] == ["a"]
+    (message,) = messages([{"type": None, "role": "user", "content": "a"}])
+    assert message["content"] == "a"
 
 
 def test_a_turn_of_very_many_items_is_joined_in_linear_time() -> None:
     num_items, text = 20_000, "a" * 1000
     items: list[Any] = [{"role": "assistant", "content": text}, {"type": "reasoning", "summary": [], "content": text}]
     reader = InputReader()
-    began = time.process_time()
-    reader.read([item for _ in range(num_items) for item in items])
-    assert time.process_time() - began < 5
-    whole = text * num_items
-    assert reader.messages == [{"role": "assistant", "content": whole, "reasoning_content": whole}]
+    started_at = time.process_time()
+    reader.read(items * num_items)
+    assert time.process_time() - started_at < 5
+    joined_text = text * num_items
+    assert reader.messages == [{"role": "assistant", "content": joined_text, "reasoning_content": joined_text}]
 
 
 def test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named() -> None:
     custom = {"type": "custom", "name": "apply_patch"}
-    namespace = {"type": "namespace", "name": "mcp", "tools": [F]}
-    found = conversation(
-        tools=[SEARCH, F, custom, namespace, {"type": "local_shell"}],
+    namespace = {"type": "namespace", "name": "mcp", "tools": [FUNCTION_F]}
+    mixed = conversation(
+        tools=[WEB_SEARCH, FUNCTION_F, custom, namespace, {"type": "local_shell"}],
         input=[{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "ws_1", "status": "completed"}],
     )
-    assert found.chat.tools == [
-        {"type": "function", "function": {name: value for name, value in F.items() if name != "type"}}
-    ]
-    assert len(found.chat.messages) == 1
-    assert found.warnings == (
+    function = {name: value for name, value in FUNCTION_F.items() if name != "type"}
+    assert mixed.chat.tools == [{"type": "function", "function": function}]
+    assert len(mixed.chat.messages) == 1
+    assert mixed.warnings == (
         "tools of these types are left out: custom, local_shell, namespace, web_search",
         "input items of these types are left out: web_search_call",
     )
 
 
 def test_a_request_whose_tools_all_run_on_a_server_has_none() -> None:
-    assert conversation(tools=[SEARCH]).chat.tools is None
+    assert conversation(tools=[WEB_SEARCH]).chat.tools is None
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_a_word_for_the_choice_of_tools_stays(choice: str) -> None:
-    assert conversation(tools=[F], tool_choice=choice).chat.tool_choice == choice
+def test_a_tool_choice_that_is_a_word_is_unchanged(choice: str) -> None:
+    assert conversation(tools=[FUNCTION_F], tool_choice=choice).chat.tool_choice == choice
 
 
-def test_the_choice_of_one_function_and_of_some_are_those_of_chat_completions() -> None:
-    named = conversation(tools=[F, G], tool_choice={"type": "function", "name": "g"}).chat
-    assert named.tool_choice == {"type": "function", "function": {"name": "g"}}
-    some = conversation(tools=[F, G], tool_choice={"type": "allowed_tools", "mode": "required", "tools": [G]}).chat
-    many = [{"type": "function", "name": f"f{number}"} for number in range(40_000)]
-    began = time.process_time()
+def test_the_choice_of_one_function_is_that_of_chat_completions() -> None:
+    chat = conversation(tools=[FUNCTION_F, FUNCTION_G], tool_choice={"type": "function", "name": "g"}).chat
+    assert chat.tool_choice == {"type": "function", "function": {"name": "g"}}
+
+
+def test_the_choice_of_allowed_tools_leaves_out_the_others() -> None:
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [FUNCTION_G]}
+    chat = conversation(tools=[FUNCTION_F, FUNCTION_G], tool_choice=choice).chat
+    assert (chat.tool_choice, chat.tools) == ("required", [{"type": "function", "function": {"name": "g"}}])
+
+
+def test_very_many_tools_and_allowed_tools_are_refused_in_linear_time() -> None:
+    tools = [{"type": "function", "name": f"f{number}"} for number in range(40_000)]
+    started_at = time.process_time()
     with pytest.raises(ApiError, match="40000 tools are declared"):
-        conversation(tools=many, tool_choice={"type": "allowed_tools", "tools": [{"name": [1]}, *many]})
-    assert time.process_time() - began < 5
-    assert (some.tool_choice, some.tools) == ("required", [{"type": "function", "function": {"name": "g"}}])
+        conversation(tools=tools, tool_choice={"type": "allowed_tools", "tools": [{"name": [1]}, *tools]})
+    assert time.process_time() - started_at < 5
 
 
-def test_the_form_of_the_answer_is_that_of_chat_completions() -> None:
-    schema = {"type": "object"}
-    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
-    found = conversation(text={"format": form, "verbosity": "low"}).chat
-    assert found.response_format == {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
-    assert conversation(text={"format": {"type": "json_object"}}).chat.response_format == {"type": "json_object"}
-    assert conversation(text={"verbosity": "high"}).chat.response_format is None
+@pytest.mark.parametrize(
+    ("text", "response_format"),
+    [
+        (
+            {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}, "verbosity": "low"},
+            {"type": "json_schema", "json_schema": {"schema": {}, "strict": True}},
+        ),
+        ({"format": {"type": "json_object"}}, {"type": "json_object"}),
+        ({"verbosity": "high"}, None),
+    ],
+)
+def test_the_format_of_the_answer_is_that_of_chat_completions(text: object, response_format: object) -> None:
+    assert conversation(text=text).chat.response_format == response_format
 
 
 @pytest.mark.parametrize(
@@ -201,7 +214,7 @@ def test_limits_sampling_and_log_probabilities_are_passed_on() -> None:
         ({"max_output_tokens": 0}, "max_output_tokens", None),
         ({"reasoning": {"effort": "extreme"}}, "reasoning.effort", None),
         ({"tools": [{"type": "function"}]}, "tools[0].name", None),
-        ({"tools": [F, F]}, "tools", None),
+        ({"tools": [FUNCTION_F, FUNCTION_F]}, "tools", None),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", None),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools", None),
         ({"background": True}, "background", None),
@@ -212,7 +225,9 @@ def test_limits_sampling_and_log_probabilities_are_passed_on() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_by_its_name(fields: dict[str, Any], param: str, code: str | None) -> None:
-    error = refused(**fields)
+def test_a_refusal_has_the_name_that_the_field_has_in_this_api(
+    fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    error = refusal(**fields)
     assert (error.status, error.param, error.code) == (400, param, code)
-    assert "messages" not in error.message
+    assert "messages" not in error.message, "the field of a chat request"

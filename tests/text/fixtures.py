@@ -1,4 +1,4 @@
-"""The tokenizer and chat template that the tests of this package share."""
+"""A small tokenizer and the built-in model's chat template, which many tests share, and prompts made with them."""
 
 import base64
 import functools
@@ -29,31 +29,34 @@ def builtin_template() -> ChatTemplate:
 def pieces_of(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
 ) -> list[PromptPiece]:
-    """Return the prompt of messages as JSON holds them, in pieces."""
+    """Return the prompt of messages in OpenAI's format, in pieces."""
     return render_pieces(template, tokenizer, read_history(messages, template.fields).messages, *tools, **options)
 
 
 def ids_of(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
 ) -> list[int]:
-    """Return the prompt of messages as JSON holds them, in token ids."""
+    """Return the prompt of messages in OpenAI's format, in token ids."""
     return encode_pieces(tokenizer, pieces_of(template, tokenizer, messages, *tools, **options))
 
 
 def as_text(pieces: list[PromptPiece]) -> str:
+    """Return the text of a prompt, with the names of its control tokens."""
     return "".join(piece if isinstance(piece, str) else tokenizer().token_bytes(piece).decode() for piece in pieces)
 
 
-def decoded(ids: list[int]) -> str:
+def decode(ids: list[int]) -> str:
+    """Return the text of token ids, with the names of control tokens."""
     return b"".join(map(tokenizer().token_bytes, ids)).decode()
 
 
-BYTES = [bytes([byte]) for byte in range(256)]
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 
 
-def tiktoken_files(tokens: list[bytes], named: dict[int, str] | None = None) -> dict[str, bytes]:
-    added = {str(number): {"content": name} for number, name in (named or {}).items()}
+def tiktoken_files(tokens: list[bytes], control_tokens: dict[int, str] | None = None) -> dict[str, bytes]:
+    """Return the files of a vocabulary: ordinary tokens in the order of their ids, and control tokens by their ids."""
+    added_tokens = {str(token_id): {"content": name} for token_id, name in (control_tokens or {}).items()}
     return {
         "tiktoken.model": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)),
-        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added_tokens}).encode(),
     }

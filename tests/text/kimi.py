@@ -26,6 +26,7 @@ needs_vocabulary = pytest.mark.skipif(
 
 
 def golden_prompts(model: str) -> list[dict[str, Any]]:
+    """Return the lines of a golden file; tests/text/goldens/README.md describes their fields."""
     return [json.loads(line) for line in (GOLDENS / f"{model}.jsonl").read_text().splitlines()]
 
 

@@ -1,9 +1,12 @@
+"""Tests of chat templates: their dialect of Jinja, their limits, their errors, and the process that renders them."""
+
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +15,7 @@ import pytest
 from mlx_k2.errors import RequestError, TokenizerError
 from mlx_k2.text.chat_template import ChatTemplate, load_chat_template
 
-ENDLESS = {
+COSTLY_TEMPLATES = {
     "nested loops": "\n{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a loop in a macro": "\n{% macro m() %}{% for a in range(99999) %}{{ m() }}{% endfor %}{% endmacro %}{{ m() }}",
     "macros that call themselves": "\n{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
@@ -27,11 +30,12 @@ ENDLESS = {
 
 
 def render(source: str, **variables: Any) -> str:
+    """Render a template with limits that are low enough for a test."""
     return ChatTemplate(source, max_cpu_s=0.2, max_characters=100_000).render(variables)
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
+@pytest.mark.parametrize("source", COSTLY_TEMPLATES.values(), ids=COSTLY_TEMPLATES.keys())
 def test_a_template_that_needs_too_much_cpu_or_memory_is_stopped_and_its_line_named(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"^chat_template.jinja line 2: "):
         render(source, t="a" * 999)
@@ -43,7 +47,7 @@ def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "complaint"),
+    ("source", "error"),
     [
         ("\n\n{% if %}", "line 3: Expected an expression"),
         ("\n{{ messages[0].text.length }}", "line 2: 'dict object' has no attribute 'text'"),
@@ -55,8 +59,8 @@ def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
         ("{{ messages | tojson }}{{ tojson }}{{ {1: ''.join} | tojson }}", "line 1: .*not JSON serializable"),
     ],
 )
-def test_a_template_error_names_the_file_and_line(source: str, complaint: str) -> None:
-    with pytest.raises(TokenizerError, match=f"^chat_template.jinja {complaint}"):
+def test_a_template_error_names_the_file_and_line(source: str, error: str) -> None:
+    with pytest.raises(TokenizerError, match=f"^chat_template.jinja {error}"):
         render(source, messages=[{}])
 
 
@@ -90,13 +94,13 @@ def test_tojson_writes_json_like_hugging_face_chat_templates() -> None:
     assert render("{{ v | tojson(false, none, (',', ':'), true) }}", v=value) == """{"a":[1,null],"b":"é<&'>"}"""
 
 
-def test_tojson_escapes_other_letters_only_with_ensure_ascii() -> None:
+def test_tojson_escapes_non_ascii_characters_only_with_ensure_ascii() -> None:
     value = {"é": "汉😀\n\u2028\x7f"}
     assert render("{{ v | tojson(ensure_ascii=False) }}", v=value) == json.dumps(value, ensure_ascii=False)
     assert render("{{ v | tojson(ensure_ascii=True) }}", v=value) == json.dumps(value)
 
 
-def test_a_generation_block_renders_its_body_in_a_scope_of_its_own() -> None:
+def test_a_generation_block_renders_its_body_in_a_separate_scope() -> None:
     source = (
         "{% set x = 1 %}{% for y in v %}{% generation %}{% set x = y %}<{{ x }}>{% endgeneration %}{% endfor %}{{ x }}"
     )
@@ -123,16 +127,16 @@ def test_a_generation_block_without_an_end_is_refused_with_its_line() -> None:
         ("{% set effort = effort | default('high') %}{{ effort }}", "effort"),
     ],
 )
-def test_variables_that_nothing_sets_are_named(source: str, names: str | None) -> None:
-    words = f"the chat template reads variables that mlx-k2 does not set: {names}"
-    assert ChatTemplate(source).warnings == ((words,) if names else ())
+def test_a_warning_names_the_variables_that_nothing_sets(source: str, names: str | None) -> None:
+    warning = f"the chat template reads variables that mlx-k2 does not set: {names}"
+    assert ChatTemplate(source).warnings == ((warning,) if names else ())
 
 
 def test_chat_template_jinja_overrides_the_template_in_tokenizer_config() -> None:
     config = json.dumps({"chat_template": "from the config"}).encode()
     assert load_chat_template({"tokenizer_config.json": config}).source == "from the config"
-    both = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
-    assert load_chat_template(both).source == "from the file é"
+    files = {"tokenizer_config.json": config, "chat_template.jinja": "from the file é".encode()}
+    assert load_chat_template(files).source == "from the file é"
 
 
 def test_a_byte_order_mark_before_a_template_is_no_part_of_it() -> None:
@@ -167,8 +171,8 @@ def test_an_unreadable_template_is_refused(files: dict[str, bytes]) -> None:
         load_chat_template(files)
 
 
-UNBOUNDED = {
-    "a name that once held the deadline": (
+EVASIVE_TEMPLATES = {
+    "assignments to names that may be the limit's": (
         "\n{% set mlx_k2_on_turn = dict %}{% set mlx_k2_on_iteration = dict %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     ),
@@ -183,7 +187,7 @@ UNBOUNDED = {
 
 
 @pytest.mark.timeout(40)
-@pytest.mark.parametrize("source", UNBOUNDED.values(), ids=UNBOUNDED.keys())
+@pytest.mark.parametrize("source", EVASIVE_TEMPLATES.values(), ids=EVASIVE_TEMPLATES.keys())
 def test_no_template_avoids_the_limits_on_cpu_and_memory(source: str) -> None:
     with pytest.raises(
         TokenizerError, match=r"did not end within 0.2 s|needs more memory|computes a power|makes a text"
@@ -194,7 +198,8 @@ def test_no_template_avoids_the_limits_on_cpu_and_memory(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["{{ name }}" * 100_000, "{{ x.y['z'] }}" * 100_000], ids=["variables", "fields"])
 def test_a_template_is_compiled_and_its_names_are_collected_under_the_same_limit(source: str) -> None:
-    with pytest.raises(TokenizerError, match=r"^chat_template.jinja: did not end within 0.2 s of computing$"):
+    # The line is named if the limit is reached in Jinja's lexer, which converts exceptions to syntax errors.
+    with pytest.raises(TokenizerError, match=r"^chat_template.jinja( line 1)?: did not end within 0.2 s of computing$"):
         ChatTemplate(source, max_cpu_s=0.2)
 
 
@@ -223,40 +228,44 @@ def test_a_text_with_a_lone_surrogate_is_rendered() -> None:
 
 @pytest.mark.timeout(40)
 def test_other_threads_run_while_a_template_computes_in_one_long_call() -> None:
-    thread = threading.Thread(target=pytest.raises, args=(TokenizerError, render, UNBOUNDED["straight-line code"]))
+    thread = threading.Thread(
+        target=pytest.raises, args=(TokenizerError, render, EVASIVE_TEMPLATES["straight-line code"])
+    )
     thread.start()
-    longest_s = 0.0
+    longest_wait_s = 0.0
     while thread.is_alive():
-        began = time.monotonic()
+        started_at = time.monotonic()
         thread.join(0.001)
-        longest_s = max(longest_s, time.monotonic() - began)
-    assert longest_s < 0.5, f"this thread waited {longest_s} s for the interpreter's lock"
+        longest_wait_s = max(longest_wait_s, time.monotonic() - started_at)
+    assert longest_wait_s < 0.5, f"this thread waited {longest_wait_s} s for the interpreter's lock"
 
 
 @pytest.mark.timeout(40)
 def test_a_worker_that_was_killed_is_started_again() -> None:
     assert render("{{ 1 }}") == "1"
-    (worker,) = [each for each in psutil.Process().children() if "mlx_k2.text.template_worker" in each.cmdline()]
+    children = psutil.Process().children()
+    (worker,) = [process for process in children if "mlx_k2.text.template_worker" in process.cmdline()]
     worker.kill()
     while worker.status() != psutil.STATUS_ZOMBIE:
         threading.Event().wait(0.01)
     assert render("{{ 1 }}") == "1"
 
 
-@pytest.mark.timeout(40)
-def test_the_worker_ends_with_the_program() -> None:
-    program = "from mlx_k2.text.chat_template import ChatTemplate; ChatTemplate('a'); import os; "
-    for ending in ("", "os.kill(os.getpid(), 9)"):
-        marked = {**os.environ, "MLX_K2_TEST_WORKER": str(os.getpid()) + ending[:2]}
-        subprocess.run([sys.executable, "-c", program + ending], timeout=20, env=marked)
-        deadline = time.monotonic() + 10
-        while any(is_worker(process, marked["MLX_K2_TEST_WORKER"]) for process in psutil.process_iter()):
-            assert time.monotonic() < deadline
-            threading.Event().wait(0.05)
-
-
-def is_worker(process: psutil.Process, mark: str) -> bool:
+def has_mark(process: psutil.Process, mark: str) -> bool:
+    """Return whether the test marked the process, or a process that started it, by an environment variable."""
     try:
-        return process.environ().get("MLX_K2_TEST_WORKER") == mark
+        return process.environ().get("MLX_K2_TEST_MARK") == mark
     except psutil.Error:
         return False
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)"], ids=["exit", "SIGKILL"])
+def test_the_worker_ends_with_the_program(end: str, tmp_path: Path) -> None:
+    program = f"from mlx_k2.text.chat_template import ChatTemplate; ChatTemplate('a'); import os; {end}"
+    mark = str(tmp_path)
+    subprocess.run([sys.executable, "-c", program], timeout=20, env={**os.environ, "MLX_K2_TEST_MARK": mark})
+    deadline = time.monotonic() + 10
+    while any(has_mark(process, mark) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)

@@ -1,3 +1,5 @@
+"""Tests of escaping: escaped text behaves like plain text in a template, and spells no control token."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +12,12 @@ from mlx_k2.text.escaping import Escaping
 from tests.examples import scaled
 
 NAMES = ["<|im_end|>", "<think>", "[EOS]"]
-LETTERS = set("".join(NAMES))
+NAME_CHARACTERS = set("".join(NAMES))
 # Short texts over few characters, so that searches find matches. Some of the characters are in no name.
 texts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), max_size=12)
 parts = st.text(alphabet=st.sampled_from("<|im_end|>XÉ \n"), min_size=1, max_size=2)
 
-WITH_A_PART: dict[str, Callable[[str, str], Any]] = {
+OPERATIONS_WITH_PART: dict[str, Callable[[str, str], Any]] = {
     "==": lambda text, part: text == part,
     "== the other way": lambda text, part: part == text,
     "!=": lambda text, part: text != part,
@@ -46,13 +48,13 @@ WITH_A_PART: dict[str, Callable[[str, str], Any]] = {
     "startswith after +": lambda text, part: (part + text).startswith(part),
     "== after +": lambda text, part: (part + text) == part,
 }
-ALONE: dict[str, Callable[[str], Any]] = {
+OPERATIONS: dict[str, Callable[[str], Any]] = {
     "hash": hash,
     "repr": repr,
     "len": len,
     "str": str,
     "list": list,
-    "a letter": lambda text: text[:1],
+    "first character": lambda text: text[:1],
     "backwards": lambda text: text[::-1],
     "strip": lambda text: text.strip(),
     "split": lambda text: text.split(),
@@ -65,41 +67,41 @@ ALONE: dict[str, Callable[[str], Any]] = {
     "isupper": lambda text: text.isupper(),
     "isspace": lambda text: text.isspace(),
     "sorted": lambda text: sorted([text, "m", "XX"]),
-    "starts like its own start": lambda text: text.startswith(text[:1]),
+    "startswith its first character": lambda text: text.startswith(text[:1]),
 }
+TEXT_OPERATIONS = ["repr", "str", "list", "first character", "backwards", "strip", "split", "splitlines"]
+TEXT_OPERATIONS += ["upper", "lower", "title"]
 
 
-YIELD_TEXT = ["repr", "str", "list", "a letter", "backwards", "strip", "split", "splitlines", "upper", "lower", "title"]
-
-
-def unescaped(value: Any, escaping: Escaping) -> Any:
+def unescape(value: Any, escaping: Escaping) -> Any:
+    """Return a value with its text, or the texts of a list, unescaped."""
     return [escaping.unescape(item) for item in value] if isinstance(value, list) else escaping.unescape(value)
 
 
-@pytest.mark.parametrize("name", WITH_A_PART)
+@pytest.mark.parametrize("name", OPERATIONS_WITH_PART)
 @settings(max_examples=scaled(40))
 @given(text=texts, part=parts)
 def test_escaped_text_combined_with_template_text_behaves_like_plain_text(name: str, text: str, part: str) -> None:
-    operation = WITH_A_PART[name]
+    operation = OPERATIONS_WITH_PART[name]
     escaping = Escaping(NAMES, [text, part])
-    assert unescaped(operation(escaping.escape(text), part), escaping) == operation(text, part)
+    assert unescape(operation(escaping.escape(text), part), escaping) == operation(text, part)
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", OPERATIONS)
 @settings(max_examples=scaled(40))
 @given(text=texts)
-def test_operations_on_escaped_text_behave_like_on_plain_text(name: str, text: str) -> None:
-    operation = ALONE[name]
+def test_an_operation_on_escaped_text_has_the_result_of_plain_text(name: str, text: str) -> None:
+    operation = OPERATIONS[name]
     escaping = Escaping(NAMES, [text])
-    assert unescaped(operation(escaping.escape(text)), escaping) == operation(text)
+    assert unescape(operation(escaping.escape(text)), escaping) == operation(text)
 
 
-@pytest.mark.parametrize("name", YIELD_TEXT)
+@pytest.mark.parametrize("name", TEXT_OPERATIONS)
 @settings(max_examples=scaled(40))
 @given(text=texts)
-def test_no_string_operation_unescapes_a_letter_of_a_control_token(name: str, text: str) -> None:
-    result = ALONE[name](Escaping(NAMES, [text]).escape(text))
-    assert LETTERS.isdisjoint("".join(result))
+def test_no_string_operation_returns_a_character_of_a_control_token(name: str, text: str) -> None:
+    result = OPERATIONS[name](Escaping(NAMES, [text]).escape(text))
+    assert NAME_CHARACTERS.isdisjoint("".join(result))
 
 
 @given(st.text())
@@ -107,16 +109,17 @@ def test_escaping_is_one_to_one_and_uses_no_character_of_the_text(text: str) -> 
     escaping = Escaping(NAMES, [text])
     escaped = "".join(escaping.escape(text))
     assert len(escaped) == len(text)
-    assert LETTERS.isdisjoint(escaped)
+    assert NAME_CHARACTERS.isdisjoint(escaped)
     assert escaping.unescape(escaped) == text
-    changed = {after for before, after in zip(text, escaped, strict=True) if before != after}
-    assert changed.isdisjoint(text)
+    replacements = {after for before, after in zip(text, escaped, strict=True) if before != after}
+    assert replacements.isdisjoint(text)
 
 
 def test_private_use_characters_in_a_text_are_not_unescaped() -> None:
     text = "<think>" + "".join(map(chr, range(0xF0000, 0x110000)))
     escaping = Escaping(NAMES, [text])
-    assert escaping.unescape("".join((escaping.escape(text),))) == text
+    escaped = "".join([escaping.escape(text)])  # joined to plain text, as Jinja writes it
+    assert escaping.unescape(escaped) == text
 
 
 def test_template_text_joined_to_escaped_text_is_not_escaped() -> None:
@@ -131,7 +134,7 @@ def test_text_is_escaped_at_every_depth_and_in_keys() -> None:
     escaped = escaping.escape({"dim": [{"end": ("m", 3, None, True)}]})
     assert escaped["dim"][0]["end"] == ("m", 3, None, True)
     (key,) = escaped
-    assert LETTERS.isdisjoint("".join(key))
+    assert NAME_CHARACTERS.isdisjoint("".join(key))
 
 
 def test_text_that_uses_every_character_is_refused() -> None:

@@ -6,25 +6,25 @@ import itertools
 import pytest
 
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
-from tests.text.fixtures import BYTES, builtin_template, ids_of, tiktoken_files
+from tests.text.fixtures import SINGLE_BYTES, builtin_template, ids_of, tiktoken_files
 
 SENTENCE = "I'm| sure| it's| fine|,| but| I| can't| say| I'd| trust| that| it's| what| we'd| ship|."
 SENTENCE_IDS = [17172, 3287, 4643, 8201, 11, 996, 374, 8971, 3637, 20020, 8173, 473, 4643, 1573, 56229, 13922, 13]
 NUMBER_IDS = {"123": 6694, "456": 12972, "789": 16242, "0": 15}
 WORD_IDS = {"hello": 22931, "user": 2482, "assistant": 69702}
-KNOWN = dict(zip(SENTENCE.split("|"), SENTENCE_IDS, strict=True)) | NUMBER_IDS | WORD_IDS
+PUBLISHED_IDS = dict(zip(SENTENCE.split("|"), SENTENCE_IDS, strict=True)) | NUMBER_IDS | WORD_IDS
 MARKERS = {163_586: "<|im_end|>", 163_587: "<|im_user|>", 163_588: "<|im_assistant|>", 163_594: "<|im_system|>"}
 MARKERS[163_601] = "<|im_middle|>"
 
 
 def k2_tokens() -> list[bytes]:
-    """Return 163,584 tokens: the known ones at their ranks, then all single bytes and filler tokens at free ranks."""
-    known = {number: text.encode() for text, number in KNOWN.items()}
-    received = set(known.values())
-    letters = [bytes(pair) for pair in itertools.product(range(256), range(256))]
-    others = itertools.chain(BYTES, letters, (b"\x00" + pair for pair in letters), (b"\x01" + pair for pair in letters))
-    free = (token for token in others if token not in received)
-    return [known.get(rank) or next(free) for rank in range(163_584)]
+    """Return 163,584 tokens: the published ones at their ids, single bytes and filler tokens at the other ids."""
+    published = {token_id: text.encode() for text, token_id in PUBLISHED_IDS.items()}
+    pairs = [bytes(pair) for pair in itertools.product(range(256), range(256))]
+    triples = (bytes([first]) + pair for first in (0, 1) for pair in pairs)
+    published_tokens = set(published.values())
+    other_tokens = (token for token in itertools.chain(SINGLE_BYTES, pairs, triples) if token not in published_tokens)
+    return [published.get(token_id) or next(other_tokens) for token_id in range(163_584)]
 
 
 @functools.cache
@@ -59,17 +59,17 @@ def test_think_tokens_have_their_known_ids_when_the_config_does_not_name_them() 
 
 
 def test_think_tokens_named_in_the_config_have_the_configs_ids() -> None:
-    named = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
-    loaded = load_tokenizer(tiktoken_files(k2_tokens(), named), 163_840)
-    assert (loaded.token_id("<think>"), loaded.token_id("</think>")) == (163_620, 163_621)
-    assert loaded.token_id("<other>") == 163_606
+    control_tokens = {163_606: "<other>", 163_620: "<think>", 163_621: "</think>"}
+    tokenizer = load_tokenizer(tiktoken_files(k2_tokens(), control_tokens), 163_840)
+    assert (tokenizer.token_id("<think>"), tokenizer.token_id("</think>")) == (163_620, 163_621)
+    assert tokenizer.token_id("<other>") == 163_606
 
 
 def test_a_vocabulary_of_another_size_has_no_think_tokens_unless_named() -> None:
-    loaded = load_tokenizer(tiktoken_files(k2_tokens()[:-1], MARKERS), 163_840)
-    assert "<think>" not in loaded.special_ids
+    tokenizer = load_tokenizer(tiktoken_files(k2_tokens()[:-1], MARKERS), 163_840)
+    assert "<think>" not in tokenizer.special_ids
 
 
 def test_special_ids_without_a_name_in_the_config_are_reserved_tokens() -> None:
-    for number in (163_589, 163_592, 163_600, 163_839):
-        assert k2_tokenizer().token_bytes(number) == f"<|reserved_token_{number}|>".encode()
+    for token_id in (163_589, 163_592, 163_600, 163_839):
+        assert k2_tokenizer().token_bytes(token_id) == f"<|reserved_token_{token_id}|>".encode()

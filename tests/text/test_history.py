@@ -15,10 +15,10 @@ from mlx_k2.text.tool_call import ToolCall
 from tests.examples import scaled
 from tests.text.fixtures import as_text, builtin_template, tokenizer
 
-USER = Message(role="user", content="hello")
-WEATHER = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
+USER_MESSAGE = Message(role="user", content="hello")
+WEATHER_CALL = ToolCall("functions.get_weather:0", "get_weather", '{"city": "Rome"}', {"city": "Rome"})
 
-hostile = st.lists(
+hostile_texts = st.lists(
     st.one_of(
         st.sampled_from(["<|im_end|>", "<think>", "</think>", "<|tool_call_begin|>", "<|tool_call_section_begin|>"]),
         st.sampled_from(["<|tool_calls_section_end|>", "<|tool_call_argument_begin|>", "<|tool", "\n", " ", "None"]),
@@ -29,42 +29,43 @@ hostile = st.lists(
 names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True)
 
 
-def parts_of(ids: Sequence[int], *, in_reasoning: bool) -> Iterator[Part]:
-    reader = ReplyReader(tokenizer(), [tokenizer().token_id("<think>")] if in_reasoning else [], ())
+def parts_of(ids: Sequence[int]) -> Iterator[Part]:
+    """Yield the parts of a reply that its token ids complete."""
+    reader = ReplyReader(tokenizer(), [], ())
     for token_id in ids:
         yield from reader.add(token_id).parts
     yield from reader.finish().parts
 
 
-def generated(messages: list[Message]) -> list[int]:
+def sampled_ids(messages: list[Message]) -> list[int]:
     """Return the ids of the last message as the model would sample them, without the id that ends the turn."""
-    prompt = encode_pieces(tokenizer(), render_pieces(builtin_template(), tokenizer(), messages[:-1]))
-    whole = render_pieces(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
-    ids = encode_pieces(tokenizer(), whole)
-    assert ids[: len(prompt)] == prompt
+    prompt_ids = encode_pieces(tokenizer(), render_pieces(builtin_template(), tokenizer(), messages[:-1]))
+    pieces = render_pieces(builtin_template(), tokenizer(), messages, add_generation_prompt=False)
+    ids = encode_pieces(tokenizer(), pieces)
+    assert ids[: len(prompt_ids)] == prompt_ids
     assert ids[-1] == tokenizer().token_id("<|im_end|>")
-    return ids[len(prompt) : -1]
+    return ids[len(prompt_ids) : -1]
 
 
 @settings(max_examples=scaled(40))
-@given(hostile, hostile, st.lists(st.tuples(names, hostile), min_size=1, max_size=3))
+@given(hostile_texts, hostile_texts, st.lists(st.tuples(names, hostile_texts), min_size=1, max_size=3))
 def test_a_rendered_reply_is_parsed_to_the_same_reply(
-    reasoning: str, content: str, written: list[tuple[str, str]]
+    reasoning: str, content: str, names_and_arguments: list[tuple[str, str]]
 ) -> None:
-    calls = tuple(ToolCall("", name, arguments, None) for name, arguments in written)
+    calls = tuple(ToolCall("", name, arguments, None) for name, arguments in names_and_arguments)
     message = assistant_message(Reply(reasoning, content, calls), 3)
-    reply = whole_reply(parts_of(generated([USER, message]), in_reasoning=False))
+    reply = whole_reply(parts_of(sampled_ids([USER_MESSAGE, message])))
     assert (reply.reasoning, reply.content) == (reasoning, content)
     assert [(call.name, call.arguments) for call in reply.calls] == [
-        (name.removeprefix("functions.") if name != "functions." else name, arguments) for name, arguments in written
+        (name.removeprefix("functions.") or name, arguments) for name, arguments in names_and_arguments
     ]
     assert assistant_message(reply, 3).content == message.content
     assert [call.written_id for call in reply.calls] == [call.id for call in message.tool_calls]
 
 
 def test_a_tool_turn_renders_as_the_golden_string() -> None:
-    turn = assistant_message(Reply("R", "", (WEATHER,)), 0)
-    conversation = [USER, turn, *tool_messages(turn, ['{"w":1}'])]
+    turn = assistant_message(Reply("R", "", (WEATHER_CALL,)), 0)
+    conversation = [USER_MESSAGE, turn, *tool_messages(turn, ['{"w":1}'])]
     text = as_text(render_pieces(builtin_template(), tokenizer(), conversation))
     assert text.endswith(
         "<|im_assistant|>assistant<|im_middle|><think>R</think><|tool_calls_section_begin|><|tool_call_begin|>"
@@ -74,10 +75,10 @@ def test_a_tool_turn_renders_as_the_golden_string() -> None:
     )
 
 
-def test_an_empty_reply_has_empty_text_and_not_none() -> None:
+def test_an_empty_reply_is_rendered_as_empty_text() -> None:
     turn = assistant_message(Reply("", "", ()), 0)
     assert turn.json_value() == {"role": "assistant", "content": "", "reasoning_content": ""}
-    assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER, turn]))
+    assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER_MESSAGE, turn]))
 
 
 def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
@@ -85,18 +86,19 @@ def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
     (message,) = tool_messages(turn, ["The call was not run."])
     assert turn.tool_calls[0].function == CalledFunction("unknown", "{")
     assert message.tool_call_id == turn.tool_calls[0].id == "functions.unknown:5"
-    messages = [USER, turn, message]
+    messages = [USER_MESSAGE, turn, message]
     assert read_history([message.json_value() for message in messages], ()).messages == messages
 
 
 def with_normal_ids(messages: list[Message]) -> list[Message]:
+    """Return the messages with the call ids that the model knows: functions.NAME:NUMBER."""
     return read_history([message.json_value() for message in messages], (), normal_ids=True).messages
 
 
 def test_calls_are_numbered_through_the_conversation() -> None:
-    conversation = [USER]
+    conversation = [USER_MESSAGE]
     for _ in range(3):
-        turn = assistant_message(Reply("", "", (WEATHER, WEATHER)), num_calls(conversation))
+        turn = assistant_message(Reply("", "", (WEATHER_CALL, WEATHER_CALL)), num_calls(conversation))
         conversation += [turn, *tool_messages(turn, ["a", "b"])]
     ids = [call.id for message in conversation for call in message.tool_calls]
     assert ids == [f"functions.get_weather:{number}" for number in range(6)]
@@ -108,11 +110,11 @@ def test_calls_are_numbered_through_the_conversation() -> None:
 def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
     conversation: list[Message] = []
     for turn in turns:
-        written = tuple(MessageCall(id=call_id, function=CalledFunction(name, "{}")) for name, call_id in turn)
-        conversation.append(Message(role="assistant", content="", tool_calls=written))
+        tool_calls = tuple(MessageCall(id=call_id, function=CalledFunction(name, "{}")) for name, call_id in turn)
+        conversation.append(Message(role="assistant", content="", tool_calls=tool_calls))
         for name, call_id in sorted(turn, key=lambda call: call[1]):  # reordered, except calls with equal ids
             conversation.append(Message(role="tool", tool_call_id=call_id, content=name))
-    normal = with_normal_ids([USER, *conversation])
+    normal = with_normal_ids([USER_MESSAGE, *conversation])
     calls = [call for message in normal for call in message.tool_calls]
     assert [call.id for call in calls] == [
         f"functions.{name}:{number}" for number, (name, _) in enumerate(itertools.chain(*turns))
@@ -124,15 +126,14 @@ def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns:
     assert with_normal_ids(normal) == normal
 
 
-def test_a_result_without_a_matching_call_is_kept() -> None:
-    stray = Message(role="tool", tool_call_id="call_9", content="x")
-    assert with_normal_ids([USER, stray]) == [USER, stray]
+def test_a_result_without_a_matching_call_is_unchanged() -> None:
+    result = Message(role="tool", tool_call_id="call_9", content="x")
+    assert with_normal_ids([USER_MESSAGE, result]) == [USER_MESSAGE, result]
 
 
-def test_only_a_prompt_that_ends_with_the_think_control_token_opens_reasoning() -> None:
-    think, im_user = tokenizer().token_id("<think>"), tokenizer().token_id("<|im_user|>")
-    newline, spelled = tokenizer().encode_text("\n"), tokenizer().encode_text("<think>")
-    assert opens_reasoning(tokenizer(), [im_user, think, *newline])
-    assert not opens_reasoning(tokenizer(), [im_user, think, tokenizer().token_id("</think>")])
-    assert not opens_reasoning(tokenizer(), [im_user, *spelled])
+def test_only_a_prompt_whose_last_control_token_is_think_opens_reasoning() -> None:
+    think_id, user_id = tokenizer().token_id("<think>"), tokenizer().token_id("<|im_user|>")
+    assert opens_reasoning(tokenizer(), [user_id, think_id, *tokenizer().encode_text("\n")])
+    assert not opens_reasoning(tokenizer(), [user_id, think_id, tokenizer().token_id("</think>")])
+    assert not opens_reasoning(tokenizer(), [user_id, *tokenizer().encode_text("<think>")])
     assert not opens_reasoning(tokenizer(), [])

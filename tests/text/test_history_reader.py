@@ -1,4 +1,4 @@
-"""Tests of the reader of histories: every common variant of OpenAI's format reads as one form, and nothing is lost."""
+"""Tests of reading histories: the variants of OpenAI's format become one format, and a lost field is named."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ def json_values(history: History) -> list[dict[str, Any]]:
     return [message.json_value() for message in history.messages]
 
 
-def messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the read messages of a history that loses no field."""
-    read = read_history(history, ())
-    assert read.left_out == ()
-    return json_values(read)
+def read_messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of a history of which no field is left out."""
+    result = read_history(history, ())
+    assert result.left_out == ()
+    return json_values(result)
 
 
-def deep(levels: int) -> Any:
+def nested_list(depth: int) -> Any:
     value: Any = 1
-    for _ in range(levels):
+    for _ in range(depth):
         value = [value]
     return value
 
 
 @pytest.mark.parametrize(
-    ("message", "complaint"),
+    ("message", "error"),
     [
         ("hello", "message 2 is not an object"),
         ({"role": "user", 3: "x"}, "message 2: the keys of an object must be text"),
@@ -62,11 +62,11 @@ def deep(levels: int) -> Any:
         ({"role": "assistant", "tool_calls": [CALL | {"function": {"arguments": ""}}]}, "call 1 has no function name"),
         ({"role": "user", "content": "x", "extra": b"x"}, "JSON cannot hold b'x'"),
         ({"role": "user", "content": "x", "extra": {3: "x"}}, "the keys of an object must be text"),
-        ({"role": "user", "content": "x", "extra": deep(1000)}, "nested more than 100 deep"),
+        ({"role": "user", "content": "x", "extra": nested_list(1000)}, "nested more than 100 deep"),
     ],
 )
-def test_a_malformed_message_is_named(message: Any, complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint.replace("|", r"\|")):
+def test_a_malformed_message_is_named(message: Any, error: str) -> None:
+    with pytest.raises(RequestError, match=error.replace("|", r"\|")):
         read_history([{"role": "user", "content": "fine"}, message], ("extra",))
 
 
@@ -89,21 +89,21 @@ def test_an_empty_list_of_messages_is_refused() -> None:
     ],
 )
 def test_message_content_is_converted_to_text(content: Any, text: str) -> None:
-    assert messages([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
+    assert read_messages([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
 
 
 def test_none_fields_and_empty_tool_calls_are_omitted() -> None:
     message: dict[str, Any] = {"role": "assistant", "content": "x", "name": None, "tool_calls": []}
     message["reasoning_content"] = None
-    assert messages([message]) == [{"role": "assistant", "content": "x"}]
-    assert messages([{"role": "assistant"}]) == [{"role": "assistant", "content": ""}]
+    assert read_messages([message]) == [{"role": "assistant", "content": "x"}]
+    assert read_messages([{"role": "assistant"}]) == [{"role": "assistant", "content": ""}]
 
 
 def test_a_well_formed_message_is_copied_unchanged() -> None:
     arguments = {"z": [1, 2.5, None, True, {"b": 1, "a": 2}], "a": "x"}
     call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": arguments}}
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
-    (copy,) = messages([message])
+    (copy,) = read_messages([message])
     assert copy == message
     assert list(copy["tool_calls"][0]["function"]["arguments"]) == ["z", "a"]
     assert copy["tool_calls"][0]["function"]["arguments"] is not arguments
@@ -122,23 +122,23 @@ def test_a_well_formed_message_is_copied_unchanged() -> None:
     ],
 )
 def test_reasoning_is_read_from_every_field_in_which_it_occurs(fields: dict[str, Any]) -> None:
-    (message,) = messages([{"role": "assistant", "content": "x", **fields}])
+    (message,) = read_messages([{"role": "assistant", "content": "x", **fields}])
     assert message == {"role": "assistant", "content": "x", "reasoning_content": "WHY"}
 
 
-def test_an_empty_reasoning_field_is_kept_for_a_template_that_reads_it() -> None:
+def test_a_reasoning_field_stays_for_a_template_that_reads_it_even_if_it_is_empty() -> None:
     history = [{"role": "assistant", "content": "", "reasoning": "", "reasoning_content": "old"}]
     assert json_values(read_history(history, ("reasoning",))) == history
-    assert messages(history) == [{"role": "assistant", "content": "", "reasoning_content": "old"}]
+    assert read_messages(history) == [{"role": "assistant", "content": "", "reasoning_content": "old"}]
 
 
 def test_a_developer_message_is_read_as_a_system_message() -> None:
-    assert messages([{"role": "developer", "content": "x"}]) == [{"role": "system", "content": "x"}]
+    assert read_messages([{"role": "developer", "content": "x"}]) == [{"role": "system", "content": "x"}]
 
 
 def test_a_function_call_and_its_result_are_read_as_a_tool_call_and_its_result() -> None:
     function = {"name": "f", "arguments": '{"a": 1}'}
-    _, call, result = messages(
+    _, call, result = read_messages(
         [
             {"role": "user", "content": "q"},
             {"role": "assistant", "content": None, "function_call": function},
@@ -150,15 +150,15 @@ def test_a_function_call_and_its_result_are_read_as_a_tool_call_and_its_result()
 
 
 @pytest.mark.parametrize("arguments", [None, [1, {"b": 2, "a": 1}], "", 3, False])
-def test_arguments_of_any_json_type_are_kept(arguments: Any) -> None:
+def test_arguments_of_any_json_type_are_unchanged(arguments: Any) -> None:
     call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    (message,) = messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    (message,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
     assert message["tool_calls"] == [call]
 
 
 def test_a_call_without_arguments_has_an_empty_object() -> None:
     call = {"id": "functions.f:0", "type": "function", "function": {"name": "f"}}
-    (message,) = messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    (message,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
 
 
@@ -166,7 +166,7 @@ def test_calls_without_ids_are_numbered_and_results_without_ids_answer_them_by_n
     def turn(*names: str) -> dict[str, Any]:
         return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": "{}"}} for name in names]}
 
-    read = messages(
+    messages = read_messages(
         [
             {"role": "user", "content": "q"},
             turn("f"),
@@ -177,18 +177,10 @@ def test_calls_without_ids_are_numbered_and_results_without_ids_answer_them_by_n
             {"role": "tool", "tool_call_id": None, "content": "4"},
         ]
     )
-    assert [call["id"] for message in read for call in message.get("tool_calls", ())] == [
-        "functions.f:0",
-        "functions.f:1",
-        "functions.g:2",
-        "functions.f:3",
-    ]
-    assert [message["tool_call_id"] for message in read if message["role"] == "tool"] == [
-        "functions.f:0",
-        "functions.g:2",
-        "functions.f:1",
-        "functions.f:3",
-    ]
+    call_ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    assert call_ids == ["functions.f:0", "functions.f:1", "functions.g:2", "functions.f:3"]
+    result_ids = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
+    assert result_ids == ["functions.f:0", "functions.g:2", "functions.f:1", "functions.f:3"]
 
 
 def test_a_result_without_an_id_and_without_an_unanswered_call_is_refused() -> None:
@@ -200,10 +192,9 @@ def test_a_result_without_an_id_and_without_an_unanswered_call_is_refused() -> N
 
 def test_fields_that_a_template_does_not_read_are_left_out_and_named() -> None:
     message = {"role": "assistant", "content": "x", "audio": {"id": "a"}, "refusal": "no", "partial": True, "name": "A"}
-    history: list[dict[str, Any]] = [{"role": "user", "content": "q"}, message]
-    read = read_history(history, ("partial",))
-    assert read.left_out == ("message 2 (assistant) has fields that the chat template does not read: audio, refusal",)
-    assert read.messages[1].json_value() == {"role": "assistant", "content": "x", "partial": True, "name": "A"}
+    result = read_history([{"role": "user", "content": "q"}, message], ("partial",))
+    assert result.left_out == ("message 2 (assistant) has fields that the chat template does not read: audio, refusal",)
+    assert result.messages[1].json_value() == {"role": "assistant", "content": "x", "partial": True, "name": "A"}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +237,7 @@ any_message = st.one_of(
 
 
 @given(st.lists(any_message, min_size=1, max_size=6), st.sampled_from([(), ("extra",), ("reasoning", "extra")]))
-def test_a_history_that_was_read_once_reads_as_itself(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
+def test_reading_the_result_again_changes_nothing(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
     try:
         first = read_history(history, fields)
     except RequestError as error:
@@ -259,35 +250,26 @@ def test_a_history_that_was_read_once_reads_as_itself(history: list[dict[str, An
     assert all(message.tool_call_id for message in first.messages if message.role == "tool")
 
 
-field_names = ["role", "content", "name", "tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"]
-other_names = [
-    "type",
-    "text",
-    "reasoning",
-    "reasoning_content",
-    "reasoning_details",
-    "thinking",
-    "summary",
-    "extra",
-]
-keys = st.sampled_from([*field_names, *other_names])
+KEYS = ["role", "content", "name", "tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"]
+KEYS += ["type", "text", "reasoning", "reasoning_content", "reasoning_details", "thinking", "summary", "extra"]
+keys = st.sampled_from(KEYS)
 words = st.sampled_from(["user", "assistant", "tool", "function", "text", "input_text", "image_url", ""])
-junk = st.recursive(
+json_with_keys = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(0, 1), words),
-    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(keys, inner, max_size=4)),
+    lambda values: st.one_of(st.lists(values, max_size=2), st.dictionaries(keys, values, max_size=4)),
     max_leaves=6,
 )
-junk_message = st.dictionaries(keys, junk, max_size=4).map(lambda message: {"role": "assistant", **message})
-junk_messages = st.lists(junk_message, min_size=1, max_size=3)
+malformed_message = st.dictionaries(keys, json_with_keys, max_size=4).map(lambda fields: {"role": "assistant"} | fields)
+malformed_history = st.lists(malformed_message, min_size=1, max_size=3)
 
 
 @settings(max_examples=at_least(300))
-@given(junk_messages, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
+@given(malformed_history, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
 def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
     try:
-        read = read_history(history, fields)
+        result = read_history(history, fields)
     except RequestError as error:
         assert str(error).startswith("message ")
     else:
-        assert read_history(json_values(read), fields).messages == read.messages
-        assert all(isinstance(message.content, str) for message in read.messages)
+        assert read_history(json_values(result), fields).messages == result.messages
+        assert all(isinstance(message.content, str) for message in result.messages)

@@ -1,7 +1,6 @@
 """Tests that prompts equal those of the checkpoints' own tokenizers, in text and in token ids, for the whole family."""
 
 import hashlib
-import itertools
 import json
 from typing import Any
 
@@ -30,9 +29,9 @@ def test_a_prompt_has_the_text_of_the_checkpoints_tokenizer(prompt: dict[str, An
 @needs_vocabulary
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_have_the_ids_of_the_checkpoints_tokenizer(model: str) -> None:
-    with_ids = [prompt for prompt in TEXT_PROMPTS.values() if prompt["template"] == model and "ids_sha256" in prompt]
-    assert len(with_ids) > 20
-    for prompt in with_ids:
+    prompts = [prompt for prompt in TEXT_PROMPTS.values() if prompt["template"] == model and "ids_sha256" in prompt]
+    assert len(prompts) > 20
+    for prompt in prompts:
         ids = ids_of(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
         assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == prompt["ids_sha256"], prompt["id"]
 
@@ -66,45 +65,42 @@ def test_a_prompt_with_an_image_is_refused(prompt: dict[str, Any]) -> None:
         ("kimi-k2.7-code", {"tools_ts_str"}),
     ],
 )
-def test_the_options_of_a_model_follow_from_the_variables_of_its_template(model: str, variables: set[str]) -> None:
+def test_the_variables_of_a_models_template_are_known(model: str, variables: set[str]) -> None:
     assert template(model).variables == {"messages", "tools", "add_generation_prompt"} | variables
     assert template(model).warnings == ()
     assert template(model).has_reasoning == (model != "kimi-k2-instruct")
 
 
-hostile = st.lists(
+hostile_texts = st.lists(
     st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<think>", "</think>", "\n", "// ", '"', "é", "x"]), max_size=3
 ).map("".join)
+properties = st.dictionaries(
+    hostile_texts, st.fixed_dictionaries({"type": hostile_texts, "description": hostile_texts}), max_size=2
+)
 functions = st.fixed_dictionaries(
-    {"name": hostile},
+    {"name": hostile_texts},
     optional={
-        "description": hostile,
-        "parameters": st.fixed_dictionaries(
-            {
-                "type": st.just("object"),
-                "properties": st.dictionaries(
-                    hostile, st.fixed_dictionaries({"type": hostile, "description": hostile}), max_size=2
-                ),
-            }
-        ),
+        "description": hostile_texts,
+        "parameters": st.fixed_dictionaries({"type": st.just("object"), "properties": properties}),
     },
 )
 
 
 @given(st.lists(functions, min_size=1, max_size=2))
 def test_a_typescript_declaration_is_part_of_the_prompt_and_none_of_its_text_is_a_control_token(
-    declared: list[dict[str, Any]],
+    declared_functions: list[dict[str, Any]],
 ) -> None:
-    tools = [{"type": "function", "function": function} for function in declared]
+    tools = [{"type": "function", "function": function} for function in declared_functions]
     pieces = pieces_of(template("kimi-k2.5"), tokenizer(), [{"role": "user", "content": "hello"}], tools)
-    names = ("<|im_system|>", "<|im_middle|>", "<|im_end|>", "<|im_user|>", "<|im_middle|>", "<|im_end|>")
-    opened = ("<|im_assistant|>", "<|im_middle|>", "<think>")
-    assert [piece for piece in pieces if isinstance(piece, int)] == [
-        tokenizer().token_id(name) for name in itertools.chain(names, opened)
-    ]
-    properties = [function.get("parameters", {}).get("properties", {}) for function in declared]
-    sorted_tools = [
-        {"type": "function", "function": dict(sorted(function.items()))} for function in declared
-    ]  # the encoder sorts fields itself
-    assert pieces[3] == typescript_tools(sorted_tools)
-    assert all(f"  {name}?: " in str(pieces[3]) for fields in properties for name in fields)
+    names = ["<|im_system|>", "<|im_middle|>", "<|im_end|>", "<|im_user|>", "<|im_middle|>", "<|im_end|>"]
+    names += ["<|im_assistant|>", "<|im_middle|>", "<think>"]
+    control_ids = [piece for piece in pieces if isinstance(piece, int)]
+    assert control_ids == [tokenizer().token_id(name) for name in names]
+    declaration = str(pieces[3])  # after <|im_system|>, its name and <|im_middle|>
+    # A prompt's tools have sorted keys; `typescript_tools` expects them.
+    with_sorted_keys = [dict(sorted(function.items())) for function in declared_functions]
+    assert declaration == typescript_tools(
+        [{"type": "function", "function": function} for function in with_sorted_keys]
+    )
+    for function in declared_functions:
+        assert all(f"  {name}?: " in declaration for name in function.get("parameters", {}).get("properties", {}))

@@ -13,10 +13,10 @@ from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history_reader import read_history
 from mlx_k2.text.prompt import encode_pieces, render_pieces
 from tests.examples import scaled
-from tests.text.fixtures import as_text, builtin_template, decoded, ids_of, pieces_of, tokenizer
+from tests.text.fixtures import as_text, builtin_template, decode, ids_of, pieces_of, tokenizer
 
-# Text of an attacker: names of control tokens, whole and in parts, and characters of the private-use planes.
-hostile = st.lists(
+# Text of an attacker: names of control tokens, complete and in parts, and characters of the private-use planes.
+hostile_texts = st.lists(
     st.one_of(
         st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|", ">", "im_end", "<think>", "</think>", "[EOS", "]"]),
         st.sampled_from(["<|reserved_token_", "799", "|>", "\U0010fffd", "\U0010fff0", "{{", "}}", "\n", "None", "汉"]),
@@ -25,32 +25,32 @@ hostile = st.lists(
     max_size=5,
 ).map("".join)
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), hostile),
-    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(hostile, inner, max_size=2)),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), hostile_texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(hostile_texts, inner, max_size=2)),
     max_leaves=4,
 )
 functions = st.fixed_dictionaries(
-    {"name": hostile, "arguments": st.one_of(hostile, st.dictionaries(hostile, json_values))}
+    {"name": hostile_texts, "arguments": st.one_of(hostile_texts, st.dictionaries(hostile_texts, json_values))}
 )
-calls = st.fixed_dictionaries({"id": hostile, "type": hostile, "function": functions})
+calls = st.fixed_dictionaries({"id": hostile_texts, "type": hostile_texts, "function": functions})
 messages = st.one_of(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user"]), "content": hostile}, optional={"name": hostile}
+        {"role": st.sampled_from(["system", "user"]), "content": hostile_texts}, optional={"name": hostile_texts}
     ),
     st.fixed_dictionaries(
         {
             "role": st.just("user"),
-            "content": st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": hostile})),
+            "content": st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": hostile_texts})),
         }
     ),
     st.fixed_dictionaries(
-        {"role": st.just("assistant"), "content": hostile},
-        optional={"reasoning_content": hostile, "tool_calls": st.lists(calls, max_size=2), "name": hostile},
+        {"role": st.just("assistant"), "content": hostile_texts},
+        optional={"reasoning_content": hostile_texts, "tool_calls": st.lists(calls, max_size=2), "name": hostile_texts},
     ),
-    st.fixed_dictionaries({"role": st.just("tool"), "tool_call_id": hostile, "content": hostile}),
+    st.fixed_dictionaries({"role": st.just("tool"), "tool_call_id": hostile_texts, "content": hostile_texts}),
 )
 conversations = st.lists(messages, min_size=1, max_size=4)
-tools = st.lists(st.dictionaries(hostile, json_values, max_size=3), max_size=2)
+declared_tools = st.lists(st.dictionaries(hostile_texts, json_values, max_size=3), max_size=2)
 
 
 def harmless(value: Any) -> Any:
@@ -66,44 +66,45 @@ def harmless(value: Any) -> Any:
 
 
 def harmless_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    changed = copy.deepcopy(conversation)
-    for message in changed:
+    """Return the conversation with all text but roles and called names replaced by as much harmless text."""
+    messages = copy.deepcopy(conversation)
+    for message in messages:
         for name in message.keys() - {"role", "tool_calls", "content"}:
             message[name] = harmless(message[name])
         content = message["content"]
-        message["content"] = (
-            harmless(content) if isinstance(content, str) else harmless("".join(p["text"] for p in content))
-        )
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        message["content"] = harmless(text)
         for call in message.get("tool_calls", []):
             call["id"] = harmless(call["id"])
             call["function"]["arguments"] = harmless(call["function"]["arguments"])
-    return changed
+    return messages
 
 
-def control_tokens(template: ChatTemplate, conversation: Any, declared: Any = None) -> list[int]:
-    ids = ids_of(template, tokenizer(), conversation, declared)
-    return [number for number in ids if tokenizer().is_special(number)]
+def control_ids(conversation: Any, tools: Any = None) -> list[int]:
+    """Return the control tokens of a prompt with the built-in template."""
+    ids = ids_of(builtin_template(), tokenizer(), conversation, tools)
+    return [token_id for token_id in ids if tokenizer().is_special(token_id)]
 
 
-@given(conversations, tools)
-def test_a_hostile_conversation_has_the_same_control_tokens_as_a_harmless_one(conversation: Any, declared: Any) -> None:
-    expected = control_tokens(builtin_template(), harmless_messages(conversation), harmless(declared))
-    assert control_tokens(builtin_template(), conversation, declared) == expected
+@given(conversations, declared_tools)
+def test_a_hostile_conversation_has_the_same_control_tokens_as_a_harmless_one(conversation: Any, tools: Any) -> None:
+    assert control_ids(conversation, tools) == control_ids(harmless_messages(conversation), harmless(tools))
 
 
-@given(conversations, tools)
-def test_a_prompt_decodes_to_the_plain_rendering_byte_for_byte(conversation: Any, declared: Any) -> None:
-    pieces = pieces_of(builtin_template(), tokenizer(), conversation, declared)
-    seen: list[str] = []
+@given(conversations, declared_tools)
+def test_a_prompt_decodes_to_the_rendering_of_unescaped_text_byte_for_byte(conversation: Any, tools: Any) -> None:
+    """The first of a prompt's two renderings is that of unescaped text."""
+    pieces = pieces_of(builtin_template(), tokenizer(), conversation, tools)
+    renderings: list[str] = []
 
     class Recorder(ChatTemplate):
         def render(self, variables: Any) -> str:
-            seen.append(super().render(variables))
-            return seen[-1]
+            renderings.append(super().render(variables))
+            return renderings[-1]
 
-    pieces_of(Recorder(builtin_template().source), tokenizer(), conversation, declared)
-    assert as_text(pieces) == seen[0]
-    assert decoded(encode_pieces(tokenizer(), pieces)) == seen[0]
+    pieces_of(Recorder(builtin_template().source), tokenizer(), conversation, tools)
+    assert as_text(pieces) == renderings[0]
+    assert decode(encode_pieces(tokenizer(), pieces)) == renderings[0]
 
 
 @given(st.lists(st.integers(16_350, 16_390), min_size=1, max_size=3), st.sampled_from(["<|im_end|>", "[EOS]"]))
@@ -117,17 +118,15 @@ def test_control_tokens_are_found_everywhere_in_a_long_prompt(lengths: list[int]
 @given(conversations)
 def test_text_between_control_tokens_is_one_piece(conversation: Any) -> None:
     pieces = pieces_of(builtin_template(), tokenizer(), conversation)
-    kinds = [type(piece) for piece in pieces]
-    assert (str, str) not in list(itertools.pairwise(kinds))
+    types = [type(piece) for piece in pieces]
+    assert (str, str) not in itertools.pairwise(types)
     assert "" not in pieces
 
 
 def test_a_control_token_spelled_in_a_message_is_encoded_as_text() -> None:
-    im_end = tokenizer().token_id("<|im_end|>")
-    plain = control_tokens(builtin_template(), [{"role": "user", "content": "x"}])
     ids = ids_of(builtin_template(), tokenizer(), [{"role": "user", "content": "a<|im_end|>b"}])
-    assert ids.count(im_end) == plain.count(im_end) == 2
-    assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decoded(ids)
+    assert ids.count(tokenizer().token_id("<|im_end|>")) == 2, "after the system prompt and after the message"
+    assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decode(ids)
 
 
 def test_a_word_formed_across_two_messages_and_the_template_is_one_token() -> None:
@@ -138,8 +137,8 @@ def test_a_word_formed_across_two_messages_and_the_template_is_one_token() -> No
     assert len(ids) == 2
 
 
-# Templates that would turn message text into control tokens without escaping. Each key names the method.
-STRADDLING = {
+# Templates that without escaping could turn message text into control tokens, by the method.
+JOINING_TEMPLATES = {
     "a hole in a marker": "<|im_{{ messages[0].content }}|>",
     "a hole at a marker's start": "{{ messages[0].content }}im_end|>",
     "a hole at a marker's end": "<|im_end{{ messages[0].content }}",
@@ -150,8 +149,8 @@ STRADDLING = {
     "formatted": "{{ '<|%s|>' | format(messages[0].content) }}{{ '<|im_%s' % messages[1].content }}",
     "formatted by a method": "{{ '<|{}|>{}'.format(messages[0].content, messages[1].content) }}",
     "trimmed": "<|im_{{ messages[0].content | trim }}|>",
-    "stripped of what broke it": "{{ messages[0].content.replace('x', '') }}{{ messages[1].content.strip('x') }}",
-    "split at what broke it": "{{ messages[0].content.split('</think>')[-1] }}{{ messages[1].content.split()|join }}",
+    "without separators": "{{ messages[0].content.replace('x', '') }}{{ messages[1].content.strip('x') }}",
+    "split at separators": "{{ messages[0].content.split('</think>')[-1] }}{{ messages[1].content.split()|join }}",
     "backwards": "{{ messages[0].content[::-1] }}{{ messages[1].content | reverse }}",
     "letter by letter": "{% for c in messages[0].content %}{{ c }}{% endfor %}{{ messages[1].content | list | join }}",
     "in lower case": "{{ messages[0].content | lower }}{{ messages[1].content.lower() }}",
@@ -159,26 +158,26 @@ STRADDLING = {
     "as JSON": "{{ messages[0].content | tojson }}{{ messages | tojson(indent=1) }}",
     "as Python writes it": "{{ [messages[0].content] }}{{ messages[1] }}",
     "in a macro": "{% macro m(t) %}<|{{ t }}{% endmacro %}{{ m(messages[0].content) }}|>{{ m('im_end') }}|>",
-    "kept in a block": "{% set t %}<|{{ messages[0].content }}{% endset %}{{ t }}|>",
+    "set by a block": "{% set t %}<|{{ messages[0].content }}{% endset %}{{ t }}|>",
     "indented": "{{ messages[0].content | indent(2, true) }}",
     "sliced": "<|im_{{ messages[0].content[:3] }}|>{{ messages[0].content[0] }}",
     "as a key": "{% for k, v in {messages[0].content: 'end|>'}.items() %}{{ k }}{{ v }}{% endfor %}",
     "as an attribute": "{{ messages[0].name }}<|{{ messages[0]['name'] }}|>",
 }
-short = st.one_of(
-    hostile, st.sampled_from(["end", "<|im_end|>", "<|im_", "|>", "x", "<|", "|>dne_mi|<", "<|IM_END|>", "<x|im_end|>"])
+short_texts = st.one_of(
+    hostile_texts,
+    st.sampled_from(["end", "<|im_end|>", "<|im_", "|>", "x", "<|", "|>dne_mi|<", "<|IM_END|>", "<x|im_end|>"]),
 )
 
 
-@pytest.mark.parametrize("source", STRADDLING.values(), ids=STRADDLING.keys())
+@pytest.mark.parametrize("source", JOINING_TEMPLATES.values(), ids=JOINING_TEMPLATES.keys())
 @settings(max_examples=scaled(40))
-@given(first=short, second=short)
+@given(first=short_texts, second=short_texts)
 def test_no_template_lets_text_become_a_control_token(source: str, first: str, second: str) -> None:
-    template = ChatTemplate(source)
     conversation = [{"role": "user", "content": first, "name": first}, {"role": "user", "content": second}]
-    pieces = pieces_of(template, tokenizer(), conversation)
-    written_by_the_template = [tokenizer().token_id("<|im_end|>")] if "m('im_end')" in source else []
-    assert [piece for piece in pieces if isinstance(piece, int)] == written_by_the_template
+    pieces = pieces_of(ChatTemplate(source), tokenizer(), conversation)
+    ids_of_the_template = [tokenizer().token_id("<|im_end|>")] if "m('im_end')" in source else []
+    assert [piece for piece in pieces if isinstance(piece, int)] == ids_of_the_template
 
 
 @pytest.mark.parametrize(
@@ -223,14 +222,15 @@ def test_a_template_can_test_if_tools_or_documents_is_none() -> None:
 
 
 def declaration(source: str) -> str:
+    """Return the prompt of a template that writes only the declaration of one tool."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}
     (piece,) = pieces_of(ChatTemplate(source), tokenizer(), [{"role": "user"}], [tool])
     return str(piece)
 
 
-def test_tools_have_sorted_keys_for_a_template_with_think_tokens_and_their_own_order_for_others() -> None:
-    own = '[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}]'
-    assert declaration("{{ tools | tojson }}") == own
+def test_keys_of_tools_are_sorted_for_a_template_with_think_tokens_and_stay_in_order_for_others() -> None:
+    unsorted = '[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}]'
+    assert declaration("{{ tools | tojson }}") == unsorted
     sorted_keys = '[{"function":{"name":"f","parameters":{"type":"object","é":"<|im_end|>"}},"type":"function"}]'
     assert declaration("{{ tools | tojson(separators=(',', ':')) }}{# <think> #}") == sorted_keys
     source = "{{ tools_ts_str if not tools_ts_str else tools | tojson(separators=(',', ':')) }}"
@@ -240,11 +240,10 @@ def test_tools_have_sorted_keys_for_a_template_with_think_tokens_and_their_own_o
 def test_a_template_that_reads_tools_ts_str_gets_it_only_where_all_tools_have_a_typescript_form() -> None:
     template = ChatTemplate("{% if tools_ts_str %}{{ tools_ts_str }}{% else %}{{ tools_ts_str is defined }}{% endif %}")
     tool = {"type": "function", "function": {"name": "f"}}
+    malformed_tool = {"type": "function", "function": 3}
     expected = "# Tools\n\n## functions\nnamespace functions {\ntype f = (_: {}) => any;\n}\n"
     assert pieces_of(template, tokenizer(), [{"role": "user"}], [tool]) == [expected]
-    assert pieces_of(template, tokenizer(), [{"role": "user"}], [tool, {"type": "function", "function": 3}]) == [
-        "False"
-    ]
+    assert pieces_of(template, tokenizer(), [{"role": "user"}], [tool, malformed_tool]) == ["False"]
     assert pieces_of(template, tokenizer(), [{"role": "user"}]) == ["False"]
 
 
@@ -254,11 +253,10 @@ def test_a_tool_that_is_not_an_object_is_refused(tool: Any) -> None:
         ids_of(builtin_template(), tokenizer(), [{"role": "user"}], [{}, tool])
 
 
-def test_strftime_now_gives_the_same_time_throughout_one_rendering() -> None:
-    template = ChatTemplate("{{ strftime_now('%Y %f') }}")
-    (piece,) = pieces_of(template, tokenizer(), [{"role": "user"}])
-    assert isinstance(piece, str)
-    assert piece.split()[0].isdigit()
+def test_strftime_now_has_the_same_time_in_both_renderings_of_a_prompt() -> None:
+    """Else the two differ, and the template is refused."""
+    (piece,) = pieces_of(ChatTemplate("{{ strftime_now('%Y %f') }}"), tokenizer(), [{"role": "user"}])
+    assert str(piece).split()[0].isdigit()
 
 
 def test_a_malformed_message_is_refused_before_anything_is_rendered() -> None:
@@ -266,10 +264,10 @@ def test_a_malformed_message_is_refused_before_anything_is_rendered() -> None:
         ids_of(builtin_template(), tokenizer(), [{"role": "wizard", "content": "x"}])
 
 
-def test_messages_in_openais_format_are_rendered_as_the_messages_that_they_are_read_as() -> None:
+def test_messages_in_openais_format_are_read_before_they_are_rendered() -> None:
     template = builtin_template()
-    given: list[dict[str, object]] = [{"role": "developer", "content": ["a"]}, {"role": "user", "content": "b"}]
-    read = read_history(given, template.fields).messages
-    assert render_pieces(template, tokenizer(), given) == render_pieces(template, tokenizer(), read)
+    history: list[dict[str, object]] = [{"role": "developer", "content": ["a"]}, {"role": "user", "content": "b"}]
+    messages = read_history(history, template.fields).messages
+    assert render_pieces(template, tokenizer(), history) == render_pieces(template, tokenizer(), messages)
     with pytest.raises(RequestError, match="message 2 has the role 'wizard'"):
-        render_pieces(template, tokenizer(), [read[1], {"role": "wizard", "content": "a"}])
+        render_pieces(template, tokenizer(), [messages[1], {"role": "wizard", "content": "a"}])

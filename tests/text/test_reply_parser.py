@@ -1,8 +1,8 @@
-"""Tests of ReplyParser: reasoning, content and calls do not depend on text chunks, and text is never a marker."""
+"""Tests of ReplyParser: reasoning, content and calls do not depend on how text is split, and text is no marker."""
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,14 +12,24 @@ from mlx_lm.tool_parsers.kimi_k2 import parse_tool_call
 
 from mlx_k2.text.markers import NAMES
 from mlx_k2.text.reply_parser import ReplyParser
-from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallBegun, whole_reply
+from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Reply, ToolCallHeader, whole_reply
 from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
-from tests.text.replies import CALL, IN_VOCABULARY, SINGULAR, Token, call, parsed, parts, section, tokens_of
+from tests.text.replies import (
+    CALL,
+    SINGULAR_MARKERS,
+    VOCABULARY_MARKERS,
+    Token,
+    call,
+    parse_reply,
+    parse_tokens,
+    section,
+    tokens_of,
+)
 
 # Markers as tokens and as text, parts of markers, whitespace, and text that occurs between markers.
 pieces = st.one_of(
-    st.sampled_from([(name, True) for name in sorted(IN_VOCABULARY)]),
+    st.sampled_from([(name, True) for name in sorted(VOCABULARY_MARKERS)]),
     st.tuples(st.sampled_from(sorted(NAMES)), st.just(False)),
     st.tuples(
         st.sampled_from(["<", "<|tool_call", "s_section_begin|>", "<th", "ink>", " ", "\n", "functions.f:0", "{}"]),
@@ -28,31 +38,34 @@ pieces = st.one_of(
     st.tuples(st.text(min_size=1, max_size=3), st.just(False)),
 )
 replies = st.lists(pieces, max_size=12)
-vocabularies = st.sampled_from([IN_VOCABULARY, frozenset[str](), frozenset({"<think>", "</think>"})])
+vocabularies = st.sampled_from([VOCABULARY_MARKERS, frozenset[str](), frozenset({"<think>", "</think>"})])
 
 
-def in_vocabulary(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]:
-    return [(piece, control and piece in names) for piece, control in tokens]
+def as_control_tokens(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]:
+    """Return the tokens, of which only those with these names are control tokens."""
+    return [(text, is_control and text in names) for text, is_control in tokens]
 
 
-def recut(tokens: Sequence[Token], cuts: Sequence[int]) -> Iterator[Token]:
-    """Yield the same reply with its ordinary text joined and split again into the lengths of ``cuts``, repeated."""
-    length = itertools.cycle(cuts)
-    for control, run in itertools.groupby(tokens, key=lambda token: token[1]):
-        if control:
-            yield from run
+def split_again(tokens: Sequence[Token], lengths: Sequence[int]) -> list[Token]:
+    """Return the same reply with its ordinary text joined and split again into these lengths, repeated."""
+    sizes = itertools.cycle(lengths)
+    result: list[Token] = []
+    for is_control, group in itertools.groupby(tokens, key=lambda token: token[1]):
+        if is_control:
+            result += group
             continue
-        text = "".join(piece for piece, _ in run)
+        text = "".join(part for part, _ in group)
         while text:
-            size = next(length)
-            yield text[:size], False
+            size = next(sizes)
+            result.append((text[:size], False))
             text = text[size:]
+    return result
 
 
-def joined(found: Sequence[Part]) -> list[Part]:
+def join_texts(parts: Sequence[Part]) -> list[Part]:
     """Return the parts with adjacent texts of one kind joined."""
     result: list[Part] = []
-    for part in found:
+    for part in parts:
         if isinstance(part, Reasoning | Content | ArgumentsText) and result and type(result[-1]) is type(part):
             before = result.pop()
             assert isinstance(before, Reasoning | Content | ArgumentsText)
@@ -65,28 +78,33 @@ def joined(found: Sequence[Part]) -> list[Part]:
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
 @settings(max_examples=at_least(400))
 def test_splitting_the_text_differently_gives_the_same_reply_parts(
-    tokens: list[Token], cuts: list[int], in_reasoning: bool, names: frozenset[str]
+    tokens: list[Token], lengths: list[int], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    tokens = in_vocabulary(tokens, names)
-    whole = parts(list(recut(tokens, [10_000])), in_reasoning=in_reasoning, names=names)
-    for cut in (cuts, [1]):
-        assert joined(parts(list(recut(tokens, cut)), in_reasoning=in_reasoning, names=names)) == joined(whole)
+    tokens = as_control_tokens(tokens, names)
+    unsplit, split, single_characters = (
+        join_texts(parse_tokens(split_again(tokens, sizes), in_reasoning=in_reasoning, names=names))
+        for sizes in ([10_000], lengths, [1])
+    )
+    assert split == unsplit
+    assert single_characters == unsplit
 
 
 @given(replies, st.booleans(), vocabularies)
-def test_the_reply_parts_keep_all_text_in_order_except_space_and_markers(
+def test_the_parts_of_a_reply_have_all_its_text_in_order_except_space_and_markers(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    tokens = in_vocabulary(tokens, names)
-    kept = "".join(
-        part.text if isinstance(part, Reasoning | Content) else part.written_id + part.arguments
-        for part in parts(tokens, in_reasoning=in_reasoning, names=names)
-        if not isinstance(part, ToolCallBegun | ArgumentsText)  # the complete call has the same text
-    )
-    assert significant(kept) == significant("".join(piece for piece, _ in tokens))
+    tokens = as_control_tokens(tokens, names)
+    text = ""
+    for part in parse_tokens(tokens, in_reasoning=in_reasoning, names=names):
+        match part:
+            case Reasoning() | Content():
+                text += part.text
+            case ToolCall():  # it has the text of the parts before it that belong to the call
+                text += part.written_id + part.arguments
+    assert significant_characters(text) == significant_characters("".join(text for text, _ in tokens))
 
 
-def significant(text: str) -> str:
+def significant_characters(text: str) -> str:
     """Return the characters of ``text`` that are no whitespace and occur in no marker."""
     return "".join(character for character in text if not character.isspace() and character not in "".join(NAMES))
 
@@ -95,43 +113,42 @@ def significant(text: str) -> str:
 def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    begun: ToolCallBegun | None = None
-    written = ""
-    for part in parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names):
+    open_call: ToolCallHeader | None = None
+    arguments = ""
+    for part in parse_tokens(as_control_tokens(tokens, names), in_reasoning=in_reasoning, names=names):
         match part:
-            case ToolCallBegun():
-                assert begun is None, "a call begins after the call before has ended"
-                begun, written = part, ""
+            case ToolCallHeader():
+                assert open_call is None, "a call begins after the call before has ended"
+                open_call, arguments = part, ""
             case ArgumentsText(text):
-                assert begun is not None, "arguments belong to a call"
-                written += text
+                assert open_call is not None, "arguments belong to a call"
+                arguments += text
             case ToolCall():
-                if begun is not None and part.values is not None:
-                    assert (part.name, part.arguments) == (begun.name, written)
-                begun = None
+                if open_call is not None and part.values is not None:
+                    assert (part.name, part.arguments) == (open_call.name, arguments)
+                open_call = None
             case _:
-                assert begun is None, "no other text comes within a call"
-    assert begun is None
+                assert open_call is None, "no other text comes within a call"
+    assert open_call is None
 
 
 @given(replies, st.booleans())
 def test_when_markers_are_control_tokens_spelled_markers_are_only_text(tokens: list[Token], in_reasoning: bool) -> None:
-    text = [(piece, False) for piece, _ in tokens]
-    reply = whole_reply(parts(text, in_reasoning=in_reasoning))
-    assert reply.calls == ()
-    everything = "".join(piece for piece, _ in text)
-    assert (reply.reasoning, reply.content) == ((everything, "") if in_reasoning else ("", everything))
+    reply = whole_reply(parse_tokens([(text, False) for text, _ in tokens], in_reasoning=in_reasoning))
+    text = "".join(text for text, _ in tokens)
+    assert reply == (Reply(text, "", ()) if in_reasoning else Reply("", text, ()))
 
 
 @given(replies, st.booleans(), vocabularies)
 def test_a_parsed_call_has_either_values_or_an_error(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
-    for found in whole_reply(parts(in_vocabulary(tokens, names), in_reasoning=in_reasoning, names=names)).calls:
-        assert (found.error is None) == (found.values is not None)
-        if found.error is None:
-            assert found.name
-            assert found.values == json.loads(found.arguments.strip() or "{}")
+    parts = parse_tokens(as_control_tokens(tokens, names), in_reasoning=in_reasoning, names=names)
+    for parsed_call in whole_reply(parts).calls:
+        assert (parsed_call.error is None) == (parsed_call.values is not None)
+        if parsed_call.error is None:
+            assert parsed_call.name
+            assert parsed_call.values == json.loads(parsed_call.arguments.strip() or "{}")
 
 
 json_values = st.recursive(
@@ -141,41 +158,46 @@ json_values = st.recursive(
 )
 argument_objects = st.dictionaries(st.text("abc_", min_size=1, max_size=4), json_values, max_size=3)
 names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True).filter(lambda name: not name.startswith("functions."))
-written_calls = st.lists(st.tuples(names, st.integers(0, 400), argument_objects, st.booleans()), min_size=1, max_size=3)
+call_ids = st.builds("{}{}:{}".format, st.sampled_from(["functions.", ""]), names, st.integers(0, 400))
 
 
-@given(written_calls, st.booleans())
+@given(st.lists(st.tuples(call_ids, argument_objects), min_size=1, max_size=3), st.booleans())
 def test_well_formed_calls_are_parsed_like_mlx_lm(
-    written: list[tuple[str, int, dict[str, Any], bool]], as_tokens: bool
+    ids_and_values: list[tuple[str, dict[str, Any]]], has_control_tokens: bool
 ) -> None:
-    calls = [
-        call(f"{'functions.' if full else ''}{name}:{number}", json.dumps(values, ensure_ascii=False))
-        for name, number, values, full in written
-    ]
+    arguments = [json.dumps(values, ensure_ascii=False) for _, values in ids_and_values]
+    calls = [call(call_id, text) for (call_id, _), text in zip(ids_and_values, arguments, strict=True)]
     text = section(*calls)
-    reply = parsed(text) if as_tokens else whole_reply(parts([(text, False)], names=frozenset()))
-    expected = parse_tool_call("".join(calls))
-    assert [{"id": c.written_id, "name": c.name, "arguments": c.values} for c in reply.calls] == expected
-    assert [c.arguments for c in reply.calls] == [json.dumps(v, ensure_ascii=False) for _, _, v, _ in written]
+    reply = parse_reply(text) if has_control_tokens else whole_reply(parse_tokens([(text, False)], names=frozenset()))
+    calls_as_dicts = [{"id": part.written_id, "name": part.name, "arguments": part.values} for part in reply.calls]
+    assert calls_as_dicts == parse_tool_call("".join(calls))
+    assert [part.arguments for part in reply.calls] == arguments
     assert reply.content == reply.reasoning == ""
 
 
-def test_a_malformed_call_keeps_its_text() -> None:
-    (found,) = parsed(section('<|tool_call_begin|>functions.f:7 {"a": 1}<|tool_call_end|>')).calls
-    assert (found.written_id, found.arguments) == ("functions.f:7", '{"a": 1}')
-    (found,) = parsed(section('{"name": "f"}')).calls
-    assert (found.written_id, found.arguments) == ("", '{"name": "f"}')
+@pytest.mark.parametrize(
+    ("text", "written_id", "arguments"),
+    [
+        ('<|tool_call_begin|>functions.f:7 {"a": 1}<|tool_call_end|>', "functions.f:7", '{"a": 1}'),
+        ('{"name": "f"}', "", '{"name": "f"}'),
+    ],
+)
+def test_a_malformed_call_has_its_text(text: str, written_id: str, arguments: str) -> None:
+    (parsed_call,) = parse_reply(section(text)).calls
+    assert (parsed_call.written_id, parsed_call.arguments) == (written_id, arguments)
 
 
-@pytest.mark.parametrize("marker", SINGULAR)
+@pytest.mark.parametrize("marker", SINGULAR_MARKERS)
 def test_a_singular_section_marker_outside_a_section_is_text(marker: str) -> None:
-    assert parsed(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(f"R{marker} S", f"C{marker}", ())
+    assert parse_reply(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(
+        f"R{marker} S", f"C{marker}", ()
+    )
 
 
 def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
-    arguments = json.dumps({"text": "".join(SINGULAR)})
-    (found,) = parsed(section(call("functions.f:0", arguments))).calls
-    assert found.values == {"text": "".join(SINGULAR)}
+    arguments = json.dumps({"text": "".join(SINGULAR_MARKERS)})
+    (parsed_call,) = parse_reply(section(call("functions.f:0", arguments))).calls
+    assert parsed_call.values == {"text": "".join(SINGULAR_MARKERS)}
 
 
 @pytest.mark.parametrize(
@@ -188,19 +210,20 @@ def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
     ],
 )
 def test_a_marker_missing_from_the_vocabulary_is_parsed_from_text_where_expected(text: str, reply: Reply) -> None:
-    assert whole_reply(parts([(text, False)], names=frozenset())) == reply
+    assert whole_reply(parse_tokens([(text, False)], names=frozenset())) == reply
 
 
 def test_arguments_may_contain_a_spelled_call_begin_marker() -> None:
     arguments = '{"a": "<|tool_call_begin|>"}'
-    (found,) = whole_reply(parts([(section(call("functions.f:0", arguments)), False)], names=frozenset())).calls
-    assert found.arguments == arguments
-    assert found.values == {"a": "<|tool_call_begin|>"}
+    text = section(call("functions.f:0", arguments))
+    (parsed_call,) = whole_reply(parse_tokens([(text, False)], names=frozenset())).calls
+    assert parsed_call.arguments == arguments
+    assert parsed_call.values == {"a": "<|tool_call_begin|>"}
 
 
 def test_other_control_tokens_become_their_names_in_the_text() -> None:
-    found = parts([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
-    assert whole_reply(found) == Reply("a<|im_middle|>b", "", ())
+    parts = parse_tokens([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
+    assert whole_reply(parts) == Reply("a<|im_middle|>b", "", ())
 
 
 def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
@@ -211,15 +234,17 @@ def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
 
 
 def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> None:
-    parser = ReplyParser(IN_VOCABULARY, in_reasoning=False)
+    parser = ReplyParser(VOCABULARY_MARKERS, in_reasoning=False)
     *tokens, _section_end = tokens_of(CALL)
-    found = [part for piece, control in tokens for part in (parser.control(piece) if control else parser.text(piece))]
-    assert found == [ToolCallBegun("f"), ArgumentsText('{"a": 1}'), *parsed(CALL).calls]
+    parts: list[Part] = []
+    for text, is_control in tokens:
+        parts += parser.control(text) if is_control else parser.text(text)
+    assert parts == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parse_reply(CALL).calls]
     assert list(parser.finish()) == []
 
 
 @given(st.lists(st.text(max_size=4), max_size=6))
 @example(["<", "th", "ink", ">"])
 def test_all_buffered_text_is_emitted_at_the_end_of_a_reply(texts: list[str]) -> None:
-    reply = whole_reply(parts([(text, False) for text in texts]))
+    reply = whole_reply(parse_tokens([(text, False) for text in texts]))
     assert reply.content == "".join(texts)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.text.replies import CALL, call, parsed, section
+from tests.text.replies import CALL, call, parse_reply, section
 
 # The reply, whether the prompt opened the reasoning, and the expected reasoning, content and call names.
 PITFALLS = {
@@ -14,18 +14,18 @@ PITFALLS = {
     "space before an answer stays": (" C", False, "", " C", []),
     "nothing but space": (" \n", False, "", " \n", []),
     "a section ends the reasoning (vLLM #32216, #34955)": (f"<think>R{CALL}", False, "R", "", ["f"]),
-    "and in K2.5 too": (f"R{CALL}", True, "R", "", ["f"]),
-    "a call in thinking, then </think> (Kimi-K2 #89, ik_llama.cpp #955, exo #1256)": (
+    "a section ends the reasoning that K2.5's prompt opened": (f"R{CALL}", True, "R", "", ["f"]),
+    "a call in the reasoning, then </think> (Kimi-K2 #89, ik_llama.cpp #955, exo #1256)": (
         f"<think>R{CALL}</think>C",
         False,
         "R",
         "C",
         ["f"],
     ),
-    "an answer after a call in thinking": (f"<think>R{CALL}C", False, "R", "C", ["f"]),
-    "a second thought": ("<think>R</think>C<think>S</think>D", False, "RS", "CD", []),
+    "an answer after a call in the reasoning": (f"<think>R{CALL}C", False, "R", "C", ["f"]),
+    "a second block of reasoning": ("<think>R</think>C<think>S</think>D", False, "RS", "CD", []),
     "</think> without <think>": ("C</think>D", False, "", "CD", []),
-    "the reply ends in thinking": ("<think>R", False, "R", "", []),
+    "the reply ends in the reasoning": ("<think>R", False, "R", "", []),
     "content before calls": (f"<think></think>C\n{CALL}", False, "", "C\n", ["f"]),
     "singular section markers (tinker-cookbook)": (
         "<think>R</think><|tool_call_section_begin|>\n" + call("functions.f:0", "{}") + "<|tool_call_section_end|>",
@@ -78,13 +78,14 @@ PITFALLS = {
 def test_replies_that_broke_other_engines_are_parsed(
     text: str, in_reasoning: bool, reasoning: str, content: str, calls: list[str]
 ) -> None:
-    reply = parsed(text, in_reasoning=in_reasoning)
+    reply = parse_reply(text, in_reasoning=in_reasoning)
     assert (reply.reasoning, reply.content) == (reasoning, content)
-    assert [found.name for found in reply.calls] == calls
-    assert [found.error for found in reply.calls] == [None] * len(calls)
+    assert [parsed_call.name for parsed_call in reply.calls] == calls
+    assert all(parsed_call.error is None for parsed_call in reply.calls)
 
 
-MALFORMED = {
+# The reply, the name of its call, and a part of the error.
+MALFORMED_CALLS = {
     "arguments cut short": (section(call("functions.f:0", '{"a": ')), "f", "the arguments are not JSON: "),
     "arguments that are a list": (section(call("functions.f:0", "[1]")), "f", "the arguments are not a JSON object"),
     "arguments in Python's spelling": (
@@ -117,13 +118,13 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize(("text", "name", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("text", "name", "error"), MALFORMED_CALLS.values(), ids=MALFORMED_CALLS)
 def test_a_malformed_call_gives_an_error_with_the_expected_format(text: str, name: str, error: str) -> None:
-    (found,) = parsed(text).calls
-    assert found.name == name
-    assert found.values is None
-    assert found.error is not None
-    assert found.error.startswith("The call was not run: ")
-    assert error in found.error
-    assert "functions.NAME:NUMBER" in found.error
-    assert len(found.error) < 400
+    (parsed_call,) = parse_reply(text).calls
+    assert parsed_call.name == name
+    assert parsed_call.values is None
+    assert parsed_call.error is not None
+    assert parsed_call.error.startswith("The call was not run: ")
+    assert error in parsed_call.error
+    assert "functions.NAME:NUMBER" in parsed_call.error
+    assert len(parsed_call.error) < 400

@@ -6,7 +6,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.text.chat_template import ThinkingMode
 from tests.text.kimi import MODELS, template
 
-SWITCHING = ("kimi-k2.5", "kimi-k2.6")
+MODELS_WITH_SWITCH = ("kimi-k2.5", "kimi-k2.6")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -19,13 +19,14 @@ def test_the_default_mode_sets_no_variable(model: str) -> None:
 def test_thinking_is_a_variable_where_the_template_reads_it_and_otherwise_must_match_the_model(
     model: str, thinking: bool
 ) -> None:
-    mode, thinks = ThinkingMode(thinking=thinking), model != "kimi-k2-instruct"
-    if model in SWITCHING:
+    mode = ThinkingMode(thinking=thinking)
+    model_thinks = model != "kimi-k2-instruct"
+    if model in MODELS_WITH_SWITCH:
         assert mode.variables(template(model)) == {"thinking": thinking}
-    elif thinking == thinks:
+    elif thinking == model_thinks:
         assert mode.variables(template(model)) == {}
     else:
-        with pytest.raises(RequestError, match=f"this model {'always' if thinks else 'never'} thinks"):
+        with pytest.raises(RequestError, match=f"this model {'always' if model_thinks else 'never'} thinks"):
             mode.variables(template(model))
 
 

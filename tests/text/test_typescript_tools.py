@@ -12,27 +12,29 @@ from mlx_k2.text.history_reader import copied_json
 from mlx_k2.text.typescript_tools import typescript_tools
 
 HEAD, TAIL = "# Tools\n\n## functions\nnamespace functions {\n", "}\n"
+PARAMETERS_HEAD, PARAMETERS_TAIL = f"{HEAD}type f = (_: {{\n", f"\n}}) => any;\n{TAIL}"
 
 
-def tool(parameters: Any, **function: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "f", "parameters": parameters, **function}}
+def tool(parameters: Any, **fields: Any) -> dict[str, Any]:
+    """Return the function f with these parameters and further fields."""
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **fields}}
 
 
-def encoded(*tools: Any) -> str:
+def declaration(*tools: Any) -> str:
+    """Return the declaration of tools as in a prompt; '' if it has no TypeScript form."""
     return typescript_tools(copied_json(list(tools), "tools", sort=True))
 
 
-def declared(schema: Any, *, required: bool = True, **parameters: Any) -> str:
+def parameter_lines(schema: Any, *, required: bool = True) -> str:
     """Return the lines for a parameter ``x`` of this schema; '' if it has no TypeScript form."""
-    properties = {"type": "object", "properties": {"x": schema}, "required": ["x"] if required else [], **parameters}
-    text = encoded(tool(properties))
-    opening = f"{HEAD}type f = (_: {{\n"
-    assert not text or text.startswith(opening)
-    return text.removeprefix(opening).removesuffix(f"\n}}) => any;\n{TAIL}")
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"] if required else []}
+    text = declaration(tool(parameters))
+    assert not text or text.startswith(PARAMETERS_HEAD)
+    return text.removeprefix(PARAMETERS_HEAD).removesuffix(PARAMETERS_TAIL)
 
 
 # Each schema of a required parameter x, with its lines.
-FIELDS: dict[str, tuple[Any, str]] = {
+PARAMETERS: dict[str, tuple[Any, str]] = {
     "text": ({"type": "string"}, "  x: string"),
     "integer": ({"type": "integer"}, "  x: number"),
     "null": ({"type": "null"}, "  x: null"),
@@ -51,7 +53,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
         {"type": "number", "minimum": 0, "maximum": 1e3},
         "  // maximum: 1000.0, minimum: 0\n  x: number",
     ),
-    "no constraints of another type": ({"type": "boolean", "minimum": 1}, "  x: boolean"),
+    "constraints of another type are lost": ({"type": "boolean", "minimum": 1}, "  x: boolean"),
     "default text": ({"type": "string", "default": 'é "'}, '  // Default: "é \\""\n  x: string'),
     "default number": ({"type": "number", "default": 1e-7}, "  // Default: 1e-07\n  x: number"),
     "default boolean": ({"type": "boolean", "default": False}, "  // Default: False\n  x: boolean"),
@@ -111,7 +113,8 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 
-NOT_EXPRESSIBLE: dict[str, Any] = {
+# Schemas without a TypeScript form.
+INEXPRESSIBLE_SCHEMAS: dict[str, Any] = {
     "one of": {"oneOf": [{"type": "string"}]},
     "const": {"const": 1},
     "only a description": {"description": "d"},
@@ -130,142 +133,144 @@ NOT_EXPRESSIBLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("schema", "lines"), FIELDS.values(), ids=FIELDS.keys())
-def test_a_schema_is_written_like_the_declaration_by_hand(schema: Any, lines: str) -> None:
-    assert declared(schema) == lines
-    assert declared(schema, required=False) == lines.replace("  x:", "  x?:")
+@pytest.mark.parametrize(("schema", "lines"), PARAMETERS.values(), ids=PARAMETERS.keys())
+def test_the_declaration_of_a_parameter_is_the_one_written_by_hand(schema: Any, lines: str) -> None:
+    assert parameter_lines(schema) == lines
+    assert parameter_lines(schema, required=False) == lines.replace("  x:", "  x?:")
 
 
 @pytest.mark.parametrize(("function", "lines"), FUNCTIONS.values(), ids=FUNCTIONS.keys())
-def test_a_function_is_written_like_the_declaration_by_hand(function: dict[str, Any], lines: str) -> None:
-    assert encoded(function) == HEAD + lines + TAIL
+def test_the_declaration_of_a_function_is_the_one_written_by_hand(function: dict[str, Any], lines: str) -> None:
+    assert declaration(function) == HEAD + lines + TAIL
 
 
-@pytest.mark.parametrize("schema", NOT_EXPRESSIBLE.values(), ids=NOT_EXPRESSIBLE.keys())
-def test_a_schema_without_a_typescript_form_anywhere_gives_no_declaration_at_all(schema: Any) -> None:
-    assert declared(schema) == ""
-    assert declared({"type": "array", "items": {"type": "object", "properties": {"y": schema}}}) == ""
-    assert encoded(tool({}), tool({"properties": {"x": schema}})) == ""
+@pytest.mark.parametrize("schema", INEXPRESSIBLE_SCHEMAS.values(), ids=INEXPRESSIBLE_SCHEMAS.keys())
+def test_a_schema_without_a_typescript_form_removes_the_whole_declaration(schema: Any) -> None:
+    assert parameter_lines(schema) == ""
+    assert parameter_lines({"type": "array", "items": {"type": "object", "properties": {"y": schema}}}) == ""
+    assert declaration(tool({}), tool({"properties": {"x": schema}})) == ""
 
 
 def test_a_definition_must_be_read_before_it_is_referred_to_and_must_be_an_object() -> None:
     reference = {"$ref": "#/$defs/D"}
     late = {"type": "object", "$defs": {"D": {"type": "string"}}, "properties": {"y": reference}}
-    assert "y?: D" in encoded(tool({"properties": {"a": late, "b": reference}}))
-    assert encoded(tool({"properties": {"a": reference, "b": late}})) == ""
-    assert encoded(tool({"$defs": {"D": True}})) == ""
+    assert "y?: D" in declaration(tool({"properties": {"a": late, "b": reference}}))
+    assert declaration(tool({"properties": {"a": reference, "b": late}})) == ""
+    assert declaration(tool({"$defs": {"D": True}})) == ""
     definitions = {"D": {"type": "string"}}
-    assert "[k: string]: D" in encoded(tool({"$defs": definitions, "additionalProperties": reference}))
-    assert encoded(tool({"$defs": definitions, "properties": {"x": {"$ref": "other.json#/$defs/D"}}})) == ""
+    assert "[k: string]: D" in declaration(tool({"$defs": definitions, "additionalProperties": reference}))
+    assert declaration(tool({"$defs": definitions, "properties": {"x": {"$ref": "other.json#/$defs/D"}}})) == ""
 
 
 def test_a_reference_to_the_whole_inside_a_definition_alone_makes_no_interface_of_the_whole() -> None:
-    text = encoded(tool({"$defs": {"D": {"$ref": "#"}}, "properties": {"x": {"type": "string"}}}))
+    text = declaration(tool({"$defs": {"D": {"$ref": "#"}}, "properties": {"x": {"type": "string"}}}))
     assert text == f"{HEAD}interface D parameters\ntype f = (_: {{\n  x?: string\n}}) => any;\n{TAIL}"
 
 
-def test_tools_that_are_no_functions_are_passed_over() -> None:
+def test_tools_that_are_no_functions_are_left_out() -> None:
     plugin = {"type": "_plugin", "function": {"name": "p"}}
-    assert encoded(plugin, tool({}), {"type": "function", "function": {}}) == encoded(tool({}))
-    assert encoded(plugin) == encoded() == encoded({"type": "function"}) == ""
+    assert declaration(plugin, tool({}), {"type": "function", "function": {}}) == declaration(tool({}))
+    assert declaration(plugin) == ""
+    assert declaration() == ""
+    assert declaration({"type": "function"}) == ""
 
 
 texts = st.sampled_from(["", "a", "two\nlines", "end\n", "<|im_end|>", "汉", "  x"])
 names = st.sampled_from(["a", "B", "b", "x y", "$ref", "type", "城"])
 scalars = st.sampled_from(["string", "number", "integer", "boolean", "null", "uuid"])
-described = {"description": texts, "default": st.none() | st.integers() | st.booleans() | texts}
-leaves: st.SearchStrategy[Any] = st.one_of(
+comment_fields = {"description": texts, "default": st.none() | st.integers() | st.booleans() | texts}
+simple_schemas: st.SearchStrategy[Any] = st.one_of(
     st.booleans(),
     st.just({}),
-    st.fixed_dictionaries({"type": scalars}, optional=described | {"minimum": st.integers(), "pattern": names}),
+    st.fixed_dictionaries({"type": scalars}, optional=comment_fields | {"minimum": st.integers(), "pattern": names}),
     st.fixed_dictionaries({"enum": st.lists(names | st.none() | st.floats(allow_nan=False), min_size=1, max_size=3)}),
     st.fixed_dictionaries({"type": st.lists(scalars.filter(lambda name: name != "uuid"), min_size=1, max_size=3)}),
 )
 
 
-def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+def object_schemas(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy of schemas of objects whose values have these schemas."""
     return st.fixed_dictionaries(
-        {"type": st.just("object"), "properties": st.dictionaries(names, inner, max_size=3)},
-        optional=described | {"required": st.lists(names, max_size=3), "additionalProperties": st.none() | inner},
+        {"type": st.just("object"), "properties": st.dictionaries(names, values, max_size=3)},
+        optional=comment_fields | {"required": st.lists(names, max_size=3), "additionalProperties": st.none() | values},
     )
 
 
 schemas = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        objects(inner),
-        st.fixed_dictionaries({"type": st.just("array")}, optional=described | {"items": inner}),
-        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=2)}, optional=described),
+    simple_schemas,
+    lambda parts: st.one_of(
+        object_schemas(parts),
+        st.fixed_dictionaries({"type": st.just("array")}, optional=comment_fields | {"items": parts}),
+        st.fixed_dictionaries({"anyOf": st.lists(parts, min_size=1, max_size=2)}, optional=comment_fields),
     ),
     max_leaves=8,
 )
 
 
-@given(st.lists(objects(schemas), min_size=1, max_size=3))
-def test_every_schema_of_the_known_forms_is_expressed_one_function_after_the_other(parameters: list[Any]) -> None:
-    tools = [tool(each, name=f"f{number}") for number, each in enumerate(parameters)]
-    alone = [encoded(each) for each in tools]
-    assert all(text.startswith(HEAD) and text.endswith(TAIL) for text in alone)
-    assert encoded(*tools) == HEAD + "".join(text[len(HEAD) : -len(TAIL)] for text in alone) + TAIL
+@given(st.lists(object_schemas(schemas), min_size=1, max_size=3))
+def test_functions_of_all_known_forms_are_declared_one_after_the_other(all_parameters: list[Any]) -> None:
+    tools = [tool(parameters, name=f"f{number}") for number, parameters in enumerate(all_parameters)]
+    declarations = [declaration(function) for function in tools]
+    assert all(text.startswith(HEAD) and text.endswith(TAIL) for text in declarations)
+    assert declaration(*tools) == HEAD + "".join(text[len(HEAD) : -len(TAIL)] for text in declarations) + TAIL
 
 
-def shuffled(value: Any, chosen: Any) -> Any:
+def shuffle_keys(value: Any, data: st.DataObject) -> Any:
     """Return the same value with the keys of each object in another order."""
     match value:
         case dict():
-            keys = chosen.draw(st.permutations(list(value)))
-            return {key: shuffled(value[key], chosen) for key in keys}
+            keys = data.draw(st.permutations(list(value)))
+            return {key: shuffle_keys(value[key], data) for key in keys}
         case list():
-            return [shuffled(item, chosen) for item in value]
+            return [shuffle_keys(item, data) for item in value]
     return value
 
 
-@given(objects(schemas), st.data())
-def test_the_order_of_keys_changes_nothing(parameters: dict[str, Any], chosen: Any) -> None:
-    assert encoded(shuffled(tool(parameters), chosen)) == encoded(tool(parameters))
+@given(object_schemas(schemas), st.data())
+def test_the_order_of_keys_changes_nothing(parameters: dict[str, Any], data: st.DataObject) -> None:
+    assert declaration(shuffle_keys(tool(parameters), data)) == declaration(tool(parameters))
 
 
-@given(objects(leaves))
+@given(object_schemas(simple_schemas))
 def test_required_fields_come_first_and_each_group_is_in_code_point_order(parameters: dict[str, Any]) -> None:
-    plain = {**parameters, "properties": dict.fromkeys(parameters["properties"], True)}
-    lines = encoded(tool(plain)).splitlines()
-    required = set(parameters.get("required", ()))
-    fields = sorted(parameters["properties"], key=lambda name: (name not in required, name))
-    expected = [f"  {name}{'' if name in required else '?'}: any" for name in fields]
-    assert [
-        line.removesuffix(",") for line in lines if line.endswith((": any", ": any,")) and "[k:" not in line
-    ] == expected
+    untyped = {**parameters, "properties": dict.fromkeys(parameters["properties"], True)}
+    lines = [line.removesuffix(",") for line in declaration(tool(untyped)).splitlines()]
+    property_lines = [line for line in lines if line.endswith(": any") and "[k:" not in line]
+    names = sorted(parameters["properties"])
+    required = [name for name in names if name in parameters.get("required", ())]
+    optional = [name for name in names if name not in required]
+    assert property_lines == [f"  {name}: any" for name in required] + [f"  {name}?: any" for name in optional]
 
 
-@given(objects(schemas))
-def test_braces_and_indents_match(parameters: dict[str, Any]) -> None:
-    """Check the lines that are code: each closing line has the indent of the line that opened it."""
-    opened: list[int] = []
-    for line in encoded(tool(parameters)).splitlines()[4:-1]:
+@given(object_schemas(schemas))
+def test_each_closing_line_of_code_has_the_indent_of_the_line_that_opened_it(parameters: dict[str, Any]) -> None:
+    open_indents: list[int] = []
+    for line in declaration(tool(parameters)).splitlines()[4:-1]:
         if not line.strip() or line.lstrip().startswith("//"):
             continue
         indent = len(line) - len(line.lstrip())
         if line.lstrip().startswith(("}", ">")):
-            assert indent == opened.pop()
+            assert indent == open_indents.pop()
         if line.endswith(("{", "<")):
-            opened.append(indent)
-    assert opened == []
+            open_indents.append(indent)
+    assert open_indents == []
 
 
-@given(objects(schemas))
-def test_a_declaration_holds_every_description_and_default_outside_of_alternatives(parameters: dict[str, Any]) -> None:
-    lines = encoded(tool(parameters)).splitlines()
+@given(object_schemas(schemas))
+def test_a_declaration_has_each_property_with_its_description_and_default(parameters: dict[str, Any]) -> None:
+    lines = declaration(tool(parameters)).splitlines()
     for name, schema in parameters["properties"].items():
         if isinstance(schema, dict):
-            assert all(not part or f"  // {part}" in lines for part in schema.get("description", "").split("\n"))
+            for line in schema.get("description", "").split("\n"):
+                assert line == "" or f"  // {line}" in lines
             default = schema.get("default")
             if isinstance(default, str):
                 assert f"  // Default: {json.dumps(default, ensure_ascii=False)}" in lines
         assert any(line.startswith((f"  {name}: ", f"  {name}?: ")) for line in lines)
 
 
-@given(objects(schemas), st.sampled_from(list(NOT_EXPRESSIBLE.values())))
-def test_one_part_that_cannot_be_expressed_removes_the_whole(parameters: dict[str, Any], wrong: Any) -> None:
-    broken = copy.deepcopy(parameters)
-    broken["properties"]["wrong"] = wrong
-    assert encoded(tool(parameters), tool(broken)) == ""
+@given(object_schemas(schemas), st.sampled_from(list(INEXPRESSIBLE_SCHEMAS.values())))
+def test_one_property_without_a_typescript_form_removes_all_tools(parameters: dict[str, Any], schema: Any) -> None:
+    inexpressible = copy.deepcopy(parameters)
+    inexpressible["properties"]["x"] = schema
+    assert declaration(tool(parameters), tool(inexpressible)) == ""

@@ -12,7 +12,8 @@ import uvicorn
 from mcp.server.mcpserver import MCPServer
 
 server = MCPServer("misbehaving", log_level="CRITICAL")
-arrived: list[anyio.Event] = []
+meet_events: list[anyio.Event] = []
+"""One for each call of `meet`."""
 
 
 @server.tool()
@@ -23,11 +24,11 @@ def add(a: int, b: int = 2) -> int:
 
 @server.tool()
 async def meet() -> str:
-    """Return after two calls have arrived."""
+    """Return once a second call runs."""
     event = anyio.Event()
-    arrived.append(event)
-    if len(arrived) == 2:
-        for waiting in arrived:
+    meet_events.append(event)
+    if len(meet_events) == 2:
+        for waiting in meet_events:
             waiting.set()
     await event.wait()
     return "met"

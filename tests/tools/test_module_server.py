@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mcp.server.mcpserver import MCPServer
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.module_server import _MODULE, UnusableFunction, _add, main
+from mlx_k2.tools.module_server import _MODULE_NAME, UnusableFunction, _add_tool, main
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(60)
 
 LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=1000)
 
-FUNCTIONS = '''
+MODULE = '''
 import os, threading
 from dataclasses import dataclass
 from os.path import join
@@ -73,13 +73,14 @@ def _private() -> None: ...
 
 @pytest.fixture
 def module(tmp_path: Path) -> Path:
+    """Return the file of MODULE, beside the module that it imports."""
     (tmp_path / "neighbour.py").write_text("X = 7")
-    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    (tmp_path / "mine.py").write_text(MODULE)
     return tmp_path / "mine.py"
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **more}
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
 
 
 def test_signatures_and_docstrings_become_declarations(module: Path) -> None:
@@ -99,7 +100,8 @@ def test_functions_may_return_text_or_json_and_may_print(module: Path, caplog: p
         assert box.call("later", {}).text == '[{"a":1},{"b":2}]'
         assert box.call("point", {}).text == '{"x":7}'
         assert box.call("key", {}).text == "secret"
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # no print read as MCP
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings, "what a function prints is not read as a message of MCP"
 
 
 def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> None:
@@ -137,67 +139,64 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
 def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str, message: str
 ) -> None:
-    """The function of the process runs in this one: only its end is replaced, by an exception."""
+    """The process's main function runs in this process, where an exception replaces `os._exit`."""
 
-    def end(code: int) -> NoReturn:
+    def raise_exit(code: int) -> NoReturn:
         raise SystemExit(code)
 
-    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", raise_exit)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "mine.py").write_text(source)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         main(tmp_path / "mine.py")
-    sys.modules.pop(_MODULE, None)
+    sys.modules.pop(_MODULE_NAME, None)
     (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
+    assert caught.value.code == 2
     assert line.startswith(message)
 
 
 def test_an_unusable_tools_module_is_refused_with_the_line_of_its_process(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("x = 1\nraise ValueError('no licence')")
-    with pytest.raises(ToolsError) as raised, open_toolbox([python_module(path, environment())], LIMITS):
+    with pytest.raises(ToolsError) as caught, open_toolbox([python_module(path, environment())], LIMITS):
         pass
-    assert "mine.py: it ended; it wrote last: line 2: ValueError: no licence" in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert "mine.py: it ended; it wrote last: line 2: ValueError: no licence" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-ODD = """
-class Own(BaseException): pass
+UNUSUAL_MODULE = """
+class BaseError(BaseException): pass
 
 def interrupt(): raise KeyboardInterrupt("no")
-def own(): raise Own("no")
-async def own_later(): raise Own("no")
+def base_error(): raise BaseError("no")
+async def async_base_error(): raise BaseError("no")
 def text(): return "caf\\udce9.txt"
 def names(): return ["caf\\udce9.txt", "ok"]
 def broken_text(): raise ValueError("caf\\udce9")
-def mapped(): return map(str, [1, 2])
-def circle():
+def iterator(): return map(str, [1, 2])
+def cyclic_list():
     items = []
     items.append(items)
     return items
-named = lambda: "by its name in the file"
+function_without_def = lambda: "by its name in the file"
 """
 
 
 def test_any_result_and_any_exception_of_a_function_is_text_and_the_next_call_works(tmp_path: Path) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
-    with open_toolbox([python_module(tmp_path / "odd.py", environment())], LIMITS) as box:
-        for name in ("interrupt", "own", "own_later", "circle"):
+    (tmp_path / "mine.py").write_text(UNUSUAL_MODULE)
+    with open_toolbox([python_module(tmp_path / "mine.py", environment())], LIMITS) as box:
+        for name in ("interrupt", "base_error", "async_base_error", "cyclic_list"):
             assert box.call(name, {}).outcome is Outcome.FAILED
         assert "KeyboardInterrupt: no" in box.call("interrupt", {}).text
         assert "ValueError: caf\ufffd" in box.call("broken_text", {}).text
         assert box.call("text", {}) == ToolResult(Outcome.DONE, "caf\ufffd.txt")
         assert box.call("names", {}) == ToolResult(Outcome.DONE, '["caf\ufffd.txt", "ok"]')
-        assert box.call("mapped", {}) == ToolResult(Outcome.DONE, '["1","2"]')
-        assert box.call("named", {}) == ToolResult(Outcome.DONE, "by its name in the file")
-
-
-KINDS = ["", "/", "*", "**"]
+        assert box.call("iterator", {}) == ToolResult(Outcome.DONE, '["1","2"]')
+        assert box.call("function_without_def", {}) == ToolResult(Outcome.DONE, "by its name in the file")
 
 
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(["", "/", "*", "**"]),
     annotation=st.sampled_from(["", ": int", ": list[str]", ": 'Nothing'", ": bytes", ": type(sys)", ": 5", ": print"]),
     default=st.sampled_from(["", " = None", " = sys", " = print"]),
     body=st.sampled_from(["return 1", "yield 1"]),
@@ -206,16 +205,21 @@ KINDS = ["", "/", "*", "**"]
 def test_a_function_of_any_signature_is_added_or_refused_by_line_and_name(
     kind: str, annotation: str, default: str, body: str, is_async: bool
 ) -> None:
-    star = kind if kind.startswith("*") else ""
-    parameter = f"{star}value{annotation}{default if not star else ''}{', /' if kind == '/' else ''}"
+    match kind:
+        case "*" | "**":
+            parameter = f"{kind}value{annotation}"
+        case "/":
+            parameter = f"value{annotation}{default}, /"
+        case _:
+            parameter = f"value{annotation}{default}"
     source = f"import sys\n{'async ' * is_async}def f({parameter}):\n    {body}\n"
     names: dict[str, Any] = {}
     try:
         exec(compile(source, "mine.py", "exec"), names)
     except TypeError:
-        return  # not Python: an annotation that cannot be evaluated ends the import, with its line
+        return  # Python cannot evaluate the annotation: such a module cannot be imported
     try:
-        _add(MCPServer("tools", log_level="ERROR"), "f", names["f"])
+        _add_tool(MCPServer("tools", log_level="ERROR"), "f", names["f"])
     except UnusableFunction as error:
         assert str(error).startswith("line 2: f: ")
     else:
@@ -223,12 +227,10 @@ def test_a_function_of_any_signature_is_added_or_refused_by_line_and_name(
         assert body == "return 1"
 
 
-CHAT = """
+PROGRAM = """
 import os, sys, pathlib
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
-from tests.advice import follows_advice
-from tests.advice import follows_advice
 with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits()) as box:
     box.start("hang", {})
     box.call("weather", {"city": "Rome"})
@@ -239,12 +241,12 @@ with open_toolbox([python_module(pathlib.Path(sys.argv[1]), os.environ)], Limits
 
 @pytest.mark.slow
 def test_tool_server_processes_end_when_the_program_is_killed(module: Path) -> None:
-    command = [sys.executable, "-c", CHAT, str(module)]
+    command = [sys.executable, "-c", PROGRAM, str(module)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         servers = psutil.Process(program.pid).children(recursive=True)
         program.kill()
         assert servers
-        _, left = psutil.wait_procs(servers, timeout=60)
-    assert left == []
+        _, running = psutil.wait_procs(servers, timeout=60)
+    assert running == []

@@ -8,27 +8,28 @@ from mlx_k2.tools.outcome import Outcome
 from mlx_k2.tools.toolbox import read_result
 
 
-def text(content: str) -> types.TextContent:
-    return types.TextContent(type="text", text=content)
+def text_content(text: str) -> types.TextContent:
+    return types.TextContent(type="text", text=text)
 
 
 @given(st.lists(st.text(max_size=20), max_size=4), st.integers(0, 60), st.booleans())
 def test_a_result_is_complete_or_truncated_with_a_suffix(texts: list[str], max_chars: int, is_error: bool) -> None:
-    whole = "\n".join(texts)
-    result = read_result(types.CallToolResult(content=[text(part) for part in texts], is_error=is_error), max_chars)
-    if len(whole) <= max_chars:
-        assert result.text == whole
+    complete = "\n".join(texts)
+    content: list[types.ContentBlock] = [text_content(text) for text in texts]
+    result = read_result(types.CallToolResult(content=content, is_error=is_error), max_chars)
+    if len(complete) <= max_chars:
+        assert result.text == complete
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.DONE)
     else:
         beginning, _, suffix = result.text.rpartition("\n")
-        assert beginning == whole[:max_chars]
-        assert suffix == f"[cut here: these are the first {max_chars} of {len(whole)} characters]"
+        assert beginning == complete[:max_chars]
+        assert suffix == f"[cut here: these are the first {max_chars} of {len(complete)} characters]"
         assert result.outcome is (Outcome.FAILED if is_error else Outcome.CUT)
 
 
 def test_content_that_is_not_text_is_replaced_by_its_description() -> None:
     parts: list[types.ContentBlock] = [
-        text("a"),
+        text_content("a"),
         types.ImageContent(type="image", data="aGk=", mime_type="image/png"),
         types.EmbeddedResource(type="resource", resource=types.TextResourceContents(uri="file:///b", text="b")),
         types.EmbeddedResource(type="resource", resource=types.BlobResourceContents(uri="file:///c", blob="aGk=")),

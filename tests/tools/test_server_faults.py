@@ -1,6 +1,6 @@
 """Tests of faulty tool servers together with good ones: each fault is named at once, and the others are used.
 
-Each call logs its time (--log-cli-level=INFO). It must be far below the time-outs, and below 2 s in the long profile.
+Each call logs its duration (--log-cli-level=INFO): far below the timeouts, and below 2 s in the long profile.
 """
 
 import contextlib
@@ -32,10 +32,12 @@ from tests.advice import follows_advice
 pytestmark = pytest.mark.timeout(90)
 _LOG = logging.getLogger(__name__)
 LIMITS = Limits(start_timeout_s=60.0, call_timeout_s=60.0)
-NAMED_S = 2.0 if hypothesis.settings.get_current_profile_name() == "long" else 20.0
+MAX_CALL_S = 2.0 if hypothesis.settings.get_current_profile_name() == "long" else 20.0
 SCRIPT = str(Path(__file__).with_name("faulty_server.py"))
+ENDED_SERVER = StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key')"))
+ABSENT_SERVER = StdioServer(name="absent", command="/no/such/program")
 
-READ = {  # the fault of a server's answer: the outcome of the call, and what its text says
+RESULTS = {  # by the fault of `faulty_server`: the outcome of a call, and a part of its text
     "none": (Outcome.DONE, "fine"),
     "log lines": (Outcome.DONE, "fine"),
     "against its schema": (Outcome.DONE, "fine"),
@@ -63,68 +65,66 @@ READ = {  # the fault of a server's answer: the outcome of the call, and what it
 
 
 def call(box: ToolBox, name: str) -> ToolResult:
-    """Return the result of a call, which comes at once."""
-    began = time.monotonic()
+    """Return the result of a call. Check and log its duration."""
+    started_at = time.monotonic()
     result = box.call(name, {})
-    elapsed_s = time.monotonic() - began
+    elapsed_s = time.monotonic() - started_at
     _LOG.info("%s: %.3f s, %s", name, elapsed_s, result.outcome.name)
-    assert elapsed_s < NAMED_S, result
+    assert elapsed_s < MAX_CALL_S, result
     return result
 
 
-def faulty(mode: str) -> StdioServer:
-    return StdioServer(name=mode, command=sys.executable, args=("-I", SCRIPT, mode))
+def faulty_server(fault: str) -> StdioServer:
+    return StdioServer(name=fault, command=sys.executable, args=("-I", SCRIPT, fault))
 
 
 @pytest.fixture(scope="module")
-def many() -> Iterator[ToolBox]:
-    """Yield the tools of a server for each fault, and of two that have no tools or end at once."""
-    ends = StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key')"))
-    absent = StdioServer(name="absent", command="/no/such/program")
-    with open_toolbox([*map(faulty, READ), faulty("no tools"), ends, absent], LIMITS) as box:
+def faulty_box() -> Iterator[ToolBox]:
+    """Yield the tools of a server for each fault, beside servers without tools, or that cannot start."""
+    servers = [*map(faulty_server, RESULTS), faulty_server("no tools"), ENDED_SERVER, ABSENT_SERVER]
+    with open_toolbox(servers, LIMITS) as box:
         yield box
 
 
-@pytest.mark.parametrize("mode", READ)
-def test_a_call_with_a_faulty_answer_fails_at_once_with_the_reason(many: ToolBox, mode: str) -> None:
-    outcome, text = READ[mode]
+@pytest.mark.parametrize("fault", RESULTS)
+def test_a_call_has_its_result_or_the_servers_fault_at_once(faulty_box: ToolBox, fault: str) -> None:
+    outcome, text = RESULTS[fault]
     for _ in range(2):  # the second call is made over the same connection, or over a new one
-        result = call(many, f"call_{mode.replace(' ', '_')}")
+        result = call(faulty_box, f"call_{fault.replace(' ', '_')}")
         assert result.outcome is outcome, result
         assert text in result.text
 
 
-def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_are_used(many: ToolBox) -> None:
-    assert many.problems == [
+def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_are_used(faulty_box: ToolBox) -> None:
+    assert faulty_box.problems == [
         "bad tools: a tool without a name is left out: {'name': 5}",
         "bad tools: its tool 'x' is left out: its inputSchema is not that of an object",
         "no tools: it has no tools",
         "ends: it ended; it wrote last: no key",
         "absent: [Errno 2] No such file or directory: '/no/such/program'",
     ]
-    assert {"bare", "call_bad_tools"} < many.tools.keys()
-    assert many.tools["bare"].parameters == {"type": "object"}
+    assert {"bare", "call_bad_tools"} < faulty_box.tools.keys()
+    assert faulty_box.tools["bare"].parameters == {"type": "object"}
 
 
-def test_servers_that_cannot_start_are_named_before_their_time_out_and_a_good_one_serves() -> None:
-    ends = StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key')"))
-    began = time.monotonic()
-    with open_toolbox([ends, StdioServer(name="absent", command="/no/such/program"), faulty("none")], LIMITS) as box:
-        elapsed_s = time.monotonic() - began
+def test_servers_that_cannot_start_are_named_before_their_timeout_and_a_good_one_is_used() -> None:
+    started_at = time.monotonic()
+    with open_toolbox([ENDED_SERVER, ABSENT_SERVER, faulty_server("none")], LIMITS) as box:
+        elapsed_s = time.monotonic() - started_at
         _LOG.info("%.3f s to start", elapsed_s)
         assert [problem.partition(":")[0] for problem in box.problems] == ["ends", "absent"]
         assert call(box, "call_none").text == "fine"
-    assert elapsed_s < NAMED_S
+    assert elapsed_s < MAX_CALL_S
 
 
 def test_after_an_unreadable_answer_the_same_process_serves_the_next_call() -> None:
-    with open_toolbox([faulty("one call in two")], LIMITS) as box:
+    with open_toolbox([faulty_server("one call in two")], LIMITS) as box:
         outcomes = [call(box, "call_one_call_in_two").outcome for _ in range(4)]
     assert sorted(outcomes, key=str) == [Outcome.DONE, Outcome.DONE, Outcome.FAILED, Outcome.FAILED]
     assert outcomes[:2] == outcomes[2:]
 
 
-HTTP = {  # the path of a server with one fault: what the text of the call says
+HTTP_TEXTS = {  # by the path of a server of `_FaultyHttp`: a part of a call's text
     "status-500": "may have run: HTTP 500 Internal Server Error",
     "status-401": "may have run: HTTP 401 Unauthorized: see its headers in the MCP file",
     "not-json": "may have run: Failed to parse JSON response",
@@ -151,26 +151,27 @@ class _FaultyHttp(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number, mode = request.get("id"), self.path[1:]
+        request_id, fault = request.get("id"), self.path[1:]
         result = {
             "initialize": {
                 "protocolVersion": "2025-06-18",
                 "capabilities": {},
                 "serverInfo": {"name": "s", "version": "1"},
             },
-            "tools/list": {"tools": [{"name": mode}]},
+            "tools/list": {"tools": [{"name": fault}]},
             "tools/call": {"content": [{"type": "text", "text": "fine"}]},
         }.get(request["method"])
-        good = json.dumps({"jsonrpc": "2.0", "id": number, "result": result}).encode()
-        if number is None:
+        good = json.dumps({"jsonrpc": "2.0", "id": request_id, "result": result}).encode()
+        if request_id is None:
             self._send(202, b"")
         elif request["method"] != "tools/call":
             self._send(200, good)
         else:
-            self._send_faulty(mode, good)
+            self._send_faulty(fault, good)
 
-    def _send_faulty(self, mode: str, good: bytes) -> None:
-        match mode:
+    def _send_faulty(self, fault: str, good: bytes) -> None:
+        """Answer a call with the fault. Without one the answer is ``good``."""
+        match fault:
             case "not-json":
                 self._send(200, b"<html>")
             case "not-utf-8":
@@ -191,7 +192,7 @@ class _FaultyHttp(BaseHTTPRequestHandler):
             case "good":
                 self._send(200, good)
             case _:
-                self._send(int(mode.removeprefix("status-")), b"")
+                self._send(int(fault.removeprefix("status-")), b"")
 
     def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
@@ -202,9 +203,9 @@ class _FaultyHttp(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def faulty_http() -> Iterator[str]:
-    """Yield the URL of a server of _FaultyHttp, which ends with this context."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _FaultyHttp)
+def http_server_url(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the URL of a server with this handler."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -216,16 +217,16 @@ def faulty_http() -> Iterator[str]:
 
 
 def test_http_servers_with_one_fault_each_fail_at_once_and_a_good_one_is_used() -> None:
-    with faulty_http() as url:
-        servers: list[Server] = [HttpServer(name=mode, url=f"{url}/{mode}") for mode in (*HTTP, "good")]
+    with http_server_url(_FaultyHttp) as url:
+        servers: list[Server] = [HttpServer(name=fault, url=f"{url}/{fault}") for fault in (*HTTP_TEXTS, "good")]
         unreachable = HttpServer(name="unreachable", url="http://127.0.0.1:9/mcp")
         with open_toolbox([*servers, unreachable], LIMITS) as box:
             assert box.problems == ["unreachable: All connection attempts failed"]
-            results = {mode: call(box, mode) for mode in (*HTTP, "good")}
+            results = {fault: call(box, fault) for fault in (*HTTP_TEXTS, "good")}
     assert results.pop("good").text == "fine"
-    for mode, text in HTTP.items():
-        assert text in results[mode].text, mode
-        assert results[mode].outcome in (Outcome.FAILED, Outcome.LOST)
+    for fault, text in HTTP_TEXTS.items():
+        assert text in results[fault].text, fault
+        assert results[fault].outcome in (Outcome.FAILED, Outcome.LOST)
 
 
 @follows_advice(
@@ -240,41 +241,45 @@ def test_a_server_that_refuses_the_start_is_named_with_its_http_status(status: s
             self.rfile.read(int(self.headers["Content-Length"]))
             self._send(int(status[:3]), b"")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    web = HttpServer(name="web", url=f"http://127.0.0.1:{server.server_port}/")
-    with pytest.raises(ToolsError, match=f"no tool server starts: web: HTTP {status}"), open_toolbox([web], LIMITS):
-        pass
-    server.shutdown()
-    server.server_close()
+    with http_server_url(Refusing) as url:
+        web = HttpServer(name="web", url=url)
+        with pytest.raises(ToolsError, match=f"no tool server starts: web: HTTP {status}"), open_toolbox([web], LIMITS):
+            pass
 
 
-def received(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMessage]:
-    """Return what mcp's client gets for a line of a server's stdout."""
+def messages_for(output: ServerOutput, line: bytes) -> list[mcp_types.JSONRPCMessage]:
+    """Return the messages that mcp's client gets for a line of a server's stdout."""
     try:
-        parsed = mcp_types.jsonrpc_message_adapter.validate_json(line.decode(errors="surrogateescape"), by_name=False)
+        message = mcp_types.jsonrpc_message_adapter.validate_json(line.decode(errors="surrogateescape"), by_name=False)
     except ValidationError as error:
-        return [found.message for found in output.received(error)]
-    return [found.message for found in output.received(SessionMessage(parsed))]
+        return [session_message.message for session_message in output.inspect(error)]
+    return [session_message.message for session_message in output.inspect(SessionMessage(message))]
 
 
-@given(text=st.binary(max_size=20), number=st.integers(0, 9), others=st.sets(st.integers(0, 9)), end=st.integers(0, 12))
-@example(text=b'", "id": 5, "x": "', number=3, others={5}, end=0)
-@example(text=b"\\ud83d", number=3, others=set(), end=0)
-def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
-    text: bytes, number: int, others: set[int], end: int
+@given(
+    text=st.binary(max_size=20),
+    request_id=st.integers(0, 9),
+    other_ids=st.sets(st.integers(0, 9)),
+    num_missing=st.integers(0, 12),
+)
+@example(text=b'", "id": 5, "x": "', request_id=3, other_ids={5}, num_missing=0)
+@example(text=b"\\ud83d", request_id=3, other_ids=set(), num_missing=0)
+def test_an_answer_with_any_bytes_in_it_or_missing_at_its_end_is_not_dropped(
+    text: bytes, request_id: int, other_ids: set[int], num_missing: int
 ) -> None:
     output = ServerOutput()
-    for pending in {number} | others:
-        request = mcp_types.JSONRPCRequest(jsonrpc="2.0", id=pending, method="tools/call")
+    for pending_id in {request_id} | other_ids:
+        request = mcp_types.JSONRPCRequest(jsonrpc="2.0", id=pending_id, method="tools/call")
         output.record_sent(SessionMessage(request))
-    whole = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "%s"}]}}' % (number, text)
-    answers = received(output, whole[: len(whole) - end])
+    content = b'[{"type": "text", "text": "%s"}]' % text
+    line = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": %s}}' % (request_id, content)
+    answers = messages_for(output, line[: len(line) - num_missing])
     ids = [answer.id for answer in answers if isinstance(answer, mcp_types.JSONRPCResponse | mcp_types.JSONRPCError)]
     assert len(ids) == len(answers)
     if b'"id"' not in text:
-        assert ids == [number]
-    assert number in ids or isinstance(answers[0], mcp_types.JSONRPCResponse)
+        assert ids == [request_id]
+    # A text can spell another id. The answer is then read as one to that request.
+    assert request_id in ids or isinstance(answers[0], mcp_types.JSONRPCResponse)
 
 
 @given(st.text().filter(lambda line: "jsonrpc" not in line and '"id"' not in line and "'id'" not in line))
@@ -284,4 +289,4 @@ def test_the_answer_to_a_request_is_never_dropped_whatever_bytes_are_in_it(
 def test_a_line_of_a_log_does_not_end_the_connection(line: str) -> None:
     output = ServerOutput()
     output.record_sent(SessionMessage(mcp_types.JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")))
-    assert received(output, line.encode(errors="replace")) == []
+    assert messages_for(output, line.encode(errors="replace")) == []

@@ -1,4 +1,7 @@
-"""Tests of MCP files: the format of other programs is read, and an error names the server."""
+"""Tests of MCP files: the formats of other programs are read, and an error names the server.
+
+Where no problem is expected, `pytest.fail` gets the text of one.
+"""
 
 import json
 from pathlib import Path
@@ -11,14 +14,14 @@ from mlx_k2.errors import ToolsError
 from mlx_k2.tools.servers import HttpServer, StdioServer, python_module, read_mcp_file
 
 
-def written(folder: Path, servers: object) -> Path:
+def write_mcp_file(folder: Path, servers: object) -> Path:
     path = folder / "mcp.json"
     path.write_text(json.dumps({"mcpServers": servers}))
     return path
 
 
 def test_stdio_and_http_servers_are_read_and_unknown_keys_ignored(tmp_path: Path) -> None:
-    path = written(
+    path = write_mcp_file(
         tmp_path,
         {
             "files": {
@@ -39,20 +42,21 @@ def test_stdio_and_http_servers_are_read_and_unknown_keys_ignored(tmp_path: Path
 
 
 def test_environment_variables_in_an_mcp_file_are_expanded(tmp_path: Path) -> None:
-    path = written(
+    path = write_mcp_file(
         tmp_path, {"s": {"command": "${BIN:-run}", "args": ["${KEY}x${env:KEY}"], "env": {"K": "${KEY:-no}"}}}
     )
     (server,) = read_mcp_file(path, {"KEY": "k$1"}, pytest.fail)
     assert server == StdioServer(name="s", command="run", args=("k$1xk$1",), env={"K": "k$1"})
 
 
-def test_entries_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
-    """Read null for an absent key, numbers as text, and the address under Gemini's and Windsurf's names."""
-    nulls = {"args": None, "env": {"PORT": 8080}, "cwd": None, "url": None}
-    entries = {"a": {"command": "x"} | nulls, "b": {"httpUrl": "http://h/%E4%B8%AD"}, "c": {"serverUrl": "https://h"}}
-    path = tmp_path / "mcp.json"
-    path.write_text(json.dumps({"mcpServers": entries}))
-    assert read_mcp_file(path, {}, pytest.fail) == (
+def test_null_values_numbers_in_env_and_other_names_of_the_url_are_read(tmp_path: Path) -> None:
+    """Gemini writes ``httpUrl``, Windsurf ``serverUrl``."""
+    entries = {
+        "a": {"command": "x", "args": None, "env": {"PORT": 8080}, "cwd": None, "url": None},
+        "b": {"httpUrl": "http://h/%E4%B8%AD"},
+        "c": {"serverUrl": "https://h"},
+    }
+    assert read_mcp_file(write_mcp_file(tmp_path, entries), {}, pytest.fail) == (
         StdioServer(name="a", command="x", env={"PORT": "8080"}),
         HttpServer(name="b", url="http://h/%E4%B8%AD"),
         HttpServer(name="c", url="https://h"),
@@ -81,14 +85,14 @@ def test_entries_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_an_invalid_server_entry_is_refused_by_name(tmp_path: Path, entry: object, message: str) -> None:
-    with pytest.raises(ToolsError) as raised:
-        read_mcp_file(written(tmp_path, {"s": entry}), {}, pytest.fail)
-    assert message in str(raised.value)
-    assert "mcp.json" in str(raised.value)
+    with pytest.raises(ToolsError) as caught:
+        read_mcp_file(write_mcp_file(tmp_path, {"s": entry}), {}, pytest.fail)
+    assert message in str(caught.value)
+    assert "mcp.json" in str(caught.value)
 
 
 def test_a_malformed_server_is_left_out_and_named_and_the_others_are_read(tmp_path: Path) -> None:
-    path = written(tmp_path, {"a": {"command": "${NO_SUCH}"}, "b": {"command": "b"}, "c": {}})
+    path = write_mcp_file(tmp_path, {"a": {"command": "${NO_SUCH}"}, "b": {"command": "b"}, "c": {}})
     problems: list[str] = []
     assert read_mcp_file(path, {}, problems.append) == (StdioServer(name="b", command="b"),)
     assert problems == [
@@ -107,9 +111,9 @@ def test_a_missing_or_invalid_file_is_refused_by_name(tmp_path: Path) -> None:
         python_module(tmp_path / "none.py", {})
 
 
-AS_AN_EDITOR_WRITES_IT = """\ufeff// my servers
+FILE_WITH_COMMENTS = """\ufeff// my servers
 {
-  /* VS Code's name for it */
+  /* VS Code's name of mcpServers */
   "servers": {
     "files": {
       "command": "npx", // "quoted"
@@ -120,9 +124,9 @@ AS_AN_EDITOR_WRITES_IT = """\ufeff// my servers
 """
 
 
-def test_comments_last_commas_and_a_byte_order_mark_are_read_as_editors_write_them(tmp_path: Path) -> None:
+def test_comments_trailing_commas_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "mcp.json"
-    path.write_text(AS_AN_EDITOR_WRITES_IT, encoding="utf-8")
+    path.write_text(FILE_WITH_COMMENTS, encoding="utf-8")
     args = ("-y", "http://example.org/*", "a,]")
     assert read_mcp_file(path, {}, pytest.fail) == (StdioServer(name="files", command="npx", args=args),)
 
@@ -136,10 +140,10 @@ def test_the_line_of_an_error_is_that_of_the_file_with_its_comments(tmp_path: Pa
 
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=4)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=2),
+    lambda values: st.one_of(
+        st.lists(values, max_size=2),
         st.dictionaries(
-            st.sampled_from(["mcpServers", "command", "args", "env", "url", "type", "x"]), inner, max_size=3
+            st.sampled_from(["mcpServers", "command", "args", "env", "url", "type", "x"]), values, max_size=3
         ),
     ),
 )

@@ -18,7 +18,7 @@ from mlx_k2.text.tool_call import call_id, read_call
 from mlx_k2.tools.connection import Connection
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import HttpServer, Server, StdioServer
-from mlx_k2.tools.toolbox import Limits, ToolBox, _named, open_toolbox
+from mlx_k2.tools.toolbox import Limits, ToolBox, _with_unique_names, open_toolbox
 from tests.processes import started_processes
 
 pytestmark = pytest.mark.timeout(60)
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).with_name("mcp_server.py")
 LIMITS = Limits(start_timeout_s=40.0, call_timeout_s=20.0, max_result_chars=100)
 SHORT_TIMEOUT = Limits(start_timeout_s=40.0, call_timeout_s=0.5, max_result_chars=100)
 
-Serve = Callable[[str], Server]
+MakeServer = Callable[[str], Server]
 
 
 def stdio_server(name: str, *arguments: str) -> StdioServer:
@@ -52,7 +52,7 @@ def shared_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["stdio", "http"])
-def serve(request: pytest.FixtureRequest) -> Serve:
+def make_server(request: pytest.FixtureRequest) -> MakeServer:
     """Return a function that makes a server, over stdio or over HTTP."""
     if request.param == "stdio":
         return stdio_server
@@ -61,21 +61,21 @@ def serve(request: pytest.FixtureRequest) -> Serve:
 
 
 @pytest.fixture(scope="module")
-def box(serve: Serve) -> Iterator[ToolBox]:
+def box(make_server: MakeServer) -> Iterator[ToolBox]:
     """Yield the tools of one server, for all tests that neither end it nor close the toolbox."""
-    with open_toolbox([serve("s")], LIMITS) as box:
+    with open_toolbox([make_server("s")], LIMITS) as box:
         yield box
 
 
-def children() -> set[int]:
-    return {child.pid for child in started_processes()}
+def descendant_pids() -> set[int]:
+    return {process.pid for process in started_processes()}
 
 
 def test_a_tool_declaration_has_its_servers_description_and_parameters(box: ToolBox) -> None:
-    (declared,) = [item for item in box.declarations if item["function"]["name"] == "add"]
-    assert declared["type"] == "function"
-    assert declared["function"]["description"] == "Add two numbers."
-    parameters = declared["function"]["parameters"]
+    (declaration,) = [item for item in box.declarations if item["function"]["name"] == "add"]
+    assert declaration["type"] == "function"
+    assert declaration["function"]["description"] == "Add two numbers."
+    parameters = declaration["function"]["parameters"]
     assert parameters["required"] == ["a"]
     assert {name: field["type"] for name, field in parameters["properties"].items()} == {"a": "integer", "b": "integer"}
 
@@ -85,16 +85,16 @@ def test_a_call_returns_the_tools_result(box: ToolBox) -> None:
 
 
 def test_calls_run_concurrently(box: ToolBox) -> None:
-    both = [box.start("meet", {}), box.start("meet", {})]  # neither returns before both have arrived
-    assert [call.result() for call in both] == [ToolResult(Outcome.DONE, "met")] * 2
+    calls = [box.start("meet", {}), box.start("meet", {})]  # neither returns before both run
+    assert [call.result() for call in calls] == [ToolResult(Outcome.DONE, "met")] * 2
 
 
 def test_a_failing_tool_and_invalid_arguments_give_failed_results(box: ToolBox) -> None:
     assert box.call("fail", {}).outcome is Outcome.FAILED
-    misfit = box.call("add", {"a": "many"})
-    assert misfit.outcome is Outcome.FAILED
-    assert "a" in misfit.text
-    assert "integer" in misfit.text
+    invalid = box.call("add", {"a": "many"})
+    assert invalid.outcome is Outcome.FAILED
+    assert "\na\n" in invalid.text, "the name of the argument"
+    assert "integer" in invalid.text
 
 
 def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(box: ToolBox) -> None:
@@ -103,8 +103,8 @@ def test_a_call_of_an_unknown_tool_is_refused_with_the_list_of_tools(box: ToolBo
     assert result.text.startswith("There is no tool 'subtract'. The tools are: add, ")
 
 
-def test_a_hanging_call_ends_as_timed_out(serve: Serve) -> None:
-    with open_toolbox([serve("slow one")], SHORT_TIMEOUT) as box:
+def test_a_hanging_call_ends_as_timed_out(make_server: MakeServer) -> None:
+    with open_toolbox([make_server("slow one")], SHORT_TIMEOUT) as box:
         result = box.call("hang", {})
     assert result.outcome is Outcome.TIMED_OUT
     assert result.text == "The tool server slow one did not answer within 0.5 s; the call was ended."
@@ -126,14 +126,14 @@ def test_a_long_result_is_truncated(box: ToolBox) -> None:
 
 def test_a_stdio_server_that_ends_during_a_call_is_named_with_its_stderr_and_restarted() -> None:
     with open_toolbox([stdio_server("crashing")], LIMITS) as box:
-        others = [box.start("hang", {}), box.start("hang", {})]
-        dead = box.call("die", {})
-        assert dead.outcome is Outcome.LOST
-        assert dead.text == (
+        other_calls = [box.start("hang", {}), box.start("hang", {})]
+        result = box.call("die", {})
+        assert result.outcome is Outcome.LOST
+        assert result.text == (
             "The tool server crashing was lost during this call, which may have run: it ended; "
             "it wrote last: a last word."
         )
-        assert [call.result().outcome for call in others] == [Outcome.LOST] * 2
+        assert [call.result().outcome for call in other_calls] == [Outcome.LOST] * 2
         assert box.call("add", {"a": 1}) == ToolResult(Outcome.DONE, "3")
 
 
@@ -148,9 +148,9 @@ def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls
 
 def test_the_end_of_one_server_does_not_affect_another() -> None:
     with open_toolbox([stdio_server("a"), stdio_server("b")], LIMITS) as box:
-        going_on = box.start("b_hang", {})
+        hanging = box.start("b_hang", {})
         assert box.call("a_die", {}).outcome is Outcome.LOST
-        assert not going_on.done()
+        assert not hanging.done()
         assert box.call("b_add", {"a": 1}).text == "3"
 
 
@@ -163,8 +163,8 @@ def test_equal_tool_names_get_their_servers_prefix_and_odd_characters_are_replac
         assert "odd_name____im_end__" in box.tools
 
 
-def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
-    """Return tools with these names, as one server that is never started offers them."""
+def tools_of_one_server(*names: str) -> list[tuple[Connection, types.Tool]]:
+    """Return tools with these names, all of one server, which is never started."""
     connection = Connection(HttpServer(name="s", url="http://127.0.0.1:9/"), cast("TaskGroup", None), 1.0)
     return [(connection, types.Tool(name=name, input_schema={"type": "object"})) for name in names]
 
@@ -174,55 +174,51 @@ def offered(*names: str) -> list[tuple[Connection, types.Tool]]:
 @example(["get/user", "get_user", "get user", "s_get_user"])
 @example(["2048", "123e4567-e89b-12d3-a456-426614174000", ""])
 def test_tools_of_any_names_have_different_names_and_each_can_be_called(names: list[str]) -> None:
-    tools = _named(offered(*names))
-    assert sorted(tool.name_there for tool in tools.values()) == sorted(names)
+    tools = _with_unique_names(tools_of_one_server(*names))
+    assert sorted(tool.name_on_server for tool in tools.values()) == sorted(names)
     for name in tools:
         assert read_call(call_id(name, 0), "{}").name == name
         assert all(letter.isalnum() or letter in "_.-" for letter in name)
 
 
 def test_letters_of_any_script_stay_in_a_tools_name() -> None:
-    assert list(_named(offered("\u5929\u6c14", "caf\u00e9", "get user"))) == [
+    assert list(_with_unique_names(tools_of_one_server("\u5929\u6c14", "caf\u00e9", "get user"))) == [
         "\u5929\u6c14",
         "caf\u00e9",
         "get_user",
     ]
 
 
-def test_without_a_server_that_starts_all_are_named_and_none_is_left() -> None:
-    before = children()
+def test_when_no_server_starts_the_error_names_all_and_no_process_is_left() -> None:
+    pids_before = descendant_pids()
     servers: list[Server] = [
         StdioServer(name="absent", command="/no/such/program"),
         StdioServer(name="ends", command=sys.executable, args=("-c", "raise SystemExit('no key given')")),
         HttpServer(name="unreachable", url="http://127.0.0.1:9/mcp"),
     ]
-    with pytest.raises(ToolsError) as raised, open_toolbox(servers, LIMITS):
+    with pytest.raises(ToolsError) as caught, open_toolbox(servers, LIMITS):
         pass
-    message = str(raised.value)
+    message = str(caught.value)
     assert "absent: [Errno 2] No such file or directory" in message
     assert "ends: it ended; it wrote last: no key given" in message
     assert "unreachable: All connection attempts failed" in message
-    assert children() == before
+    assert descendant_pids() == pids_before
 
 
 def test_a_server_that_does_not_answer_at_start_is_refused_and_ended() -> None:
     silent = StdioServer(name="silent", command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))
-    before = children()
+    pids_before = descendant_pids()
     with (
         pytest.raises(ToolsError, match=r"silent: it did not answer within 0\.5 s"),
         open_toolbox([silent], Limits(start_timeout_s=0.5)),
     ):
         pass
-    assert children() == before
+    assert descendant_pids() == pids_before
 
 
 def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
-    with (
-        pytest.raises(ToolsError, match="two tool servers have the name 'a'"),
-        open_toolbox(
-            [HttpServer(name="a", url="http://127.0.0.1:9/"), HttpServer(name="a", url="http://127.0.0.1:9/")], LIMITS
-        ),
-    ):
+    server = HttpServer(name="a", url="http://127.0.0.1:9/")
+    with pytest.raises(ToolsError, match="two tool servers have the name 'a'"), open_toolbox([server] * 2, LIMITS):
         pass
 
 
@@ -232,21 +228,21 @@ def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
     ids=["a server that ends", "one that ignores SIGTERM"],
 )
 def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
-    before = children()
+    pids_before = descendant_pids()
     with open_toolbox([stdio_server("s", *arguments)], LIMITS) as box:
         assert box.call("add", {"a": 1}).text == "3"
-        assert children() > before
+        assert descendant_pids() > pids_before
         calls = [box.start("hang", {}), box.start("stay", {})]
-    assert children() == before
+    assert descendant_pids() == pids_before
     assert all(call.done() for call in calls)
 
 
 def test_an_exception_with_running_calls_leaves_no_process() -> None:
-    before = children()
+    pids_before = descendant_pids()
     with pytest.raises(KeyboardInterrupt), open_toolbox([stdio_server("s")], LIMITS) as box:
         box.start("hang", {})
         raise KeyboardInterrupt
-    assert children() == before
+    assert descendant_pids() == pids_before
 
 
 def test_without_servers_the_toolbox_is_empty() -> None:
