@@ -180,6 +180,6 @@ def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(comman
     result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
     assert result.returncode == 0, result.stderr
     assert "error: there is no command /nonsense" in result.stderr
-    assert "1 replies" in result.stderr
+    assert "replies 1 ·" in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout
