@@ -26,7 +26,7 @@ _FILES_WITHOUT_MESSAGES = (
     "cli/main.py",
 )
 _NOT_ADVICE = (  # ends of strings that `_ADVICE` matches: help about commands, a question, the name of an action
-    "show or set the system prompt; off: the model's own",
+    "show or set the system prompt; off: the default",
     "remove your last message and what followed",
     "write the conversation to a file",
     "end the chat; also /exit, /bye, quit and Ctrl-D",

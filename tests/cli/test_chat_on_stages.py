@@ -177,9 +177,11 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
 
 @pytest.mark.slow
 def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
-    result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n")
+    result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n/help\n")
     assert result.returncode == 0, result.stderr
     assert "error: there is no command /nonsense" in result.stderr
     assert "replies 1 ·" in result.stderr
+    assert "show this list" in result.stderr
+    assert max(map(len, result.stderr.splitlines())) <= 80, "a line is wider than a terminal of 80 columns"
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout

@@ -39,8 +39,8 @@ def scheduler_with_draft() -> tuple[Scheduler, Microbatch, Microbatch]:
         (Drafted(2, (4,), 0.001), "sent a Drafted where the drafts after step 1 are due"),
         (StepDone(2, 0.0), "sent a StepDone where the drafts after step 1 are due"),
         (Drafted(1, (4, 5), 0.001), "sent 2 drafts after step 1, more than requested"),
-        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the draft 100, and the model has 100 tokens"),
-        (Drafted(1, (4,), math.nan), "reported a time of the drafts after step 1 that is none"),
+        (Drafted(1, (VOCAB_SIZE,), 0.001), "sent the token id 100, and the vocabulary has 100"),
+        (Drafted(1, (4,), math.nan), "reported an impossible time of the drafts after step 1"),
     ],
 )
 def test_drafts_that_a_head_cannot_have_made_are_described(message: FromStage, problem: str | None) -> None:

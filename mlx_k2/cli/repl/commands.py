@@ -25,7 +25,7 @@ HELP = {
     "/retry": ("", "answer your last message again"),
     "/save": ("FILE", "write the conversation to a file"),
     "/load": ("FILE", "continue a conversation from a file"),
-    "/think": ("show | hide | on | off", "show or hide thinking; turn thinking on or off"),
+    "/think": ("show | hide | on | off", "show or hide thinking, or switch it on or off"),
     "/tools": ("", "show the tools that the model may call"),
     "/stats": ("", "show counts of tokens, and each stage's work"),
     "/quit": ("", "end the chat; also /exit, /bye, quit and Ctrl-D"),
