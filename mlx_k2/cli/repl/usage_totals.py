@@ -47,6 +47,6 @@ class UsageTotals:
         """Return one line of totals for the whole chat."""
         fraction = 100 * self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         return (
-            f"replies {self.num_replies} · tool calls {self.num_calls} · generated tokens {self.generated_tokens} · "
+            f"replies {self.num_replies} · tool calls {self.num_calls} · tokens {self.generated_tokens} · "
             f"prompt tokens {self.prompt_tokens}, {fraction:.1f}% cached"
         )
