@@ -81,7 +81,7 @@ class TokenStages(StageGroup):
             return
         token_ids = [*self._caches[rank][row.slot], self._sampled[row.slot][1]]
         num_sampled = len(token_ids)
-        planned = [later.rows[0].token_ids[0] for later in self._plans[rank] if later.rows[0].is_draft]
+        planned = [later.rows[0].token_ids[0] for later in self._plans[rank].copy() if later.rows[0].is_draft]
         old_drafts = planned[1:] if planned[:1] == token_ids[-1:] else []
         for index in range(row.draft.num_tokens):
             new_draft = drafted_after(token_ids, row.sampling)

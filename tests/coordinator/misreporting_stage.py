@@ -24,12 +24,12 @@ WRONG_REPORTS = {
     "future-step": "reported step 12345, and step 3 is due",
     "past-step": "reported step 0, and step 3 is due",
     "other-message": "sent a Connected between steps",
-    "nan-time": "reported a time of step 3 that is none",
+    "nan-time": "reported an impossible time of step 3",
     "no-token": "sent 0 tokens in step 3, in which it samples 1",
     "two-tokens": "sent 2 tokens in step 3, in which it samples 1",
-    "large-token-id": f"sent the token id {VOCAB_SIZE}, and the model has {VOCAB_SIZE}",
-    "negative-token-id": f"sent the token id -1, and the model has {VOCAB_SIZE}",
-    "large-top-token-id": f"sent the token id 99999, and the model has {VOCAB_SIZE}",
+    "large-token-id": f"sent the token id {VOCAB_SIZE}, and the vocabulary has {VOCAB_SIZE}",
+    "negative-token-id": f"sent the token id -1, and the vocabulary has {VOCAB_SIZE}",
+    "large-top-token-id": f"sent the token id 99999, and the vocabulary has {VOCAB_SIZE}",
     "deep-nesting": "not a message from a stage: ",
 }
 """The start of the error about the last stage, for each wrong report of step 3."""

@@ -210,6 +210,7 @@ def use_fixed_ports(setup: FaultSetup) -> None:
 
 UNKNOWN_PROCESS = """
 import os, socket, sys, time
+os.nice(-20)  # so that it connects before the neighbour on a busy machine, too
 print("ready", flush=True)
 while True:
     try:
