@@ -124,7 +124,7 @@ def main() -> None:
         for claim in (
             Claim("7 of 10 drafts right, over none", drafting_rate, plain_rate, 1.25),
             Claim("7 of 10 drafts right, over the computed rate", drafting_rate, computed_rate, 0.93),
-            Claim("auto with wrong drafts after 64 tokens, over none", auto_rate, plain_late_rate, 0.95),
+            Claim("auto, all drafts wrong, after 64 tokens, over none", auto_rate, plain_late_rate, 0.95),
         ):
             measure("draft_stages", claim, options)
 

@@ -77,7 +77,7 @@ COMMAND_LINES = (  # a message with advice, a command line that it refuses, and 
         f"generate Hi --connect {NO_SERVER}",
     ),
     (
-        "--dry-run and --prompts start stages: leave them out with --connect",
+        "--dry-run and --prompts are about stages that this command starts: leave them out with --connect",
         f"generate Hi --dry-run --connect {NO_SERVER}",
         f"generate Hi --connect {NO_SERVER}",
     ),

@@ -55,8 +55,8 @@ def test_the_program_parses_each_command_of_the_pages(page: str, line: str, monk
 LINES_RUN_ELSEWHERE = {
     "make demo": "tests/test_recorded_output.py runs its command",
     "make test": "it runs this test",
-    "uv tool install .": "tests/test_release.py builds the wheel and installs it with pip",
-    "python3 -m pip install .": "tests/test_release.py builds the wheel and installs it with pip",
+    "uv tool install '.[tools,plot]'": "tests/test_release.py builds the wheel and installs it with pip",
+    "python3 -m pip install '.[tools,plot]'": "tests/test_release.py builds the wheel and installs it with pip",
     "mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking": "tests/emulated_hosts/test_first_hour.py",
     "mlx-k2 download": "tests/cli/test_download.py, from a local Hub",
     "mlx-k2 chat": "tests/emulated_hosts/test_first_hour.py",

@@ -73,7 +73,7 @@ _SYSTEMS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A scored reply: the one after `num_steps` tool calls of the conversation's last exchange."""
+    """A held-out question: the model writes the reply after `num_steps` tool calls of the last exchange."""
 
     skill: str
     conversation: Conversation
@@ -130,7 +130,8 @@ def _cannot(rng: random.Random) -> Task:
 
 
 def _first(num_steps: int) -> list[int]:
-    return [0] if num_steps >= 0 else []
+    del num_steps
+    return [0]
 
 
 def _last(num_steps: int) -> list[int]:

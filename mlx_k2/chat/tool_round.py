@@ -77,7 +77,10 @@ def run_calls(
 def _result_without_run(
     call: ToolCall, tools: Tools, approve: Approval, is_stopped: Callable[[], bool], *, is_within_limit: bool
 ) -> ToolResult | None:
-    """Return the result of a call that must not run, else None. A call of an unknown tool needs no approval."""
+    """Return the result of a call that must not run, else None.
+
+    The user is not asked about a call of an unknown tool: the tools answer it with REFUSED.
+    """
     if call.error is not None:
         return ToolResult(Outcome.REFUSED, call.error)
     if not is_within_limit:

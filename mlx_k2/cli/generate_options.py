@@ -46,7 +46,9 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.prompt is not None and self.prompt_text is not None:
             raise click.UsageError("PROMPT and --prompt are the same: give one of them")
         if self.connect is not None and (self.dry_run or self.prompts_path is not None):
-            raise click.UsageError("--dry-run and --prompts start stages: leave them out with --connect")
+            raise click.UsageError(
+                "--dry-run and --prompts are about stages that this command starts: leave them out with --connect"
+            )
         if self.connect is not None and self.conversation.sampling.num_answers > 1:
             raise click.UsageError("--num-answers goes without --connect")
         if self.num_logprobs is not None and not self.as_json and self.prompts_path is None:

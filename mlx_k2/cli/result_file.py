@@ -100,7 +100,7 @@ class ResultFile:
             raise RequestError(f"{self._path} cannot be written: {error.strerror or error}") from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise RequestError(f"{self._path} is not a file: --out is read again when a run goes on after its end")
+            raise RequestError(f"{self._path} is not a file: an interrupted run reads --out to continue")
         file = FileIO(descriptor, "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -200,7 +200,7 @@ def _absolute(source: ModelSource) -> ModelSource:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"model: the path {path} is not UTF-8: rename the folder, or give a link to it") from None
+        raise RequestError(f"model: the path {path} is not UTF-8: rename the folder") from None
     return ModelSource(path_or_repo=path)
 
 

@@ -14,7 +14,8 @@ from mlx_k2.token_mask import TokenMask
 class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Request for ``num_tokens`` drafts after the token that a row samples. Answered by Drafted.
 
-    The penalties are those of the request: the row's ``logit_bias`` does not yet include those of the sampled token.
+    The penalties are those of the sequence. The row's ``logit_bias`` was made before the token was sampled, so it lacks
+    the penalty of this token.
     """
 
     num_tokens: int

@@ -48,8 +48,9 @@ class LoadedTensors(NamedTuple):
 class ShardReader:
     """A reader of embedding, layers and head of a checkpoint. ``files`` has the path of each tensor's file, by name.
 
-    Norms, routers, the embedding and the experts' scales are always searched for NaN and infinity: a step may not use a
-    bad value in them, or not show it in its output. With ``check_all`` all tensors are searched.
+    Norms, routers, the embedding and the experts' scales are always searched for NaN and infinity: a bad value in them
+    can go unnoticed, because a step does not read it, or its output does not show it. With ``check_all`` all tensors
+    are searched.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ShardReader:
         return LoadedTensors(loaded.tensors | stacked, tuple(spec.name for spec in specs))
 
     def read(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
-        """Return the tensors of ``specs``, named without the config's tensor prefix. None may be a routed expert's."""
+        """Return the tensors of ``specs``, none of a routed expert, named without the config's tensor prefix."""
         self._check_headers(specs)
         return self._load_unstacked(specs, self._config.tensor_prefix)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.cli.main import run
 from mlx_k2.testing.tiny_config import as_kimi_k25
 from tests.advice import follows_advice
 from tests.cli.linked_model import link_model, replace_file
@@ -157,7 +158,7 @@ def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @follows_advice(
-    "model: the path a is not UTF-8: rename the folder, or give a link to it",
+    "model: the path /models/k2 is not UTF-8: rename the folder",
 )
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs Linux: APFS refuses such names")
 def test_a_model_folder_that_is_not_utf_8_is_refused(
@@ -165,3 +166,4 @@ def test_a_model_folder_that_is_not_utf_8_is_refused(
 ) -> None:
     folder = model.rename(tmp_path / os.fsdecode(b"model-\xff"))
     check_refusal(["--model", str(folder), "Hello"], r"the path .*model-\ufffd is not UTF-8", capsys)
+    assert run(["generate", "--model", str(folder.rename(tmp_path / "model")), "--dry-run"]) == 0

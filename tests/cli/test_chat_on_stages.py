@@ -182,7 +182,7 @@ def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(comman
     assert "error: there is no command /nonsense" in result.stderr
     assert "replies 1 ·" in result.stderr
     assert "show this list" in result.stderr
-    notices = [line for line in result.stderr.splitlines() if not line.startswith("error: ")]
-    assert max(map(len, notices)) <= 80, "a line is wider than a terminal of 80 columns"
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("error: ")]
+    assert max(map(len, lines)) <= 80, "a line is wider than a terminal of 80 columns"
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout

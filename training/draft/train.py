@@ -3,7 +3,8 @@
 python -m training.draft.train --data DIR --run DIR --steps N [--seconds N]
 
 The loss is the divergence of the head's distribution from the model's (KL), or the negative logarithm of the share on
-which both agree (LK, arXiv 2602.23881), over three unrolled steps.
+which both agree (LK, arXiv 2602.23881), over one step, and in every third batch over
+three unrolled steps.
 """
 
 import argparse
@@ -38,9 +39,9 @@ _REPORT_STEPS = 10
 def outer_weights() -> tuple[ModelConfig, mx.array, mx.array, mx.array]:
     """Return the built-in model's config, embedding, last norm and output projection, in float32."""
     config = ModelConfig.from_json((BUILTIN_FOLDER / "config.json").read_bytes(), "the built-in model")
-    first = mx.load(str(BUILTIN_FOLDER / "model-00008-of-000008.safetensors"))
+    last_shard = mx.load(str(BUILTIN_FOLDER / "model-00008-of-000008.safetensors"))
     names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    embedding, norm, head = (first[name].astype(mx.float32) for name in names)
+    embedding, norm, head = (last_shard[name].astype(mx.float32) for name in names)
     return config, embedding, norm, head
 
 
@@ -62,7 +63,7 @@ LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"kl": divergence,
 def make_loss(
     forward: HeadForward, loss: Callable[[mx.array, mx.array], mx.array], num_steps: int
 ) -> Callable[..., mx.array]:
-    """Return the function (tree of weights, batch) -> sum of the mean losses of ``num_steps`` unrolled steps."""
+    """Return the function (tree of weights, batch) -> weighted sum of the losses of ``num_steps`` unrolled steps."""
 
     def total(tree: Any, batch: Batch) -> mx.array:
         weights = dict(tree_flatten(tree))
