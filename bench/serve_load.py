@@ -144,7 +144,7 @@ def run_clients(
 def request_answer(server: Server, prompt: int, hang_up_after: int | None) -> str:
     """Return the text of the streamed answer to prompt number ``prompt``.
 
-    With ``hang_up_after`` return the text so far when so many chunks with text have come.
+    With ``hang_up_after``, hang up after that number of chunks with text, and return their text.
     """
     message = {"role": "user", "content": f"{prompt} " * (4 + 5 * prompt)}
     body = json.dumps({"messages": [message], "seed": prompt, "max_tokens": MAX_TOKENS, "stream": True}).encode()

@@ -176,7 +176,7 @@ def _answer(
         output = JsonOutput(frontend.tokenizer)
     else:
         output = TextOutput(show_thinking=not options.hide_thinking, verbose=options.verbose)
-    output.wait("reading the prompt")
+    output.show_waiting("reading the prompt")
     try:
         for line in settings.warnings:
             log(line)

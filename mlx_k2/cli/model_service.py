@@ -93,7 +93,7 @@ class ModelService:
     def _on_failure(self, error: MlxK2Error) -> None:
         if self._failure is None:
             self._failure = error
-        self._server.has_ended.set()
+        self._server.must_end.set()
 
     def _log_start(self, frontend: ModelFrontend, num_slots: int) -> None:
         for line in opening_lines(self._options.cluster, frontend):
@@ -107,7 +107,7 @@ class ModelService:
 
     def _wait_for_end(self) -> None:
         try:
-            self._server.has_ended.wait()
+            self._server.must_end.wait()
         except Interrupted:
             drain_s = self._options.drain_s
             self._write(f"ending: running requests may continue for {drain_s:g} s; a second signal ends at once")

@@ -48,7 +48,7 @@ class SetupOptions(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Refuse a folder without wheels, before any host is asked."""
         if self.wheels is not None and not any(Path(self.wheels).glob("*.whl")):
-            raise RequestError(f"--wheels {self.wheels}: there is no wheel in such a folder")
+            raise RequestError(f"--wheels {self.wheels}: the folder is missing, or has no .whl file")
 
     @property
     def hostfile_path(self) -> Path:
@@ -131,10 +131,10 @@ class _Steps:
             wheel = write_wheel(Path(folder))
             self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
         # keys of the hosts that setup does not set are kept
-        present_hosts = {host.ssh: host for host in self._present_hosts()}
+        previous_hosts = {host.ssh: host for host in self._previous_hosts()}
         hosts = [
             msgspec.structs.replace(
-                present_hosts.get(name, Host(ssh=name)),
+                previous_hosts.get(name, Host(ssh=name)),
                 python=surveys[name].environment_python if name in surveys else None,
                 ips=(),
                 rdma=(),
@@ -193,7 +193,10 @@ class _Steps:
         log(line)
 
     def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
-        """Return the request for these hosts; several hosts get the addresses of --address, or the fastest ones."""
+        """Return the request for these hosts. Several hosts get addresses.
+
+        They are those of --address, else those of the existing hostfile if the hosts still have them, else the fastest.
+        """
         options = ClusterOptions(hostfile=str(self._options.hostfile_path))
         hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
         request = DeploymentRequest(options, hostfile, ModelSource(path_or_repo=BUILTIN))
@@ -203,15 +206,15 @@ class _Steps:
         if not addresses:
             with console.status("looking for addresses, and measuring them ..."):
                 choices = address_choices(host_interfaces(request))
-                present_ips = tuple(host.ips[0] for host in self._present_hosts() if host.ips)
-                addresses, bytes_per_s = fastest_choice(request, [present_ips] if present_ips in choices else choices)
+                previous_ips = tuple(host.ips[0] for host in self._previous_hosts() if host.ips)
+                addresses, bytes_per_s = fastest_choice(request, [previous_ips] if previous_ips in choices else choices)
             speed = "" if bytes_per_s is None else f": {bytes_per_s / 1e9:.2f} GB/s"
             log(f"addresses {', '.join(addresses)}{speed}")
         if len(addresses) != len(hosts):
             raise RequestError(f"{len(addresses)} addresses for {len(hosts)} hosts: give --address once for each")
         return with_addresses(request, addresses)
 
-    def _present_hosts(self) -> tuple[Host, ...]:
+    def _previous_hosts(self) -> tuple[Host, ...]:
         """Return the hosts in the existing hostfile; none if it is missing or malformed."""
         with suppress(HostfileError):
             return read_hostfile(self._options.hostfile_path).hosts

@@ -25,7 +25,7 @@ def prepare_request(
 
 
 def frontend_before_start(request: DeploymentRequest, model: ModelDescription | None) -> ModelFrontend | None:
-    """Return the model's frontend, to refuse invalid requests before any stage is started; None without ``model``.
+    """Return the model's frontend, which checks prompts before any stage is started; None without ``model``.
 
     Raises:
         SetupError: the deployment would be rejected.

@@ -32,8 +32,8 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     state in which all earlier plans left them. ``token_mask`` limits the token that is sampled, ``logit_bias`` changes
     its logits; only the last stage's copy has them. ``draft`` requests drafts after the sampled token; without it the
     draft head only writes its cache. ``is_draft``: the row's one token is a draft. A stage skips a draft row that it
-    knows to be wrong: the last stage has sampled another token for the position, the others have a later plan that
-    starts at the position of the slot or before it.
+    knows to be wrong: a later plan for the slot starts at the row's position or before it, or, on the last stage,
+    another token was sampled for the position.
     """
 
     slot: int

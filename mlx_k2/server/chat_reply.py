@@ -178,7 +178,7 @@ class ChatReply:
 
 
 def declared_name(sampled_name: str, names: Sequence[str]) -> str:
-    """Return the longest of ``names`` that ``sampled_name`` stands for, as functionsexec5 for exec; else itself."""
+    """Return the longest of ``names`` of which ``sampled_name`` is a variant, as functionsexec5 of exec, or itself."""
     if sampled_name in names:
         return sampled_name
     matches = [name for name in names if re.fullmatch(rf"(functions)?[._]?{re.escape(name)}[:_]?\d*", sampled_name)]

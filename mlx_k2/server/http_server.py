@@ -58,8 +58,8 @@ class HttpServer:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
-        self.has_ended = threading.Event()
-        """Set when the thread has ended, for any reason."""
+        self.must_end = threading.Event()
+        """Set when the command must end: the thread has ended, or the engine has failed."""
 
     def __enter__(self) -> "HttpServer":
         try:
@@ -94,7 +94,7 @@ class HttpServer:
         try:
             asyncio.run(self._server.serve([self._socket]))
         finally:
-            self.has_ended.set()
+            self.must_end.set()
 
 
 def server_url(host: str, port: int, *, is_https: bool) -> str:

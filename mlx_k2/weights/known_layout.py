@@ -16,7 +16,7 @@ _KIMI_K2_THINKING = Path(__file__).with_name("kimi_k2_thinking.json")
 
 
 def thinking_config_fields(**changes: Any) -> dict[str, Any]:
-    """Return the fields of Kimi K2 Thinking's config.json with ``changes``. None stands for null in config.json."""
+    """Return the fields of Kimi K2 Thinking's config.json with ``changes``. A change to None is null in config.json."""
     fields = read_json(_KIMI_K2_THINKING.read_bytes(), dict[str, Any])
     unknown = changes.keys() - fields.keys()
     assert not unknown, f"not fields of a Kimi K2 config: {sorted(unknown)}"

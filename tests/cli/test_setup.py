@@ -55,7 +55,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["this", "localhost"], "give each Mac once"),
         (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh accepts"),
         (["this"], "nobody can be asked here"),
-        (["this", "--wheels", "/nowhere"], "--wheels /nowhere: there is no wheel in such a folder"),
+        (["this", "--wheels", "/nowhere"], "--wheels /nowhere: the folder is missing, or has no .whl file"),
     ],
 )
 def test_a_setup_that_cannot_be_done_writes_nothing(

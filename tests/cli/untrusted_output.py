@@ -43,7 +43,7 @@ def show_chat(screen: Screen, parts: list[str]) -> None:
     ]
     for event in events:
         screen.show_event(event)
-    screen.wait(text)
+    screen.show_waiting(text)
     screen.log(text)
     screen.show_restart(Restart(text, 1, 3, 1.0))
     screen.pause()

@@ -99,6 +99,6 @@ def test_more_connections_than_the_limit_are_closed_and_the_others_work(
 
 def test_the_end_of_the_servers_thread_is_reported() -> None:
     with HttpServer(app, "127.0.0.1", 0, drain_s=1) as server:
-        assert not server.has_ended.is_set()
+        assert not server.must_end.is_set()
         server._server.should_exit = True
-        assert server.has_ended.wait(WAIT_S)
+        assert server.must_end.wait(WAIT_S)

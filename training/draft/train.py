@@ -26,7 +26,7 @@ from training.draft.data import Row, endless_batches, read_rows
 from training.draft.head import Batch, HeadForward, Weights, initial_weights
 
 INTERMEDIATE = 768
-NUM_STEPS = 3
+NUM_UNROLLED = 3
 _UNROLL_EVERY = 3
 """Every third batch is computed in three unrolled steps, the others in one, which is a third of the work."""
 _STEP_WEIGHTS = (1.0, 0.8, 0.64)
@@ -41,8 +41,8 @@ def outer_weights() -> tuple[ModelConfig, mx.array, mx.array, mx.array]:
     config = ModelConfig.from_json((BUILTIN_FOLDER / "config.json").read_bytes(), "the built-in model")
     last_shard = mx.load(str(BUILTIN_FOLDER / "model-00008-of-000008.safetensors"))
     names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    embedding, norm, head = (last_shard[name].astype(mx.float32) for name in names)
-    return config, embedding, norm, head
+    embedding, norm, projection = (last_shard[name].astype(mx.float32) for name in names)
+    return config, embedding, norm, projection
 
 
 def divergence(logits: mx.array, target: mx.array) -> mx.array:
@@ -61,15 +61,15 @@ LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"kl": divergence,
 
 
 def make_loss(
-    forward: HeadForward, loss: Callable[[mx.array, mx.array], mx.array], num_steps: int
+    forward: HeadForward, loss: Callable[[mx.array, mx.array], mx.array], num_unrolled: int
 ) -> Callable[..., mx.array]:
-    """Return the function (tree of weights, batch) -> weighted sum of the losses of ``num_steps`` unrolled steps."""
+    """Return the function (tree of weights, batch) -> weighted sum of the losses of ``num_unrolled`` unrolled steps."""
 
     def total(tree: Any, batch: Batch) -> mx.array:
         weights = dict(tree_flatten(tree))
         target = mx.stop_gradient(forward.target_logits(batch.target))
         result = mx.array(0.0)
-        for step, logits in enumerate(forward.logits(weights, batch, num_steps)):
+        for step, logits in enumerate(forward.logits(weights, batch, num_unrolled)):
             is_real = batch.is_real[:, step:]
             each = loss(logits[:, step:], target[:, step:])
             result = result + _STEP_WEIGHTS[step] * mx.sum(each * is_real) / mx.maximum(mx.sum(is_real), 1)
@@ -92,9 +92,9 @@ def rate_factor(step: int, num_steps: int, decay_steps: int) -> float:
 
 def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
     """Train from the run's last checkpoint to step ``options.steps``, or for ``options.seconds``."""
-    config, embedding, norm, head = outer_weights()
+    config, embedding, norm, projection = outer_weights()
     used_ids = mx.array(np.unique(np.concatenate([row.tokens[row.num_prompt :] for row in rows])))
-    forward = HeadForward(config, embedding, head[used_ids])
+    forward = HeadForward(config, embedding, projection[used_ids])
     optimizer = make_optimizer()
     scale = float(mx.std(mx.array(rows[0].aux).astype(mx.float32)).item())
     num_aux = rows[0].aux.shape[-1] // config.hidden_size
@@ -103,7 +103,7 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
     optimizer.init(tree)
     first_step, tree = resume(run, tree, optimizer)
     loss = LOSSES[options.loss]
-    once, unrolled = (mx.value_and_grad(make_loss(forward, loss, steps)) for steps in (1, NUM_STEPS))
+    once, unrolled = (mx.value_and_grad(make_loss(forward, loss, steps)) for steps in (1, NUM_UNROLLED))
     stream = endless_batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=first_step)
     began = time.monotonic()
     losses: list[float] = []

@@ -38,7 +38,7 @@ class Screen(ABC):
             if isinstance(event, Restarting) and event.restart != self._last_restart:
                 self._last_restart = event.restart
                 self.show_restart(event.restart)
-            self.wait(progress_line(event))
+            self.show_waiting(progress_line(event))
 
     def log(self, line: str) -> None:
         """Show a dim line that is not part of the answer."""
@@ -55,7 +55,7 @@ class Screen(ABC):
         self._begin_line()
         log_restart(restart)
 
-    def wait(self, text: str) -> None:
+    def show_waiting(self, text: str) -> None:
         """Show a spinner before ``text`` until the next output."""
         self._spin(text)
 
@@ -180,7 +180,7 @@ class RichScreen(Screen):
             case _:
                 super().show_event(event)
 
-    def wait(self, text: str) -> None:
+    def show_waiting(self, text: str) -> None:
         """End the reasoning, and show a spinner before ``text`` until the next output."""
         self._end_thinking()
         self._spin(text)
