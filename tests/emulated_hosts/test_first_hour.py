@@ -88,7 +88,7 @@ def test_setup_writes_what_all_later_commands_use(start_line: StartLine, hosts: 
     check(start_line, "mlx-k2 setup this nobody.invalid", "its name cannot be resolved", "nothing was changed", code=2)
     line = from_readme("mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking")
     line = line.replace("mac-2", "host-1 host-2").replace("moonshotai/Kimi-K2-Thinking", "built-in")
-    is_first = not (hosts.homes[0] / ".config").exists()
+    is_first = not (hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json").exists()
     with start_line(f"{line} --python {shlex.quote(sys.executable)} --wheels ~/wheels") as pane:
         if is_first:
             pane.wait_for("Install mlx-k2", TIMEOUT_S)
