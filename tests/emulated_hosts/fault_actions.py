@@ -231,6 +231,7 @@ def connect_unknown_process(setup: FaultSetup, run: StreamsRun) -> float:
     peer = setup.hosts.exec(2, command, stdout=subprocess.PIPE)
     assert peer.stdout is not None
     assert peer.stdout.readline() == b"ready\n"  # from here on it tries to connect without a pause
+    setup.stage(MIDDLE_RANK - 1).nice(19)  # on a busy machine the neighbour, told to connect at the same time, is later
     fault_at = time.monotonic()
     run.resume()
     run.until(restart=...)
