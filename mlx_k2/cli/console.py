@@ -55,15 +55,12 @@ def log(line: str) -> None:
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
     """Log a restart in the phase ``WAITING``, which is the first; do nothing in later phases."""
     if phase == WAITING:
-        log(f"{restart_line(restart)}; the answer then continues")
+        log(f"{restart_lines(restart)}; the answer then continues")
 
 
-def restart_line(restart: Restart) -> str:
-    """Return two lines: the reason of a restart; the wait before it and its number."""
-    return (
-        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
-        "each other)"
-    )
+def restart_lines(restart: Restart) -> str:
+    """Return the text about a restart on two lines: its reason; the wait before it and its number."""
+    return f"{restart.reason}\nall stages start again in {restart.wait_s:g} s (restart {restart.count})"
 
 
 def opening_lines(cluster: ClusterOptions, frontend: ModelFrontend, *, is_raw: bool = False) -> tuple[str, ...]:
