@@ -54,7 +54,11 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
+    """Result of one run of a workload.
+
+    ``repeat`` is the number of the run, from 0. The time to the first token is the median of the streams, rates are
+    totals over all streams, and inter-token times are between tokens of one stream. ``wall_s`` is the time of the run.
+    """
 
     workload: Workload
     repeat: int
@@ -99,7 +103,7 @@ class _Stream:
 
 
 class ServerBenchmark:
-    """Benchmark whose requests go to ``submit``, for instance to a running server. Results have no stage times."""
+    """Benchmark whose requests go to ``submit``, for instance to a running server. Stages are not timed."""
 
     def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
         self._submit = submit
@@ -159,7 +163,7 @@ class Benchmark(ServerBenchmark):
 
     def measure(self, workload: Workload, repeat: int = 0) -> WorkloadResult:
         """Run ``workload`` once, as the base class does, and measure the stages and the draft head, too."""
-        use_before = [replace(use) for use in self._engine.use]
+        use_before = [replace(use) for use in self._engine.use]  # copies: the engine adds to its own
         self._timer = DraftTimer(len(use_before))
         result = super().measure(workload, repeat)
         num_head_runs = self._engine.use[-1].draft_runs - use_before[-1].draft_runs
@@ -207,10 +211,15 @@ class Benchmark(ServerBenchmark):
 
 
 def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
-    """Return a request with a prompt of random tokens. The prompts of two seeds share no prefix."""
+    """Return a request with a prompt of random tokens; prompts of different seeds almost never begin alike."""
     generator = random.Random(seed)  # noqa: S311  # not for security
     prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
-    return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
+    return Request(
+        prompt_ids,
+        max_tokens=workload.generate_tokens,
+        sampling=Sampling(seed=0, temperature=0),
+        stop_ids=frozenset(),  # no token ends a stream
+    )
 
 
 def _read_stream(handle: Handle) -> _Stream:

@@ -114,7 +114,8 @@ def command(options: BenchOptions) -> None:
 def _measure_server(url: str, workloads: Sequence[Workload], repeat: int) -> None:
     """Measure a running server and show the results."""
     engine = remote_engine(url)
-    check_workloads(workloads, engine.frontend.context_tokens, engine.frontend.context_tokens)
+    context_tokens = engine.frontend.context_tokens
+    check_workloads(workloads, context_tokens, max_context_tokens=context_tokens)  # a client cannot set a server's
     benchmark = ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size)
     _show_results(list(_results(benchmark, workloads, repeat)))
 
@@ -125,8 +126,9 @@ def _measure_stages(options: BenchOptions, workloads: Sequence[Workload]) -> Non
     if model is not None:
         check_workloads(workloads, preview(request, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(request, model, listener) as deployment:
-        max_context_tokens = deployment.model.config.max_position_embeddings
-        check_workloads(workloads, deployment.shape.context_tokens, max_context_tokens)
+        if model is None:  # this machine could not read the model, so that its context is known only now
+            max_context_tokens = deployment.model.config.max_position_embeddings
+            check_workloads(workloads, deployment.shape.context_tokens, max_context_tokens)
         listener.stop_progress()
         if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; further streams wait for a free slot")

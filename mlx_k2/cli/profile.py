@@ -101,7 +101,8 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
     """Return the defaults of a command's options by the names of their parameters.
 
     Raises:
-        RequestError: the command's table has a key that is no option of the command; names the line.
+        RequestError: a value is a table, or the command's table has a key that is no option of the command; names the
+            line.
     """
     options = {option_name(option): option for option in command.params if option_name(option)}
     for key in profile.tables.get(name, {}):
