@@ -71,7 +71,7 @@ class WorkloadResult:
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
     draft_times: DraftTimes | None = None
-    """Times of steps with a draft head; None without runs of the head, or without both right and wrong drafts."""
+    """Times of steps with a draft head; None without one, with one stage, and if all tokens or none were right drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:

@@ -49,7 +49,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         paths = {"csv": self.csv_path, "trace": self.trace_path, "plot": self.plot_path}
         if self.connect is not None and (self.as_json or any(path is not None for path in paths.values())):
             raise click.UsageError(
-                "--json, --csv, --plot and --trace are for own stages: leave them out with --connect"
+                "--json, --csv, --plot and --trace are about stages that this command starts: leave them out with "
+                "--connect"
             )
         if max(self.streams) > _MAX_STREAMS:
             raise click.UsageError(f"--streams: at most {_MAX_STREAMS} sequences at once")

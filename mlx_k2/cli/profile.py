@@ -20,7 +20,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.private_files import home_folder
 
 _OVERRIDDEN_BY = {"stages": ("hostfile", "split"), "hostfile": ("num_stages", "split"), "model": ("revision",)}
-"""The parameters whose defaults do not apply when an option is on the command line, by the option's name."""
+"""The parameters whose defaults could contradict an option of the command line and then do not apply, by its name."""
 
 
 @dataclass(frozen=True)

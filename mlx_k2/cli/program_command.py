@@ -25,7 +25,7 @@ _FOREIGN_OPTIONS = {
     "-t": "--temperature",
     "-s": "--system",
 }
-"""The options of this program that do the same as options of other programs."""
+"""This program's option for each name by which other programs call such an option."""
 
 
 class GroupedOption(click.Option):

@@ -44,7 +44,8 @@ from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
     "allowed_hosts",
     multiple=True,
     metavar="NAME",
-    help="A name by which clients reach this server, in addition to localhost, names in .local and IP addresses.",
+    help="A name by which clients reach this server, in addition to this machine's name, localhost, names in .local "
+    "and IP addresses.",
 )
 @click.option(
     "--allow-origin",

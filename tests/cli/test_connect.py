@@ -51,7 +51,7 @@ def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) ->
     assert len([line for line in result.stderr.splitlines() if line.split()[:1] == ["20"]]) == 2  # rows of the table
     refusal = user.run("bench", *workload, "--json", *connect_option(server))
     assert refusal.returncode == 2
-    assert "are for own stages" in refusal.stderr
+    assert "are about stages that this command starts" in refusal.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
-OWN_VERSIONS = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
+VERSIONS_HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
 GB = 10**9
 HOST = Host(ssh="mac-2", ips=("192.168.0.2",), rdma=("rdma_en5", None))
 HELLO = Hello(
@@ -69,13 +69,13 @@ def hello(**changes: object) -> Hello:
 
 
 def package_check(**changes: str) -> list[Check]:
-    package, _ = check_versions(HOST, hello(**changes), OWN_VERSIONS, Backend.RING, {"macOS 26.4"})
+    package, _ = check_versions(HOST, hello(**changes), VERSIONS_HERE, Backend.RING, {"macOS 26.4"})
     return [package]
 
 
 def system_check(backend: Backend) -> list[Check]:
     """Return the check of a host's macOS when another host runs an older one."""
-    _, system = check_versions(HOST, HELLO, OWN_VERSIONS, backend, {"macOS 26.4", "macOS 26.2"})
+    _, system = check_versions(HOST, HELLO, VERSIONS_HERE, backend, {"macOS 26.4", "macOS 26.2"})
     return [system]
 
 
