@@ -71,7 +71,7 @@ class WorkloadResult:
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
     draft_times: DraftTimes | None = None
-    """Times of steps with a draft head; None without one, with one stage, and if all tokens or none were right drafts."""
+    """Times of steps with a draft head; None without one, on a single stage, or if all or no tokens were its drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
