@@ -16,10 +16,11 @@ from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.option_values import Numbers, with_struct
 from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
@@ -123,7 +124,7 @@ def _measure_server(url: str, workloads: Sequence[Workload], repeat: int) -> Non
 
 def _measure_stages(options: BenchOptions, workloads: Sequence[Workload]) -> None:
     """Start stages, measure them, and write the results."""
-    request, model = open_source(deployment_request(options.cluster, max(options.streams), options.draft_mode))
+    request, model = open_source(prepare_request(options.cluster, options.draft_mode, max(options.streams)))
     if model is not None:
         check_workloads(workloads, preview(request, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(request, model, listener) as deployment:
