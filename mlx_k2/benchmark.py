@@ -144,6 +144,7 @@ class Benchmark(ServerBenchmark):
         self._on_report = on_report
         self._is_warming_up = False
         self._timer = DraftTimer(deployment.group.size)
+        # prompts first: all streams decode at the same time, while the decode rate is measured
         self._engine = engine_on(deployment, draft_mode=draft_mode, prompts_first=True, on_report=self._report)
         super().__init__(self._engine.submit, deployment.model.config.vocab_size)
         self._last_seed = 0  # fixed, because new stages have nothing cached: every benchmark has the same prompts

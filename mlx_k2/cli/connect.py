@@ -31,4 +31,5 @@ def remote_engine(url: str) -> RemoteEngine:
     for parameter in context.command.params:
         if parameter.name in _SERVER_OPTIONS and context.get_parameter_source(parameter.name) is command_line:
             raise click.UsageError(f"{parameter.opts[0]} is the server's to choose: leave it out with --connect")
-    return RemoteEngine(ServerAddress(url.rstrip("/").removesuffix("/v1"), os.environ.get("MLX_K2_API_KEY")))
+    base_url = url.rstrip("/").removesuffix("/v1")  # other clients use the address with /v1
+    return RemoteEngine(ServerAddress(base_url, os.environ.get("MLX_K2_API_KEY")))

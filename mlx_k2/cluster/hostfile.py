@@ -128,7 +128,9 @@ def _host(entry: object, where: str) -> Host:
             raise HostfileError(f"{where}: {key} {path!r} is not a path: leave the key out, or give one")
     for key, number in (("memory_gb", host.memory_gb), ("gb_per_s", host.gb_per_s)):
         if number is not None and not 0 < number < 1e9:
-            raise HostfileError(f"{where}: {key} is {number:g}: leave the key out, or give a number above 0")
+            raise HostfileError(
+                f"{where}: {key} is {number:g}: leave the key out, or give a number above 0 and below 1e9"
+            )
     return host
 
 

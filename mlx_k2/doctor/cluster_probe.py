@@ -105,7 +105,10 @@ class _ClusterProbe:
     def collect(
         self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, check_name: str
     ) -> dict[int, Wanted]:
-        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none."""
+        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none.
+
+        Wait until all have sent one or ended, or no stage has sent anything for ``silence_s``.
+        """
         answers: dict[int, Wanted] = {}
         pending = set(ranks)
         while pending:
