@@ -102,7 +102,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that ``args`` name. The error for an unknown one suggests a similar name."""
-        name = args[0]
+        name = args[0]  # with resilient_parsing, click completes a command line and raises no errors
         if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
             return super().resolve_command(ctx, args)
         is_sentence = " " in name or (len(args) > 1 and not any(word.startswith("-") for word in args))

@@ -53,6 +53,7 @@ class ProgramCommand(click.Command):
             RequestError: the profile cannot be read, or a value in it is invalid; names the line.
         """
         defaults: dict[str, Default] = {}
+        # help needs no profile, and is shown also when that cannot be read
         if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
             profile: Profile = parent.obj()
             defaults = without_overridden(self, defaults_of(self, info_name or "", profile), args)

@@ -25,12 +25,12 @@ class MarkdownBlocks:
 
     def __init__(self) -> None:
         self._parser = chat_parser()
-        self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])
+        self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])  # finds blocks only
         self._references: dict[str, Any] = {}
         self.follows_block = False
         """True if an empty line is to be shown before the next block; set by the caller, for instance after a fence."""
         self._lines: list[str] = []  # all complete lines of the open block
-        self._parsed_lines: list[str] = []  # those of the open block's lines that are still parsed and displayed
+        self._parsed_lines: list[str] = []  # the lines that are still parsed and displayed: all, or all but a middle part
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
