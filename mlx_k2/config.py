@@ -227,7 +227,7 @@ def _check_supported(root: Mapping[str, Any], fields: Mapping[str, Any], source:
 
 
 def check_listed_fields(fields: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]], where: str) -> None:
-    """Refuse values that ``supported`` does not list for a field; other fields may have any value.
+    """Refuse nonempty values that ``supported`` does not list for a field; other fields may have any value.
 
     ``where`` names the object in errors.
     """

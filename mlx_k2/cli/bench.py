@@ -117,7 +117,7 @@ def _measure_server(url: str, workloads: Sequence[Workload], repeat: int) -> Non
     """Measure a running server and show the results."""
     engine = remote_engine(url)
     context_tokens = engine.frontend.context_tokens
-    check_workloads(workloads, context_tokens, max_context_tokens=context_tokens)  # a client cannot set a server's
+    check_workloads(workloads, context_tokens, max_context_tokens=context_tokens)  # a client cannot set it
     benchmark = ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size)
     _show_results(list(_results(benchmark, workloads, repeat)))
 

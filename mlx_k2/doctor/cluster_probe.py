@@ -83,7 +83,7 @@ def probe_cluster(
 
 
 class _ClusterProbe:
-    """The checks so far, and the stages that answer for their hosts. ``_ended`` has reasons of ended stages by rank."""
+    """The checks so far, and the stages that answer for their hosts. ``_ended`` has the reason of each end by rank."""
 
     def __init__(self, request: DeploymentRequest, group: StageGroup, listener: DeploymentListener) -> None:
         self._request = request

@@ -30,7 +30,7 @@ class MarkdownBlocks:
         self.follows_block = False
         """True if an empty line is to be shown before the next block; set by the caller, for instance after a fence."""
         self._lines: list[str] = []  # all complete lines of the open block
-        self._parsed_lines: list[str] = []  # the lines that are still parsed and displayed: all, or all but a middle part
+        self._parsed_lines: list[str] = []  # those that are parsed and displayed: all, or all but a middle part
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
