@@ -64,7 +64,7 @@ hosts_of_a_cluster = st.lists(
 @functools.cache
 def k2_costs(context_tokens: int = 0) -> ModelCosts:
     """Return the costs of Kimi K2 Thinking in bfloat16, with the cache of one slot of ``context_tokens``."""
-    cache_bytes = k2_layer_cache_bytes(1, context_tokens)
+    cache_bytes = k2_layer_cache_bytes(num_slots=1, context_tokens=context_tokens)
     weight_bytes = [held_bytes(layer_specs(K2_THINKING, layer)) for layer in range(NUM_LAYERS)]
     layers = tuple(
         LayerCost(held + cache_bytes, layer_read_bytes_per_token(K2_THINKING, layer))
@@ -240,8 +240,10 @@ def test_the_memory_limit_is_the_hostfiles_if_it_is_below_the_gpu_drivers_or_80_
 
 
 def test_the_cache_of_k2_has_576_values_for_each_layer_and_token() -> None:
-    assert NUM_LAYERS * k2_layer_cache_bytes(1, 1) == K2_CACHE_BYTES_PER_TOKEN
-    assert NUM_LAYERS * k2_layer_cache_bytes(2, 32_768) == 2 * 32_768 * K2_CACHE_BYTES_PER_TOKEN
+    assert NUM_LAYERS * k2_layer_cache_bytes(num_slots=1, context_tokens=1) == K2_CACHE_BYTES_PER_TOKEN
+    assert (
+        NUM_LAYERS * k2_layer_cache_bytes(num_slots=2, context_tokens=32_768) == 2 * 32_768 * K2_CACHE_BYTES_PER_TOKEN
+    )
 
 
 def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
