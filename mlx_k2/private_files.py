@@ -8,7 +8,7 @@ from pathlib import Path
 import platformdirs
 
 _OWNER_ONLY_MODE = 0o600
-_NUM_KEPT_CHARS = 50  # at most 200 bytes, of the 255 that a file's name may have
+_NUM_KEPT_CHARS = 50  # of a name in its temporary file: at most 200 of the 255 bytes that a name may have
 
 
 def home_folder() -> Path:

@@ -61,9 +61,11 @@ class ProgramCommand(click.Command):
         try:
             context = super().make_context(info_name, args, parent, **attributes)
         except click.BadParameter as error:
-            if error.param is None or (default := defaults.get(error.param.name or "")) is None:
+            option, name = error.param, "" if error.param is None else error.param.name or ""
+            source = None if error.ctx is None else error.ctx.get_parameter_source(name)
+            if option is None or source is not click.core.ParameterSource.DEFAULT_MAP:  # a value of the command line
                 raise
-            raise RequestError(f"{default.source}: {option_name(error.param)}: {error.message}") from None
+            raise RequestError(f"{defaults[name].source}: {option_name(option)}: {error.message}") from None
         keep_sources(context, defaults)
         return context
 

@@ -184,7 +184,7 @@ def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str
 
 
 def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
-    """Return the hosts, origins and keys from which the server accepts requests.
+    """Return the hosts, origins and keys that the server accepts; log a warning if keys are sent unencrypted.
 
     Raises:
         SetupError: other machines could use the server without a key.
