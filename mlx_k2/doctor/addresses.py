@@ -43,7 +43,7 @@ def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, 
 
 
 def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
-    """Start a stage on each host, and return the names of its interfaces by IPv4 address.
+    """Start a stage on each host, and return the names of each host's interfaces by IPv4 address.
 
     Raises:
         ClusterError: a host does not answer.
