@@ -34,6 +34,12 @@ def test_a_written_file_is_private_also_where_it_replaces_one_that_is_not(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_can_have_the_longest_name_that_the_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / (85 * "谈")  # 255 bytes
+    write_private(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_link_with_the_name_of_the_temporary_file_does_not_redirect_the_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
