@@ -21,7 +21,7 @@ class DraftTimes:
 
     @property
     def hop_s(self) -> float:
-        """Time between two stages, or from the last one through the coordinator to the first, 0 at least."""
+        """Mean seconds between two stages, or from the last one through the coordinator to the first; at least 0."""
         return max(0.0, self.wrong_s - sum(self.stages_s)) / len(self.stages_s)
 
     @property

@@ -36,12 +36,13 @@ class StepTimeout:
 
 @dataclass
 class StageUse:
-    """Totals of one stage so far: steps, tokens, seconds of computing, receiving and sending, and peak memory.
+    """Totals of one stage so far: tokens, seconds of computing, receiving and sending, and peak memory.
 
     ``draft_runs`` is how often the draft head made drafts, and ``draft_s`` the seconds that it took in all.
     """
 
     steps_done: int = 0
+    """One more than the number of the last step that the stage finished; steps lost in a fault are included."""
     num_tokens: int = 0
     busy_s: float = 0.0
     receive_s: float = 0.0
@@ -149,7 +150,7 @@ class Pipeline:
         return StepResult(microbatch, completed)
 
     def observe_steps(self) -> None:
-        """Pass the finished steps to the step policy. Called after their tokens are delivered, which do not wait."""
+        """Pass the finished steps to the step policy. Called after their tokens are delivered, to delay no token."""
         for rank, load, busy_s in self._unobserved:
             self._policy.observe(rank, load, busy_s)
         self._unobserved.clear()

@@ -31,7 +31,7 @@ _NUM_TRIAL_STEPS = 32
 """The steps that are tried before a grammar is used: one that is too complex usually fails at its first steps."""
 _MAX_PROBLEM_CHARS = 300
 _LATEST_DRAFT = "http://json-schema.org/schema#"
-"""A name of the latest draft of JSON Schema. The compiler refuses this name, and assumes this draft without a name."""
+"""A name of the latest draft of JSON Schema. The compiler refuses it, and assumes this draft if a schema names none."""
 _LENIENT_OPTIONS = {"lenient": True, "coerce_one_of": True}
 _ANY_OBJECT = {"type": "object"}
 _UNSUPPORTED_MESSAGES = (
@@ -171,7 +171,10 @@ def _stays_within_limits(state: GrammarState) -> bool:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads it. Control tokens have no bytes, so that no grammar allows them."""
+    """A tokenizer as llguidance reads it. Control tokens have no bytes, so that no grammar allows them.
+
+    The first control token keeps its bytes: it is llguidance's end token, which GrammarState removes from each result.
+    """
 
     def __init__(self, tokenizer: Tokenizer, control_ids: Sequence[int]) -> None:
         self.eos_token_id = control_ids[0]
