@@ -134,7 +134,7 @@ class Engine:
         Raises:
             RequestError: the request can never run (``check_request``).
             EngineBusy: the queue is full; has the expected wait.
-            ClusterError: the stages have failed and are not restarted.
+            MlxK2Error: the stages have failed and are not restarted, mostly ClusterError; or the engine is closed.
         """
         return self.submit_all([Submission(request, policy, notify)])[0]
 

@@ -34,7 +34,7 @@ class Restarts(Protocol):
         """End the failed stages, start new ones with the same shape and layers, and return them when they are ready.
 
         Raises:
-            ClusterError: the stages cannot be started again.
+            MlxK2Error: the stages cannot be started again; mostly ClusterError.
             Cancelled: ``cancel`` was called.
         """
 
@@ -82,7 +82,8 @@ class EngineLoop:
         """Run until ``close``.
 
         Raises:
-            ClusterError: the stages failed and are not restarted.
+            ClusterError: the stages failed, and there are no ``restarts``.
+            MlxK2Error: ``restarts`` raised it.
         """
         try:
             while not self._is_closing:

@@ -113,7 +113,7 @@ class Handle:
 
         Raises:
             RequestFailed: this request was ended by an error; others continue.
-            ClusterError: the stages failed and are not restarted; the tokens so far were yielded.
+            MlxK2Error: the stages failed and are not restarted, mostly ClusterError; the tokens so far were yielded.
         """
         event: Event | None = None
         while not isinstance(event, Finished):

@@ -116,7 +116,9 @@ class GrammarCompiler:
         return state, f"{what} cannot be enforced, and any object is allowed: {problem}"
 
     def text(self, kind: str, grammar: str) -> GrammarState:
-        """Return the grammar of a regular expression (``kind`` "regex") or a Lark grammar ("lark").
+        """Return the grammar of a regular expression (``kind`` "regex") or a Lark grammar ("lark", or "choice").
+
+        The first steps of the grammar are tried, except for "choice".
 
         Raises:
             RequestError: the grammar is malformed, too large or too complex, or allows no text.

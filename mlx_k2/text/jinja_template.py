@@ -26,7 +26,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TemplateRefusal(Exception):
-    """The error for a template that called raise_exception; its text is the template's."""
+    """The error for a template that called raise_exception; its text is the argument of this call."""
 
 
 class TemplateFailure(Exception):

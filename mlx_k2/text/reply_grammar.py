@@ -70,17 +70,18 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
                 what,
                 is_strict=tool.is_strict,
                 is_spaced=True,
-                is_optional=rules.choice is ToolChoice.AUTO,
+                is_optional=rules.choice is ToolChoice.AUTO,  # a reply need not call the tool
             )
             warnings.append(warning)
         compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many or too long names
     answer: GrammarState | None = None
-    required = constraint.answer
-    if required is not None and required.form is AnswerForm.JSON_SCHEMA:
-        answer, warning = compiler.json_schema(required.schema, "the JSON schema", is_strict=required.is_strict)
+    answer_format = constraint.answer
+    if answer_format is not None and answer_format.form is AnswerForm.JSON_SCHEMA:
+        what, is_strict = "the JSON schema", answer_format.is_strict
+        answer, warning = compiler.json_schema(answer_format.schema, what, is_strict=is_strict)
         warnings.append(warning)
-    elif required is not None:
-        answer = compiler.text(required.form.value, required.text)
+    elif answer_format is not None:
+        answer = compiler.text(answer_format.form.value, answer_format.text)
     return ReplyGrammar(compiler, answer, rules, arguments, tuple(line for line in warnings if line is not None))
 
 
@@ -146,8 +147,8 @@ class ReplyGuide:
         self._may_think = think_ids[0] is not None and last_control not in think_ids and not is_raw
         self._phase = phase
         self._state: GrammarState | None = None
-        self._call_names: dict[str, str] = {}
-        self._header = b""
+        self._call_names: dict[str, str] = {}  # the tools' names by the ids that the call may have
+        self._header = b""  # the id of the call so far
         self._num_calls = 0
         self._is_phase_empty = True
         self._may_end_section = False
