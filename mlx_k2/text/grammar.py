@@ -133,8 +133,7 @@ class GrammarCompiler:
 
     def choice(self, texts: Sequence[str]) -> GrammarState:
         """Return a grammar that allows one of ``texts``. Replies call this while they run, so no steps are tried."""
-        literals = (json.dumps(text).replace("\x7f", "\\u007f") for text in texts)
-        return self.text("choice", "start: " + " | ".join(literals))
+        return self.text("choice", "start: " + " | ".join(map(json.dumps, texts)))
 
     def _new_state(self, kind: str, text: str, options: str) -> tuple[GrammarState, str]:
         """Return a compiled grammar that has accepted no token; and the compiler's problem, '' for none."""

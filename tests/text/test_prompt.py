@@ -66,7 +66,7 @@ def harmless(value: Any) -> Any:
 
 
 def harmless_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation with all text but roles and called names replaced by as much harmless text."""
+    """Return the conversation with all text replaced by as much harmless text, except roles and functions' names."""
     messages = copy.deepcopy(conversation)
     for message in messages:
         for name in message.keys() - {"role", "tool_calls", "content"}:
