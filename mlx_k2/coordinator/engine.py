@@ -30,7 +30,7 @@ MAX_QUEUED = 256  # default maximum number of requests that wait for their first
 SWITCH_INTERVAL_S = 0.0002
 """Python's switch interval while an engine runs. A token passes through three threads before the next plan is sent, and
 each may wait this long for a thread that computes."""
-_NUM_DURATIONS = 32  # the expected wait is computed from the durations, waits included, of the last 32 requests
+_NUM_DURATIONS = 32  # the requests that ended last, whose mean time from submission to end gives the expected wait
 _MIN_WAIT_S = 1.0
 
 

@@ -24,8 +24,8 @@ class ReplyLimits:
     stop_strings: tuple[str, ...] = ()
     """The reply ends before the first stop string in its content. Reasoning and tool calls are not searched."""
     min_tokens: int = 0
-    """None of the first ``min_tokens`` tokens is a stop token, unless the grammar allows no other token. Stop strings
-    are searched for from token number ``min_tokens`` on."""
+    """The first ``min_tokens`` tokens include no stop token, unless the grammar allows no other token. Stop strings are
+    searched for from token number ``min_tokens`` on."""
     thinking_budget: int | None = None
     """The reasoning is closed after this number of its tokens; None sets no limit."""
 

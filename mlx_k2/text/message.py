@@ -42,7 +42,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         fields: dict[str, object] = msgspec.to_builtins(self)
         fields.pop("other", None)
         if self.tool_calls:
-            fields["tool_calls"] = list(fields["tool_calls"])  # to_builtins keeps tuples
+            fields["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]  # to_builtins keeps a tuple
         return fields | self.other
 
 

@@ -24,7 +24,7 @@ _STOP = "<|im_end|>"
 _MAX_PREFIXES = 64
 """If more tokens are allowed, the text is not forced: a forced text allows only the tokens that are its prefixes."""
 MAX_CALLS = 16
-"""The most calls of a constrained reply, so that a model that repeats a call ends. The next reply can make more."""
+"""The most calls of a constrained reply, so that a reply that repeats a call ends. The next reply can make more."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 _NO_TOOLS = ToolRules(choice=ToolChoice.NONE)
 
