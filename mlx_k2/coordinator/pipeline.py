@@ -206,7 +206,7 @@ class Pipeline:
     def _deadline(self) -> float:
         """Return the deadline (monotonic) for the next message of any stage.
 
-        It counts from the last message, if that is later than the oldest plan: earlier steps may have delayed the plan.
+        It counts from the last message, if this came after the oldest plan was sent: earlier steps may delay the plan.
         """
         oldest = next(iter(self._sent.values()), None)
         if oldest is None:
