@@ -15,7 +15,10 @@ ARCHITECTURE = "sm_90"
 
 
 class CudaCost(NamedTuple):
-    """Costs of one kernel, from the assembler's report and the generated code. ``converts`` are integer to float."""
+    """Costs of one kernel, from the assembler's report and the generated code.
+
+    ``converts`` is the number of conversions from integer to float.
+    """
 
     registers: int
     spilled_bytes: int

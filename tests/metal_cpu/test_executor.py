@@ -131,6 +131,22 @@ def test_the_executor_reports_each_kind_of_mistake(name: str) -> None:
     assert re.search(mistake.report, str(fault.value)), str(fault.value)
 
 
+@pytest.mark.parametrize("mode", [Mode.FAST, pytest.param(Mode.RACES, marks=pytest.mark.slow)])
+def test_threadgroup_arrays_of_any_size_do_not_overlap(mode: Mode) -> None:
+    body = f"""
+        threadgroup float ones[5];
+        threadgroup float twos[23];
+        threadgroup float threes[64];
+        uint i = thread_position_in_threadgroup.x;
+        if (i < 5) ones[i] = 1.0f;
+        if (i < 23) twos[i] = 2.0f;
+        threes[i] = 3.0f;
+        {BARRIER}
+        out[i] = i < 5 ? ones[i] : i < 28 ? twos[i - 5] : threes[i];
+    """
+    assert run_body(body, mode).tolist() == [1.0] * 5 + [2.0] * 23 + [3.0] * 36
+
+
 def test_threadgroup_memory_that_was_never_written_reads_as_nan() -> None:
     outputs = run_body(REVERSE.replace("shared[i] = a[i];", "if (i) shared[i] = a[i];"))
     assert np.isnan(outputs[63])

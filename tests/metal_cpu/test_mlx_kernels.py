@@ -23,6 +23,7 @@ HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 TOLERANCE = 6e-3
 """Largest allowed error as a fraction of the largest output: results are rounded to bfloat16."""
 TWO_SIMDGROUPS = (32, 2, 1)
+"""A threadgroup, which computes 8 outputs of a token in MLX's kernels for few tokens (qmv)."""
 NO_STRIDE = np.int64(0)
 UNBATCHED = (1, 1, NO_STRIDE, 1, 1, NO_STRIDE, NO_STRIDE, NO_STRIDE)
 """Batch shapes and strides, which a kernel for a single matrix does not read."""

@@ -1,4 +1,4 @@
-"""Translation of any Metal kernel to C++ for a host compiler, by a few textual replacements."""
+"""Translation of a Metal kernel to C++ for a host compiler, by a few textual replacements."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Argument(NamedTuple):
     name: str
     attribute: str
     number: int | None
-    """Index of a buffer; None for other attributes."""
+    """The number in the attribute: the index of a buffer. None for attributes without a number."""
 
 
 def expand_includes(text: str) -> str:
