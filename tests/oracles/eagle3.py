@@ -3,7 +3,8 @@
     python tests/oracles/eagle3.py FOLDER OUT
 
 For each head in FOLDER, which tests/oracles/draft_heads.py writes, the script saves OUT/NAME.npz: random tokens, random
-hidden states of the target, and the head's results for them. It imports nothing of mlx_k2.
+hidden states of the target, the head's results for them, and the digest of the head's weights. It imports nothing of
+mlx_k2.
 
 At position t the head gets the target's hidden states at t and token t + 1, and predicts token t + 2. Further drafts
 come from NUM_HOPS more runs, each with the output of the run before it in place of the states, and the drafted token.
@@ -45,7 +46,7 @@ def yarn_frequencies(dim: int, base: float, scaling: dict[str, float]) -> torch.
 
 
 def mscale(factor: float, value: float) -> float:
-    """Return YaRN's scale of the attention for a scaling factor."""
+    """Return YaRN's scale of the attention for a scaling factor. ``value`` is the config's mscale or mscale_all_dim."""
     return 0.1 * value * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -127,6 +128,7 @@ class Head:
         drafted_logits = normed @ self.lm_head.T
         if "d2t" not in self.weights:
             return drafted_logits, output
+        # The head drafts some tokens only: d2t has each one's id minus its number in the head.
         logits = torch.full((1, self.embedding.shape[0]), -torch.inf)
         logits[:, torch.arange(drafted_logits.shape[-1]) + self.weights["d2t"]] = drafted_logits
         return logits, output
