@@ -58,7 +58,7 @@ class SleepingStages:
     ) -> None:
         while (microbatch := before.get()) is not None:
             if self._is_known_wrong(microbatch, last):
-                skipped = encode_message(StepDone(microbatch.number, 0.0, is_skipped=True))
+                skipped = encode_message(StepDone(microbatch.number, busy_s=0.0, is_skipped=True))
                 self.done.put(skipped) if last else after.put(microbatch)
                 continue
             time.sleep(STEP_S)

@@ -54,7 +54,7 @@ class TokenStages(StageGroup):
         is_last = rank == self.size - 1
         is_skipped = is_last and any(row.is_draft and not self._is_right(row) for row in step.rows)
         if is_skipped:
-            self._finish(rank, StepDone(step.number, 0.0, is_skipped=True))
+            self._finish(rank, StepDone(step.number, busy_s=0.0, is_skipped=True))
             return True
         token_ids = []
         for row in step.rows:
@@ -62,7 +62,7 @@ class TokenStages(StageGroup):
             if token_id is not None and is_last:
                 token_ids.append(token_id)
                 self._sampled[row.slot] = (row.end, token_id)
-        self._finish(rank, StepDone(step.number, 0.001, tokens=tuple(map(SampledToken, token_ids))))
+        self._finish(rank, StepDone(step.number, busy_s=0.001, tokens=tuple(map(SampledToken, token_ids))))
         if is_last:
             self._draft(rank, step)
         return True
@@ -91,7 +91,7 @@ class TokenStages(StageGroup):
         for index in range(row.draft.num_tokens):
             new_draft = drafted_after(token_ids, row.sampling)
             token_ids.append(old_drafts[index] if index < len(old_drafts) else new_draft)
-        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_sampled:]), 0.001)))
+        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_sampled:]), busy_s=0.001)))
 
     def next_step(self, rank: int) -> Step | None:
         """Return the plan that ``execute`` would execute next on one stage; None if there is none."""

@@ -59,7 +59,7 @@ def _expand(text: str, included: set[Path]) -> str:
 def to_cpp(source: str) -> str:
     """Translate Metal source with expanded includes to C++20 that uses runtime/include/metal_cpu.h."""
     source = re.sub(r"\[\[threadgroup\(\d+\)\]\]", "", source)
-    # instantiations: `entry_point` calls the one that is needed
+    # remove the instantiations: `entry_point` calls the one that is needed
     source = re.sub(r"^template \[\[host_name\(.*?;\n", "", source, flags=re.MULTILINE | re.DOTALL)
     source = re.sub(  # `threadgroup T name[N];` becomes a reference to memory of the executor
         r"^([ \t]*)threadgroup\s+((?:[\w:]+)(?:<[^;()=]*?>)?)\s+(\w+)\s*((?:\[[^;]*?\])*)\s*;",

@@ -28,7 +28,7 @@ def run_in_shell(
 ) -> list[str]:
     """Run the printed lines, then ``command``, in a shell. Return the started client's arguments and variables.
 
-    Programs in ``folder`` with the names of the clients print them.
+    They are printed by programs with the names of the clients, which this function writes to ``folder``.
     """
     for name in ("claude", "cline", "open-webui"):
         program = folder / name
@@ -113,7 +113,7 @@ def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: M
 @for_each_address
 def test_cline_gets_address_key_and_model(tmp_path: Path, address: ModelAddress) -> None:
     subcommand, *words = run_in_shell(tmp_path, "cline", address)
-    options = dict(zip(words[:8:2], words[1:8:2], strict=True))
+    options = dict(zip(words[:8:2], words[1:8:2], strict=True))  # the variables follow
     assert subcommand == "auth"
     assert options == {
         "--provider": "openai-compatible",

@@ -35,7 +35,7 @@ def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(
         billing = f"x-anthropic-billing-header: cc_version=2.1.36; cch={number:05x}"
         system = [{"type": "text", "text": billing}, {"type": "text", "text": "Be short."}]
         usages.append(create_message(client, system=system, max_tokens=2)["usage"])
-    assert usages[1]["input_tokens"] == 1
+    assert usages[1]["input_tokens"] == 1, "all but the last position is cached"
 
 
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "new"}, None])
@@ -60,7 +60,7 @@ def test_lms_2055_a_count_is_exact(server: Server) -> None:
 
 
 def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() -> None:
-    with stepped_server(max_queued=1) as server, ThreadPoolExecutor(8) as pool:
+    with stepped_server(max_queued=1) as server, ThreadPoolExecutor(50) as pool:
         body = {"max_tokens": 5, "messages": USER_MESSAGES}
         running = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_plan()
