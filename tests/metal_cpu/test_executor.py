@@ -27,9 +27,9 @@ REVERSE = f"""
 def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) -> npt.NDArray[np.float32]:
     """Run a kernel body with 64 threads over the input a = 0, 1, ..., 255; return its 64 outputs."""
     dispatch = Dispatch(
-        KernelText("planted", ("a",), ("out",), body, ""),
-        (mx.arange(256).astype(mx.float32),),
-        (),
+        KernelText("planted", inputs=("a",), outputs=("out",), source=body, header=""),
+        inputs=(mx.arange(256).astype(mx.float32),),
+        template=(),
         grid=(64, 1, 1),
         threadgroup=(64, 1, 1),
         output_shapes=((64,),),
@@ -167,9 +167,9 @@ def test_a_missing_barrier_gives_different_results_in_different_schedules() -> N
 def test_bytes_are_counted_by_buffer() -> None:
     body = "uint i = thread_position_in_grid.x; out[i] = a[2 * i] + b[0];"
     dispatch = Dispatch(
-        KernelText("counted", ("a", "b"), ("out",), body, ""),
-        (mx.arange(256).astype(mx.float32), mx.array([1.0, 2.0])),
-        (),
+        KernelText("counted", inputs=("a", "b"), outputs=("out",), source=body, header=""),
+        inputs=(mx.arange(256).astype(mx.float32), mx.array([1.0, 2.0])),
+        template=(),
         grid=(64, 1, 1),
         threadgroup=(64, 1, 1),
         output_shapes=((64,),),
@@ -178,4 +178,4 @@ def test_bytes_are_counted_by_buffer() -> None:
     executed = execute(dispatch, mode=Mode.BYTES)
     assert executed.bytes_loaded("a") == 64 * 4
     assert executed.bytes_loaded("b") == 64 * 4
-    assert executed.report.traffic[2].stored == 64 * 4
+    assert executed.report.traffic[2].stored == 64 * 4  # out is the third buffer

@@ -92,9 +92,9 @@ def test_the_type_check_finds_each_planted_error(name: str, bfloat16_sources: di
 def test_a_device_pointer_to_an_input_is_valid_only_from_eight_elements(elements: int, valid: bool) -> None:
     body = "const device float* p = a; out[thread_position_in_grid.x] = p[0];"
     dispatch = Dispatch(
-        KernelText("small", ("a",), ("out",), body, ""),
-        (mx.zeros(elements),),
-        (),
+        KernelText("small", inputs=("a",), outputs=("out",), source=body, header=""),
+        inputs=(mx.zeros(elements),),
+        template=(),
         grid=(1, 1, 1),
         threadgroup=(1, 1, 1),
         output_shapes=((1,),),

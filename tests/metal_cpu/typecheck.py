@@ -57,6 +57,7 @@ def _lint_errors(source: str) -> list[str]:
             lines.append(f"line {number}: Metal has no double")
         if re.search(r"(?<![\w.])\d+\.\d*(?:[eE][-+]?\d+)?(?![\w.])", line):
             lines.append(f"line {number}: a double literal (no f)")
+        # a declaration with nothing but const before its type
         prefixes = (line[: match.start()].rstrip() for match in re.finditer(rf"\b(?:{_TYPES})\s*\*\s*\w", line))
         if any(re.search(r"(?:^|[=(,;{])\s*(?:const)?$", prefix) for prefix in prefixes):
             lines.append(f"line {number}: a pointer without address space")

@@ -63,7 +63,7 @@ def test_shapes_are_recorded_and_the_correction_bias_is_float32(folder: Path) ->
     with safe_open(folder / "model-00002-of-000008.safetensors", "numpy") as file:
         bias = file.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
         assert bias.dtype == np.float32
-        assert 0.05 < np.abs(bias).max() < 1
+        assert 0.05 < np.abs(bias).max() < 1  # the standard deviation is 0.2
         assert file.get_tensor("model.layers.1.mlp.experts.2.down_proj.weight_shape").tolist() == [128, 64]
         assert file.get_tensor("model.layers.1.mlp.experts.2.up_proj.weight_shape").tolist() == [64, 128]
 

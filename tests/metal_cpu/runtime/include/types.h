@@ -13,7 +13,6 @@
 #define METAL_FUNC inline
 #define __METAL__ 1
 #define __METAL_VERSION__ 400
-#define METAL_ON_CPU 1
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
 #define CPU_THREADGROUP(NAME, ...)                                                                           \
