@@ -54,7 +54,7 @@ def write_random_draft_head(
     config_json = msgspec.json.format(msgspec.json.encode(config_fields), indent=2)
     num_norms = len(config_fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"]) if fc_norms else 0
     norm_names = [f"fc_norm.{index}.weight" for index in range(num_norms)]
-    name_with_prefix = f"{layer_prefix}.hidden_norm.weight"  # a reader learns the layer's prefix from any name
+    name_with_prefix = f"{layer_prefix}.hidden_norm.weight"  # the name that shows the layer's prefix
     specs = _specs(config_json, target, [*own_tensors, *norm_names, name_with_prefix])
     folder.mkdir(parents=True)
     (folder / CONFIG_NAME).write_bytes(config_json)

@@ -41,7 +41,10 @@ class HttpAnswer:
 
 
 def request_bytes(method: str, path: str, body: object = None, **headers: str) -> bytes:
-    """Return a request; ``headers`` replace the usual ones. A body other than bytes and None becomes JSON."""
+    """Return a request that closes its connection, unless ``headers`` replace this header.
+
+    A body other than bytes and None becomes JSON.
+    """
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]

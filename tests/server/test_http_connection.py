@@ -39,7 +39,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def connection_with_request(port: int, path: str, **headers: str) -> Iterator[socket.socket]:
     """Yield a connection on which a request was sent."""
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)  # a buffer that does not grow
         connection.settimeout(WAIT_S)
         connection.connect(("127.0.0.1", port))
         connection.sendall(request_bytes("POST", path, **headers))

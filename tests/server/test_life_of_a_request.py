@@ -309,7 +309,7 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
         for _ in range(2):
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert receive_until(connection, b"]}").startswith(b"HTTP/1.1 200")
-            threading.Event().wait(0.4)  # longer than the limit, which begins with a request's first byte
+            threading.Event().wait(0.4)  # more than the limit: here it begins with a request's first byte
         connection.sendall(b"GET /v1")
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""

@@ -129,6 +129,7 @@ def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(co
     turns = [MessageEntry(role="user", content="a")]
     request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
     reply_format = MessagesFormat("1", "m", request, ChatReply(generation))
+    # the arguments are broken: a block that was streamed has begun before this is seen
     events = engine_events(generation, section(call("functions.f:0", '{"a": x')))
     assert (b'"tool_use"' in add_events(reply_format, events)) is constrains_calls
 
