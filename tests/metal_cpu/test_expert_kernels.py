@@ -197,4 +197,4 @@ def test_each_weight_is_loaded_from_memory_once(variant: Variant, tokens: int) -
     ):
         loaded = recorder.executed[kernel].bytes_loaded(*names)
         needed = needed_bytes(case, *names)
-        assert needed <= loaded <= 1.02 * needed, kernel
+        assert needed <= loaded <= 1.02 * needed, kernel  # a compiler may load a few scales again

@@ -163,7 +163,7 @@ def largest_error(fault: Fault) -> float:
     if kernel_family == "router":
         return route_errors(mode=fault.mode, change=change) / ROUTER_TOLERANCE
     variant = Variant(kernel_family)
-    if fault.mode is Mode.RACES:
+    if fault.mode is Mode.RACES:  # the thread sanitizer is slow
         case = small_case()
     else:
         case = full_tile_case() if variant is Variant.PREFILL else shared_case()
