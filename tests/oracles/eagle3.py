@@ -7,7 +7,7 @@ hidden states of the target, the head's results for them, and the digest of the 
 mlx_k2.
 
 At position t the head gets the target's hidden states at t and token t + 1, and predicts token t + 2. Further drafts
-come from NUM_HOPS more runs, each with the output of the run before it in place of the states, and the drafted token.
+come from NUM_FURTHER_RUNS, each with the output of the run before it in place of the states, and the drafted token.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-NUM_POSITIONS, NUM_HOPS = 9, 2
+NUM_POSITIONS, NUM_FURTHER_RUNS = 9, 2
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Head:
         return self.linear(output.reshape(1, heads * value), "self_attn.o_proj")
 
     def run(self, token: int, features: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (1, vocabulary) after a token, and the features of the next hop (1, hidden)."""
+        """Return the logits (1, vocabulary) after a token, and the features of the next run (1, hidden)."""
         embedded = self.norm(self.embedding[token][None], "layers.0.input_layernorm")
         x = torch.cat([embedded, self.norm(features, "layers.0.hidden_norm")], -1)
         hidden = features + self.attention(x, position)
@@ -153,9 +153,9 @@ def compute(folder: Path, target: dict[str, torch.Tensor], seed: int) -> dict[st
         head.run(int(tokens[position + 1]), features[position : position + 1], position)
         for position in range(NUM_POSITIONS)
     ]
-    for hop in range(NUM_HOPS):
+    for number in range(NUM_FURTHER_RUNS):
         last_logits, last_output = results[-1]
-        results.append(head.run(int(last_logits.argmax()), last_output, NUM_POSITIONS + hop))
+        results.append(head.run(int(last_logits.argmax()), last_output, NUM_POSITIONS + number))
     logits, outputs = zip(*results, strict=True)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).digest()
     return {

@@ -94,7 +94,7 @@ def test_an_operator_can_let_the_model_write_calls_without_a_grammar(
 ) -> None:
     chat = read_chat_request(json.dumps({"messages": WEATHER_QUESTION, "tools": [FORECAST_TOOL]}).encode())
     model = LanguageModel(builtin_frontend(), "m", tool_grammar=tool_grammar)
-    policy = model.chat(chat, "").submissions[0].policy
+    policy = model.chat(chat, owner="").submissions[0].policy
     assert policy is not None
     policy.accept(model.tokenizer.token_id("<|tool_calls_section_begin|>"))
     assert list(policy.forced()) == [model.tokenizer.token_id(marker) for marker in forced_markers]

@@ -208,7 +208,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
     """The service_tier "flex", OpenAI's name for slower processing, makes a background request."""
     for tier, priority in (("flex", Priority.BACKGROUND), ("auto", Priority.INTERACTIVE), (None, Priority.INTERACTIVE)):
         chat = read_chat_request(json.dumps({"messages": USER_MESSAGES, "service_tier": tier}).encode())
-        assert model.chat(chat, "").submissions[0].request.priority is priority
+        assert model.chat(chat, owner="").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
         title = server.send_chat(LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
         server.wait_for_plan()
@@ -285,8 +285,8 @@ def test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reason
 
 def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be_sampled(model: LanguageModel) -> None:
     body = {"messages": USER_MESSAGES, "tools": TOOLS, "tool_choice": "none"}
-    generation = model.chat(read_chat_request(json.dumps(body).encode()), "")
-    plain = model.chat(read_chat_request(json.dumps({"messages": USER_MESSAGES}).encode()), "")
+    generation = model.chat(read_chat_request(json.dumps(body).encode()), owner="")
+    plain = model.chat(read_chat_request(json.dumps({"messages": USER_MESSAGES}).encode()), owner="")
     (submission,) = generation.submissions
     assert submission.policy is not None
     assert submission.request.prompt_ids == plain.submissions[0].request.prompt_ids
