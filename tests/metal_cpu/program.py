@@ -191,9 +191,10 @@ class Program:
         threadgroup: Grid,
         schedule: Schedule = FORWARD,
     ) -> tuple[list[Array], RunReport]:
-        """Run the grid. `buffers` are in the order of the kernel's arguments; a Path is a file with an input.
+        """Run the grid. `grid` and `threadgroup` count threads.
 
-        The buffers whose indices are in `outputs` are filled with 0xFF before the run, and returned after it.
+        `buffers` are in the order of the kernel's arguments; a Path is a file with an input. The
+        buffers whose indices are in `outputs` are filled with 0xFF before the run, and returned after it.
 
         Raises:
             KernelFault: the executor or a sanitizer reports a fault.

@@ -48,8 +48,8 @@ def _expand(text: str, included: set[Path]) -> str:
                 if path in included:
                     return ""
                 included.add(path)
-                text = _expand(path.read_text().replace("#pragma once", ""), included)
-                return f'\n#line 1 "{match[1]}"\n{text}\n'
+                expanded = _expand(path.read_text().replace("#pragma once", ""), included)
+                return f'\n#line 1 "{match[1]}"\n{expanded}\n'
         raise FileNotFoundError(match[1])
 
     text = re.sub(r"^[ \t]*#include\s+<[^>]+>[^\n]*", "", text, flags=re.MULTILINE)
