@@ -38,7 +38,7 @@ def test_several_choices_are_streamed_as_in_the_body(server: Server) -> None:
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
 
 
-def test_several_choices_compute_their_prompt_once_and_share_a_stream() -> None:
+def test_several_choices_compute_their_prompt_once_and_have_one_stream() -> None:
     fields: dict[str, Any] = {"n": 4, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
     with stepped_server(num_slots=4, chunk_tokens=64) as server, server.running_stages():
         answer = receive_answer(server.send_chat(LONG_PROMPT, **fields))
