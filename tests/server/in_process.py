@@ -69,7 +69,7 @@ class SteppedServer:
         return send(self.port, method, path, body, **headers)
 
     def send_chat(self, text: str = "a", key: str = "", pipelined: bytes | None = None, **fields: Any) -> socket.socket:
-        """Send a chat request with a fixed seed, of which the tokens are a function, and return its connection.
+        """Send a chat request with a fixed seed, and return its connection.
 
         ``pipelined`` follows the request on a connection that stays open; with None the request closes its connection.
         """

@@ -193,7 +193,7 @@ def total(families: dict[str, Metric], name: str) -> float:
 
 
 def test_the_metrics_and_their_types_are_the_listed_ones(server: Server) -> None:
-    # prometheus_client adds a time of creation to each metric
+    # prometheus_client adds a time of creation to each counter and histogram
     types = {name: family.type for name, family in metric_families(server).items() if not name.endswith("_created")}
     assert types == METRIC_TYPES
 

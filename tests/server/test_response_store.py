@@ -1,4 +1,4 @@
-"""Tests of stored responses: the limit of bytes, and the order in which responses are removed."""
+"""Tests of stored responses: the limit of bytes, the order of removal, owners, and conversations."""
 
 from mlx_k2.json_text.parse import MAX_DEPTH
 from mlx_k2.server.turn_store import ResponseStore, StoredResponse
