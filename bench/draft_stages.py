@@ -45,7 +45,7 @@ MIN_STEP_S = 0.02
 
 
 class OraclePipeline(Pipeline):
-    """A pipeline that replaces the head's drafts by the known answer where ``is_right(position)``, else by wrong ids."""
+    """A pipeline that replaces the head's drafts by right ones where ``is_right(position)``, else by wrong ones."""
 
     def use_text(self, token_ids: list[int], is_right: Callable[[int], bool]) -> None:
         """Set the known text, prompt and answer of the next request, and the positions of right drafts."""

@@ -73,7 +73,7 @@ def run_one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill
 
 
 def run_batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
-    """Run mlx-lm's batch generation; yield the number of tokens of each step, from the first in which all streams run."""
+    """Run mlx-lm's batch generation; yield the tokens per step, from the first step in which all streams run."""
     generator = BatchGenerator(model, prefill_step_size=prefill_step, prefill_batch_size=streams)
     # As in mlx-k2's benchmark, the prompts have no common prefix.
     prompts = [[stream, *prompt_ids(prompt_tokens - 1)] for stream in range(streams)]
