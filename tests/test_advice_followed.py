@@ -153,7 +153,7 @@ def test_printed_commands_are_ones_that_their_tools_accept(monkeypatch: pytest.M
         error = refusal("bench", "--plot", str(tmp_path / "p.png"))
     install = shlex.split(error.split("`")[1])
     result = subprocess.run([*install, "--dry-run", "--no-index"], capture_output=True, text=True, timeout=60)
-    assert "already satisfied: matplotlib" in result.stdout
+    assert "already satisfied: matplotlib" in result.stdout  # pip understood the command; nothing was installed
     hf = str(Path(sys.executable).with_name("hf"))
     subprocess.run([hf, "auth", "login", "--help"], capture_output=True, timeout=60, check=True)
     config = str(Path(sys.executable).with_name("mlx.distributed_config"))
@@ -179,12 +179,13 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
     "there are no tools: start with --tools or --mcp",
 )
 @pytest.mark.slow
-def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -> None:
+def test_the_advice_of_a_chats_commands_works(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.write_text("/foo\n /foo\n/save\n/save chat.json\n/think\n/think hide\n/tools\n")
+    tools = Path(__file__).parents[1] / "examples" / "tools.py"
 
-    def chat_errors(redirection: str) -> str:
-        command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2 {redirection}"
+    def chat_errors(end_of_command: str) -> str:
+        command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2 {end_of_command}"
         environment = CommandLine(tmp_path).environment()
         return subprocess.run(
             command, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -194,7 +195,7 @@ def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -
     errors = chat_errors(f"< {shlex.quote(str(lines))}")
     for message in (
         "there is no command /foo: /help lists them; to send it as a message, write a space before it",
-        "the answer was cut off at the limit of tokens",
+        "the answer was cut off at the limit of tokens",  # " /foo" was sent as a message, and answered
         "give a file: /save FILE",
         "the conversation is in chat.json",
         "give /think show, hide, on or off",
@@ -203,4 +204,5 @@ def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -
     ):
         assert message in errors
         _, _, errors = errors.partition(message)
+    assert "[asks first]" in chat_errors(f"--tools {shlex.quote(str(tools))} < {shlex.quote(str(lines))}")
     assert json.loads((tmp_path / "chat.json").read_bytes())["messages"][0]["content"] == "/foo"

@@ -38,7 +38,7 @@ STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("
 def answers(folder: Path, aux_layers: tuple[int, ...]) -> list[Row]:
     """Return the model's answers at temperatures 0 and 1, with the outputs of ``aux_layers``."""
     path = folder / "answers.safetensors"
-    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::PROMPT_STRIDE], 0, is_split=False)
+    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::PROMPT_STRIDE], seed=0, is_split=False)
     return read_rows([path])
 
 
@@ -49,7 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 def drafted_positions(rows: list[Row]) -> list[Position]:
     """Return the positions of the answers, with what the head and n-grams draft there."""
-    return list(positions([("any", row) for row in rows], read_weights(BUILTIN_HEAD_FOLDER)))
+    return list(positions([("any skill", row) for row in rows], read_weights(BUILTIN_HEAD_FOLDER)))
 
 
 def accuracy(drafted: list[Position], temperature: int, field: str) -> float:
