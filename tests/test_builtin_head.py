@@ -101,8 +101,9 @@ def test_the_program_accepts_as_many_drafts_as_the_training_code_predicts(rows: 
     for row in [row for row in rows if row.temperature == 0][: 200 if IS_LONG else 6]:
         prompt = tuple(row.tokens[: row.num_prompt].tolist())
         num_answer = len(row.tokens) - row.num_prompt
+        # One token more than the answer has: the stop token ends it.
         request = Request(prompt, num_answer + 1, Sampling(seed=0, temperature=0.0), frozenset({STOP_ID}))
         *_, end = engine.submit(request).events()
         assert isinstance(end, Finished)
         expected = sum(position.is_head_right for position in drafted_positions([row]))
-        assert end.summary.accepted == pytest.approx(expected, abs=1)
+        assert end.summary.accepted == pytest.approx(expected, abs=1)  # rounding may change one draft
