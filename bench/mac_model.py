@@ -55,7 +55,7 @@ def before(dense_bits: float) -> Program:
         buffers=own_buffers(dense_bits, MLX_LIMITS),
         expert_bandwidth="own expert bandwidth",
         tile_rows=32,
-        prompt_factor=constant("own prompt kernel"),
+        prompt_factor=constant("former prompt kernel"),
         fused="all",
     )
 
