@@ -169,8 +169,8 @@ def stage_process(rank: int) -> psutil.Process:
     return stage
 
 
-def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Wait until the processes have ended, at most ``timeout_s``. Return those that still run."""
+def still_running_after(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Return the processes that still run after ``timeout_s``. Return at once when all have ended."""
     deadline = time.monotonic() + timeout_s
     while (running := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
         psutil.wait_procs(running, timeout=0.05)  # short, because it also waits for zombies of other parents

@@ -15,7 +15,7 @@ import pytest
 from mlx_k2 import AsyncCluster, Cluster, Completion, Content, Reasoning, Sampling
 from mlx_k2.errors import ClusterError, HostfileError, RequestError
 from tests.advice import follows_advice
-from tests.local_cluster import wait_until_gone, write_model
+from tests.local_cluster import still_running_after, write_model
 from tests.processes import started_processes
 
 GREEDY = Sampling(temperature=0)
@@ -227,7 +227,7 @@ def test_a_closed_cluster_leaves_no_process_after_an_error_and_with_a_running_re
         of_cluster = processes_since(before)
         assert len(of_cluster) > 4  # two stages, their guards and watchdogs
         raise ProgramError
-    assert not wait_until_gone(of_cluster, 5)
+    assert still_running_after(of_cluster, 5) == []
     assert processes_since(before) == []
     assert stream.completion().finish_reason == "cancelled"
 
