@@ -110,7 +110,7 @@ def together(engine: Engine, *requests: Request) -> Iterator[tuple[Request, Toke
 
 
 def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
-    """Return a deployment request for the model in ``folder``, with one stage on each host."""
+    """Return a deployment request for the model in ``folder``, with one stage on each host, and three slots."""
     hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
     source = ModelSource(path_or_repo=str(folder))
     return DeploymentRequest(ClusterOptions(context_tokens=CONTEXT_TOKENS), hostfile, source, num_slots=3)

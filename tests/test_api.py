@@ -225,7 +225,7 @@ def test_a_closed_cluster_leaves_no_process_after_an_error_and_with_a_running_re
         stream = cluster.stream("Hello", Sampling(max_tokens=1500))
         next(stream)
         of_cluster = processes_since(before)
-        assert len(of_cluster) > 4  # two stages, their guards and watchdogs
+        assert len(of_cluster) == 6  # two stages, their guards and watchdogs
         raise ProgramError
     assert still_running_after(of_cluster, 5) == []
     assert processes_since(before) == []

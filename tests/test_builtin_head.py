@@ -75,7 +75,7 @@ def test_outputs_of_layers_that_are_off_by_one_lower_the_accuracy(rows: list[Row
     assert shifted_accuracy <= accuracy(drafted_positions(rows), 0, "is_head_right") - 0.05
 
 
-def test_the_heads_file_has_at_most_1_5_mb_and_the_tensor_names_of_published_heads() -> None:
+def test_the_heads_file_has_at_most_1_5_mb_tensor_names_of_published_heads_and_no_output_projection() -> None:
     assert (BUILTIN_HEAD_FOLDER / "model.safetensors").stat().st_size <= 1.5e6
     names = set(mx.load(str(BUILTIN_HEAD_FOLDER / "model.safetensors")))
     assert {"fc.weight", "norm.weight", "layers.0.hidden_norm.weight"} < names

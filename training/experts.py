@@ -8,7 +8,7 @@ from training.blocks import FeedForward, as_bfloat16
 from training.quantize import round_to_int4
 from training.shape import Shape
 
-_POSITIONS = 128  # an expert's rows are padded to a multiple: a product of a new shape costs more than the padding
+_MULTIPLE = 128  # an expert's rows are padded to a multiple of it: a product of a new shape costs more than padding
 
 
 class _Dispatch(torch.autograd.Function):
@@ -53,7 +53,7 @@ def _sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, l
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
-    positions = (counts + _POSITIONS - 1) // _POSITIONS * _POSITIONS
+    positions = (counts + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
     order = flat.argsort(stable=True)
     shift = (positions.cumsum(0) - positions) - (counts.cumsum(0) - counts)
     slot_of_order = torch.arange(len(flat)) + shift[flat[order]]

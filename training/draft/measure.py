@@ -76,7 +76,7 @@ def ngram_drafts(tokens: list[int], first: int) -> list[int | None]:
 def table(found: Sequence[Position]) -> str:
     """Return the shares by temperature and skill as a Markdown table."""
     lines = [
-        "| temperature | skill | positions | n-grams | head | best < 0.9 | head there |",
+        f"| temperature | skill | positions | n-grams | head | best < {_SURE} | head there |",
         "|---|---|---|---|---|---|---|",
     ]
     for temperature in (0, 1):
