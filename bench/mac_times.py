@@ -1,9 +1,9 @@
 """Times of a token and of a prompt on Macs, computed from launches, command buffers, bytes and operations.
 
-A token reads its weights once, launch after launch. A launch that depends on the launch before costs a fixed time; a
-command buffer costs another. A prompt computes its chunks one after the other on each stage. Routed experts compute
-full tiles (mlx_k2/scheduling/cost_model.py). Attention of a chunk computes all pairs of its queries and the keys up to
-its end. The times lack the common factor of bench/mac_model.py.
+A token reads its weights once, launch after launch. Each launch waits for the launch before it, which costs a fixed
+time; each command buffer costs another. A prompt computes its chunks one after the other on each stage. Routed experts
+compute full tiles (mlx_k2/scheduling/cost_model.py). Attention that is not fused computes all pairs of a chunk's
+queries and the keys up to the chunk's end. The times lack the common factor of bench/mac_model.py.
 """
 
 from dataclasses import dataclass
@@ -37,12 +37,15 @@ class Program:
     buffers: int
     """Command buffers of a token; 0 for a program that is not MLX."""
     expert_bandwidth: str = "expert bandwidth"
+    """Name of the constant: the bandwidth at which a token's routed experts are read."""
     expanded_cache: bool = False
     """True if the cache holds keys and values of each head instead of latents."""
     all_reduces: bool = False
     """True if each layer is divided over the Macs, with two all-reduces; False if each Mac has whole layers."""
     tile_rows: int = 16
+    """Tokens of a routed expert that are computed together in a prompt."""
     prompt_factor: float = 1.0
+    """Speed of the routed experts in a prompt, relative to MLX's kernel."""
     fused: str = "none"
     """Chunks of a prompt whose attention is MLX's fused kernel: "none", "first" or "all"."""
     chunk: int = PROMPT_CHUNK

@@ -2,10 +2,11 @@
 
     python -m bench.serve_load [--streams 64] [--kills 5] [--every 60] [--save]
 
-A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers of
-fixed seeds, and hangs up at random. A stage is killed ``--every`` seconds after the last restart. Each complete answer
-is compared with the answer to the same prompt before the load. At the end no request, descriptor, thread or process may
-exist that did not exist before the load. Exit code 1: an answer was wrong, a client failed, or something leaked.
+A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers to
+prompts that it chooses from 12, each with a fixed seed, and hangs up at random. A stage is killed ``--every`` seconds
+after the last restart. Each complete answer is compared with the answer to the same prompt before the load. At the end
+no request, descriptor, thread or process may exist that did not exist before the load. Exit code 1: an answer was
+wrong, a client failed, or something leaked.
 """
 
 import argparse

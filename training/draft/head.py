@@ -1,7 +1,7 @@
 """The draft head in MLX, for training: EAGLE-3 with multi-head latent attention, computed in the naive way.
 
-Position t reads the hidden states of t and the token of t + 1, and predicts the token of t + 2. A later unrolled step
-reads the output of the step before it, one position earlier, in place of the hidden states. Knows no data.
+Position t reads the hidden states of t and the token of t + 1, and predicts the token of t + 2. An unrolled step after
+the first reads at position t, in place of the hidden states, the previous step's output at t - 1. Knows no data.
 """
 
 import math
