@@ -158,6 +158,8 @@ _SCORED: tuple[tuple[str, Skill, Callable[[int], list[int]]], ...] = (
     ("tools in a row", several_calls, _each),
     ("cannot", _cannot, _last),
 )
+"""Name in the scores, skill, and a function: from a task's number of tool calls to the numbers of calls before the
+replies that are scored."""
 
 
 def _sample(rng: random.Random, skill: Skill, excluded_keys: frozenset[str]) -> Task:
