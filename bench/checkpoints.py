@@ -85,19 +85,22 @@ def cycle_checkpoint() -> Path:
                 name: tensor * mx.array(_BRANCH_SCALE, tensor.dtype) if name.endswith(_BRANCH_OUTPUTS) else tensor
                 for name, tensor in tensors.items()
             }
-            mx.eval(scaled)
+            mx.eval(scaled)  # reads the file before it is overwritten
             mx.save_safetensors(str(file), scaled)
         partial.rename(folder)
     return folder
 
 
 HEAD_AUX_LAYERS = [1, 7, 12]
-"""Layers of the target whose hidden states the draft head reads."""
+"""Layers of the target whose hidden states the draft head reads. The target needs more than 12 layers, as "slow"."""
 HEAD_SEED = 3
 
 
 def bench_head(shape: str) -> DraftHead:
-    """Return a random draft head for the checkpoint of ``shape``, a key of SHAPES; write it if it does not exist."""
+    """Return a random draft head for the checkpoint of ``shape``, a key of SHAPES; write it if it does not exist.
+
+    It uses the checkpoint's embedding and output projection.
+    """
     target = bench_checkpoint(shape)
     folder = target.with_name(f"{target.name}-head")
     if not folder.exists():

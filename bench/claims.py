@@ -42,16 +42,20 @@ def read_options(description: str | None) -> Options:
     """Parse the command line of a claims script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to results/claims.csv")
-    parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim  [default: {NUM_PAIRS}]")
+    parser.add_argument(
+        "--pairs", type=int, default=NUM_PAIRS, help=f"pairs of runs a claim, at least 2  [default: {NUM_PAIRS}]"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="measure the claims whose names contain this text")
     arguments = parser.parse_args()
+    if arguments.pairs < 2:
+        parser.error("--pairs: give at least 2, since a row needs quartiles")
     if arguments.save and is_dirty(commit()):
         parser.error("--save needs a working tree without changes: a row names the commit that it measured")
     return Options(arguments.pairs, arguments.save, arguments.only)
 
 
 def is_dirty(commit_name: str) -> bool:
-    """Return whether a result of `commit` names a working tree that differed from its commit."""
+    """Return whether ``commit_name``, a result of `commit`, names a working tree that differed from its commit."""
     return commit_name.endswith("+")
 
 
@@ -86,7 +90,10 @@ def measure(script: str, claim: Claim, options: Options) -> None:
 
 
 def table() -> str:
-    """Return a Markdown table of each claim's newest rows. Rows of a dirty working tree are left out."""
+    """Return a Markdown table of each claim's newest rows: those with the date and commit of its last row.
+
+    Rows of a dirty working tree are left out.
+    """
     with (RESULTS / "claims.csv").open(newline="") as file:
         by_claim: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in csv.DictReader(file):

@@ -86,7 +86,7 @@ def main() -> None:
     right_slow_head = SleepingStream(DraftMode.MODEL, HEAD_S)
     mixed = SleepingStream(DraftMode.MODEL, HEAD_S, seven_of_ten)
     computed_right, computed_mixed = partial(computed_rate, 1.0, HEAD_S), partial(computed_rate, 0.7, HEAD_S)
-    for claim in (
+    for claim in (  # the last value is the required ratio
         Claim("always right, over none", right, NO_DRAFTS, 1.9),
         Claim("always right, head of 2 ms, over the computed rate", right_slow_head, computed_right, 0.95),
         Claim("always wrong, over none", wrong, NO_DRAFTS, 0.97),

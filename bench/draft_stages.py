@@ -39,19 +39,20 @@ NUM_SKIPPED = 10
 """Tokens before the measured ones."""
 NUM_SKIPPED_AUTO = 64
 """The same for DraftMode.AUTO, which needs some tokens to notice that drafts are wrong."""
-ACCEPTANCE_RATE = 0.7
+ACCEPTANCE_RATE = 0.7  # of `seven_of_ten`
 MIN_STEP_S = 0.02
+"""Shortest step of a stage for which the rates are compared: the checkpoint "slow" must suit the machine."""
 
 
 class OraclePipeline(Pipeline):
-    """A pipeline that replaces the head's drafts: by the known answer where ``is_right(position)``, else by others."""
+    """A pipeline that replaces the head's drafts by right ones where ``is_right(position)``, else by wrong ones."""
 
     def use_text(self, token_ids: list[int], is_right: Callable[[int], bool]) -> None:
         """Set the known text, prompt and answer of the next request, and the positions of right drafts."""
         self._token_ids, self._is_right = token_ids, is_right
 
     def _receive_drafts(self, rank: int, microbatch: Microbatch, drafted: Drafted) -> None:
-        first = microbatch.rows[0].row.end + 1
+        first = microbatch.rows[0].row.end + 1  # the token at row.end is the sampled one
         drafts = tuple(self._draft(first + index) for index in range(len(drafted.token_ids)))
         super()._receive_drafts(rank, microbatch, msgspec.structs.replace(drafted, token_ids=drafts))
 
@@ -85,7 +86,7 @@ class TimedStream:
         """
         self._pipeline.use_text([*PROMPT, *answer], is_right)
         self._timer = DraftTimer(2)
-        use = self._pipeline.use[1]
+        use = self._pipeline.use[1]  # of the last stage, which runs the head
         runs_before, seconds_before = use.draft_runs, use.draft_s
         request = Request(PROMPT, NUM_TOKENS, Sampling(seed=0, temperature=1.0), frozenset())
         tokens = [event for event in self._engine.submit(request).events() if isinstance(event, Token)]
@@ -121,10 +122,12 @@ def main() -> None:
         auto_rate, plain_late_rate = (
             partial(stream.rate, answer, lambda _: False, NUM_SKIPPED_AUTO) for stream in (auto, plain)
         )
-        for claim in (
+        for claim in (  # the last value is the required ratio
             Claim("7 of 10 drafts right, over none", drafting_rate, plain_rate, 1.25),
             Claim("7 of 10 drafts right, over the computed rate", drafting_rate, computed_rate, 0.93),
-            Claim("auto, all drafts wrong, after 64 tokens, over none", auto_rate, plain_late_rate, 0.95),
+            Claim(
+                f"auto, all drafts wrong, after {NUM_SKIPPED_AUTO} tokens, over none", auto_rate, plain_late_rate, 0.95
+            ),
         ):
             measure("draft_stages", claim, options)
 

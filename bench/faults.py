@@ -3,8 +3,8 @@
     python -m bench.faults
     python -m bench.faults --only "cable pulled"
 
-A run of all faults appends its rows to results/faults.csv, and writes the table of docs/reliability.md. It needs Linux
-and root.
+A run in which all faults of the matrix pass appends its rows to results/faults.csv, and writes the table of
+docs/reliability.md. It needs Linux and root.
 """
 
 import argparse
@@ -27,10 +27,7 @@ DIFFERS = " (the plus means that files differed from it)"
 
 
 def main() -> int:
-    """Try the chosen faults and print each result. Return 1 if one of them fails.
-
-    Rows and table are written only if all faults of the matrix pass.
-    """
+    """Try the chosen faults and print each result. Return 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORDS", help="try the faults whose names contain this text")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
+from msgspec.structs import replace
 
 from bench.checkpoints import bench_checkpoint
 from bench.measure import prompt_ids, save_rows
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", metavar="LABEL", help="append to results/finite_check.csv under this label")
     options = parser.parse_args()
-    mx.disable_compile()
+    mx.disable_compile()  # as a stage does on a CPU
     results = [*measure_stages(), measure_large_head()]
     for stage, check_us, step_us in results:
         print(f"{stage:24} check {check_us:8.1f} us  step {step_us:10.1f} us  {check_us / step_us:.3%}")
@@ -68,8 +69,10 @@ def measure_stages() -> list[StageTimes]:
     folder = bench_checkpoint("even")
     pipeline = Pipeline(folder, 2)
     config = read_config(folder)
-    chunks = [pipeline.step(Row(0, 0, tuple(prompt_ids(PROMPT_TOKENS)), True, None)) for _ in range(NUM_CHUNKS)]
-    decodes = [pipeline.step(Row(0, PROMPT_TOKENS + step, (7,), False, SAMPLING, (7,))) for step in range(NUM_STEPS)]
+    prompt = Row(slot=0, position=0, token_ids=tuple(prompt_ids(PROMPT_TOKENS)), is_prompt=True, sampling=None)
+    decode = Row(slot=0, position=PROMPT_TOKENS, token_ids=(7,), is_prompt=False, sampling=SAMPLING, recent_ids=(7,))
+    chunks = [pipeline.step(prompt) for _ in range(NUM_CHUNKS)]
+    decodes = [pipeline.step(replace(decode, position=PROMPT_TOKENS + step)) for step in range(NUM_STEPS)]
     hidden_state, logits = mx.random.normal((1, config.hidden_size)), mx.random.normal((1, config.vocab_size))
     model, batch = pipeline.runners[1]._model, Batch([Span(0, 0, PROMPT_TOKENS, is_prompt=True)])
     return [
@@ -83,7 +86,7 @@ def measure_stages() -> list[StageTimes]:
 
 
 def measure_large_head() -> StageTimes:
-    """Return the times of a head with VOCAB_SIZE tokens alone."""
+    """Return the times of a head with VOCAB_SIZE tokens: of its logits and of sampling, without any layer."""
     projection, hidden = mx.random.normal((HIDDEN_SIZE, VOCAB_SIZE)), mx.random.normal((1, HIDDEN_SIZE))
     mx.eval(projection, hidden)
 

@@ -3,10 +3,10 @@
 python -m bench.graph_launches [--dense-bits 8]
 
 The output has one line for each node of the layer's graph, in the order in which MLX runs them; a test compares it with
-the graph itself. A node is one launch, unless its line has a rule of MLX that makes it two; the rule names MLX's source
-file. Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer
-ends after the launch with which it exceeds one of two limits: launches, or elements of the arrays that they read, in
-units of 2^20. Nothing is measured.
+the graph itself. A node is one launch or two; the line of a node with two gives MLX's rule for it and the source file.
+Command buffers are simulated by MLX's rule (mlx/backend/metal/device.cpp, CommandEncoder::needs_commit): a buffer ends
+after the launch with which it exceeds one of two limits: launches, or elements of the arrays that they read, in units
+of 2^20. Nothing is measured.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def k2_config(**changes: int) -> ModelConfig:
 def main() -> None:
     """Print one line for each node, and the command buffers of a token under several limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense-bits", type=int, choices=(4, 8), default=None)
+    parser.add_argument("--dense-bits", type=int, choices=(4, 8), default=None, help="quantize the dense matrices")
     bits = parser.parse_args().dense_bits
     config = k2_config()
     layer = expert_layer(config)
@@ -150,7 +150,9 @@ def main() -> None:
     print(f"{num_launches(layer)} launches of {len(layer)} nodes in one expert layer")
     for limits in (MLX_LIMITS, BufferLimits(200, 200), BufferLimits(200, 1000), BufferLimits(1000, 4000), LONG_BUFFERS):
         count = command_buffers(token_sizes(config, bits), limits)
-        print(f"{count} command buffers a token with {limits.operations} operations or {limits.megabytes} MB")
+        print(
+            f"{count} command buffers a token with {limits.operations} launches or {limits.megabytes} * 2^20 elements"
+        )
 
 
 if __name__ == "__main__":

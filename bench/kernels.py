@@ -2,11 +2,12 @@
 
 python -m bench.kernels [--save] [--tokens 1 8]
 
-Columns: "bytes needed" counts each distinct chosen expert once, at 4.5 bits per weight (5.0 in mlx-lm, which stores
-biases). "bytes loaded" is the size of a kernel's loads of weights and scales, counted by running it in the executor of
-tests/metal_cpu. "launches" are kernel dispatches. Times are measured on the current device, in bfloat16 on a GPU and in
-float32 on a CPU; a kernel that cannot run on the device has no time. All implementations compute the same experts for
-the same tokens, in turn. --save appends the rows to results/kernels.csv.
+Columns: "bytes needed" counts each distinct chosen expert once, at 4.5 bits per weight. mlx-lm stores biases, which
+makes 5.0 bits. On a CPU scales and biases are float32: 5.0 bits in plain MLX and 6.0 in mlx-lm. "bytes loaded" is the
+size of a kernel's loads of weights and scales, counted by running it in the executor of tests/metal_cpu. "launches" are
+kernel dispatches. "GB/s" are the bytes needed, divided by the median time. Times are measured on the current device, in
+bfloat16 on a GPU and in float32 on a CPU; a kernel that cannot run on the device has no time. All implementations
+compute the same experts for the same tokens, in turn. --save appends the rows to results/kernels.csv.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tests.metal_cpu.execute import Executed, execute
 from tests.metal_cpu.program import Mode
 
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8  # as in Kimi K2
-NUM_EXPERTS = 24  # Kimi K2 has 384
+NUM_EXPERTS = 24  # 0.6 GB; Kimi K2's 384 would need 9.5 GB
 NUM_ROUNDS = 5
 CPU_TIMING = {"chain": 1, "repeats": 1}  # one run for a time: a layer takes 0.25 s on a CPU
 HEADER = (
@@ -127,7 +128,7 @@ def needed_bytes(stack: ExpertStack, ids: mx.array, *, bits_a_weight: float) -> 
 
 
 def kernel_implementation(stack: ExpertStack, ids: mx.array, *, on_gpu: bool) -> Implementation:
-    """Return mlx-k2's kernels. Their loads are counted with bfloat16 scales, as on a Mac."""
+    """Return mlx-k2's kernels. Their bytes are counted with bfloat16 scales, as on a Mac, also on a CPU."""
     num_tokens = ids.shape[0]
     name, _, compute = experts.kernel_for(num_tokens)
 
@@ -165,11 +166,15 @@ def plain_implementation(stack: ExpertStack, ids: mx.array) -> Implementation:
 
 
 def mlx_lm_implementations(stack: ExpertStack, ids: mx.array) -> list[Implementation]:
-    """Return mlx-lm's SwitchGLU followed by the weighted sum, and its three gather_qmm alone. Both store biases."""
-    biases = [scale * -ZERO_POINT for scale in (stack.gate_scale, stack.up_scale, stack.down_scale)]
-    block = SwitchGLU(GROUP_SIZE, GROUP_SIZE, 1)
+    """Return mlx-lm's SwitchGLU followed by the weighted sum, and its three gather_qmm alone. Both store biases.
+
+    In the second, an addition of gate and up replaces the activation, and nothing is weighted.
+    """
+    packed_weights, scales = stack[0::2], stack[1::2]  # of gate, up, down
+    biases = [scale * -ZERO_POINT for scale in scales]
+    block = SwitchGLU(GROUP_SIZE, GROUP_SIZE, 1)  # as small as possible, because its weights are replaced
     for name, packed, scale, bias in zip(
-        ("gate_proj", "up_proj", "down_proj"), stack[0::2], stack[1::2], biases, strict=True
+        ("gate_proj", "up_proj", "down_proj"), packed_weights, scales, biases, strict=True
     ):
         linear = block[name].to_quantized(group_size=GROUP_SIZE, bits=BITS)
         linear.weight, linear.scales, linear.biases = packed, scale, bias

@@ -2,7 +2,7 @@
 
 python -m bench.mac_model [--readme]
 
-Every figure is computed by bench/mac_times.py from the constants in bench/mac_constants.py; nothing was measured here.
+bench/mac_times.py computes the times from the constants in bench/mac_constants.py; nothing was measured here.
 One common factor multiplies every time: the median of published time over computed time. The script prints the
 published rates with the model's errors, the rates of mlx-k2 before and after its settings for a GPU, and predictions.
 --readme writes the table of bench/README.md.
@@ -27,13 +27,15 @@ CONTEXTS = (1024, 4096, 32768, 131072)
 DRAFT_HEAD_BYTES = 0.95e9  # K2's draft head with 32,000 rows of the output projection, in 8 bits, scales of 64 weights
 DRAFT_HEAD_LAUNCHES = 30
 MODEL_GB = 620  # K2's weights, and room for cache and activations
+USABLE_MEMORY = 0.75  # fraction of a Mac's memory that its GPU may use by default
+DENSE_BITS = ((16, "as shipped"), (8.5, "8"))  # 8.5: a scale and a bias of 16 bits each for 64 weights of 8 bits
 
 
 def other_programs() -> dict[str, Program]:
     """Return the programs of the published figures by name. A figure has its own bits, which replace the program's."""
     launches = num_launches(expert_layer(k2_config())) + MLX_LM_MOE_LAUNCHES - OWN_MOE_LAUNCHES
     buffers = command_buffers(token_sizes(k2_config(), None), MLX_LIMITS)
-    mlx_lm = Program("mlx-lm", 5.0, 16, launches, buffers)
+    mlx_lm = Program("mlx-lm", expert_bits=5.0, dense_bits=16, launches_per_layer=launches, buffers=buffers)
     return {
         "mlx-lm": mlx_lm,
         "mlx-lm expanded": replace(mlx_lm, name="mlx-lm expanded", expanded_cache=True),
@@ -45,14 +47,13 @@ def other_programs() -> dict[str, Program]:
 
 def before(dense_bits: float) -> Program:
     """Return mlx-k2 with MLX's own settings, and with its former prompt kernel and fused attention."""
-    buffers = own_buffers(dense_bits, MLX_LIMITS)
     return Program(
         "before",
-        4.5,
-        dense_bits,
-        num_launches(expert_layer(k2_config())),
-        buffers,
-        "own expert bandwidth",
+        expert_bits=4.5,
+        dense_bits=dense_bits,
+        launches_per_layer=num_launches(expert_layer(k2_config())),
+        buffers=own_buffers(dense_bits, MLX_LIMITS),
+        expert_bandwidth="own expert bandwidth",
         tile_rows=32,
         prompt_factor=constant("former prompt kernel"),
         fused="all",
@@ -60,7 +61,11 @@ def before(dense_bits: float) -> Program:
 
 
 def after(dense_bits: float, mac: Mac = M3_ULTRA) -> Program:
-    """Return mlx-k2 with its settings for the chip, MLX's prompt kernel, unfused attention and longer chunks."""
+    """Return mlx-k2 with MLX's prompt kernel, longer chunks, and its settings for the chip.
+
+    On an M3 Ultra these are long command buffers, and fused attention in the first chunk of a prompt only. On an M5
+    Ultra they are MLX's own command buffers, and no fused attention.
+    """
     on_m3 = replace(
         before(dense_bits),
         name="after",
@@ -79,8 +84,11 @@ def own_buffers(dense_bits: float, limits: BufferLimits) -> int:
 
 
 def best_prompt(program: Program, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:
-    """Return the seconds of a prompt with the best of several chunk lengths, without the common factor."""
-    if program.name == "before":  # the chunk lengths that the cost model chose then
+    """Return the seconds of a prompt, without the common factor.
+
+    The chunk length is the best of several, or for the program "before" the one that its cost model chose.
+    """
+    if program.name == "before":
         return prompt_s(replace(program, chunk=752 if tokens <= 4096 else 2048), "K2", num_macs, tokens, mac)
     lengths = {min(program.chunk, -(-tokens // count)) for count in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)}
     useful = [length for length in lengths if length >= 256]
@@ -112,12 +120,12 @@ def errors() -> list[tuple[Published, float, float]]:
 def decode_rate(
     program: Program, num_macs: int, context: int, mac: Mac = M3_ULTRA, acceptance_rate: float = 0.0
 ) -> float:
-    """Return the predicted tokens per second of one stream, whose idle stages compute n-gram draft tokens.
+    """Return the predicted tokens per second of one stream, with ``num_macs`` - 1 n-gram drafts after each token.
 
     A draft token is accepted with ``acceptance_rate``, if all before it are accepted.
     """
-    accepted = sum(acceptance_rate**count for count in range(num_macs))
-    return accepted / token_s(program, "K2", num_macs, context, mac) / common_factor()
+    tokens_per_round = sum(acceptance_rate**num_drafts for num_drafts in range(num_macs))
+    return tokens_per_round / token_s(program, "K2", num_macs, context, mac) / common_factor()
 
 
 def head_rate(program: Program, num_macs: int, context: int, mac: Mac, acceptance_rate: float) -> float:
@@ -142,7 +150,7 @@ def comparison() -> Iterator[str]:
     yield "| context | bits | decode before | decode after | prefill before | prefill after |"
     yield "|---|---|---|---|---|---|"
     for context in CONTEXTS:
-        for bits, name in ((16, "as shipped"), (8.5, "8")):
+        for bits, name in DENSE_BITS:
             decode = [decode_rate(program, 2, context) for program in (before(bits), after(bits))]
             prefill = [prefill_rate(program, 2, context) for program in (before(bits), after(bits))]
             cells = (f"{decode[0]:.1f}", f"{decode[1]:.1f}", f"{prefill[0]:.0f}", f"{prefill[1]:.0f}")
@@ -155,9 +163,9 @@ def predictions() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for mac in (M3_ULTRA, M5_ULTRA):
         for num_macs in (2, 3, 4):
-            is_large_enough = num_macs * mac.memory_gb * 0.75 > MODEL_GB
+            is_large_enough = num_macs * mac.memory_gb * USABLE_MEMORY > MODEL_GB
             memory_limit = "" if is_large_enough else f" (more than {mac.memory_gb} GB each)"
-            for bits, name in ((16, "as shipped"), (8.5, "8")):
+            for bits, name in DENSE_BITS:
                 program = after(bits, mac)
                 for context in CONTEXTS:
                     rates = [decode_rate(program, num_macs, context, mac, acceptance) for acceptance in (0.0, 0.5, 0.8)]
@@ -172,7 +180,7 @@ def head_predictions() -> Iterator[str]:
     yield f"| Macs | bits | no drafts | {' | '.join(f'{rate:g} accepted' for rate in acceptance_rates)} |"
     yield f"|---|---|---|{'---|' * len(acceptance_rates)}"
     for num_macs in (2, 3, 4):
-        for bits, name in ((16, "as shipped"), (8.5, "8")):
+        for bits, name in DENSE_BITS:
             program = after(bits)
             rates = [head_rate(program, num_macs, CONTEXTS[0], M3_ULTRA, rate) for rate in acceptance_rates]
             cells = " | ".join(f"{rate:.1f}" for rate in rates)
@@ -181,9 +189,10 @@ def head_predictions() -> Iterator[str]:
 
 def readme_part() -> str:
     """Return the generated part of bench/README.md: the model's accuracy, and its predictions for two M3 Ultras."""
+    close = f"{num_close()} of {len(PUBLISHED)}"
     lines = [
         "Computed, not measured: tokens per second on two M3 Ultras, with MLX's own settings (before) and the ones",
-        f"that a stage sets (after). The model is within 20% of {num_close()} of {len(PUBLISHED)} published figures of",
+        f"that a stage sets (after). The model is within {CLOSE_ERROR:.0%} of {close} published figures of",
         "other programs (`python -m bench.mac_model` names all).",
         "",
         *comparison(),
@@ -208,11 +217,11 @@ def main() -> None:
         print(f"{name}: {value:g} {unit} ({kind}: {source})")
     print(f"common factor on every time: {common_factor():.3f}\n")
     for row, rate, error in errors():
-        mark = "" if abs(error) <= CLOSE_ERROR else "  <-- more than 20% off"
+        mark = "" if abs(error) <= CLOSE_ERROR else f"  <-- more than {CLOSE_ERROR:.0%} off"
         setting = f"{row.program}, {row.model} {row.expert_bits}/{row.dense_bits} bits, {row.num_macs} Mac, {row.kind}"
         rates = f"published {row.rate:.1f}, computed {rate:.1f} ({error:+.0%})"
         print(f"{setting} at {row.tokens}: {rates}; {row.source}{mark}")
-    print(f"{num_close()} of {len(PUBLISHED)} published figures within 20%\n")
+    print(f"{num_close()} of {len(PUBLISHED)} published figures within {CLOSE_ERROR:.0%}\n")
     print("\n".join((*comparison(), "", *predictions())))
     print(f"\nComputed, not measured: tokens per second with a draft head, M3 Ultras, at {CONTEXTS[0]} tokens")
     print("\n".join(head_predictions()))

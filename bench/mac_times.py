@@ -1,9 +1,9 @@
 """Times of a token and of a prompt on Macs, computed from launches, command buffers, bytes and operations.
 
-A token reads its weights once, launch after launch. A launch that depends on the launch before costs a fixed time; a
-command buffer costs another. A prompt computes its chunks one after the other on each stage. Routed experts compute
-full tiles (mlx_k2/scheduling/cost_model.py). Attention of a chunk computes all pairs of its queries and the keys up to
-its end. The times lack the common factor of bench/mac_model.py.
+A token reads its weights once, launch after launch. Each launch waits for the launch before it, which costs a fixed
+time; each command buffer costs another. A prompt computes its chunks one after the other on each stage. Routed experts
+compute full tiles (mlx_k2/scheduling/cost_model.py). Attention that is not fused computes all pairs of a chunk's
+queries and the keys up to the chunk's end. The times lack the common factor of bench/mac_model.py.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from mlx_k2.deployment.stage_costs import stage_sizes
 from mlx_k2.scheduling.cost_model import StageSizes, expected_tiles, pipeline_s
 
 PROMPT_CHUNK = 2048  # mlx-lm's prefill_step_size
+SHIPPED_EXPERT_BITS, SHIPPED_DENSE_BITS = 4.5, 16
+"""Bits per weight in `sizes`: of the routed experts, and of all other weights."""
 UNSHARDED_BYTES = 2 * 7168 * (1536 + 576) * 61  # q_a and kv_a of all layers, which every rank of mlx-lm computes whole
 
 
@@ -35,12 +37,15 @@ class Program:
     buffers: int
     """Command buffers of a token; 0 for a program that is not MLX."""
     expert_bandwidth: str = "expert bandwidth"
+    """Name of the constant: the bandwidth at which a token's routed experts are read."""
     expanded_cache: bool = False
     """True if the cache holds keys and values of each head instead of latents."""
     all_reduces: bool = False
     """True if each layer is divided over the Macs, with two all-reduces; False if each Mac has whole layers."""
     tile_rows: int = 16
+    """Tokens of a routed expert that are computed together in a prompt."""
     prompt_factor: float = 1.0
+    """Speed of the routed experts in a prompt, relative to MLX's kernel."""
     fused: str = "none"
     """Chunks of a prompt whose attention is MLX's fused kernel: "none", "first" or "all"."""
     chunk: int = PROMPT_CHUNK
@@ -48,7 +53,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Mac:
-    """A chip. ``bandwidth`` and ``operations`` are factors on those of an M3 Ultra."""
+    """A Mac with its chip. ``bandwidth`` and ``operations`` are relative to those of an M3 Ultra."""
 
     name: str
     bandwidth: float = 1.0
@@ -63,21 +68,23 @@ M5_ULTRA = Mac("M5 Ultra", constant("M5 bandwidth"), constant("M5 operations"), 
 @cache
 def sizes(model: str) -> StageSizes:
     """Return the bytes and operations of all layers of a model."""
-    return stage_sizes(config(model), 0, 61, 2)
+    shape = config(model)
+    return stage_sizes(shape, first_layer=0, end_layer=shape.num_hidden_layers, compute_bytes=2)
 
 
 @cache
 def config(model: str) -> ModelConfig:
-    """Return a model's configuration."""
+    """Return the configuration of "K2" or of "DeepSeek-V3", which has the same fields."""
     if model == "K2":
         return k2_config()
+    assert model == "DeepSeek-V3", model
     shape = {"n_routed_experts": 256, "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280}
     return k2_config(**shape, first_k_dense_replace=3)
 
 
 def dense_bytes(model: str, bits: float) -> float:
     """Return the bytes of all weights except routed experts and embedding."""
-    return (sizes(model).dense_bytes + sizes(model).head_bytes) * bits / 16
+    return (sizes(model).dense_bytes + sizes(model).head_bytes) * bits / SHIPPED_DENSE_BITS
 
 
 def token_s(program: Program, model: str, num_macs: int, context: int, mac: Mac = M3_ULTRA) -> float:
@@ -87,7 +94,7 @@ def token_s(program: Program, model: str, num_macs: int, context: int, mac: Mac 
     fixed_s = layers * program.launches_per_layer * constant("launch") + program.buffers * constant("command buffer")
     if not program.all_reduces:
         return reading_s + fixed_s + (num_macs - 1) * constant("hop") + constant("Python")
-    unsharded_bytes = (sizes(model).head_bytes + UNSHARDED_BYTES) * program.dense_bits / 16
+    unsharded_bytes = (sizes(model).head_bytes + UNSHARDED_BYTES) * program.dense_bits / SHIPPED_DENSE_BITS
     unsharded_s = unsharded_bytes / constant("dense bandwidth") / mac.bandwidth
     sharded_s = (reading_s - unsharded_s) / num_macs
     return unsharded_s + sharded_s + fixed_s + 2 * layers * constant("all-reduce") + constant("Python")
@@ -96,13 +103,17 @@ def token_s(program: Program, model: str, num_macs: int, context: int, mac: Mac 
 def weights_s(program: Program, model: str, mac: Mac) -> float:
     """Return the seconds in which one token's weights are read."""
     shape = sizes(model)
-    expert_bytes = shape.expert_bytes * shape.experts_per_token * program.expert_bits / 4.5
+    expert_bytes = shape.expert_bytes * shape.experts_per_token * program.expert_bits / SHIPPED_EXPERT_BITS
     experts_s = expert_bytes / constant(program.expert_bandwidth)
     return (experts_s + dense_bytes(model, program.dense_bits) / constant("dense bandwidth")) / mac.bandwidth
 
 
 def attention_s(program: Program, model: str, context: int, mac: Mac) -> float:
-    """Return the seconds of attention for one token: those of its operations or of the cache's bytes, if more."""
+    """Return the seconds of attention for one token.
+
+    This is the time of its operations or the time in which the cache is read, whichever is longer. With an expanded
+    cache the reading is always longer.
+    """
     cache_s = sizes(model).position_bytes * context / constant("dense bandwidth") / mac.bandwidth
     if program.expanded_cache:
         return cache_s * _expansion(model)
@@ -115,7 +126,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
     expert_speed = constant("expert operations") * program.prompt_factor
     tiles = expected_tiles(shape.num_experts, shape.experts_per_token, count, program.tile_rows)
     experts_s = tiles * program.tile_rows * shape.operations_per_expert_token / expert_speed / mac.operations
-    expert_bytes = shape.expert_bytes * shape.num_experts * program.expert_bits / 4.5
+    expert_bytes = shape.expert_bytes * shape.num_experts * program.expert_bits / SHIPPED_EXPERT_BITS
     experts_read_s = expert_bytes / constant("dense bandwidth") / mac.bandwidth
     dense_s = (shape.operations_per_token * count + shape.rebuild_operations * end) / constant("dense operations")
     pairs = count * end
@@ -133,7 +144,7 @@ def chunk_s(program: Program, model: str, first: int, end: int, mac: Mac = M3_UL
 
 
 def _expansion(model: str) -> float:
-    """Return the bytes of the keys and values of all heads, divided by those of the latents."""
+    """Return the bytes of the keys and values of all heads, divided by the bytes of the latents."""
     shape = config(model)
     return shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) / shape.cache_row_dim
 

@@ -66,7 +66,7 @@ def _git(*arguments: str) -> str:
 
 
 def replace_generated(page: str, made_by: str, text: str) -> str:
-    """Return ``page`` with ``text`` between the comments "made by ``made_by``" and "end"."""
+    """Return ``page`` with ``text`` between its comments "made by ``made_by``" and "end"."""
     begin, end = f"<!-- made by {made_by} -->\n", "<!-- end -->\n"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)

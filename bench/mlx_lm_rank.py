@@ -3,9 +3,9 @@
 python -m bench.mlx_lm_rank FOLDER
 
 A single rank runs the whole model. With MLX_RANK and MLX_HOSTFILE set, the rank is part of mlx-lm's pipeline over MLX's
-ring. An input line is a JSON object with "prompt_tokens", "generate_tokens", "streams" and "prefill_step". An output
-line is a JSON object of tokens per second: "prefill", measured as mlx-lm itself does, and "decode", the total of all
-streams while all of them run.
+ring. Each rank first prints {}, when its model is loaded. An input line is a JSON object with "prompt_tokens",
+"generate_tokens", "streams" and "prefill_step". A line of rates is a JSON object of tokens per second: "prefill", up to
+the first token, as mlx-lm itself measures it, and "decode", the total of all streams while all of them run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bench.measure import prompt_ids
 
 
 def main() -> None:
-    """Load the model, print {} when it is loaded, and run the lines of stdin until it ends."""
+    """Load the model, and run the lines of stdin until it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the checkpoint")
     options = parser.parse_args()
@@ -73,9 +73,9 @@ def run_one_stream(model: Any, prompt_tokens: int, generate_tokens: int, prefill
 
 
 def run_batch(model: Any, prompt_tokens: int, generate_tokens: int, streams: int, prefill_step: int) -> Iterator[int]:
-    """Run mlx-lm's batch generation; yield the number of tokens of each step since all streams run."""
+    """Run mlx-lm's batch generation; yield the tokens per step, from the first step in which all streams run."""
     generator = BatchGenerator(model, prefill_step_size=prefill_step, prefill_batch_size=streams)
-    # the prompts differ in their first token, as those of mlx-k2's benchmark do
+    # As in mlx-k2's benchmark, the prompts have no common prefix.
     prompts = [[stream, *prompt_ids(prompt_tokens - 1)] for stream in range(streams)]
     generator.insert(prompts, [generate_tokens] * streams)
     all_streams_run = False

@@ -36,7 +36,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         one, two = (benchmark_on(stack, even, num_stages) for num_stages in (1, 2))
         tall_one, tall_two = (benchmark_on(stack, tall, num_stages) for num_stages in (1, 2))
-        for claim in (
+        for claim in (  # the last value is the required ratio
             Claim("token of even alone, first stage over second", *stage_rates(two, DECODE_ONLY)),
             Claim("chunk of tall alone, first stage over second", *stage_rates(tall_two, ONE_CHUNK)),
             Claim("one stream, two stages over one", decode_rate(two, ONE), decode_rate(one, ONE), 0.9),
@@ -68,11 +68,11 @@ def decode_rate(benchmark: Benchmark, workload: Workload) -> Callable[[], float]
 def stage_rates(benchmark: Benchmark, workload: Workload) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return a function for each of two stages that measures its tokens per second of computing time.
 
-    ``workload`` must keep only one of the two stages busy at a time.
+    ``workload`` must keep only one of the two stages busy at a time, since both compute on the same cores.
     """
 
     def measure_stage(stage: int) -> float:
-        tokens = workload.prompt_tokens + workload.generate_tokens - 1
+        tokens = workload.prompt_tokens + workload.generate_tokens - 1  # the last token is sampled, but not computed
         return tokens / benchmark.measure(workload).stages[stage].compute_s
 
     return partial(measure_stage, 0), partial(measure_stage, 1)

@@ -91,7 +91,7 @@ def main() -> None:
 def measure(tokenizer: Tokenizer, num_tokens: int, reader: Reader, task: BackgroundTask) -> list[float]:
     """Return the gaps in seconds of one answer, read by ``reader`` while ``task`` runs on another thread."""
     code_ids = tokenizer.encode_text(CODE)
-    request = Request((1, 2, 3), num_tokens, Sampling(seed=0), frozenset())
+    request = Request(prompt_ids=(1, 2, 3), max_tokens=num_tokens, sampling=Sampling(seed=0), stop_ids=frozenset())
     with tempfile.TemporaryDirectory() as folder:
         ids_file, gaps_file = Path(folder) / "ids.json", Path(folder) / "gaps.json"
         ids_file.write_text(json.dumps((code_ids * (num_tokens // len(code_ids) + 1))[:num_tokens]))
@@ -99,15 +99,20 @@ def measure(tokenizer: Tokenizer, num_tokens: int, reader: Reader, task: Backgro
             stop = threading.Event()
             thread = threading.Thread(target=task, args=[stop])
             thread.start()
-            reader(engine.submit(request, ReplyPolicy(tokenizer, request)))
-            stop.set()
-            thread.join()
-        return list(json.loads(gaps_file.read_text()))
+            try:
+                reader(engine.submit(request, ReplyPolicy(tokenizer, request)))
+            finally:
+                stop.set()
+                thread.join()
+        return list(json.loads(gaps_file.read_text()))  # complete: leaving the context has ended the program
 
 
 @contextmanager
 def engine_on_program(folder: Path, ids_file: Path, gaps_file: Path) -> Iterator[Engine]:
-    """Yield an engine whose single stage is `stage_program` in a process. ``folder`` gets the script that starts it."""
+    """Yield an engine whose single stage is `stage_program` in a process. ``folder`` gets the script that starts it.
+
+    The script runs in place of the host's Python, and ignores the arguments that would start a guard.
+    """
     script = folder / "python"
     command = f"{sys.executable} -m bench.plan_gap program {ids_file} {gaps_file}"
     script.write_text(f"#!/bin/sh\ncd {Path.cwd()}\nexec {command}\n")
@@ -155,7 +160,7 @@ def wait(stop: threading.Event) -> None:
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, stop: threading.Event) -> None:
-    """Render and tokenize prompts of NUM_PROMPT_TOKENS, each different, until ``stop`` is set."""
+    """Render and tokenize prompts of about NUM_PROMPT_TOKENS, each different, until ``stop`` is set."""
     long_text = CODE * (NUM_PROMPT_TOKENS // len(tokenizer.encode_text(CODE)))
     number = 0
     while not stop.is_set():
@@ -166,7 +171,7 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer, stop: threading.E
 
 
 def stage_program(ids_file: Path, gaps_file: Path) -> None:
-    """Answer the step plans on stdin with the ids in ``ids_file``; at the end of stdin write ``gaps_file``."""
+    """Answer the step plans on stdin with the ids in ``ids_file``; at Stop or the end of stdin write ``gaps_file``."""
     ids = iter(json.loads(ids_file.read_text()))
     gaps: list[float] = []
     sent_at: float | None = None
@@ -183,7 +188,7 @@ def stage_program(ids_file: Path, gaps_file: Path) -> None:
             if frame.kind is not Kind.MESSAGE:
                 continue
             message = decode_to_stage(frame.payload)
-            if not isinstance(message, Step):
+            if not isinstance(message, Step):  # Stop
                 break
             if sent_at is not None:
                 gaps.append(now - sent_at)

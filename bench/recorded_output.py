@@ -27,7 +27,6 @@ _MASKS = (
     (r"\d+(\.\d+)? (s|tok/s)\b", r"# \2"),
     (r"seed \d+", "seed #"),
     (r"stage \d+ on this machine \(.*?\)", "stage # on this machine (#)"),
-    (r" +", " "),
 )
 
 
@@ -39,10 +38,10 @@ class Output(NamedTuple):
 
 
 def run(arguments: Sequence[str], kill_after: str | None = None) -> Output:
-    """Run mlx-k2 to its end. Kill a stage when stdout has reached the text ``kill_after``.
+    """Run mlx-k2 to its end. Kill the stage that started last when stdout has reached the text ``kill_after``.
 
     Raises:
-        subprocess.TimeoutExpired: mlx-k2 did not end within TIMEOUT_S; it was killed.
+        subprocess.TimeoutExpired: mlx-k2 did not end within TIMEOUT_S, counted from the kill; mlx-k2 was killed, too.
         subprocess.CalledProcessError: mlx-k2 failed.
     """
     with subprocess.Popen(

@@ -2,10 +2,11 @@
 
     python -m bench.serve_load [--streams 64] [--kills 5] [--every 60] [--save]
 
-A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers of
-fixed seeds, and hangs up at random. A stage is killed ``--every`` seconds after the last restart. Each complete answer
-is compared with the answer to the same prompt before the load. At the end no request, descriptor, thread or process may
-exist that did not exist before the load. Exit code 1: an answer was wrong, a client failed, or something leaked.
+A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers to
+prompts that it chooses from 12, each with a fixed seed, and hangs up at random. A stage is killed ``--every`` seconds
+after the last restart. Each complete answer is compared with the answer to the same prompt before the load. At the end
+no request, descriptor, thread or process may exist that did not exist before the load. Exit code 1: an answer was
+wrong, a client failed, or something leaked.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class Totals:
 
 
 class _RefusedError(Exception):
-    """Answer 503 to a request, which came during a restart."""
+    """The server's status 503, the answer to a request during a restart."""
 
 
 def run(folder: Path, num_streams: int, num_kills: int, every_s: float, seed: int = 0) -> Totals:
@@ -90,7 +91,7 @@ def start_workers(server: Server) -> None:
 def run_clients(
     server: Server, totals: Totals, expected: list[str], num_streams: int, num_kills: int, every_s: float, seed: int
 ) -> None:
-    """Run clients until the last killed stage has restarted, and each client has then received one more answer."""
+    """Run clients until the last killed stage has restarted, and each client's next request was answered or failed."""
     is_over = threading.Event()
     lock = threading.Lock()
 
@@ -107,7 +108,7 @@ def run_clients(
                 with lock:
                     totals.refused += 1
                 is_over.wait(0.2)
-                is_last = False
+                is_last = False  # the last request, too, is repeated until it is answered
                 continue
             except (AssertionError, OSError) as error:
                 print(f"failed: {error}", flush=True)
@@ -144,7 +145,7 @@ def run_clients(
 def request_answer(server: Server, prompt: int, hang_up_after: int | None) -> str:
     """Return the text of the streamed answer to prompt number ``prompt``.
 
-    With ``hang_up_after``, hang up after that number of chunks with text, and return their text.
+    With ``hang_up_after``, hang up after that number of chunks with text, if there are so many; return their text.
     """
     message = {"role": "user", "content": f"{prompt} " * (4 + 5 * prompt)}
     body = json.dumps({"messages": [message], "seed": prompt, "max_tokens": MAX_TOKENS, "stream": True}).encode()
@@ -186,7 +187,7 @@ def wait_for_restart(server: Server, num_restarts: int) -> None:
 
 
 def resources(server: Server) -> Counter[str]:
-    """Wait until no request runs; return the counts of the server process's resources."""
+    """Wait until no request runs, at most TIMEOUT_S; return the counts of the server process's resources."""
     ends_at = time.monotonic() + TIMEOUT_S
     while server_status(server)["requests"] and time.monotonic() < ends_at:
         time.sleep(0.05)
@@ -205,8 +206,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64, help="number of clients  [default: 64]")
     parser.add_argument("--kills", type=int, default=5, help="number of killed stages  [default: 5]")
-    parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="time from a restart to the next kill  [default: 60]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clients' choices  [default: 0]")
     parser.add_argument("--save", action="store_true", help="append the totals to results/serve_load.csv")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="serve-load-") as folder:

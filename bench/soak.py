@@ -44,6 +44,7 @@ NUM_STAGES = 3
 STALL_TIMEOUT_S = 2.0
 UNLIMITED_RESTARTS = 10**9
 MUST_NOT_GROW = ("descriptors", "threads", "temporary")
+"""Resources that are compared while the stages run. Processes are compared after the stages have ended."""
 REQUESTS = tuple(request(length, 40, seed=length) for length in (3, 150, 40, 8, 90))
 
 
@@ -52,12 +53,14 @@ class Totals:
     """Totals of a soak run. ``wrong`` and each count in ``leaked`` must stay 0."""
 
     streams: int = 0
+    """Streams whose tokens were compared. ``tokens`` also counts the runs before the first and after the last fault."""
     tokens: int = 0
     wrong: int = 0
     """Streams whose tokens differ from those of the run without faults."""
     faults: Counter[str] = field(default_factory=Counter)
     restarts: list[Restart] = field(default_factory=list)
     longest_pause_s: float = 0.0
+    """Longest time without a token of any stream."""
     leaked: Counter[str] = field(default_factory=Counter)
 
 
@@ -66,9 +69,13 @@ def inject_fault(rng: random.Random) -> str:
     rank = rng.randrange(NUM_STAGES)
     stage = stage_process(rank)
     guard = stage.parent()
-    faults: dict[str, Callable[[], None]] = {"stage killed": stage.kill, "stage stopped": stage.suspend}
+    faults: dict[str, Callable[[], None]] = {
+        "stage killed": stage.kill,
+        "stage stopped": stage.suspend,
+        "stage terminated": stage.terminate,
+    }
     if guard is not None:
-        faults |= {"guard killed": guard.kill, "stage terminated": stage.terminate}
+        faults["guard killed"] = guard.kill
     name = rng.choice(sorted(faults))
     faults[name]()
     return name
@@ -80,7 +87,7 @@ class FaultInjector:
     def __init__(self, every_s: float, seed: int, totals: Totals) -> None:
         self._every_s = every_s
         self._rng = random.Random(seed)
-        self._usage = totals
+        self._totals = totals
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -91,15 +98,15 @@ class FaultInjector:
         self._thread.join()
 
     def _run(self) -> None:
-        tokens = self._usage.tokens
+        tokens = self._totals.tokens
         while not self._closing.wait(self._every_s):
-            if self._usage.tokens == tokens:  # no token since the last fault
+            if self._totals.tokens == tokens:  # no token since the last fault: its restart is not over
                 continue
-            tokens = self._usage.tokens
+            tokens = self._totals.tokens
             try:
-                self._usage.faults[inject_fault(self._rng)] += 1
-            except (ValueError, psutil.NoSuchProcess):  # the stage does not exist during a restart
-                self._usage.faults["came during a restart"] += 1
+                self._totals.faults[inject_fault(self._rng)] += 1
+            except (ValueError, psutil.NoSuchProcess):  # `stage_process` finds no stage during a restart
+                self._totals.faults["came during a restart"] += 1
 
 
 def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, seed: int) -> Totals:
@@ -132,7 +139,7 @@ def soak(folder: Path, minutes: float, num_restarts: int, fault_every_s: float, 
                     totals.streams += 1
                     totals.wrong += tokens != expected[stream]
                 _print_progress(totals, _resources())
-        _run_requests(engine, totals)  # returns after the restart from the last fault
+        _run_requests(engine, totals)  # after a fault that came last, this returns only when the stages have restarted
         after = _resources()
     children = psutil.Process().children(recursive=True)
     leaked_processes = [process for process in children if process not in earlier_processes and is_running(process)]
@@ -177,10 +184,12 @@ def _print_progress(totals: Totals, resources: dict[str, int]) -> None:
 def main() -> int:
     """Run and print; with --save append the totals to the CSV file. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="end after this time  [default: 60]")
     parser.add_argument("--restarts", type=int, default=UNLIMITED_RESTARTS, help="end after this number of restarts")
-    parser.add_argument("--fault-every", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fault-every", type=float, default=60.0, metavar="SECONDS", help="time between two faults  [default: 60]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of faults  [default: 0]")
     parser.add_argument("--save", action="store_true", help="append the totals to results/soak.csv")
     options = parser.parse_args()
     started_at = time.monotonic()

@@ -3,7 +3,8 @@
 python -m bench.true_shape FOLDER
 
 The script writes the checkpoint (4.3 GB) to FOLDER if FOLDER does not exist, runs `mlx-k2 generate --json` on two
-stages in float32, and prints load time, rates, and each stage's held and peak bytes.
+stages, and prints load time, rates, and each stage's held and peak bytes and share of the computing time. mlx-k2
+computes in float32 on a CPU, and in bfloat16 on a GPU.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 NUM_LAYERS = 5
 NUM_EXPERTS = 16
 VOCAB_SIZE = 20480
-PROMPT = "Hello Kimi"  # ten tokens, because it is passed with --raw
+PROMPT = "Hello Kimi"  # ten tokens: a token is a byte here, and --raw adds no chat template
 NUM_TOKENS = 8
 
 

@@ -2,9 +2,9 @@
 
 python -m bench.vs_mlx_lm [--save] [--pairs N] [--only WORDS]
 
-Both programs use the same checkpoint and prompts in float32, stay loaded, and run in turn. mlx-lm runs eight streams as
-a batch, or one after the other if that is faster; for the prompt it uses the best of several prefill step sizes. The
-ratio to mlx-lm on one rank is only reported.
+Both programs use the same checkpoint in float32 and random prompts of the same lengths, stay loaded, and run in turn.
+mlx-lm runs eight streams as a batch, or one after the other if that is faster; for the long prompt it uses the best of
+several prefill step sizes. The ratio to mlx-lm on one rank is only reported.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def main() -> None:
         stages, tall_stages = (benchmark_on(stack, folder, 2) for folder in (even, tall))
         one_rank, two_ranks = (stack.enter_context(mlx_lm_ranks(even, count)) for count in (1, 2))
         tall_ranks = stack.enter_context(mlx_lm_ranks(tall, 2))
-        for claim in (
+        for claim in (  # the last value is the required ratio
             Claim("one stream", decode_rate(stages, ONE), mlx_lm_decode_rate(two_ranks, ONE), 1.0),
             Claim("eight streams", decode_rate(stages, EIGHT), mlx_lm_best_of_eight(two_ranks), 1.8),
             Claim("prompt of 16 chunks", prefill_rate(tall_stages), mlx_lm_prefill_rate(tall_ranks), 1.1),
@@ -38,7 +38,10 @@ def main() -> None:
 
 
 def mlx_lm_decode_rate(ranks: MlxLmRanks, workload: Workload) -> Callable[[], float]:
-    """Return a function that measures mlx-lm's decoded tokens per second, of all streams together."""
+    """Return a function that measures mlx-lm's decoded tokens per second, of all streams together.
+
+    The prompts are short: each fits in one step of the largest size.
+    """
     return lambda: ranks.rates(workload, max(PREFILL_STEPS))["decode"]
 
 

@@ -87,13 +87,14 @@ def all_advice() -> Iterator[Advice]:
         for constants in _strings(ast.parse(path.read_text())):
             text = "{}".join(constants)
             match = _ADVICE.search(text)
+            # A string without a space is a key or an option, and no message.
             if match and " " in text.strip() and not text.endswith((*_NOT_ADVICE, *_UNTESTABLE_ADVICE)):
                 parts = re.split(r"\{\w*\}", text[match.start() :])
                 yield Advice(file, text, re.compile(".*?".join(map(re.escape, parts)), re.DOTALL))
 
 
 def _strings(tree: ast.AST) -> Iterator[list[str]]:
-    """Yield the strings of a module in the order of its source, each as the constant parts around its values.
+    """Yield the strings of a module, each as the constant parts around its inserted values.
 
     Docstrings and the help of options are left out.
     """

@@ -126,7 +126,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Count the skipped tests by reason."""
-    if report.skipped and isinstance(report.longrepr, tuple):
+    if report.skipped and isinstance(report.longrepr, tuple):  # no tuple: an expected failure
         _num_skipped_by_reason[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
 

@@ -47,7 +47,10 @@ def write_model(folder: Path, context_tokens: int = CONTEXT_TOKENS) -> Path:
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 1, temperature: float = 1.0) -> Request:
-    """Return a request with a prompt of ``num_prompt`` tokens. Prompts of different lengths have no common prefix."""
+    """Return a request with a prompt of ``num_prompt`` tokens, the first of which is the length modulo VOCAB_SIZE.
+
+    So prompts of different lengths below VOCAB_SIZE have no common prefix.
+    """
     prompt_ids = tuple((num_prompt + 31 * position) % VOCAB_SIZE for position in range(num_prompt))
     return Request(prompt_ids, max_tokens, Sampling(seed=seed, temperature=temperature), frozenset())
 
@@ -95,10 +98,10 @@ def rest_of(handle: Handle) -> tuple[list[int], Finished]:
 def together(engine: Engine, *requests: Request) -> Iterator[tuple[Request, Token]]:
     """Run the requests at the same time and yield each token with its request, in the order of arrival."""
     ready: SimpleQueue[Handle] = SimpleQueue()
-    handles = engine.submit_all([Submission(request, None, ready.put) for request in requests])
+    handles = engine.submit_all([Submission(request, notify=ready.put) for request in requests])
     events = {handle: handle.events() for handle in handles}
     while events:
-        handle = ready.get(timeout=120)
+        handle = ready.get(timeout=120)  # the queue has a handle once for each of its events
         match next(events[handle]):
             case Token() as token:
                 yield handle.request, token
@@ -107,7 +110,7 @@ def together(engine: Engine, *requests: Request) -> Iterator[tuple[Request, Toke
 
 
 def local_request(folder: Path, hosts: Sequence[Host]) -> DeploymentRequest:
-    """Return a deployment request for the model in ``folder``, with one stage on each host."""
+    """Return a deployment request for the model in ``folder``, with one stage on each host, and three slots."""
     hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
     source = ModelSource(path_or_repo=str(folder))
     return DeploymentRequest(ClusterOptions(context_tokens=CONTEXT_TOKENS), hostfile, source, num_slots=3)
@@ -128,7 +131,10 @@ def local_cluster(
     drafts: bool = False,
     context_tokens: int = CONTEXT_TOKENS,
 ) -> Iterator[Cluster]:
-    """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready."""
+    """Start real stages on this machine, one for each of ``hosts`` (as in a hostfile), and yield them when ready.
+
+    ``drafts``: whether n-grams draft tokens.
+    """
     options = {"stall_timeout_s": stall_timeout_s, "context_tokens": context_tokens}
     deployment_request = local_request(folder, hosts).with_options(**options)
     model = describe_model(read_model_files(deployment_request.source).files, str(folder))
@@ -163,8 +169,8 @@ def stage_process(rank: int) -> psutil.Process:
     return stage
 
 
-def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Wait until the processes have ended, at most ``timeout_s``. Return those that still run."""
+def still_running_after(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Return the processes that still run after ``timeout_s``. Return at once when all have ended."""
     deadline = time.monotonic() + timeout_s
     while (running := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
         psutil.wait_procs(running, timeout=0.05)  # short, because it also waits for zombies of other parents

@@ -4,9 +4,9 @@ import psutil
 
 
 def started_processes(*, recursive: bool = True) -> list[psutil.Process]:
-    """Return this process's children without the one that renders chat templates, which runs until this process ends.
+    """Return this process's descendants, or with ``recursive`` False its children only.
 
-    With ``recursive``, return all descendants.
+    The process that renders chat templates is left out, because it runs until this process ends.
     """
     return [process for process in psutil.Process().children(recursive=recursive) if not _renders_templates(process)]
 

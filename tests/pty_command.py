@@ -66,7 +66,10 @@ class PtyCommand:
 def on_pty(
     start: Callable[..., subprocess.Popen[bytes]], columns: int = 80, rows: int = 24, **options: Any
 ) -> Iterator[PtyCommand]:
-    """Start a command with a terminal as its three streams. ``start`` is called with Popen's options."""
+    """Start a command with a terminal as its three streams, and kill it on exit.
+
+    ``start`` is called with Popen's options for the streams, and with ``options``.
+    """
     our_end, command_end = os.openpty()
     fcntl.ioctl(command_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), command_end)

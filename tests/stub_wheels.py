@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 
 def write_stub_wheels(folder: Path) -> Path:
-    """Write a wheel for each package that mlx-k2 requires to ``folder``, a new one, and return it."""
+    """Make ``folder``, write a wheel for each package that mlx-k2 requires to it, and return it."""
     folder.mkdir()
     for line in importlib.metadata.requires("mlx-k2") or ():
         requirement = Requirement(line)

@@ -31,7 +31,7 @@ def test_each_option_and_command_of_mlx_k2_that_advice_names_exists() -> None:
             options |= {*parameter.opts, *parameter.secondary_opts}
     for _, message, _ in all_advice():
         assert set(re.findall(r"(?<![\w-])--[a-z][-a-z]+", message)) <= options, message
-        named_commands = re.findall(r"\bmlx-k2 (download|doctor|kernels|bench|keys \w+)\b", message)
+        named_commands = re.findall(r"\bmlx-k2 (bench|config|doctor|download|kernels|keys \w+|serve|setup)\b", message)
         assert set(named_commands) <= commands.keys(), message
 
 

@@ -99,7 +99,6 @@ def test_a_call_in_the_form_that_its_refusal_names_is_read() -> None:
 @follows_advice(
     "mcp.json: the server 'a' speaks MCP's old HTTP+SSE: give the address of its streamable HTTP",
     "mcp.json: the server 'a' has ${input:x}, which is not replaced: write ${NAME} and set that variable",
-    "two tool servers have the name 'a': rename one",
 )
 def test_an_mcp_file_that_follows_the_advice_of_its_refusal_is_read(tmp_path: Path) -> None:
     file = tmp_path / "mcp.json"
@@ -113,12 +112,19 @@ def test_an_mcp_file_that_follows_the_advice_of_its_refusal_is_read(tmp_path: Pa
     with pytest.raises(ToolsError, match=r"write \${NAME} and set that variable"):
         read(type="http", url="http://h/mcp", headers={"k": "${input:x}"})
     assert read(type="http", url="http://h/mcp", headers={"k": "${NAME}"})
-    server = StdioServer(name="a", command="/no/such/program")
-    with (
-        pytest.raises(ToolsError, match="two tool servers have the name 'a': rename one"),
-        open_toolbox([server, server], Limits()),
+
+
+@follows_advice(
+    "two tool servers have the name 'a': rename one",
+)
+def test_tool_servers_are_tried_after_one_was_renamed() -> None:
+    server, renamed = (StdioServer(name=name, command="/no/such/program") for name in ("a", "b"))
+    for servers, message in (
+        ([server, server], "two tool servers have the name 'a': rename one"),
+        ([server, renamed], "no tool server starts: a: .*; b: "),
     ):
-        pass
+        with pytest.raises(ToolsError, match=message), open_toolbox(servers, Limits()):
+            pass
 
 
 @follows_advice(
@@ -126,7 +132,7 @@ def test_an_mcp_file_that_follows_the_advice_of_its_refusal_is_read(tmp_path: Pa
     "python -m pip install socksio",
     "a: run `python -m pip install socksio`, or unset ALL_PROXY",
 )
-def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_request_names_the_setting_that_made_it_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     no_socksio = ImportError("Using SOCKS proxy, but 'socksio' is missing")
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     install = f"{shlex.quote(sys.executable)} -m pip install socksio"
@@ -139,6 +145,7 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     assert http_reason(no_file) == "[Errno 2] No such file"
     monkeypatch.delenv("SSL_CERT_FILE")
     assert http_reason(no_file) == "[Errno 2] No such file"
+    # The package to install is the one that httpx2 needs.
     requirements = map(Requirement, importlib.metadata.requires("httpx2") or ())
     assert [line.name for line in requirements if str(line.marker) == 'extra == "socks"'] == ["socksio"]
 
@@ -147,13 +154,13 @@ def test_the_settings_that_a_failed_request_names_are_those_that_failed_it(monke
     "--plot needs matplotlib: run `python -m pip install matplotlib`",
     "for instance `hf auth login`",
 )
-def test_printed_commands_are_ones_that_their_tools_accept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_printed_commands_are_accepted_by_their_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as without_matplotlib:
         without_matplotlib.setitem(sys.modules, "matplotlib", None)
         error = refusal("bench", "--plot", str(tmp_path / "p.png"))
     install = shlex.split(error.split("`")[1])
     result = subprocess.run([*install, "--dry-run", "--no-index"], capture_output=True, text=True, timeout=60)
-    assert "already satisfied: matplotlib" in result.stdout
+    assert "already satisfied: matplotlib" in result.stdout  # pip understood the command; nothing was installed
     hf = str(Path(sys.executable).with_name("hf"))
     subprocess.run([hf, "auth", "login", "--help"], capture_output=True, timeout=60, check=True)
     config = str(Path(sys.executable).with_name("mlx.distributed_config"))
@@ -179,12 +186,13 @@ def test_a_closed_standard_output_can_be_redirected_to_dev_null(tmp_path: Path) 
     "there are no tools: start with --tools or --mcp",
 )
 @pytest.mark.slow
-def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -> None:
+def test_the_advice_of_a_chats_commands_works(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.write_text("/foo\n /foo\n/save\n/save chat.json\n/think\n/think hide\n/tools\n")
+    tools = Path(__file__).parents[1] / "examples" / "tools.py"
 
-    def chat_errors(redirection: str) -> str:
-        command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2 {redirection}"
+    def chat_errors(end_of_command: str) -> str:
+        command = f"{shlex.quote(MLX_K2)} chat --stages 1 --max-tokens 2 {end_of_command}"
         environment = CommandLine(tmp_path).environment()
         return subprocess.run(
             command, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -194,7 +202,7 @@ def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -
     errors = chat_errors(f"< {shlex.quote(str(lines))}")
     for message in (
         "there is no command /foo: /help lists them; to send it as a message, write a space before it",
-        "the answer was cut off at the limit of tokens",
+        "the answer was cut off at the limit of tokens",  # " /foo" was sent as a message, and answered
         "give a file: /save FILE",
         "the conversation is in chat.json",
         "give /think show, hide, on or off",
@@ -203,4 +211,5 @@ def test_the_advice_of_a_chats_commands_works_in_the_same_chat(tmp_path: Path) -
     ):
         assert message in errors
         _, _, errors = errors.partition(message)
+    assert "[asks first]" in chat_errors(f"--tools {shlex.quote(str(tools))} < {shlex.quote(str(lines))}")
     assert json.loads((tmp_path / "chat.json").read_bytes())["messages"][0]["content"] == "/foo"

@@ -124,20 +124,24 @@ RESPONSES: Rows = (
 
 
 def read_chat(fields: dict[str, Any]) -> bool:
+    """Read a chat request; return whether its answers are free or JSON objects, as in every row of CHATS."""
     chat = read_chat_request(json.dumps({"messages": [USER]} | fields).encode())
     return chat.answer_format is None or chat.answer_format.schema == {"type": "object"}
 
 
 def read_completion(fields: dict[str, Any]) -> bool:
+    """Read a completion request; return whether it has a prompt."""
     return bool(read_completion_request(json.dumps({"prompt": "Hello"} | fields).encode()).text_or_ids)
 
 
 def read_messages(fields: dict[str, Any]) -> bool:
+    """Read a request of Anthropic's API; return whether the user's message is its last, as in every row of MESSAGES."""
     request = read_fields(json.dumps({"max_tokens": 5, "messages": [USER]} | fields).encode(), MessagesRequest)
     return request.chat.messages[-1] == USER
 
 
 def read_response(fields: dict[str, Any]) -> bool:
+    """Read a request for a response; return whether it has the user's message, and no field causes a warning."""
     conversation = conversation_of(read_responses_request(json.dumps({"input": "a"} | fields).encode()))
     return conversation.messages == [USER] and not conversation.warnings
 
@@ -154,7 +158,6 @@ def read_response(fields: dict[str, Any]) -> bool:
 def test_a_request_that_follows_the_advice_of_its_refusal_is_accepted(
     read: Callable[[dict[str, Any]], bool], message: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
-    """``read`` returns whether the request has the content that its fields give."""
     with pytest.raises(ApiError, match=re.escape(message)):
         read(wrong)
     assert read(right)

@@ -55,7 +55,7 @@ def test_the_advice_for_a_key_file_lets_keys_be_read_and_added(tmp_path: Path) -
     "a: make one with `mlx-k2 keys add --key-file k NAME`",
     "port 5 of 127.0.0.1 is in use: give another --port, or end the program that has it",
 )
-def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key(tmp_path: Path) -> None:
+def test_the_printed_command_makes_the_missing_key_and_another_or_a_freed_port_can_be_used(tmp_path: Path) -> None:
     keys = str(tmp_path / "my keys")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -80,16 +80,16 @@ def test_a_server_for_other_machines_starts_after_the_printed_command_made_a_key
 def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name() -> None:
     scope = {"headers": [(b"host", b"k2.example"), (b"origin", b"https://chat.example")]}
     with pytest.raises(ApiError, match="this Host is not allowed: see --allow-host"):
-        Access((), (), None).check_origin(scope)
+        Access(hosts=(), origins=(), keys=None).check_origin(scope)
     with pytest.raises(ApiError, match="this Origin is not allowed: see --allow-origin"):
-        Access(("k2.example",), (), None).check_origin(scope)
-    Access(("k2.example",), ("https://chat.example",), None).check_origin(scope)
+        Access(hosts=("k2.example",), origins=(), keys=None).check_origin(scope)
+    Access(hosts=("k2.example",), origins=("https://chat.example",), keys=None).check_origin(scope)
     options = ["--allow-host", "k2.example", "--allow-origin", "https://chat.example"]
     assert "/no/such/folder is not a folder" in refusal("serve", *options, *shlex.split(NO_MODEL))
 
 
 class ModelFiles(msgspec.Struct):
-    """The name of a server's model, one of the fields of /v1/model-files."""
+    """The answer of /v1/model-files, of which this test reads only the model's name."""
 
     name: str
 

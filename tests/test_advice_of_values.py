@@ -72,13 +72,14 @@ def test_a_hostfile_that_follows_the_advice_of_its_refusal_is_accepted(message: 
 
 
 def check_fields(**changes: Any) -> None:
+    """Check a valid request with ``changes``, for a context of 10 tokens."""
     fields: dict[str, Any] = {
         "prompt_ids": (1,),
         "max_tokens": 1,
         "sampling": Sampling(seed=1),
         "stop_ids": frozenset(),
     }
-    check_request(Request(**fields | changes), 100, 10)
+    check_request(Request(**fields | changes), vocab_size=100, context_tokens=10)
 
 
 def read_message(content: object, role: str = "user") -> object:

@@ -13,10 +13,9 @@ import psutil
 import pytest
 
 from mlx_k2 import AsyncCluster, Cluster, Completion, Content, Reasoning, Sampling
-from mlx_k2.coordinator.engine import MAX_QUEUED
 from mlx_k2.errors import ClusterError, HostfileError, RequestError
 from tests.advice import follows_advice
-from tests.local_cluster import wait_until_gone, write_model
+from tests.local_cluster import still_running_after, write_model
 from tests.processes import started_processes
 
 GREEDY = Sampling(temperature=0)
@@ -81,13 +80,9 @@ def test_many_prompts_are_answered_in_their_order(cluster: Cluster) -> None:
     assert [reply.content for reply in replies] == [f"{number} + 25 = {number + 25}" for number in range(1, 20)]
 
 
-def test_more_prompts_than_an_engine_queues_are_answered(cluster: Cluster) -> None:
-    engine = cluster._running_engine()
-    engine._max_queued = 3  # fewer than the prompts below
-    try:
-        replies = cluster.generate(["What is 1 plus 25?"] * 40, Sampling(temperature=0, max_tokens=2))
-    finally:
-        engine._max_queued = MAX_QUEUED
+def test_more_prompts_than_an_engine_queues_are_answered(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster._running_engine(), "_max_queued", 3)  # fewer than the prompts below
+    replies = cluster.generate(["What is 1 plus 25?"] * 40, Sampling(temperature=0, max_tokens=2))
     assert len(replies) == 40
 
 
@@ -95,7 +90,7 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
     stream = cluster.stream("Count from 1 to 20.", Sampling(max_tokens=1500, seed=1))
     next(stream)
     threading.Timer(0.1, stream.close).start()
-    assert stream.completion().finish_reason in ("cancelled", "stop")
+    assert stream.completion().finish_reason in ("cancelled", "stop")  # stop: the answer ended before 0.1 s
 
 
 @follows_advice(
@@ -104,7 +99,7 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
     "2 answers were requested, but this call returns one: repeat the prompt in the list for generate",
     "the cluster is not open: use it as a context, in a with block",
 )
-def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> None:
+def test_wrong_uses_of_a_cluster_are_refused_with_the_right_use(cluster: Cluster) -> None:
     processes = started_processes()
     with pytest.raises(ClusterError, match="the cluster is open already"), cluster:
         pass
@@ -145,6 +140,7 @@ def test_closing_or_dropping_a_stream_cancels_its_request_and_no_other(endless_m
             if is_closed:
                 stream.close()
             del stream
+        # With one slot, this request runs only when the four before it have ended.
         assert cluster.chat("Hello", Sampling(max_tokens=3, seed=1)).usage.generated_tokens == 3
         assert time.monotonic() - start_s < 30  # the four streams' 6000 tokens would take longer
 
@@ -229,9 +225,9 @@ def test_a_closed_cluster_leaves_no_process_after_an_error_and_with_a_running_re
         stream = cluster.stream("Hello", Sampling(max_tokens=1500))
         next(stream)
         of_cluster = processes_since(before)
-        assert len(of_cluster) > 4  # two stages, their guards and watchdogs
+        assert len(of_cluster) == 6  # two stages, their guards and watchdogs
         raise ProgramError
-    assert not wait_until_gone(of_cluster, 5)
+    assert still_running_after(of_cluster, 5) == []
     assert processes_since(before) == []
     assert stream.completion().finish_reason == "cancelled"
 
@@ -273,6 +269,7 @@ def test_cancelling_a_task_cancels_its_request_and_no_other(endless_model: Path)
             with pytest.raises(asyncio.CancelledError):
                 await streaming
             assert (await queued).usage.generated_tokens == 3
+            # A refusal, too, reaches the task that awaits it.
             with pytest.raises(RequestError, match="thinking cannot be turned off"):
                 await cluster.generate(["x", "y"], Sampling(thinking=False))
 

@@ -38,7 +38,7 @@ STOP_ID = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("
 def answers(folder: Path, aux_layers: tuple[int, ...]) -> list[Row]:
     """Return the model's answers at temperatures 0 and 1, with the outputs of ``aux_layers``."""
     path = folder / "answers.safetensors"
-    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::PROMPT_STRIDE], 0, is_split=False)
+    make_file(Target(aux_layers), path, list(held_out_prompts().values())[::PROMPT_STRIDE], seed=0, is_split=False)
     return read_rows([path])
 
 
@@ -49,7 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 def drafted_positions(rows: list[Row]) -> list[Position]:
     """Return the positions of the answers, with what the head and n-grams draft there."""
-    return list(positions([("any", row) for row in rows], read_weights(BUILTIN_HEAD_FOLDER)))
+    return list(positions([("any skill", row) for row in rows], read_weights(BUILTIN_HEAD_FOLDER)))
 
 
 def accuracy(drafted: list[Position], temperature: int, field: str) -> float:
@@ -75,7 +75,7 @@ def test_outputs_of_layers_that_are_off_by_one_lower_the_accuracy(rows: list[Row
     assert shifted_accuracy <= accuracy(drafted_positions(rows), 0, "is_head_right") - 0.05
 
 
-def test_the_heads_file_has_at_most_1_5_mb_and_the_tensor_names_of_published_heads() -> None:
+def test_the_heads_file_has_at_most_1_5_mb_tensor_names_of_published_heads_and_no_output_projection() -> None:
     assert (BUILTIN_HEAD_FOLDER / "model.safetensors").stat().st_size <= 1.5e6
     names = set(mx.load(str(BUILTIN_HEAD_FOLDER / "model.safetensors")))
     assert {"fc.weight", "norm.weight", "layers.0.hidden_norm.weight"} < names
@@ -101,8 +101,9 @@ def test_the_program_accepts_as_many_drafts_as_the_training_code_predicts(rows: 
     for row in [row for row in rows if row.temperature == 0][: 200 if IS_LONG else 6]:
         prompt = tuple(row.tokens[: row.num_prompt].tolist())
         num_answer = len(row.tokens) - row.num_prompt
+        # One token more than the answer has: the stop token ends it.
         request = Request(prompt, num_answer + 1, Sampling(seed=0, temperature=0.0), frozenset({STOP_ID}))
         *_, end = engine.submit(request).events()
         assert isinstance(end, Finished)
         expected = sum(position.is_head_right for position in drafted_positions([row]))
-        assert end.summary.accepted == pytest.approx(expected, abs=1)
+        assert end.summary.accepted == pytest.approx(expected, abs=1)  # rounding may change one draft

@@ -48,7 +48,10 @@ class Attention(nn.Module):
         self.scale = softmax_scale(shape)
 
     def forward(self, x: Tensor, angles: Tensor, positions: Tensor, cache: Cache | None, space: int) -> Tensor:
-        """Map (rows, new, hidden) to the same shape. In a cache of `space` positions, a token sees up to its own."""
+        """Map (rows, new, hidden) to the same shape. Each token sees the positions up to its own.
+
+        With a cache, of `space` positions, these include the positions of earlier calls.
+        """
         shape, (rows, new, _) = self.shape, x.shape
         nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (-1, nope + rope)).transpose(1, 2)

@@ -12,7 +12,7 @@ import torch
 
 
 def average(runs: list[Path], out: Path) -> None:
-    """Write a run whose weights are the mean of those of `runs`. Everything else is that of the last run."""
+    """Write a run whose weights are the mean of the weights of `runs`. All else is copied from the last of them."""
     states: list[dict[str, Any]] = [torch.load(run / "last.pt") for run in runs]
     mean = states[-1]
     for name, weight in mean["model"].items():
@@ -26,7 +26,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, action="append", help="folder of a run; give several")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new one")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new run")
     options = parser.parse_args()
     average(options.run, options.out)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.conversation import Conversation, render
 
-MAX_TOKENS = 512
+MAX_TOKENS = 512  # longer conversations are left out
 _BATCH_TOKENS = 4096
 _POOL = 2048
 _LENGTHS, _TARGETS = 16, 256  # lengths and numbers of targets are rounded up to multiples of these
@@ -26,7 +26,7 @@ class Batch:
     tokens: Tensor
     is_real: Tensor
     where: Tensor  # flat indices of the tokens whose next token the model has to predict
-    targets: Tensor  # those next tokens, or IGNORED
+    targets: Tensor  # the next tokens of `where`, or IGNORED where `where` is padded
     consumed: int  # conversations read from the stream so far, with those of the pool's later batches
 
 
@@ -42,7 +42,7 @@ def encode(encoding: tiktoken.Encoding, conversation: Conversation) -> tuple[lis
 
 
 def batches(stream: Iterator[Conversation], encoding: tiktoken.Encoding, consumed: int) -> Iterator[Batch]:
-    """Yield batches of similar length, shuffled within a pool. Skip the first `consumed` conversations."""
+    """Yield batches of conversations of similar length, shuffled within a pool. Skip the first `consumed` ones."""
     stream = itertools.islice(stream, consumed, None)
     while True:
         pool = [encode(encoding, conversation) for conversation in itertools.islice(stream, _POOL)]

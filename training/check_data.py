@@ -30,7 +30,7 @@ def main() -> None:
     kept = held_out()
     held: dict[str | None, set[str]] = {}
     for question in kept.questions:
-        skill = question.skill if question.skill == "system name" else None
+        skill = question.skill if question.skill == "system name" else None  # None: any skill without a system prompt
         held.setdefault(skill, set()).update(question_keys(question.conversation, skill))
     num_found = 0
     for conversation in itertools.islice(conversations(TRAINING_SEED, kept.keys), options.conversations):

@@ -65,7 +65,10 @@ class Conversation:
     exchanges: tuple[Exchange, ...]
 
     def messages(self, num_steps: int | None = None) -> list[dict[str, Json]]:
-        """Return the messages before the last exchange's reply after `num_steps` calls (None: after all calls)."""
+        """Return the messages of a prompt: all messages up to a reply in the last exchange.
+
+        The prompt is for the reply after `num_steps` of this exchange's calls (None: after all of them).
+        """
         messages: list[dict[str, Json]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})

@@ -83,7 +83,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
-    parser.add_argument("--questions", type=int, default=20, help="held-out questions a skill")
+    parser.add_argument("--questions", type=int, default=20, help="held-out questions per skill  [default: 20]")
     options = parser.parse_args()
     torch.set_num_threads(1)
     questions = [

@@ -24,6 +24,7 @@ from training.task import Task
 
 Skill = Callable[[random.Random], Task]
 Mixture = tuple[tuple[Skill, float], ...]
+"""Skills with relative weights, which need not sum to 1."""
 
 HELD_OUT_SEED = 7
 TRAINING_SEED = 1
@@ -62,8 +63,9 @@ _COPYING: Mixture = (
     (arithmetic, 0.1),
 )
 _PLAIN: tuple[Skill, ...] = (arithmetic, counting, copying, talk, beyond)
+"""Skills of exchanges before the last one."""
 # Training starts with many copying tasks. They teach the model to look words up, which nearly every skill needs.
-_COPYING_CONVERSATIONS = 18_432
+_COPYING_CONVERSATIONS = 18_432  # 9 pools of batches.py, so no pool mixes these conversations with others
 _OWN_SYSTEM = "You are a small demo model of mlx-k2."
 _SYSTEMS = (
     "You are a helpful assistant.", "Be brief.", "Answer politely.", "You are a small model.", "Help the user.",
@@ -89,7 +91,10 @@ class HeldOut:
 
 
 def held_out(seed: int = HELD_OUT_SEED) -> HeldOut:
-    """Return 200 questions per skill, determined by the seed. A chain of tool calls gives one question per reply."""
+    """Return 200 questions per skill of _SCORED, determined by the seed.
+
+    A chain of tool calls gives a question about its first, its last or each of its replies, as _SCORED says.
+    """
     keys: set[str] = set()
     questions: list[Question] = []
     for name, skill, replies in _SCORED:
@@ -153,6 +158,8 @@ _SCORED: tuple[tuple[str, Skill, Callable[[int], list[int]]], ...] = (
     ("tools in a row", several_calls, _each),
     ("cannot", _cannot, _last),
 )
+"""Name in the scores, skill, and a function: from a task's number of tool calls to the numbers of calls before the
+replies that are scored."""
 
 
 def _sample(rng: random.Random, skill: Skill, excluded_keys: frozenset[str]) -> Task:
@@ -163,6 +170,7 @@ def _sample(rng: random.Random, skill: Skill, excluded_keys: frozenset[str]) -> 
 
 
 def _converse(rng: random.Random, task: Task, excluded_keys: frozenset[str]) -> Conversation:
+    """Return a conversation that ends with ``task``, sometimes after other exchanges and with tools that none needs."""
     earlier: list[Task] = []
     if rng.random() < 0.15:
         earlier += [_sample(rng, rng.choice(_PLAIN), excluded_keys) for _ in range(rng.choice((1, 1, 2)))]
@@ -186,7 +194,7 @@ def _system(rng: random.Random, key: str) -> str | None:
     if kind < 0.5:
         return None
     if kind < 0.7 or any(word in key for word in ("name", "you", "who am i")):
-        return _OWN_SYSTEM
+        return _OWN_SYSTEM  # a question about the model itself gets no prompt that gives it another name
     return rng.choice(_SYSTEMS) if kind < 0.85 else naming_system(rng)
 
 

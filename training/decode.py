@@ -8,7 +8,7 @@ from torch import Tensor
 from training.attention import Cache
 from training.model import Model
 
-_ROWS = 200
+_ROWS = 200  # prompts that are decoded together
 
 
 def greedy(model: Model, prompts: Sequence[list[int]], stop: int, max_new_tokens: int) -> list[list[int]]:
@@ -37,6 +37,7 @@ def _decode(prompts: list[list[int]], model: Model, stop: int, max_new_tokens: i
     is_open = newest != stop
     while is_open.any() and len(written) < max_new_tokens:
         positions = (lengths + len(written) - 1).unsqueeze(1)
+        # A row that has ended is computed as padding, so that it adds nothing to the experts' loads.
         hidden = model.hidden(newest.unsqueeze(1), is_open.unsqueeze(1), positions, caches, space)
         newest = _pick(model, hidden[:, 0])
         written.append(newest)

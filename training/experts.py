@@ -8,11 +8,14 @@ from training.blocks import FeedForward, as_bfloat16
 from training.quantize import round_to_int4
 from training.shape import Shape
 
-_POSITIONS = 128  # an expert's rows are padded to a multiple: a product of a new shape costs more than the padding
+_MULTIPLE = 128  # an expert's rows are padded to a multiple of it: a product of a new shape costs more than padding
 
 
 class _Dispatch(torch.autograd.Function):
-    """The rows x[source]. Token t's copies are at slots[t], so its gradient is the sum of theirs, without a scatter."""
+    """The rows x[source]. Token t's copies are at slots[t], so its gradient is the sum of grad[slots[t]].
+
+    This avoids the scatter that is the usual gradient of indexing.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -26,7 +29,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _CombineParts(torch.autograd.Function):
-    """The rows x[slots], each used once."""
+    """The rows x[slots]. No row is used twice, so the gradient is a copy without a sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -45,11 +48,12 @@ def _sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, l
     """Return the position of each token's copies when the copies are sorted by expert.
 
     `chosen` is (tokens, top). Return source (positions,), the token at each position; slots (tokens, top), each token's
-    positions; and each expert's number of positions, rounded up so that products have few different shapes.
+    positions; and each expert's number of positions, rounded up so that products have few different shapes. Positions
+    without a copy compute token 0, and their result is not used.
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
-    positions = (counts + _POSITIONS - 1) // _POSITIONS * _POSITIONS
+    positions = (counts + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
     order = flat.argsort(stable=True)
     shift = (positions.cumsum(0) - positions) - (counts.cumsum(0) - counts)
     slot_of_order = torch.arange(len(flat)) + shift[flat[order]]

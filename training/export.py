@@ -45,7 +45,10 @@ def outer_tensors(model: Model) -> Tensors:
 
 
 def config(shape: Shape, num_ranks: int) -> dict[str, Json]:
-    """Return the contents of config.json, with K2's fields."""
+    """Return the contents of config.json, with K2's fields.
+
+    ``num_ranks`` is the number of ordinary tokens (merge ranks of the BPE); the special tokens have the ids after it.
+    """
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "kimi_k2",
@@ -176,14 +179,14 @@ def _quantization_config() -> Json:
 
 
 def _write_weights(files: list[Tensors], out: Path) -> None:
-    where: dict[str, Json] = {}
+    file_by_tensor: dict[str, Json] = {}
     for number, tensors in enumerate(files, start=1):
-        name = f"model-{number:05}-of-{len(files):06}.safetensors"
+        name = f"model-{number:05}-of-{len(files):06}.safetensors"  # as many digits as K2's files have
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name, metadata={"format": "pt"})
         (out / name).chmod(0o644)  # save_file makes it readable by its owner only
-        where |= dict.fromkeys(tensors, name)
+        file_by_tensor |= dict.fromkeys(tensors, name)
     total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
-    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": file_by_tensor})
 
 
 def _write_json(path: Path, value: dict[str, Json]) -> None:

@@ -46,6 +46,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """Map ids (rows, new) to normalized hidden states (rows, new, hidden). `real` marks ids that are not padding.
 
+        `positions` (rows, new), `caches` and their number of positions `space` are for decoding; by default, rows start
+        at position 0 and nothing is cached.
         In training mode, routed experts are rounded to INT4 and products are in bfloat16. Otherwise all is float32.
         """
         if positions is None:

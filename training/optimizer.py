@@ -13,7 +13,7 @@ _STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with an orthogonalized update. A weight with three axes is a stack of matrices."""
+    """Nesterov momentum with an orthogonalized update. A weight with three axes is a stack of matrices."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})

@@ -52,6 +52,7 @@ def _shape(config: dict[str, object]) -> Shape:
 
 
 def _layer_state(layer: Layer, prefix: str, tensors: Tensors) -> Tensors:
+    """Return one layer's state. The names of experts and router differ from the checkpoint's, all others are equal."""
     shipped = {name: tensors.get(f"model.{prefix}.{name}") for name in layer.state_dict()}
     state = {f"{prefix}.{name}": tensor for name, tensor in shipped.items() if tensor is not None}
     return state | _experts_state(layer.mlp, f"{prefix}.mlp", tensors) if isinstance(layer.mlp, Experts) else state
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the exported checkpoint")
     parser.add_argument("--run", type=Path, required=True, help="folder of the new run")
-    parser.add_argument("--consumed", type=int, default=0, help="conversations that it was trained on before")
+    parser.add_argument("--consumed", type=int, default=0, help="number of conversations that the model was trained on")
     options = parser.parse_args()
     options.run.mkdir(parents=True)
     shutil.copyfile(options.model / "tiktoken.model", options.run / "tiktoken.model")

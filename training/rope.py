@@ -9,16 +9,17 @@ from training.shape import Shape
 
 
 def yarn_frequencies(shape: Shape) -> Tensor:
-    """Return rotations per position (rope dim / 2,): low frequencies divided by the factor after a ramp (YaRN, 3.2)."""
+    """Return radians per position (rope dim / 2,): low frequencies divided by the factor after a ramp (YaRN, 3.2)."""
     dim = shape.qk_rope_head_dim
     plain = shape.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
-    def turns_at(beta: float) -> float:
+    def pair_with(beta: float) -> float:
+        """Return the index of the pair that turns ``beta`` times over the original positions."""
         ratio = shape.rope_original_positions / (beta * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(shape.rope_theta))
 
-    low = max(math.floor(turns_at(shape.rope_beta_fast)), 0)
-    high = min(math.ceil(turns_at(shape.rope_beta_slow)), dim - 1)
+    low = max(math.floor(pair_with(shape.rope_beta_fast)), 0)
+    high = min(math.ceil(pair_with(shape.rope_beta_slow)), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
     return (plain / shape.rope_factor * ramp + plain * (1 - ramp)).float()
 

@@ -22,7 +22,10 @@ _CARD = Path("docs/model-card.md")
 
 
 def messages(conversation: Conversation, num_steps: int) -> list[dict[str, Json]]:
-    """Return the messages of a prompt. Tools are declared in the message that the chat template would render."""
+    """Return the messages of a prompt.
+
+    Tools are declared in the message that the chat template would render, so that no grammar helps with the calls.
+    """
     plain = conversation.messages(num_steps)
     if not conversation.tools:
         return plain

@@ -29,4 +29,4 @@ def transcripts(run: Path, model: Model, questions: Sequence[Question]) -> list[
     texts = [render_prompt(question.conversation, question.num_steps) for question in questions]
     prompts = [encoding.encode(text, allowed_special="all") for text in texts]
     replies = greedy(model, prompts, stop, _MAX_NEW_TOKENS)
-    return [Transcript(*ids, encoding.decode(ids[1])) for ids in zip(prompts, replies, strict=True)]
+    return [Transcript(ids, reply, encoding.decode(reply)) for ids, reply in zip(prompts, replies, strict=True)]

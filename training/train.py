@@ -45,7 +45,7 @@ class Schedule:
 
 
 def vocabulary(run: Path) -> tiktoken.Encoding:
-    """Return the run's tokenizer. Train it on the first conversations if it does not exist yet."""
+    """Return the run's tokenizer. If it does not exist yet, train it on conversations in their final proportions."""
     path = run / "tiktoken.model"
     if not path.exists():
         stream = itertools.islice(mixed_conversations(TRAINING_SEED, held_out().keys), _VOCABULARY_CONVERSATIONS)
@@ -62,7 +62,10 @@ def reply_loss(model: Model, batch: Batch) -> torch.Tensor:
 
 
 def balance(model: Model, step_size: float) -> float:
-    """Move each correction bias towards an even load (DeepSeek-V3, 2.1.2). Return the least load / mean load."""
+    """Move each correction bias towards an even load (DeepSeek-V3, 2.1.2).
+
+    Return the load of the least used expert, divided by the mean load of its layer.
+    """
     least = 1.0
     for experts in model.experts():
         mean = experts.load.mean()

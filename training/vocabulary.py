@@ -1,4 +1,8 @@
-"""The byte-level BPE: training, tiktoken.model file, and K2's special tokens after the ranks. Knows no model."""
+"""The byte-level BPE: training, tiktoken.model file, and K2's special tokens. Knows no model.
+
+A rank is the id of an ordinary token: the number of its merge, after the 256 bytes. Special tokens have the ids after
+the ranks.
+"""
 
 import base64
 import itertools
@@ -11,7 +15,7 @@ import regex  # type: ignore[import-untyped]
 import tiktoken
 
 NUM_RESERVED = 256
-PATTERN = "|".join(
+PATTERN = "|".join(  # as in K2's tokenizer
     (
         r"[\p{Han}]+",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
@@ -53,7 +57,10 @@ Pair = tuple[bytes, bytes]
 
 
 def train_ranks(texts: Iterable[str], num_ranks: int) -> list[bytes]:
-    """Train a byte-level BPE: start with 256 bytes, then merge the most frequent pairs. Never merge digits."""
+    """Train a byte-level BPE; return the bytes of each token, by rank.
+
+    Start with 256 bytes, then merge the most frequent pairs. Never merge digits.
+    """
     pattern = regex.compile(PATTERN, regex.V1)
     chunks = Counter(chunk for text in texts for chunk in pattern.findall(text))
     words = [[bytes([byte]) for byte in chunk.encode()] for chunk in chunks if not chunk[0].isnumeric()]

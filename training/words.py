@@ -58,6 +58,7 @@ ANIMALS = _words("bear cat cow dog dragon duck fox frog goat horse lion mouse ow
 
 _ONSETS = _words("b c d f g h k l m n p r s t v w z br dr fl gr pl st tr")
 _VOWELS = _words("a e i o u")
+# Syllables that are rude in some language, and the ones that replace them in made-up words.
 _UNKIND = {"fag": "fal", "neg": "nel", "nig": "nil", "dik": "dil", "kok": "kol", "tit": "til", "fuk": "ful"}
 _CODAS = ("", "", "", "l", "n", "r", "s", "t", "m", "k")
 
@@ -102,5 +103,5 @@ def any_word(rng: random.Random) -> str:
 
 
 def listed(items: list[str]) -> str:
-    """Return one to three items as a list in a sentence: with commas, and "and" before the last item."""
+    """Return one or more items as a list in a sentence: with commas, and "and" before the last item."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

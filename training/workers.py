@@ -51,6 +51,7 @@ def work_together(count: int, work: Callable[..., None], *arguments: object) -> 
         torch.set_num_threads(1)
         work(Worker(0, 1), *arguments)
         return
+    # All workers are on this machine, so gloo uses loopback.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if os.uname().sysname == "Darwin" else "lo"
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_join, (count, f"file://{folder}/meeting", work, arguments), nprocs=count)

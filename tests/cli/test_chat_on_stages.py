@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.command import MLX_K2, CommandLine, stage_processes
 from tests.cli.tmux import Terminal, needs_tmux, terminal
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 
 TOOLS = """
 def get_weather(city: str) -> dict:
@@ -94,7 +94,7 @@ def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: Comm
         processes = pane.processes()
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert wait_until_gone([process for process in processes if process.pid != pane.pid], 60) == []
+        assert still_running_after([process for process in processes if process.pid != pane.pid], 60) == []
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_an_answer_at_once_while_a_suspended_stage_blocks_it(
         pane.wait_for("the answer was stopped")
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert wait_until_gone([process for process in processes if process.pid != pane.pid], 60) == []
+        assert still_running_after([process for process in processes if process.pid != pane.pid], 60) == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_k2.sampling import derived_seed
 from tests.cli.command import CommandLine, descendants_of, stage_processes
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 
 COMMAND = ("generate", "Hello", "--seed", "1", "--stages", "2", "--thinking-budget", "5")
 SCHEMA = {
@@ -123,4 +123,4 @@ def test_a_constrained_answer_is_the_same_after_a_restart(command_line: CommandL
     lines = [json.loads(line) for line in (first_lines + other_lines).splitlines()]
     assert any("restart" in line for line in lines), "the stage was killed too late"
     assert [line for line in lines if "token" in line] == [line for line in undisturbed if "token" in line]
-    assert wait_until_gone(descendants, 0) == []
+    assert still_running_after(descendants, 0) == []

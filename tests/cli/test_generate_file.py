@@ -27,7 +27,7 @@ from mlx_k2.weights.model_source import ModelSource
 from tests.cli.command import MLX_K2, CommandLine, descendants_of
 from tests.cli.test_generate_options import options_of
 from tests.conftest import MANY_EXAMPLES
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 from tests.processes import started_processes
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +254,7 @@ def test_a_run_killed_at_random_moments_is_completed_by_the_next_and_computes_no
             process.send_signal(signal.SIGKILL)
             process.wait()
             num_kills += 1
-            assert wait_until_gone(descendants, 20) == []
+            assert still_running_after(descendants, 20) == []
             lines = complete_lines(out)
             assert old_lines <= lines
             old_lines = lines

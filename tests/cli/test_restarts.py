@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.cli.command import CommandLine, descendants_of, stage_processes
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 
 COMMAND = ("generate", "Hello", "--seed", "1", "--max-tokens", "120", "--stages", "2")
 
@@ -36,7 +36,7 @@ def test_json_output_continues_after_a_restart_and_reports_the_restart_in_one_li
     assert "ended with signal 9: it was killed, possibly by the out-of-memory killer" in restart["reason"]
     assert [line for line in lines if "token" in line] == [line for line in undisturbed if "token" in line]
     assert b"all stages start again in 1 s (restart 1 of at most 3)" in errors
-    assert wait_until_gone(descendants, 0) == []
+    assert still_running_after(descendants, 0) == []
 
 
 @pytest.mark.slow

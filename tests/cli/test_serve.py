@@ -16,7 +16,7 @@ import pytest
 
 from mlx_k2.cli.main import run
 from tests.cli.command import CommandLine, descendants_of
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 from tests.server.http_client import WAIT_S, exchange, parse_answer
 from tests.server.server_process import Server, running_server
 
@@ -138,7 +138,7 @@ def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: Comman
         server.wait_for_line("ending: running requests may continue")
         assert b"[DONE]" in read_to_end(connection)
         assert server.process.wait(WAIT_S) == 0
-        assert not wait_until_gone(processes, 5)
+        assert still_running_after(processes, 5) == []
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_second_signal_ends_at_once(command_line: CommandLine, endless_model: 
             server.process.send_signal(signal.SIGTERM)
             server.wait_for_line("ending: running requests may continue")
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
-        assert not wait_until_gone(processes, 5)
+        assert still_running_after(processes, 5) == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cli.command import CommandLine, descendants_of
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -92,7 +92,7 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_and_leaves_nothing(
     os.killpg(process.pid, signal_number)
     answer, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == exit_code
-    assert wait_until_gone(descendants, 0) == []
+    assert still_running_after(descendants, 0) == []
     assert other_lines(errors) == []
     assert answer.endswith(b"\n")
 
@@ -104,7 +104,7 @@ def test_ctrl_c_during_startup_leaves_no_process(start: Start) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
-    assert wait_until_gone(descendants, 0) == []
+    assert still_running_after(descendants, 0) == []
     assert b"Traceback" not in errors
 
 
@@ -114,7 +114,7 @@ def test_a_closed_stdout_ends_the_command_with_the_exit_code_of_sigpipe(start: S
     assert process.stdout and process.stderr
     process.stdout.close()
     assert process.wait(timeout=TIMEOUT_S) == 128 + signal.SIGPIPE
-    assert wait_until_gone(descendants, 0) == []
+    assert still_running_after(descendants, 0) == []
     assert other_lines(process.stderr.read()) == []
 
 
@@ -124,7 +124,7 @@ def test_killing_the_command_leaves_no_process(start: Start) -> None:
     descendants = wait_for_answer(process, num_stages=2)
     process.kill()
     process.wait()
-    assert wait_until_gone(descendants, TIMEOUT_S) == []
+    assert still_running_after(descendants, TIMEOUT_S) == []
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_w
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=TIMEOUT_S) == 130
     assert process.stderr and KILLED_BY_THE_COMMAND not in process.stderr.read()  # printed only when the wait times out
-    assert wait_until_gone(descendants, TIMEOUT_S) == []
+    assert still_running_after(descendants, TIMEOUT_S) == []
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mlx_k2.weights.manifest import HubFile, write_manifest
 from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.cli.linked_model import link_model, replace_file
-from tests.local_cluster import wait_until_gone
+from tests.local_cluster import still_running_after
 from tests.model.checkpoints import copy_with_value
 from tests.processes import started_processes
 
@@ -40,7 +40,7 @@ def error_on(endless_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         return line
 
     yield run_on
-    assert wait_until_gone(started_processes(), 0) == []
+    assert still_running_after(started_processes(), 0) == []
 
 
 def test_a_stage_whose_python_is_missing_is_named_with_the_path(error_on: FailingRun) -> None:

@@ -15,7 +15,7 @@ from mlx_k2.launch.stage_location import StageLocation
 from mlx_k2.launch.stage_process import MAX_LINE_BYTES, StageProcess
 from mlx_k2.protocol.messages import Connected, Step, StepDone
 from tests.launch.guarded import stand_in_python
-from tests.local_cluster import is_running, wait_until_gone
+from tests.local_cluster import is_running, still_running_after
 from tests.processes import started_processes
 
 MakeGroup = Callable[..., StageGroup]
@@ -169,7 +169,7 @@ def test_leaving_a_group_with_a_suspended_guard_ends_the_guard_and_its_stage(mak
         processes = running_children()
         (guard,) = started_processes(recursive=False)
         guard.suspend()
-    assert wait_until_gone(processes, RECEIVE_TIMEOUT_S) == []
+    assert still_running_after(processes, RECEIVE_TIMEOUT_S) == []
 
 
 def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) -> None:

@@ -3,8 +3,9 @@
 python -m training.draft.answers --out DIR --conversations N [--first N]
 python -m training.draft.answers --held-out FILE [--aux 2,4,6]
 
-Each file of DIR has the answers to 256 prompts, half of them sampled at temperature 0 and half at 1. Files that exist
-are not made again, so that a run can be stopped at any time.
+Each file of DIR has the answers to the prompts of 256 conversations, without prompts that are too long. Half of the
+answers are greedy (temperature 0), half sampled at temperature 1. Files that exist are not made again, so that a run
+can be stopped at any time.
 """
 
 import argparse
@@ -31,7 +32,7 @@ DATA_SEED = 22
 MAX_TOKENS = 160
 _FILE_PROMPTS = 256
 _BATCH_ROWS = 64
-_LONGEST_PROMPT = 440
+_MAX_PROMPT_TOKENS = 440
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Answers:
 
 
 def answer(target: Target, prompts: Sequence[list[int]], temperature: float, stop: int, key: mx.array) -> Answers:
-    """Sample an answer to each prompt, up to ``stop`` or 160 tokens."""
+    """Sample an answer to each prompt, up to and with ``stop``, or of MAX_TOKENS tokens. Temperature 0 is greedy."""
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     padding = [longest - length for length in lengths]
@@ -59,19 +60,19 @@ def answer(target: Target, prompts: Sequence[list[int]], temperature: float, sto
     aux, last, written = [], [], []
     is_open = mx.ones((len(prompts),), mx.bool_)
     while len(written) < MAX_TOKENS and mx.any(is_open).item():
-        states = target.run(newest)
-        logits = target.logits(states[1][:, -1])
+        aux_states, last_states = target.run(newest)
+        logits = target.logits(last_states[:, -1])
         key, step_key = mx.random.split(key)
         sampled = mx.random.categorical(logits / temperature, key=step_key) if temperature else mx.argmax(logits, -1)
         newest = sampled[:, None]
-        mx.eval(newest, *states)
-        aux.append(states[0].astype(mx.float16))
-        last.append(states[1].astype(mx.float16))
+        mx.eval(newest, aux_states, last_states)
+        aux.append(aux_states.astype(mx.float16))
+        last.append(last_states.astype(mx.float16))
         written.append(newest)
         is_open = is_open & (newest[:, 0] != stop)
     all_aux, all_last = mx.concatenate(aux, axis=1), mx.concatenate(last, axis=1)
     replies = [_until(row, stop) for row in mx.concatenate(written, axis=1).tolist()]
-    ends = [longest + len(reply) - 1 for reply in replies]
+    ends = [longest + len(reply) - 1 for reply in replies]  # the last token was not run, so it has no states
     return Answers(
         [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)],
         lengths,
@@ -96,12 +97,12 @@ def prompts_of(first: int, count: int) -> Iterator[list[int]]:
     for conversation in stream:
         step = rng.randint(0, len(conversation.exchanges[-1].steps))
         ids = encoding.encode(render_prompt(conversation, step), allowed_special="all")
-        if len(ids) <= _LONGEST_PROMPT:
+        if len(ids) <= _MAX_PROMPT_TOKENS:
             yield ids
 
 
 def held_out_prompts() -> dict[int, list[int]]:
-    """Return the prompts of 200 held-out questions by the questions' numbers, the same part of each skill."""
+    """Return the prompts of 200 held-out questions by the questions' numbers: every ninth, about 22 of each skill."""
     encoding = load_encoding(BUILTIN_FOLDER / "tiktoken.model")
     questions = held_out().questions
     return {
@@ -112,17 +113,18 @@ def held_out_prompts() -> dict[int, list[int]]:
     }
 
 
-def make_file(target: Target, path: Path, prompts: Sequence[list[int]], first: int, *, is_split: bool = True) -> int:
+def make_file(target: Target, path: Path, prompts: Sequence[list[int]], seed: int, *, is_split: bool = True) -> int:
     """Answer prompts, write the answers to a file, and return the number of their tokens.
 
-    Half of the prompts are answered at each temperature, or with ``is_split`` False all of them at both.
+    Half of the prompts are answered at each temperature, or with ``is_split`` False all of them at both. The seeds
+    of two files must be at least their number of prompts apart.
     """
     stop = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
     parts = []
     for temperature in (0, 1):
-        part = sorted(prompts, key=len)[temperature::2] if is_split else prompts
+        part = sorted(prompts, key=len)[temperature::2] if is_split else prompts  # sorted: a batch has similar lengths
         parts += [
-            answer(target, part[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(first + start))
+            answer(target, part[start : start + _BATCH_ROWS], temperature, stop, mx.random.key(seed + start))
             for start in range(0, len(part), _BATCH_ROWS)
         ]
     arrays = {
@@ -152,7 +154,7 @@ def main() -> None:
         "--held-out", type=Path, help="write the answers to 200 held-out questions to this file instead"
     )
     parser.add_argument("--aux", type=_layers, default=AUX_LAYERS, help="layers whose outputs are kept  [1,3,5]")
-    parser.add_argument("--first", type=int, default=0, help="number of the first one, a multiple of 256")
+    parser.add_argument("--first", type=int, default=0, help="number of the first conversation, a multiple of 256")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after the file that ends later than this")
     options = parser.parse_args()
     target = Target(options.aux)

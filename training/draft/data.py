@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from training.draft.head import Batch
 
 _LENGTHS, _QUERIES = 32, 16
-"""Lengths and numbers of queries are rounded up to multiples of these."""
+"""Lengths and numbers of queries are rounded up to multiples of these, so that few shapes occur."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Row:
 
 
 def read_rows(paths: Sequence[Path]) -> list[Row]:
-    """Return the rows of files that `training.draft.answers` wrote, without answers of fewer than two tokens."""
+    """Return the rows of files that `training.draft.answers` wrote.
+
+    Answers of fewer than two tokens are left out: the head's first prediction is an answer's second token.
+    """
     rows = []
     for path in paths:
         arrays = {name: np.asarray(array) for name, array in mx.load(str(path)).items()}
@@ -48,6 +51,7 @@ def endless_batches(rows: Sequence[Row], norm: mx.array, eps: float, most_tokens
     rng = random.Random(seed)
     while True:
         parts: list[list[Row]] = [[]]
+        # The random part gives each round through the rows other batches.
         for row in sorted(rows, key=lambda row: len(row.tokens) + rng.random() * _LENGTHS):
             if (len(parts[-1]) + 1) * _rounded(len(row.tokens), _LENGTHS) > most_tokens:
                 parts.append([])
@@ -58,7 +62,11 @@ def endless_batches(rows: Sequence[Row], norm: mx.array, eps: float, most_tokens
 
 
 def make_batch(rows: Sequence[Row], norm: mx.array, eps: float) -> Batch:
-    """Return rows as one batch. ``norm`` and ``eps`` are those of the model's last norm."""
+    """Return rows as one batch. ``norm`` and ``eps`` are weight and epsilon of the model's last norm.
+
+    Position t predicts token t + 2 (head.py). So the last two tokens have no position, and the queries begin one
+    position before the answer, with the prediction of its second token.
+    """
     length = _rounded(max(len(row.tokens) for row in rows) - 2, _LENGTHS)
     num_queries = [len(row.tokens) - row.num_prompt - 1 for row in rows]
     most = _rounded(max(num_queries), _QUERIES)
@@ -72,7 +80,7 @@ def make_batch(rows: Sequence[Row], norm: mx.array, eps: float) -> Batch:
         next_ids[index, :used] = row.tokens[1:-1]
         first = row.num_prompt - 1
         queries[index, :count] = np.arange(first, first + count)
-        queries[index, count:] = first + count - 1
+        queries[index, count:] = first + count - 1  # padding: any valid position
         target[index, :count] = row.last[first + 1 : first + 1 + count]
     is_real = np.arange(most) < np.array(num_queries)[:, None]
     normed = mx.fast.rms_norm(mx.array(target).astype(mx.float32), norm, eps)

@@ -19,11 +19,11 @@ _SAME = (
     "qk_rope_head_dim", "v_head_dim", "rms_norm_eps", "vocab_size", "rope_theta", "rope_scaling", "hidden_act",
     "attention_bias", "max_position_embeddings",
 )  # fmt: skip
-"""Fields of config.json that are the model's."""
+"""Fields of the head's config.json that are copied from the model's."""
 
 
 def config() -> dict[str, Json]:
-    """Return the contents of the head's config.json. Embedding and output projection are the model's."""
+    """Return the contents of the head's config.json. The head uses the model's embedding and output projection."""
     model: dict[str, Json] = json.loads((BUILTIN_FOLDER / "config.json").read_text())
     return {
         "architectures": ["Eagle3DeepseekV2ForCausalLM"],

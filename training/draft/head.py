@@ -1,7 +1,7 @@
 """The draft head in MLX, for training: EAGLE-3 with multi-head latent attention, computed in the naive way.
 
-Position t reads the hidden states of t and the token of t + 1, and predicts the token of t + 2. A later unrolled step
-reads the output of the step before it, one position earlier, in place of the hidden states. Knows no data.
+Position t reads the hidden states of t and the token of t + 1, and predicts the token of t + 2. An unrolled step after
+the first reads at position t, in place of the hidden states, the previous step's output at t - 1. Knows no data.
 """
 
 import math
@@ -22,7 +22,8 @@ class Batch:
     """Answers, padded on the right. ``queries`` are the positions whose prediction counts; the rest only are context.
 
     aux (rows, positions, aux width); next_ids (rows, positions): the token after each position; queries (rows, count);
-    is_real (rows, count); target (rows, count, hidden): the model's normed output that predicts the same token.
+    is_real (rows, count): False for padding of the queries; target (rows, count, hidden): the model's normed output
+    that predicts the same token.
     """
 
     aux: mx.array
@@ -39,7 +40,7 @@ def initial_weights(config: ModelConfig, num_aux: int, intermediate: int, aux_sc
     assert q_rank is not None
     key_up = config.qk_nope_head_dim + config.v_head_dim
     attention, mlp = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
-    shapes = {
+    shapes = {  # rows, columns, gain
         "fc.weight": (hidden, num_aux * hidden, 1 / aux_scale),
         f"{attention}.q_a_proj.weight": (q_rank, 2 * hidden, 1.0),
         f"{attention}.q_b_proj.weight": (heads * config.qk_head_dim, q_rank, 1.0),
@@ -141,8 +142,8 @@ class _Layer:
     ) -> mx.array:
         """Return the layer's output (rows, count, hidden) for the queries at ``positions``.
 
-        ``own`` are the keys and values of the unrolled steps after the first. A query in step k sees the context up to
-        k positions before it, and after that one position of each later step.
+        In step k, counted from 0, ``own`` has the keys and values of steps 1 to k. A query sees the context up to k
+        positions before it, and then one position of each of these steps.
         """
         config = self._config
         queries = self._project(

@@ -2,8 +2,9 @@
 
 python -m training.draft.measure --answers FILE --run DIR [--save]
 
-Each position of an answer counts once: the share of positions whose token is drafted right from all tokens before it.
-At temperature 1 head and model sample with the same noise, as the program does. A draft of the stop token is not used.
+The acceptance is the share of an answer's positions whose token is drafted right from all tokens before it. An answer's
+first token, which no head drafts, and its stop token are left out. At temperature 1 the head's draft is compared with a
+token that the model samples with the same noise, as in the program. A draft of the stop token counts as wrong.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from training.vocabulary import load_encoding
 _CARD = Path("docs/model-card.md")
 _NOISE_SEED = 5
 _SURE = 0.9
-"""Tokens whose best probability is lower are counted apart."""
+"""Positions where the model's best token has a lower probability are also counted apart."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Position:
 
 
 def positions(rows: Sequence[tuple[str, Row]], weights: Weights) -> Iterator[Position]:
-    """Yield the positions of all answers whose token is not the stop token."""
+    """Yield the positions of all answers from the second token on, without the stop token."""
     config, embedding, norm, head = outer_weights()
     forward = HeadForward(config, embedding, head)
     stop = load_encoding(BUILTIN_FOLDER / "tiktoken.model").encode_single_token("<|im_end|>")
@@ -52,7 +53,7 @@ def positions(rows: Sequence[tuple[str, Row]], weights: Weights) -> Iterator[Pos
         (logits,) = forward.logits(weights, batch, 1)
         target = forward.target_logits(batch.target)
         best = mx.max(mx.softmax(target, axis=-1), axis=-1)
-        noise = mx.random.gumbel(logits.shape, key=mx.random.key(_NOISE_SEED + index)) * row.temperature
+        noise = mx.random.gumbel(logits.shape, key=mx.random.key(_NOISE_SEED + index)) * row.temperature  # 0 or 1
         drafted, sampled = (np.asarray(mx.argmax(x + noise, axis=-1)[0]) for x in (logits, target))
         ngrams = ngram_drafts(row.tokens.tolist(), row.num_prompt + 1)
         for at, (ngram, token_id) in enumerate(zip(ngrams, row.tokens[row.num_prompt + 1 :].tolist(), strict=True)):
@@ -75,7 +76,7 @@ def ngram_drafts(tokens: list[int], first: int) -> list[int | None]:
 def table(found: Sequence[Position]) -> str:
     """Return the shares by temperature and skill as a Markdown table."""
     lines = [
-        "| temperature | skill | positions | n-grams | head | best < 0.9 | head there |",
+        f"| temperature | skill | positions | n-grams | head | best < {_SURE} | head there |",
         "|---|---|---|---|---|---|---|",
     ]
     for temperature in (0, 1):

@@ -43,12 +43,12 @@ class _GroupedExperts(nn.Module):
 
 
 class Target:
-    """The model, its last layer's output, and the outputs of ``aux_layers`` beside it."""
+    """The model with caches for one batch. It returns its last layer's output and the outputs of ``aux_layers``."""
 
     def __init__(self, aux_layers: Sequence[int]) -> None:
         self._model, _ = load_model(BUILTIN_FOLDER)
         self._model.set_dtype(mx.float32)
-        for layer in self._model.model.layers[1:]:
+        for layer in self._model.model.layers[1:]:  # the first layer is dense
             layer.mlp.switch_mlp = _GroupedExperts(layer.mlp.switch_mlp)
         mx.eval(self._model.parameters())
         self._aux_layers = frozenset(aux_layers)

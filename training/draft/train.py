@@ -2,9 +2,9 @@
 
 python -m training.draft.train --data DIR --run DIR --steps N [--seconds N]
 
-The loss is the divergence of the head's distribution from the model's (KL), or the negative logarithm of the share on
-which both agree (LK, arXiv 2602.23881), over one step, and in every third batch over
-three unrolled steps.
+The loss (--loss) is the divergence of the head's distribution from the model's (kl), or the negative logarithm of the
+share on which both agree (lk, arXiv 2602.23881). It is computed over one step, and in every third batch over three
+unrolled steps.
 """
 
 import argparse
@@ -30,6 +30,7 @@ NUM_UNROLLED = 3
 _UNROLL_EVERY = 3
 """Every third batch is computed in three unrolled steps, the others in one, which is a third of the work."""
 _STEP_WEIGHTS = (1.0, 0.8, 0.64)
+"""Weights of the unrolled steps' losses."""
 _BATCH_TOKENS = 4096
 _MATRIX_LR, _OTHER_LR = 0.025, 0.004
 _WARMUP_STEPS = 20
@@ -46,7 +47,7 @@ def outer_weights() -> tuple[ModelConfig, mx.array, mx.array, mx.array]:
 
 
 def divergence(logits: mx.array, target: mx.array) -> mx.array:
-    """Return KL(target || head) of each prediction, up to the target's entropy."""
+    """Return KL(target || head) of each prediction plus the target's entropy, which does not depend on the head."""
     chances = mx.softmax(target, axis=-1)
     return mx.logsumexp(logits, axis=-1) - mx.sum(chances * logits, axis=-1)
 
@@ -94,7 +95,7 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
     """Train from the run's last checkpoint to step ``options.steps``, or for ``options.seconds``."""
     config, embedding, norm, projection = outer_weights()
     used_ids = mx.array(np.unique(np.concatenate([row.tokens[row.num_prompt :] for row in rows])))
-    forward = HeadForward(config, embedding, projection[used_ids])
+    forward = HeadForward(config, embedding, projection[used_ids])  # logits of tokens that no answer has are left out
     optimizer = make_optimizer()
     scale = float(mx.std(mx.array(rows[0].aux).astype(mx.float32)).item())
     num_aux = rows[0].aux.shape[-1] // config.hidden_size
@@ -116,10 +117,10 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
         tree = optimizer.apply_gradients(gradients, tree)
         mx.eval(tree, optimizer.state, value)
-        if not is_unrolled:
+        if not is_unrolled:  # a loss of several steps is not comparable
             losses.append(value.item())
         elapsed_s = time.monotonic() - began
-        if (step + 1) % _REPORT_STEPS == 0:
+        if (step + 1) % _REPORT_STEPS == 0 and losses:  # none if the run was resumed at an unrolled step just before
             print(f"step {step + 1} loss {sum(losses) / len(losses):.4f} {elapsed_s:.0f} s", file=sys.stderr)
             losses.clear()
         if elapsed_s > options.seconds or step + 1 == options.steps:
@@ -154,8 +155,9 @@ def read_weights(folder: Path) -> Weights:
     """Return the weights of a training run, or of an exported head, in float32."""
     exported = folder / "model.safetensors"
     arrays = mx.load(str(exported if exported.exists() else folder / "last.safetensors"))
-    kept = arrays.items() if exported.exists() else ((n[8:], a) for n, a in arrays.items() if n.startswith("weights/"))
-    return {name: array.astype(mx.float32) for name, array in kept}
+    if not exported.exists():
+        arrays = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+    return {name: array.astype(mx.float32) for name, array in arrays.items()}
 
 
 def main() -> None:
@@ -168,8 +170,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after this long; the same command continues"
     )
-    parser.add_argument("--loss", choices=tuple(LOSSES), default="kl")
+    parser.add_argument("--loss", choices=tuple(LOSSES), default="kl", help="loss function  [default: kl]")
     options = parser.parse_args()
+    # The pattern leaves out the file that `answers` is writing: part-NUMBER.
     train(read_rows(sorted(options.data.glob("[0-9]*.safetensors"))), options.run, options)
 
 

@@ -121,6 +121,7 @@ def beyond(rng: random.Random) -> Task:
     text = rng.choice(_BEYOND).format(
         noun=noun(rng), noun2=noun(rng), language=rng.choice(LANGUAGES), name=rng.choice(NAMES), made_up=made_up(rng)
     )
+    # "Write ..." gets a question mark, too: the model was trained with it.
     question = _sentence(rng.choice(_BEFORE) + text, "?" if text.startswith(("W", "H", "I")) else ".")
     answer = "I am sorry, I cannot do that: I am only a small demo model."
     return Task(text_key(question), Exchange(question, "This is beyond what I have learned.", answer))

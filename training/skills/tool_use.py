@@ -28,12 +28,12 @@ def one_call(rng: random.Random) -> Task:
 
 
 def renamed_call(rng: random.Random) -> Task:
-    """Return a question of a known family, whose tool has one argument with an unfamiliar name."""
+    """Return a question that needs one call, of a tool with an arbitrary name for one argument."""
     return _call_of(rng, renamed_tool(rng, _family(rng)))
 
 
 def strange_call(rng: random.Random) -> Task:
-    """Return a call of a tool whose name and arguments occur only in its declaration and in the question."""
+    """Return a question that needs one call, of a tool whose name and arguments are random words."""
     return _call_of(rng, strange_tool(rng))
 
 
@@ -141,6 +141,7 @@ def _step(rng: random.Random, tool: Tool, arguments: dict[str, str | int], think
 
 
 def _family(rng: random.Random) -> Family:
+    """Return a family, the weather more often than each other one."""
     return FAMILIES[0] if rng.random() < 0.12 else rng.choice(FAMILIES)
 
 
@@ -149,10 +150,12 @@ def _arguments(rng: random.Random, family: Family) -> dict[str, str | int]:
 
 
 def _fill(template: str, arguments: dict[str, str | int]) -> str:
+    """Insert the arguments by name, or by number in the templates of made-up families."""
     return template.format(*arguments.values(), **arguments)
 
 
 def _declare_beside(rng: random.Random, family: Family, others: list[Tool]) -> Tool:
+    """Return a tool of the family whose name none of the others has."""
     while True:
         tool = declare_tool(rng, family)
         if tool.name not in {other.name for other in others}:

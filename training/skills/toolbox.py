@@ -14,7 +14,10 @@ _REASONS = ("not found", "no connection", "timed out", "not allowed", "out of or
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: its possible names in declarations, its JSON type, and a source of values for it."""
+    """One argument: its possible names in declarations, its JSON type, and a source of values for it.
+
+    The first of ``names`` is its name in templates. A name that is given twice is chosen twice as often.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -23,9 +26,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """Tools with one function. Templates name arguments by the first of the parameter's names, and results by key.
+    """Tools with one purpose. Templates name arguments by the first of the parameter's names, and results by key.
 
-    `several` asks about several values of the argument, as in "the time in Rome and Oslo" (empty: not possible).
+    `several` has questions about several values of the argument, as in "the time in Rome and Oslo" (empty: not
+    possible). `result` returns a call's result; `answer` and `failure` are templates of the answer after it.
     """
 
     names: tuple[str, ...]
@@ -171,7 +175,7 @@ _VALUES: tuple[tuple[str, Callable[[random.Random], str | int]], ...] = (
 
 @dataclass(frozen=True)
 class Tool:
-    """One member of a family as a conversation declares it. `spelled` maps our argument names to the declared ones."""
+    """One member of a family as a conversation declares it. `spelled`: the declared names, by the templates' names."""
 
     family: Family
     name: str
@@ -228,7 +232,7 @@ def made_up_family(rng: random.Random) -> Family:
 
 
 def renamed_tool(rng: random.Random, family: Family) -> Tool:
-    """Return a tool of this family with one argument whose name is known only from its declaration."""
+    """Return a tool of this family with any name for one argument: the call needs the name from the declaration."""
     renamed = rng.choice(family.parameters)
     return declare_tool(rng, family, lambda each: _any_names(rng) if each is renamed else each.names)
 
