@@ -1,4 +1,4 @@
-"""Remote engine: runs requests of this process on a server, with the interface of `coordinator.engine.Engine`.
+"""Remote engine: runs requests of this process on a server, with the method `submit` of `coordinator.engine.Engine`.
 
 The server computes tokens. The token policy runs here: text, stop strings, thinking budget. When the policy forces
 tokens, the rest of the answer is a new HTTP request, whose prompt ends with these tokens. The server's cache has the
@@ -143,6 +143,7 @@ class RemoteEngine:
     def _stream(self, remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
         """Put sampled tokens into ``handle`` until the answer ends; return why. None: forced tokens follow."""
         response = self._send(remote)
+        # Only the first HTTP request computes the prompt; a later one finds it in the cache.
         is_first, reason = not remote.token_ids, None
         for data in event_data(response):
             if remote.is_cancelled:

@@ -1,6 +1,7 @@
 """The served model: converts requests of clients to requests of the engine. Knows no HTTP and no stages.
 
-Its methods compute for milliseconds to seconds. They are called on worker threads, never on the event loop.
+Its methods compute for milliseconds to seconds, and are called on worker threads. Only ``keep_turn``, which is fast, is
+called on the event loop.
 """
 
 import re
@@ -35,6 +36,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 BRIEF_TOKENS = 1024
 """A chat request without tools has the priority brief if its answer is limited to at most this number of tokens."""
 _MAX_TOKEN_ID_DIGITS = 9
+"""Enough for every vocabulary; a longer number is no token id."""
 _CALL_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -58,7 +60,7 @@ class Generation:
     digest: bytes | None = None
     """The turn store's digest of the conversation to answer; None for a raw prompt."""
     warnings: tuple[str, ...] = ()
-    """Lines about schemas whose grammar allows more than the schema."""
+    """Lines for the client: schemas whose grammar allows more than the schema, and parts of the request left out."""
 
 
 class LanguageModel:
@@ -194,8 +196,9 @@ class LanguageModel:
         try:
             return resolved_sampling(values, self._frontend.recommended, seed, biases, num_logprobs, thinking=thinking)
         except RequestError as error:
-            name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
-            raise bad_request_error(str(error), name.replace("-", "_")) from None
+            # Other messages begin with the name of the field, as "top-p 2 is out of range".
+            name = "logit_bias" if "logit bias" in str(error) else str(error).split(" ", 1)[0].replace("-", "_")
+            raise bad_request_error(str(error), name) from None
 
     def _biases(self, fields: GenerationFields) -> tuple[tuple[int, float], ...]:
         """Return pairs of a token id and its logit bias; as keys of JSON the ids are text."""
@@ -216,7 +219,7 @@ class LanguageModel:
         answer, declarations = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
         if answer is None and not declarations and chat.tool_choice is None:
             return None
-        field = "tool_choice"
+        field = "tool_choice"  # the field at fault: first of tool_rules, then of compile_constraint
         try:
             rules = tool_rules(
                 declarations,
@@ -228,6 +231,7 @@ class LanguageModel:
             field = "response_format"
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
+            # compile_constraint begins its messages about tools with these words.
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
             raise bad_request_error(str(error), "tools" if is_tool else field) from None
 
@@ -244,8 +248,8 @@ def _priority(fields: GenerationFields) -> Priority:
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
     """Return the number for the next tool call's id.
 
-    It is larger than all numbers in the messages, which may lack the beginning of the conversation: a model treats a
-    call with an id that occurred before as a repetition.
+    It is larger than the number of every id in the messages: a model treats a call with an id that occurred before as a
+    repetition. A count of the calls is not enough, since the messages may lack the beginning of the conversation.
     """
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]

@@ -38,6 +38,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     content: Any = None
     is_error: bool | None = None
     tool_name: str = ""
+    """The tool that a ``tool_reference`` block names."""
 
 
 class MessageEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +49,7 @@ class MessageEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool. Its ``type`` is None or "custom" for the client's own; other types run on Anthropic's servers."""
+    """A tool. Its ``type`` is None or "custom" for the client's own; Anthropic defines tools of other types."""
 
     name: str = ""
     type: str | None = None
@@ -135,7 +136,11 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
     @property
     def chat(self) -> ChatRequest:
-        """The request, converted to a chat request. Errors are those of CountRequest."""
+        """The request, converted to a chat request.
+
+        Raises:
+            ApiError: 400; names the field that cannot be served.
+        """
         check_field(self.max_tokens >= 0, "max_tokens", f"max_tokens is {self.max_tokens}: give at least 0")
         chat = msgspec.structs.replace(
             super().chat,
@@ -160,7 +165,7 @@ def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
 
 
 def _messages(entries: Sequence[MessageEntry]) -> Iterator[dict[str, Any]]:
-    """Yield the messages of a chat request: one or more for each turn."""
+    """Yield the messages of a chat request: of each turn the tool results, then its text if it has any."""
     check_field(bool(entries), "messages", "messages: there is no message to answer")
     for role, turn in groupby(enumerate(entries), lambda numbered: numbered[1].role):
         numbered_entries = list(turn)
@@ -177,7 +182,7 @@ def _messages(entries: Sequence[MessageEntry]) -> Iterator[dict[str, Any]]:
             continue
         yield from (_result(where, block) for where, block in blocks if block.type == "tool_result")
         texts = [_user_text(where, block) for where, block in blocks if block.type in ("text", *_UNREADABLE_TYPES)]
-        if texts or not blocks:
+        if texts or not blocks:  # content [] is an empty text
             yield {"role": role, "content": "\n".join(texts)}
     check_field(
         entries[-1].role != "assistant",
@@ -238,7 +243,7 @@ def _blocks(content: str | list[Block]) -> list[Block]:
 
 
 def _tools(tools: Sequence[MessagesTool]) -> list[dict[str, Any]]:
-    """Return the client's own tools as functions."""
+    """Return the client's own tools as functions; tools of other types are left out."""
     declarations = []
     for tool in tools:
         if tool.type not in (None, "custom"):
