@@ -96,6 +96,7 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
     tokenizer = engine.frontend.tokenizer
     think = tokenizer.special_ids["<think>"]
     submitted = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
+    # The stages sample the ids 0 to 9, so that the text of token 3 ends an answer.
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
         own_tokens, own_finished = tokens_of(
             server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
@@ -169,6 +170,7 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         other_handles.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
         submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
+        # With this budget the client itself adds the first token, </think>: the answer has begun.
         handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
         server.wait_for_line("/v1/completions 429")
         for other in other_handles:
@@ -197,7 +199,7 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
         RemoteEngine(ServerAddress("http://127.0.0.1:1", key))
 
 
-def test_an_address_without_a_server_is_named(tmp_path: object) -> None:
+def test_an_address_without_a_server_is_named() -> None:
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):

@@ -1,6 +1,7 @@
 """Tests of the commands in README.md on three hosts, in a terminal, as a new user types them, with mistakes.
 
-The names of hosts are those of the emulated hosts. `make demo` is replaced by its command: the packages that it
+The tests run in order: setup's files and installations are used by later ones, and for the second size of terminal. The
+names of hosts are those of the emulated hosts. `make demo` is replaced by its command: the packages that it
 installs are here already.
 """
 

@@ -118,6 +118,7 @@ def test_all_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_chan
     assert "unknown-key: ssh does not know its host key" in output
     assert "nothing was changed" in output
     old_python = hosts.folder / "python3.9"
+    # It prints what a real Python prints to the survey of a host: version, whether it has pip, path.
     old_python.write_text('#!/bin/sh\necho "3.9.6 pip /usr/bin/python3"\n')
     old_python.chmod(0o755)
     code, output = run(hosts, "setup", "host-1", "--python", str(old_python), "--yes")

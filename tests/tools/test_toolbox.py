@@ -40,8 +40,10 @@ def http_server(name: str) -> Iterator[HttpServer]:
     command = [sys.executable, str(SCRIPT), "http"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        yield HttpServer(name=name, url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
-        process.kill()
+        try:
+            yield HttpServer(name=name, url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_a_failing_tool_and_invalid_arguments_give_failed_results(box: ToolBox) 
     assert box.call("fail", {}).outcome is Outcome.FAILED
     invalid = box.call("add", {"a": "many"})
     assert invalid.outcome is Outcome.FAILED
-    assert "\na\n" in invalid.text, "the name of the argument"
+    assert "\na\n" in invalid.text, "a line has the name of the argument"
     assert "integer" in invalid.text
 
 
@@ -225,7 +227,7 @@ def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [(), pytest.param(("ignores-sigterm",), marks=pytest.mark.slow)],
-    ids=["a server that ends", "one that ignores SIGTERM"],
+    ids=["a server that SIGTERM ends", "a server that ignores SIGTERM"],
 )
 def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
     pids_before = descendant_pids()
