@@ -1,4 +1,4 @@
-"""HTTP requests to a running server, and the conversion of its errors to those of this program. Knows no tokens."""
+"""HTTP requests to a running server, and the conversion of its errors to errors of mlx_k2. Knows no tokens."""
 
 import http.client
 import socket
@@ -70,7 +70,7 @@ class ServerAddress:
         """Send a request; return its response, whose body is not read yet.
 
         Raises:
-            SetupError: there is no server, or it requires a key.
+            SetupError: there is no server, or it requires a key, or another one.
             RequestError: the server refuses the request.
             EngineBusy, Unavailable, ClusterError: the server cannot serve the request now.
         """

@@ -51,7 +51,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
-    """Answer 500. Starlette raises the error again after that, and the outermost layer logs it."""
+    """Answer 500. Starlette then raises the error again, and the outermost layer logs it."""
     return error_response(defect_error(), request.scope)
 
 

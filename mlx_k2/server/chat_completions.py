@@ -27,7 +27,7 @@ class CompletionFormat(Generic[RequestT]):
     """
 
     chunk_kind: str
-    """The value of the field "object" of a chunk; that of a body is the same without ".chunk"."""
+    """The value of the field "object" of a chunk. A body has it without the end ".chunk", if it has this end."""
 
     def __init__(
         self, base_fields: dict[str, Any], replies: Sequence[ChatReply], request: RequestT, options: ServerOptions
@@ -171,7 +171,7 @@ class TextFormat(CompletionFormat[CompletionRequest]):
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
     """Return the token counts of complete replies to one prompt, which counts once.
 
-    Its cached tokens are the least number of a reply: the others find in the cache what was computed for the first one.
+    Its cached tokens are the least number of any reply: the others find in the cache what the first one computed.
     Moonshot's clients read ``cached_tokens`` at the top level.
     """
     summaries = [reply.summary for reply in replies if reply.summary is not None]

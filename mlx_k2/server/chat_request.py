@@ -119,7 +119,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     return_token_ids: bool | None = None
-    """Whether to send the token ids of each choice, that of the stop token included."""
+    """Whether to send the token ids of each choice, the stop token included."""
 
     @property
     def text_or_ids(self) -> str | list[int]:

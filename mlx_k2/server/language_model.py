@@ -114,9 +114,13 @@ class LanguageModel:
         )
 
     def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
-        """Return the prompt's token ids and the turn store's digest of its messages. Errors are those of ``chat``.
+        """Return the prompt's token ids and the turn store's digest of its messages.
 
         Earlier answers to this owner keep the tokens that were sampled; reasoning that the client left out is restored.
+
+        Raises:
+            ApiError: 400, a message is malformed.
+            TokenizerError: the chat template fails.
         """
         template = self._frontend.template
         try:
@@ -139,7 +143,11 @@ class LanguageModel:
             self._turns.keep(generation.owner, turn_handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
-        """Return the generation for a raw prompt. Errors are those of ``chat``."""
+        """Return the generation for a raw prompt.
+
+        Raises:
+            ApiError: 400, the request cannot be served; names the field at fault.
+        """
         prompt = completion.text_or_ids
         prompt_ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         self._check_ids(prompt_ids, "prompt")

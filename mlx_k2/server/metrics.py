@@ -100,7 +100,7 @@ class Metrics:
 
 @dataclass(eq=False)
 class _CurrentValues(Collector):
-    """A collector of values that other objects hold. It reads them when Prometheus does."""
+    """A collector of values that other objects hold. It reads them at each call of ``Metrics.text``."""
 
     records: Mapping[str, RequestRecord]
     activity: ClusterActivity

@@ -68,14 +68,14 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
 
     @property
     def function_tools(self) -> list[dict[str, Any]]:
-        """The declared functions. Tools of other types are left out: OpenAI's servers run them."""
+        """The declared functions. Tools of other types are left out: OpenAI's API defines them."""
         return [tool for tool in self.tools or () if tool.get("type") == "function"]
 
 
 class Conversation(msgspec.Struct, frozen=True):
     """A request for a response, converted to a chat request; ``warnings`` are lines about what was left out.
 
-    ``messages`` are those that a later response continues: all but the instructions, which apply to one response only.
+    A later response continues ``messages``. They lack the instructions, which apply to one response only.
     """
 
     chat: ChatRequest

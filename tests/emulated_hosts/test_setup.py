@@ -31,7 +31,7 @@ def run(hosts: EmulatedHosts, *arguments: str) -> tuple[int, str]:
 
 
 def changed_folders(hosts: EmulatedHosts) -> list[Path]:
-    """Return the existing ones of the folders that setup creates in the homes."""
+    """Return which of the folders that setup creates in the homes exist."""
     folders = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
     return [folder for folder in folders if folder.exists()]
 

@@ -56,7 +56,7 @@ def answer_call(request_id: int) -> bytes:
         case "byte order mark":
             return b"\xef\xbb\xbf" + good
         case "one call in two":
-            # Ids count up by 1.
+            # Ids count up by 1 over one connection.
             return good if request_id % 2 else good.replace(b"fine", b"\xc4\xe3")
     return good
 
