@@ -99,7 +99,7 @@ class LanguageModel:
         first_call = next_call_number(chat.messages)
         grammar = self._grammar(chat, first_call)
         budget = chat.thinking_budget if self._frontend.template.has_reasoning else None
-        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, thinking_budget=budget)
         requests = self._requests(chat, prompt_ids, self._mode(chat).thinking)
         return Generation(
             tuple(Submission(request, ReplyPolicy(self.tokenizer, request, limits, grammar)) for request in requests),

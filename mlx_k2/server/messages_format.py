@@ -47,8 +47,8 @@ class MessagesFormat:
     def begin(self) -> bytes:
         """Return the start of the message, and a ping. Cached tokens count as 0: their number is known at the end."""
         num_prompt = len(self._reply.generation.submissions[0].request.prompt_ids)
-        usage = _usage(num_prompt, 0, 0)
-        message = self._message([], None, None, usage)
+        usage = _usage(num_prompt, num_cached=0, num_generated=0)
+        message = self._message([], reason=None, stop_string=None, usage=usage)
         return event_bytes({"type": "message_start", "message": message}, "message_start") + self.keepalive()
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:

@@ -167,7 +167,8 @@ def test_equal_tool_names_get_their_servers_prefix_and_odd_characters_are_replac
 
 def tools_of_one_server(*names: str) -> list[tuple[Connection, types.Tool]]:
     """Return tools with these names, all of one server, which is never started."""
-    connection = Connection(HttpServer(name="s", url="http://127.0.0.1:9/"), cast("TaskGroup", None), 1.0)
+    server = HttpServer(name="s", url="http://127.0.0.1:9/")
+    connection = Connection(server, tasks=cast("TaskGroup", None), start_timeout_s=1.0)
     return [(connection, types.Tool(name=name, input_schema={"type": "object"})) for name in names]
 
 
