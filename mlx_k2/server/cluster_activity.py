@@ -156,4 +156,5 @@ class CountedRestarts:
 
 
 def _fraction(part_s: float, seconds: float) -> float:
+    """Return ``part_s`` as a fraction of ``seconds``, at most 1: a long step counts only in the interval of its end."""
     return round(min(1.0, part_s / max(1.0, seconds)), 3)

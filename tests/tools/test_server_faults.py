@@ -206,7 +206,7 @@ class _FaultyHttp(BaseHTTPRequestHandler):
 def http_server_url(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Yield the URL of a server with this handler."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
