@@ -27,7 +27,7 @@ class CompletionFormat(Generic[RequestT]):
     """
 
     chunk_kind: str
-    """The value of the field "object" of a chunk. A body has it without the end ".chunk", if it has this end."""
+    """The value of the field "object" of a chunk. In a body the suffix ".chunk" is removed."""
 
     def __init__(
         self, base_fields: dict[str, Any], replies: Sequence[ChatReply], request: RequestT, options: ServerOptions

@@ -110,7 +110,7 @@ class Routes:
         return json_response(status | {"history": self._state.activity.history()})
 
     async def _status_events(self, request: Request) -> Response:
-        if request.method == "HEAD":  # Starlette adds it to each GET route; its stream of events would not end
+        if request.method == "HEAD":  # each route for GET also gets HEAD; the stream would never end
             return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
         last_id = request.headers.get("last-event-id", "")
@@ -233,7 +233,7 @@ class Routes:
     # ---- Responses API
 
     async def _respond(self, request: Request) -> ASGIApp:
-        """Answer a request of the Responses API. A prompt that does not fit is an event of a streamed answer."""
+        """Answer a request of the Responses API. A streamed answer reports a prompt that does not fit as an event."""
         owner = request.scope[OWNER]
 
         def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
@@ -335,9 +335,9 @@ def _response_not_found() -> ApiError:
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """Return the header "warning" in printable ASCII, with the first _MAX_WARNINGS warnings, each cut; {} for none.
+    """Return the header "warning" in printable ASCII, with the first _MAX_WARNINGS warnings; {} for none.
 
-    299 is HTTP's code of a warning that has no other code.
+    Each warning is cut to _MAX_WARNING_CHARS. 299 is HTTP's code of a warning that has no other code.
     """
     texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_CHARS]) for warning in warnings[:_MAX_WARNINGS]]
     return {"warning": ", ".join(f'299 mlx-k2 "{text}"' for text in texts)} if texts else {}
