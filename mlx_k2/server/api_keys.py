@@ -103,7 +103,7 @@ class KeyRing:
         self._log = log
         self._logged_problem = ""
         self._file_version: tuple[int, int, int] | None = None
-        """Modification and change time in ns, and inode, of the file that ``_refresh`` has read; None: it has read none."""
+        """Modification and change time in ns, and inode, of the file that ``_refresh`` read; None: it has read none."""
         self._keys = read_keys(path)
         self.is_required = is_required or bool(self._keys)
 
