@@ -20,6 +20,7 @@ from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 """The first line of Claude Code's system prompt. It differs in each request, so no prompt would match the cache."""
 _UNREADABLE_TYPES = ("image", "document", "search_result")
+"""Types of blocks that are not text. They are refused in a message, and replaced by a line in a tool's result."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -215,9 +216,9 @@ def _assistant(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _result(where: str, block: Block) -> dict[str, Any]:
-    """Return the message with a tool's result. "Error: " marks a failed call, for which messages have no field.
+    """Return the message with a tool's result. "Error: " marks a failed call, for which chat messages have no field.
 
-    A part without text is replaced by a line: a tool's image must not end the conversation.
+    An unreadable part is replaced by a line: a tool's image must not end the conversation.
     """
     content = block.content
     try:

@@ -97,6 +97,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "host-1", "host-2"]
     pythons = [f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes]
     assert [entry.get("python") for entry in entries[1:]] == pythons[1:]
+    # Setup has chosen the faster one of the two networks.
     assert tuple(entry["ips"][0] for entry in entries) in (hosts.addresses, hosts.data_addresses)
 
     code, output = run(hosts, "setup", *HOSTS, *options)
