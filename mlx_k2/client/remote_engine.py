@@ -100,7 +100,7 @@ class RemoteEngine:
         index = CheckpointIndex(weight_map={}, source=address.url)  # no weights are read here
         self.model_name = model.name
         self.frontend = ModelFrontend(
-            ModelDescription(model.files, config, index, model.digest, unread_tensors=None), model.context_tokens
+            ModelDescription(model.files, config, index, model.digest, unread_tensors_line=None), model.context_tokens
         )
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
