@@ -48,7 +48,7 @@ CHATS: Rows = (
         {"functions": [{}]},
         {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
     ),
-    ("give 0 to 20", {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": 20}),
+    ("top_logprobs: give 0 to 20", {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": 20}),
     (
         "reasoning_effort 'much' is unknown: give one of none,",
         {"reasoning_effort": "much"},

@@ -1,4 +1,4 @@
-"""Remote engine: runs requests of this process on a server, with the interface of `coordinator.engine.Engine`.
+"""Remote engine: runs requests of this process on a server, with the method `submit` of `coordinator.engine.Engine`.
 
 The server computes tokens. The token policy runs here: text, stop strings, thinking budget. When the policy forces
 tokens, the rest of the answer is a new HTTP request, whose prompt ends with these tokens. The server's cache has the
@@ -68,6 +68,8 @@ class _RemoteRequest:
     timer: AnswerTimer
     token_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
+    prefill_began: float | None = None
+    """When the prompt's first progress arrived, or the first sampled token (time.perf_counter)."""
     is_cancelled: bool = False
 
     @property
@@ -95,10 +97,10 @@ class RemoteEngine:
             config = ModelConfig.from_json(model.files[CONFIG_NAME], f"{address.url} {CONFIG_NAME}")
         except KeyError:
             raise SetupError(f"{address.url} sends no files of a model") from None
-        index = CheckpointIndex({}, address.url)
+        index = CheckpointIndex(weight_map={}, source=address.url)  # no weights are read here
         self.model_name = model.name
         self.frontend = ModelFrontend(
-            ModelDescription(model.files, config, index, model.digest, None), model.context_tokens
+            ModelDescription(model.files, config, index, model.digest, unread_tensors_line=None), model.context_tokens
         )
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
@@ -143,6 +145,7 @@ class RemoteEngine:
     def _stream(self, remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
         """Put sampled tokens into ``handle`` until the answer ends; return why. None: forced tokens follow."""
         response = self._send(remote)
+        # Only the first HTTP request computes the prompt; a later one finds it in the cache.
         is_first, reason = not remote.token_ids, None
         for data in event_data(response):
             if remote.is_cancelled:
@@ -150,8 +153,10 @@ class RemoteEngine:
             chunk = read_json(data, _Chunk)
             if chunk.usage is not None and is_first:
                 remote.num_cached = chunk.usage.cached_tokens
-            if chunk.prompt_progress is not None and is_first:
-                handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
+            if chunk.prompt_progress is not None:
+                remote.prefill_began = remote.prefill_began or time.perf_counter()
+                if is_first:
+                    handle.put_progress(PrefillProgress(chunk.prompt_progress.processed, chunk.prompt_progress.total))
             for token_id in (number for choice in chunk.choices for number in choice.token_ids):
                 reason = _put_token(remote, handle, token_id, is_forced=False)
                 # If the server ends the answer at this token, too, its usage follows: read on.
@@ -209,6 +214,8 @@ def _put_forced(remote: _RemoteRequest, handle: Handle) -> FinishReason | None:
 def _put_token(remote: _RemoteRequest, handle: Handle, token_id: int, *, is_forced: bool) -> FinishReason | None:
     """Put one token into ``handle``; return why the answer ends, None if it continues."""
     now = time.perf_counter()
+    if not is_forced:
+        remote.prefill_began = remote.prefill_began or now
     remote.timer.add(now, is_forced=is_forced)
     remote.token_ids.append(token_id)
     accepted = remote.policy.accept(token_id)
@@ -219,5 +226,6 @@ def _put_token(remote: _RemoteRequest, handle: Handle, token_id: int, *, is_forc
         return accepted.finish_reason
     if remote.is_full:
         return FinishReason.LENGTH
-    timeout_s = remote.request.timeout_s
-    return FinishReason.TIMEOUT if timeout_s is not None and now - remote.timer.began > timeout_s else None
+    began, timeout_s = remote.prefill_began, remote.request.timeout_s
+    is_over = began is not None and timeout_s is not None and now - began > timeout_s
+    return FinishReason.TIMEOUT if is_over else None

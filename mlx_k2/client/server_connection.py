@@ -1,4 +1,4 @@
-"""HTTP requests to a running server, and the conversion of its errors to those of this program. Knows no tokens."""
+"""HTTP requests to a running server, and the conversion of its errors to errors of mlx_k2. Knows no tokens."""
 
 import http.client
 import socket
@@ -50,7 +50,7 @@ class ServerAddress:
         """Return a connection, which its first request opens.
 
         Raises:
-            SetupError: the URL is not one of a server, or a header cannot contain the key.
+            SetupError: the URL does not have the form http://HOST:PORT, or a header cannot contain the key.
         """
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise SetupError("MLX_K2_API_KEY has a line end or a letter that no key has")
@@ -70,7 +70,7 @@ class ServerAddress:
         """Send a request; return its response, whose body is not read yet.
 
         Raises:
-            SetupError: there is no server, or it requires a key.
+            SetupError: there is no server, or it requires a key, or another one.
             RequestError: the server refuses the request.
             EngineBusy, Unavailable, ClusterError: the server cannot serve the request now.
         """
@@ -89,8 +89,8 @@ class ServerAddress:
         """Return the body of the response to a GET request.
 
         Raises:
-            SetupError: the answer is not that of this program's server.
-            MlxK2Error: those of ``send``.
+            SetupError: the answer is not of this program's server.
+            MlxK2Error: what ``send`` raises.
         """
         connection = self.open()
         try:
@@ -123,7 +123,7 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """Yield the data of each server-sent event before [DONE].
 
     Raises:
-        ClusterError: the connection was lost.
+        ClusterError: the connection was lost, or the server or its stages have ended.
         RequestFailed: the server ended this request.
     """
     try:

@@ -9,12 +9,13 @@ from itertools import chain
 from typing import Any
 
 MAX_BYTES = 256 * 1024 * 1024
+"""The limit for bytes. A text that is a ``str`` already is in memory, and has no limit."""
 MAX_DEPTH = 100
 """The most objects and lists inside each other."""
 
 
 class JsonError(ValueError):
-    """The error for text that is not valid JSON. The message names the line, or the field."""
+    """The error for text that is not valid JSON. The message names the problem, and often its line or field."""
 
 
 # Group 1 is a text in quotes, which is kept. The rest is a comment, or a comma before a closing bracket.
@@ -26,12 +27,12 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
     """Return the value of a JSON text, which may begin with a byte order mark.
 
     ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key that occurs twice in one object (the last value
-    counts), and a number beyond the range of floats, which becomes the largest or smallest float. ``has_comments``
+    counts), and a number beyond the range of floats, which becomes the nearest float. ``has_comments``
     accepts comments and a comma after the last item, which settings of editors have.
 
     Raises:
-        JsonError: the text is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH; or has a key
-            twice in one object, a lone surrogate, or a number beyond the range of floats.
+        JsonError: the text is not JSON in UTF-8, is larger than MAX_BYTES or nested deeper than MAX_DEPTH, or has an
+            escaped lone surrogate; unless ``is_lenient`` also for a key that occurs twice and a number beyond floats.
     """
     text = _decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     if not text.strip():
@@ -47,6 +48,7 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        # Some of json's messages end with "at", before a position.
         problem = f"{error.msg[0].lower()}{error.msg[1:].removesuffix(' at')}"
         raise JsonError(f"{line}column {error.colno}: {problem}") from None
     except RecursionError:

@@ -54,11 +54,12 @@ def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value
 
 
 def _with_json_words(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message with the field first, and with names of types that users of JSON know."""
+    """Return msgspec's message with JSON's names of types, and the field first: "the whole" is the value itself."""
     text = str(error)
     match = _FIELD_PATH.search(text)
     if match is not None:
         text = f"{match['path'].strip('.') or 'the whole'}: {text[: match.start()]}"
+    # "Object missing required field" becomes "missing required field".
     return _TYPE_NAMES.sub(_json_names, text).replace("Expected", "expected").replace("Object ", "")
 
 

@@ -20,7 +20,7 @@ _CORS_HEADERS = (
 
 
 class Access:
-    """The access rules of one server. They refuse requests of web pages that are open in a user's browser.
+    """The access rules of one server. They also refuse web pages of origins that are not allowed.
 
     Allowed hosts are IP addresses, localhost, names in .local, this machine's name and ``hosts``. Allowed origins are
     the server's own and ``origins``. ``keys`` None requires no key.

@@ -16,11 +16,13 @@ REQUEST_ID = "mlx_k2.request_id"
 OWNER = "mlx_k2.owner"
 """The key of the ASGI scope for the name of the request's API key; "" if none is required."""
 _ANTHROPIC_KINDS = {"server_error": "api_error", "unavailable_error": "api_error"}
+"""Anthropic's error type for each ``kind`` that its API does not have."""
 _ANTHROPIC_FIELDS = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
 }
+"""The field of a messages request for a field of the chat request that it is converted to."""
 
 
 class ApiError(Exception):

@@ -103,7 +103,7 @@ class KeyRing:
         self._log = log
         self._logged_problem = ""
         self._file_version: tuple[int, int, int] | None = None
-        """Modification time, change time (both in ns) and inode of the file that was read; None: there was none."""
+        """Modification and change time in ns, and inode, of the file that ``_refresh`` read; None: it has read none."""
         self._keys = read_keys(path)
         self.is_required = is_required or bool(self._keys)
 
@@ -117,7 +117,7 @@ class KeyRing:
         return names[0] if names else None
 
     def _refresh(self) -> None:
-        """Read the file again if it was changed, and until it can be used."""
+        """Read the file again if it was changed. A changed file that cannot be used is tried at each call."""
         version = None
         with suppress(OSError):
             status = self._path.stat()

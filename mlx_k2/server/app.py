@@ -22,6 +22,9 @@ from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
 
+CLIENT_CLOSED = 499
+"""The status in the log for a request whose client closed the connection first, as in nginx."""
+
 
 def make_app(state: ServerState, access: Access, log: Callable[[str], None]) -> ASGIApp:
     """Return the application. ``log`` is called with a line for each request."""
@@ -48,7 +51,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001 - a handler's argument
-    """Answer 500. Starlette raises the error again after that, and the outermost layer logs it."""
+    """Answer 500. Starlette then raises the error again, and the outermost layer logs it."""
     return error_response(defect_error(), request.scope)
 
 
@@ -83,7 +86,7 @@ class OuterLayer:
         try:
             await self._answer(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = 499
+            status = CLIENT_CLOSED
         except asyncio.CancelledError:  # the server ends, and the time for running requests is over
             if not status:
                 await error_response(unavailable_error("the server ends"), scope)(scope, receive, send_with_id)
@@ -95,7 +98,7 @@ class OuterLayer:
         finally:
             path = getattr(scope.get("route"), "path", None)
             subject = "a request" if path is None else f"{scope['method']} {path}"
-            self.log(f"{subject} {status or 499} {time.monotonic() - began:.2f} s {request_id}")
+            self.log(f"{subject} {status or CLIENT_CLOSED} {time.monotonic() - began:.2f} s {request_id}")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -27,7 +27,7 @@ class CompletionFormat(Generic[RequestT]):
     """
 
     chunk_kind: str
-    """The value of the field "object" of a chunk; that of a body is the same without ".chunk"."""
+    """The value of the field "object" of a chunk. In a body the suffix ".chunk" is removed."""
 
     def __init__(
         self, base_fields: dict[str, Any], replies: Sequence[ChatReply], request: RequestT, options: ServerOptions
@@ -169,7 +169,11 @@ class TextFormat(CompletionFormat[CompletionRequest]):
 
 
 def usage(replies: Sequence[ChatReply]) -> dict[str, Any]:
-    """Return the token counts of complete replies. Moonshot's clients read ``cached_tokens`` at the top level."""
+    """Return the token counts of complete replies to one prompt, which counts once.
+
+    Its cached tokens are the least number of any reply: the others find in the cache what the first one computed.
+    Moonshot's clients read ``cached_tokens`` at the top level.
+    """
     summaries = [reply.summary for reply in replies if reply.summary is not None]
     num_prompt, num_cached = summaries[0].prompt_tokens, min(summary.cached_tokens for summary in summaries)
     num_generated = sum(summary.generated_tokens for summary in summaries)

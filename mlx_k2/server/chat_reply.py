@@ -1,6 +1,6 @@
 """The reply to one request, and its deltas as the engine's events arrive. Knows no format of an API and no HTTP.
 
-Streams are made from the deltas and bodies from the reply, so that the two always agree.
+Streams are made from the deltas, and bodies from the reply or from the same deltas, so that the two always agree.
 """
 
 import re
@@ -178,7 +178,10 @@ class ChatReply:
 
 
 def declared_name(sampled_name: str, names: Sequence[str]) -> str:
-    """Return the longest of ``names`` of which ``sampled_name`` is a variant, as functionsexec5 of exec, or itself."""
+    """Return the longest of ``names`` of which ``sampled_name`` is a variant, as functionsexec5 of exec.
+
+    Return ``sampled_name`` if it is a variant of none.
+    """
     if sampled_name in names:
         return sampled_name
     matches = [name for name in names if re.fullmatch(rf"(functions)?[._]?{re.escape(name)}[:_]?\d*", sampled_name)]

@@ -1,4 +1,4 @@
-"""The bodies of completions, /tokenize and /detokenize, and the check of their values. Knows no model."""
+"""The bodies of chat and text completions, /tokenize and /detokenize, and the check of their values. Knows no model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -119,7 +119,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     return_token_ids: bool | None = None
-    """Whether to send the token ids of each choice, that of the stop token included."""
+    """Whether to send the token ids of each choice, the stop token included."""
 
     @property
     def text_or_ids(self) -> str | list[int]:
@@ -187,7 +187,9 @@ def check_chat(chat: ChatRequest) -> None:
         check_field(getattr(chat, name) is None, name, f"{name} is deprecated: use tools and tool_choice")
     check_field(set(chat.modalities or ()) <= {"text"}, "modalities", "this model writes text only")
     top = chat.top_logprobs
-    check_field(top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"give 0 to {MAX_TOP_LOGPROBS}")
+    check_field(
+        top is None or 0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"top_logprobs: give 0 to {MAX_TOP_LOGPROBS}"
+    )
     check_field(not top or bool(chat.logprobs), "top_logprobs", "top_logprobs needs logprobs true")
     effort = chat.reasoning_effort
     check_field(

@@ -39,7 +39,7 @@ class ModelAddress:
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """The settings of one client: an instruction for the user, and the function that returns their text."""
+    """The settings of one client: an instruction for the user, and the function that returns the settings' text."""
 
     instruction: str
     text_for: Callable[[ModelAddress], str]
@@ -63,7 +63,7 @@ def _claude_code(address: ModelAddress) -> str:
 
 
 def _codex(address: ModelAddress) -> str:
-    """Return Codex' settings without a table header, which would add settings after them to its table."""
+    """Return Codex' settings. They have no table header: the user's settings below would belong to that table."""
     provider = f"model_providers.{_NAME}"
     return f"""\
 model = {_toml(address.name)}

@@ -16,6 +16,7 @@ from mlx_k2.launch.group import StageGroup
 from mlx_k2.protocol.messages import FromStage, LayerLoaded
 
 INTERVAL_S = 10
+"""Seconds of one entry of the history."""
 NUM_INTERVALS = 360
 
 
@@ -30,7 +31,7 @@ class _StageWork:
 
 @dataclass
 class _Interval:
-    """The work of the stages and the tokens of all answers in the INTERVAL_S from ``number`` * INTERVAL_S."""
+    """The work of the stages and the tokens of all answers in the INTERVAL_S from ``number`` * INTERVAL_S on."""
 
     number: int
     stages: list[_StageWork]
@@ -50,7 +51,7 @@ class ClusterActivity:
         self.loaded_bytes: Counter[int] = Counter()
         """The bytes of weights that each stage has loaded, by rank; empty while the stages restart."""
         self.phase = ""
-        """The phase of the stages before they are ready, for /v1/status."""
+        """The phase of a start or a restart, for /v1/status."""
         self.faults: Counter[int | None] = Counter()
         """The number of faults by the rank that caused them, None where it is unknown."""
         self.num_restarts = 0
@@ -62,7 +63,7 @@ class ClusterActivity:
             self.loaded_bytes[rank] += message.held_bytes
 
     def deployed(self, deployment: Deployment) -> None:
-        """Record that the stages are ready."""
+        """Record the size of a hop's hidden states, when the stages are ready."""
         self._hop_bytes = deployment.model.config.hidden_size * DTYPE_BYTES[deployment.shape.dtype]
 
     def add_report(self, report: StageReport) -> None:
@@ -79,7 +80,7 @@ class ClusterActivity:
             self._interval().answer_tokens += 1
 
     def stages(self) -> list[dict[str, Any]]:
-        """Return the fields of each stage for /v1/status. Fractions and rates are those of the last 10 to 20 s."""
+        """Return the fields of each stage for /v1/status. Fractions and rates cover the last 10 to 20 s."""
         with self._lock:
             now = time.monotonic()
             recent = [interval for interval in self._intervals if interval.number >= self._number(now) - 1]
@@ -141,7 +142,7 @@ class CountedRestarts:
     restarting: RestartingDeployment
 
     def restart(self, error: ClusterError, on_restart: OnRestart) -> StageGroup:
-        """Restart all stages; errors are those of RestartingDeployment."""
+        """Restart all stages. Raise what RestartingDeployment.restart raises."""
         self.activity.faults[error.rank] += 1
         loaded_bytes, self.activity.loaded_bytes = self.activity.loaded_bytes, Counter()
         group = self.restarting.restart(error, on_restart)
@@ -155,4 +156,5 @@ class CountedRestarts:
 
 
 def _fraction(part_s: float, seconds: float) -> float:
+    """Return ``part_s`` as a fraction of ``seconds``, at most 1: a long step counts only in the interval of its end."""
     return round(min(1.0, part_s / max(1.0, seconds)), 3)

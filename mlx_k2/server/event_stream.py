@@ -13,7 +13,7 @@ from mlx_k2.server.language_model import Generation
 
 
 class EventStream:
-    """The events of one answer, with a request of the engine for each choice. Belongs to the event loop that made it.
+    """The events of one answer, with a request of the engine for each choice. For the event loop on which it was made.
 
     ``read`` calls ``on_event`` with each event and the number of its choice, ``close`` calls ``on_close``.
     """
@@ -34,7 +34,7 @@ class EventStream:
         """Submit the requests on a worker thread, since checking a long prompt takes milliseconds.
 
         Raises:
-            RequestError, EngineBusy, ClusterError: those of ``Engine.submit_all``.
+            RequestError, EngineBusy, ClusterError: ``Engine.submit_all`` refuses them.
         """
         submissions = [replace(submission, notify=self._notify) for submission in generation.submissions]
         self._handles = await asyncio.to_thread(engine.submit_all, submissions)
@@ -86,7 +86,7 @@ class EventStream:
                             raise Cancelled("the engine has ended")
                     self._on_event(index, event)
                     events.append((index, event))
-        except MlxK2Error as error:  # return the events before it first
+        except MlxK2Error as error:  # first return the events before it; the next call raises it
             if not events:
                 raise
             self._failure = error

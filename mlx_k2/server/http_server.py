@@ -20,8 +20,9 @@ _EXIT_TIMEOUT_S = 5.0
 
 
 class HttpServer:
-    """A context manager that binds the socket and starts the thread on entry, and ends the thread within 5 s on exit.
+    """A context manager that binds the socket and starts the thread on entry. On exit it ends the thread.
 
+    The exit waits at most _EXIT_TIMEOUT_S. ``drain_s`` is the time for running requests in ``drain``, at least 1 s.
     ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS; None: HTTP.
 
     Raises on entry:

@@ -1,6 +1,7 @@
 """The served model: converts requests of clients to requests of the engine. Knows no HTTP and no stages.
 
-Its methods compute for milliseconds to seconds. They are called on worker threads, never on the event loop.
+Its methods compute for milliseconds to seconds, and are called on worker threads. Only ``keep_turn``, which is fast, is
+called on the event loop.
 """
 
 import re
@@ -35,6 +36,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 BRIEF_TOKENS = 1024
 """A chat request without tools has the priority brief if its answer is limited to at most this number of tokens."""
 _MAX_TOKEN_ID_DIGITS = 9
+"""Enough for every vocabulary; a longer number is no token id."""
 _CALL_ID = re.compile(r"functions\..+:(\d{1,9})")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -58,7 +60,7 @@ class Generation:
     digest: bytes | None = None
     """The turn store's digest of the conversation to answer; None for a raw prompt."""
     warnings: tuple[str, ...] = ()
-    """Lines about schemas whose grammar allows more than the schema."""
+    """Lines for the client: schemas whose grammar allows more than the schema, and parts of the request left out."""
 
 
 class LanguageModel:
@@ -97,7 +99,7 @@ class LanguageModel:
         first_call = next_call_number(chat.messages)
         grammar = self._grammar(chat, first_call)
         budget = chat.thinking_budget if self._frontend.template.has_reasoning else None
-        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, budget)
+        limits = ReplyLimits(chat.stop_strings, chat.min_tokens or 0, thinking_budget=budget)
         requests = self._requests(chat, prompt_ids, self._mode(chat).thinking)
         return Generation(
             tuple(Submission(request, ReplyPolicy(self.tokenizer, request, limits, grammar)) for request in requests),
@@ -112,9 +114,13 @@ class LanguageModel:
         )
 
     def chat_prompt(self, chat: ChatRequest, owner: str) -> tuple[list[int], bytes]:
-        """Return the prompt's token ids and the turn store's digest of its messages. Errors are those of ``chat``.
+        """Return the prompt's token ids and the turn store's digest of its messages.
 
         Earlier answers to this owner keep the tokens that were sampled; reasoning that the client left out is restored.
+
+        Raises:
+            ApiError: 400, a message is malformed.
+            TokenizerError: the chat template fails.
         """
         template = self._frontend.template
         try:
@@ -137,7 +143,11 @@ class LanguageModel:
             self._turns.keep(generation.owner, turn_handle, generation.digest, turn)
 
     def completion(self, completion: CompletionRequest) -> Generation:
-        """Return the generation for a raw prompt. Errors are those of ``chat``."""
+        """Return the generation for a raw prompt.
+
+        Raises:
+            ApiError: 400, the request cannot be served; names the field at fault.
+        """
         prompt = completion.text_or_ids
         prompt_ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         self._check_ids(prompt_ids, "prompt")
@@ -194,8 +204,9 @@ class LanguageModel:
         try:
             return resolved_sampling(values, self._frontend.recommended, seed, biases, num_logprobs, thinking=thinking)
         except RequestError as error:
-            name = str(error).removeprefix("the ").replace("logit bias", "logit-bias").split(" ", 1)[0]
-            raise bad_request_error(str(error), name.replace("-", "_")) from None
+            # Other messages begin with the name of the field, as "top-p 2 is out of range".
+            name = "logit_bias" if "logit bias" in str(error) else str(error).split(" ", 1)[0].replace("-", "_")
+            raise bad_request_error(str(error), name) from None
 
     def _biases(self, fields: GenerationFields) -> tuple[tuple[int, float], ...]:
         """Return pairs of a token id and its logit bias; as keys of JSON the ids are text."""
@@ -216,7 +227,7 @@ class LanguageModel:
         answer, declarations = chat.answer_format, [_declaration(tool) for tool in chat.tools or ()]
         if answer is None and not declarations and chat.tool_choice is None:
             return None
-        field = "tool_choice"
+        field = "tool_choice"  # the field at fault: first of tool_rules, then of compile_constraint
         try:
             rules = tool_rules(
                 declarations,
@@ -228,6 +239,7 @@ class LanguageModel:
             field = "response_format"
             return compile_constraint(self._frontend.grammars, Constraint(answer, rules))
         except RequestError as error:
+            # compile_constraint begins its messages about tools with these words.
             is_tool = str(error).startswith(("the schema of tool ", "tool calls "))
             raise bad_request_error(str(error), "tools" if is_tool else field) from None
 
@@ -244,8 +256,8 @@ def _priority(fields: GenerationFields) -> Priority:
 def next_call_number(messages: Sequence[Mapping[str, Any]]) -> int:
     """Return the number for the next tool call's id.
 
-    It is larger than all numbers in the messages, which may lack the beginning of the conversation: a model treats a
-    call with an id that occurred before as a repetition.
+    It is larger than the number of every id in the messages: a model treats a call with an id that occurred before as a
+    repetition. A count of the calls is not enough, since the messages may lack the beginning of the conversation.
     """
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in messages]

@@ -39,15 +39,16 @@ class MessagesFormat:
         """The content blocks so far; ``tool_use`` blocks have their arguments in ``partial_json``."""
         self._is_open = False
         self._pending_call: PartialCall | None = None
+        """A call that is sent when it is complete. No block is open meanwhile."""
         self._omits_thinking = request.thinking is not None and request.thinking.display == "omitted"
         tools = (request.tools or ()) if request.stream and reply.generation.constrains_calls else ()
         self._streamed_tools = {tool.name for tool in tools if tool.eager_input_streaming}
 
     def begin(self) -> bytes:
-        """Return the start of the message. Its usage counts no cached tokens: their number is known at the end only."""
+        """Return the start of the message, and a ping. Cached tokens count as 0: their number is known at the end."""
         num_prompt = len(self._reply.generation.submissions[0].request.prompt_ids)
-        usage = _usage(num_prompt, 0, 0)
-        message = self._message([], None, None, usage)
+        usage = _usage(num_prompt, num_cached=0, num_generated=0)
+        message = self._message([], reason=None, stop_string=None, usage=usage)
         return event_bytes({"type": "message_start", "message": message}, "message_start") + self.keepalive()
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
@@ -100,7 +101,7 @@ class MessagesFormat:
 
     def _open(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Start ``block``, unless the open block has the same type."""
-        if self._is_open and self._pending_call is None and self._blocks[-1]["type"] == block["type"]:
+        if self._is_open and self._blocks[-1]["type"] == block["type"]:
             return
         yield from self._close()
         self._is_open = True
@@ -115,10 +116,10 @@ class MessagesFormat:
         yield self._delta({"type": _DELTA_TYPES[block["type"]], field: text})
 
     def _close(self) -> Iterator[dict[str, Any]]:
-        """End the open block. A pending call is complete now: send it as a block first."""
+        """End the open block. A pending call is complete now: first send it as a block, and then end that block."""
         if (call := self._pending_call) is not None:
             self._pending_call = None
-            arguments = call.arguments.removeprefix("\ufeff")
+            arguments = call.arguments.removeprefix("\ufeff")  # read_call accepts this byte order mark, clients do not
             is_json_object = bool(arguments.strip()) and read_call(call.id, arguments).values is not None
             yield from self._open(_call_block(call.id, call.name) if is_json_object else {"type": "text", "text": ""})
             yield from self._add(arguments if is_json_object else call.id + arguments)

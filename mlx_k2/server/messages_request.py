@@ -20,6 +20,7 @@ from mlx_k2.server.turn_store import TURN_HANDLE_FIELD
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 """The first line of Claude Code's system prompt. It differs in each request, so no prompt would match the cache."""
 _UNREADABLE_TYPES = ("image", "document", "search_result")
+"""Types of blocks that are not text. They are refused in a message, and replaced by a line in a tool's result."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -38,6 +39,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     content: Any = None
     is_error: bool | None = None
     tool_name: str = ""
+    """The tool that a ``tool_reference`` block names."""
 
 
 class MessageEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +50,7 @@ class MessageEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool. Its ``type`` is None or "custom" for the client's own; other types run on Anthropic's servers."""
+    """A tool. Its ``type`` is None or "custom" for the client's own; Anthropic defines tools of other types."""
 
     name: str = ""
     type: str | None = None
@@ -135,7 +137,11 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
     @property
     def chat(self) -> ChatRequest:
-        """The request, converted to a chat request. Errors are those of CountRequest."""
+        """The request, converted to a chat request.
+
+        Raises:
+            ApiError: 400; names the field that cannot be served.
+        """
         check_field(self.max_tokens >= 0, "max_tokens", f"max_tokens is {self.max_tokens}: give at least 0")
         chat = msgspec.structs.replace(
             super().chat,
@@ -160,7 +166,7 @@ def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
 
 
 def _messages(entries: Sequence[MessageEntry]) -> Iterator[dict[str, Any]]:
-    """Yield the messages of a chat request: one or more for each turn."""
+    """Yield the messages of a chat request: of each turn the tool results, then its text if it has any."""
     check_field(bool(entries), "messages", "messages: there is no message to answer")
     for role, turn in groupby(enumerate(entries), lambda numbered: numbered[1].role):
         numbered_entries = list(turn)
@@ -177,7 +183,7 @@ def _messages(entries: Sequence[MessageEntry]) -> Iterator[dict[str, Any]]:
             continue
         yield from (_result(where, block) for where, block in blocks if block.type == "tool_result")
         texts = [_user_text(where, block) for where, block in blocks if block.type in ("text", *_UNREADABLE_TYPES)]
-        if texts or not blocks:
+        if texts or not blocks:  # content [] is an empty text
             yield {"role": role, "content": "\n".join(texts)}
     check_field(
         entries[-1].role != "assistant",
@@ -210,9 +216,9 @@ def _assistant(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _result(where: str, block: Block) -> dict[str, Any]:
-    """Return the message with a tool's result. "Error: " marks a failed call, for which messages have no field.
+    """Return the message with a tool's result. "Error: " marks a failed call, for which chat messages have no field.
 
-    A part without text is replaced by a line: a tool's image must not end the conversation.
+    An unreadable part is replaced by a line: a tool's image must not end the conversation.
     """
     content = block.content
     try:
@@ -238,7 +244,7 @@ def _blocks(content: str | list[Block]) -> list[Block]:
 
 
 def _tools(tools: Sequence[MessagesTool]) -> list[dict[str, Any]]:
-    """Return the client's own tools as functions."""
+    """Return the client's own tools as functions; tools of other types are left out."""
     declarations = []
     for tool in tools:
         if tool.type not in (None, "custom"):

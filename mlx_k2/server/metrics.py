@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, with vLLM's names after the prefix mlx_k2. Knows counts and times, but no text or client."""
+"""Metrics for Prometheus: the prefix mlx_k2, and vLLM's name if vLLM has the metric. Knows no text and no client."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _SIZE_BUCKETS = (10, 100, 1000, 4000, 16000, 64000, 128000, 262144)
 
 
 class Metrics:
-    """The metrics of one server. ``records`` has its requests; each reading calls ``stage_totals``."""
+    """The metrics of one server. ``records`` are its open requests; ``stage_totals`` returns the use of each stage."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Metrics:
 
 @dataclass(eq=False)
 class _CurrentValues(Collector):
-    """A collector of values that other objects hold. It reads them when Prometheus does."""
+    """A collector of values that other objects hold. It reads them at each call of ``Metrics.text``."""
 
     records: Mapping[str, RequestRecord]
     activity: ClusterActivity

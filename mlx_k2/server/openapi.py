@@ -21,7 +21,7 @@ _ERROR_TEXTS = {
     "415": "The body is compressed.",
     "429": "The queue is full; retry-after has the expected wait in seconds.",
     "500": "Unexpected error in the server.",
-    "503": "The model is loading, or the stages start again; retry-after has seconds.",
+    "503": "The model is loading, or the stages start again; retry-after has the seconds to wait.",
 }
 _MESSAGES_ERROR_TEXTS = {
     "429": "The key has sent too many of these requests in a second.",

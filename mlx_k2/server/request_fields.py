@@ -53,7 +53,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     response_format: dict[str, Any] | None = None
     extra_body: Any = None
     service_tier: str | None = None
-    """"flex" makes a background request: it runs while no other request waits or runs. Others change nothing."""
+    """"flex" makes a background request: it runs while no other request waits or runs. Other values change nothing."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def read_fields(body: bytes, kind: type[Fields]) -> Fields:
     try:
         return convert(value, kind)
     except JsonError as error:
-        field, _, problem = str(error).partition(": ")
+        field, _, problem = str(error).partition(": ")  # "the whole" is no field, see convert
         raise bad_request_error(str(error), field if problem and field != "the whole" else None) from None
 
 

@@ -9,7 +9,7 @@ from mlx_k2.coordinator.handle import Event, PrefillProgress, Queued, Restarting
 
 @dataclass
 class RequestRecord:
-    """The owner and the progress of one request. Times are those of time.perf_counter, in seconds."""
+    """The owner and the progress of one request. Times are from time.perf_counter, in seconds."""
 
     id: str
     owner: str

@@ -21,7 +21,7 @@ _ABSENT_TOOL_FIELDS = {"description": None, "parameters": None, "strict": None}
 class ResponseFormat:
     """The format of one response.
 
-    ``fields`` are those of ``response_fields``. ``keep_response`` is called with the complete response as JSON.
+    ``fields`` is the result of ``response_fields``. ``keep_response`` is called with the complete response as JSON.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ResponseFormat:
 
     def error(self, error: ApiError) -> bytes:
         """Return response.failed and the end of the stream."""
-        self._output.close("incomplete")
+        self._output.close("incomplete")  # its events are not sent: response.failed has all items
         return self._encoded([_failure(self._fields | {"output": self._output.items}, error)]) + DONE
 
     def events(self, events: Sequence[tuple[int, Event]]) -> bytes:
@@ -104,7 +104,10 @@ class ResponseFormat:
 
 
 def response_fields(base_fields: Fields, request: ResponsesRequest, sampling: Sampling | None) -> Fields:
-    """Return the fields of a response in progress. ``base_fields`` has id, created and model."""
+    """Return the fields of a response in progress. ``base_fields`` has id, created and model.
+
+    ``sampling`` is None for a request that fails before its parameters are resolved: the fields are the defaults then.
+    """
     text = request.text
     sampling = Sampling(seed=0) if sampling is None else sampling
     return {

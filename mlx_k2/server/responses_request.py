@@ -19,9 +19,9 @@ _FIELD_NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "max_completion_tokens": "max_output_tokens",
-    "tools": "tools",
+    "tools": "tools",  # without the index, which counts functions only
 }
-"""The field of a responses request for each field of the chat request that it is converted to."""
+"""Fields of a chat request whose name or index differs in the responses request that it was made of."""
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True):
@@ -68,14 +68,14 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
 
     @property
     def function_tools(self) -> list[dict[str, Any]]:
-        """The declared functions. Tools of other types are left out: OpenAI's servers run them."""
+        """The declared functions. Tools of other types are left out: OpenAI's API defines them."""
         return [tool for tool in self.tools or () if tool.get("type") == "function"]
 
 
 class Conversation(msgspec.Struct, frozen=True):
     """A request for a response, converted to a chat request; ``warnings`` are lines about what was left out.
 
-    ``messages`` are those that a later response continues: all but the instructions, which apply to one response only.
+    A later response continues ``messages``. They lack the instructions, which apply to one response only.
     """
 
     chat: ChatRequest
@@ -116,7 +116,7 @@ def conversation_of(request: ResponsesRequest, previous: Sequence[Mapping[str, A
     common_fields = {name: getattr(request, name) for name in GenerationFields.__struct_fields__}
     wants_logprobs = bool(request.top_logprobs) or LOGPROBS in (request.include or ())
     chat = ChatRequest(
-        **common_fields | {"response_format": _response_format(request), "stream_options": None},
+        **common_fields | {"response_format": _response_format(request)},
         messages=[*instructions, *messages],
         max_completion_tokens=request.max_output_tokens,
         logprobs=wants_logprobs,

@@ -51,6 +51,7 @@ from mlx_k2.server.turn_store import TURN_HANDLE_FIELD, ResponseStore, StoredRes
 Result = TypeVar("Result")
 ApiRequest = TypeVar("ApiRequest", bound=GenerationFields | MessagesRequest)
 _MAX_EVENT_ID_DIGITS = 16
+"""Longer numbers in last-event-id are ignored: the server has not sent them."""
 COUNTS_PER_S = 50
 """The most requests to count_tokens per second and key. Claude Code in an editor sends 40 at its start."""
 _MAX_PREPARING = 4
@@ -109,18 +110,18 @@ class Routes:
         return json_response(status | {"history": self._state.activity.history()})
 
     async def _status_events(self, request: Request) -> Response:
-        if request.method == "HEAD":
+        if request.method == "HEAD":  # each route for GET also gets HEAD; the stream would never end
             return Response(headers=STREAM_HEADERS)
         owner = request.scope[OWNER]
         last_id = request.headers.get("last-event-id", "")
-        is_number = last_id.isascii() and last_id.isdigit() and len(last_id) < _MAX_EVENT_ID_DIGITS
+        is_number = last_id.isascii() and last_id.isdigit() and len(last_id) <= _MAX_EVENT_ID_DIGITS
         events = status_events(
             lambda: self._state.status(owner), lambda: self._state.is_ending, int(last_id) if is_number else 0
         )
         return StreamingResponse(events, headers=STREAM_HEADERS)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002 - a route's argument
-        """Answer with the fields of both OpenAI's and Anthropic's list of models."""
+        """Answer with the fields of OpenAI's list of models and of Anthropic's."""
         page_fields = {"has_more": False, "first_id": self._state.model_name, "last_id": self._state.model_name}
         return json_response({"object": "list", **page_fields, "data": [self._model_entry()]})
 
@@ -217,7 +218,7 @@ class Routes:
         generation_of: Callable[[LanguageModel, ApiRequest], Generation],
         make_format: Callable[[ApiRequest, Sequence[ChatReply]], ReplyFormat],
     ) -> ASGIApp:
-        """Answer a request of an API. ``parse`` and ``generation_of`` are called on a worker thread."""
+        """Answer a request for generated text. ``parse`` and ``generation_of`` are called on a worker thread."""
 
         def prepare(model: LanguageModel, body: bytes) -> tuple[ApiRequest, Generation]:
             api_request = parse(body)
@@ -232,7 +233,7 @@ class Routes:
     # ---- Responses API
 
     async def _respond(self, request: Request) -> ASGIApp:
-        """Answer a request of the Responses API. If it is streamed, a prompt that does not fit fails in the stream."""
+        """Answer a request of the Responses API. A streamed answer reports a prompt that does not fit as an event."""
         owner = request.scope[OWNER]
 
         def prepare(model: LanguageModel, body: bytes) -> tuple[ResponsesRequest, bytes, Generation | ApiError]:
@@ -279,7 +280,7 @@ class Routes:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     def _previous_conversation(self, owner: str, api_request: ResponsesRequest) -> list[dict[str, Any]]:
-        """Return the messages that a request continues; [] for none. Raise ApiError if they are not stored."""
+        """Return the messages that a request continues; [] for none. Raise ApiError if their response is not stored."""
         if api_request.previous_response_id is None:
             return []
         response = self._responses.find(owner, api_request.previous_response_id)
@@ -291,10 +292,10 @@ class Routes:
     async def _prepare(
         self, request: Request, compute: Callable[[LanguageModel, bytes], Result], *, is_queued: bool = False
     ) -> Result:
-        """Read the body, and return the result of ``compute`` for it, which runs on a worker thread.
+        """Read the body, and return the result of ``compute`` for the model and the body, on a worker thread.
 
         Raises:
-            ApiError: the request is refused; each MlxK2Error of ``compute`` becomes one.
+            ApiError: the request is refused; each MlxK2Error of ``compute`` becomes an ApiError.
         """
         model = self._state.model()
         with self._state.preparing(is_queued=is_queued):
@@ -334,6 +335,9 @@ def _response_not_found() -> ApiError:
 
 
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """Return the header "warning" for the first 8 warnings, in printable ASCII; {} if there is none."""
+    """Return the header "warning" in printable ASCII, with the first _MAX_WARNINGS warnings; {} for none.
+
+    Each warning is cut to _MAX_WARNING_CHARS. 299 is HTTP's code of a warning that has no other code.
+    """
     texts = [re.sub(r'[^ -~]|["\\]', "?", warning[:_MAX_WARNING_CHARS]) for warning in warnings[:_MAX_WARNINGS]]
     return {"warning": ", ".join(f'299 mlx-k2 "{text}"' for text in texts)} if texts else {}

@@ -1,4 +1,4 @@
-"""The state that all routes share: the engine and the model once they are loaded, running requests. Knows no HTTP."""
+"""The state that all routes share: the engine and the model once they are loaded, running requests. Knows no routes."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,10 @@ class _Loaded:
 
 
 class ServerState:
-    """The state of one server, for its event loop. Another thread calls ``serve`` once, when the stages are ready."""
+    """The state of one server, for its event loop. Another thread calls ``serve`` once, when the stages are ready.
+
+    Worker threads call ``check_model``, which reads constants only.
+    """
 
     def __init__(self, options: ServerOptions, model_name: str, activity: ClusterActivity) -> None:
         self.options = options
@@ -94,17 +97,17 @@ class ServerState:
 
     @contextmanager
     def preparing(self, *, is_queued: bool) -> Iterator[None]:
-        """Count a request while its body is read and its prompt computed. ``is_queued``: it goes to the engine then.
+        """Count a request while its body is read and its prompt tokenized. ``is_queued``: it goes to the engine then.
 
         Raises:
-            ApiError: 429, the engine has no free place in its queue for a request that goes to it, or there are
-                _MAX_TOKEN_REQUESTS others.
+            ApiError: 429, a request for the engine would find its queue full, or _MAX_TOKEN_REQUESTS requests that only
+                count or convert tokens are being prepared.
         """
         assert self._loaded is not None, "model() was called"
         engine = self._loaded.engine
         limit = engine.max_requests - len(self.records) if is_queued else _MAX_TOKEN_REQUESTS
         if self._num_preparing[is_queued] >= limit:
-            raise to_api_error(EngineBusy("", engine.expected_wait_s))
+            raise to_api_error(EngineBusy("", engine.expected_wait_s))  # to_api_error does not use the text
         self._num_preparing[is_queued] += 1
         try:
             yield

@@ -32,7 +32,7 @@ STATUS_INTERVAL_S = 0.5
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
-    "x-accel-buffering": "no",
+    "x-accel-buffering": "no",  # a proxy with nginx sends each event on at once
 }
 
 
@@ -111,7 +111,7 @@ class EventStreamResponse:
                 body, more = self.reply_format.error(to_api_error(error)), False
             if not body and more and time.monotonic() - sent_at >= self.keepalive_s:
                 body = self.reply_format.keepalive()
-                sent_at = time.monotonic()
+                sent_at = time.monotonic()  # also if the format sends nothing, so that the next read waits again
             if body or not more:
                 await self._send_body(send, body, more=more)
                 sent_at = time.monotonic()

@@ -25,7 +25,7 @@ from mlx_k2.text.message import Message
 MAX_BYTES = 64 * 1024 * 1024
 """The default limit of each store. At the limit the least recently used entries are removed."""
 TURN_BYTES = 1024
-"""Memory of a turn without its text and token ids, and memory of each of its calls; estimated."""
+"""Estimated memory of a turn without its text and token ids, and the same again for each of its calls."""
 TURN_HANDLE_FIELD = "turn_handle"
 """The field of a chat message for the turn handle of an answer. The adapters of other APIs set it."""
 
@@ -47,7 +47,8 @@ class StoredTurn:
     def restored(self, message: Message) -> Message:
         """Return ``message``, a client's copy of this answer, with the sampled reasoning.
 
-        If the copy differs in space around the text or in the format of arguments only, they become the sampled ones.
+        If the copy differs only in space around the text or in the format of arguments, it gets the sampled text and
+        arguments, too.
         """
         stored = self.message
         reasoning = stored.reasoning_content or message.reasoning_content
@@ -63,7 +64,7 @@ class StoredTurn:
 
 @dataclass(frozen=True)
 class RestoredTurns:
-    """A conversation with restored reasoning, the stored turns by the number of the answer, and its digest."""
+    """A conversation with restored reasoning, its digest, and stored turns by the number of the answer, from 0."""
 
     messages: list[Message]
     turns: dict[int, StoredTurn]
@@ -102,8 +103,9 @@ class TurnStore:
     def restore(self, owner: str, messages: Sequence[Message], turn_handles: Sequence[object] = ()) -> RestoredTurns:
         """Return ``messages`` with the reasoning that their client left out, and the stored turns of their answers.
 
-        ``turn_handles`` has a value for each of the first messages, as the client sent it. A turn found by its handle
-        counts even if the conversation before it has changed. An answer with other reasoning is not restored.
+        ``turn_handles`` has the values that the client sent for the messages, and may be shorter than ``messages``. A
+        turn found by its handle is used even if the conversation before it has changed. An answer to which the client
+        gives other reasoning is not restored.
         """
         digest = _key(owner, "")
         restored: list[Message] = []
@@ -142,7 +144,7 @@ class TurnStore:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response as JSON: its body, the messages that it answers, and its answer as a message."""
+    """A response as JSON: its body, the messages that it answers (no instructions), and its answer as a message."""
 
     body: bytes
     messages: bytes

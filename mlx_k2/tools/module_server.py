@@ -56,7 +56,7 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """Return the functions that become tools, by name; raise ImportError if there is none."""
+    """Return the functions that become tools, by name; raise ImportError for none, or if ``__all__`` has others."""
     public_names = getattr(module, "__all__", None)
     functions: dict[str, Callable[..., Any]]
     if public_names is None:
@@ -136,7 +136,7 @@ def _well_formed(text: str) -> str:
 
 
 def _exit_with_error(path: Path, error: BaseException) -> NoReturn:
-    """End the process with exit code 2 and one line on stderr that names the error and its line."""
+    """End the process with exit code 2 and a message on stderr that names the error and the line of the file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""
     kind = "" if isinstance(error, UnusableFunction) else f"{type(error).__name__}: "

@@ -48,7 +48,8 @@ class ServerOutput:
     def inspect(self, message: SessionMessage | Exception) -> list[SessionMessage]:
         """Return the messages that mcp's client gets instead of ``message``; an Exception reports an unreadable line.
 
-        An unreadable answer becomes an error. Fields of tools that the client would refuse are removed.
+        An unreadable answer becomes an error. Of each tool the name, the description and the parameters remain; a tool
+        without a usable name or schema is left out.
         """
         if isinstance(message, Exception):
             return self._inspect_line(message)
@@ -66,7 +67,10 @@ class ServerOutput:
         return [message]
 
     def _inspect_line(self, error: Exception) -> list[SessionMessage]:
-        """Return errors for an unreadable answer; record any other line. ``error`` has the line."""
+        """Return the message after a byte order mark, or errors for an unreadable answer; record any other line.
+
+        ``error`` has the line.
+        """
         line, problem = str(error), ""
         if isinstance(error, ValidationError):
             first = error.errors()[0]

@@ -14,7 +14,7 @@ from mlx_k2.json_text.read import convert, read_json
 
 _VARIABLE = re.compile(r"\$\{(?:env:)?(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 # Variables that other programs replace: ${input:key} and ${workspaceFolder:x}, {env:NAME}, Windows' %NAME%, and the
-# shell's $NAME at the end of a text.
+# shell's $NAME at the end of a text. A %NAME% has 3 letters or more: %E4% can be part of a URL.
 _UNSUPPORTED_VARIABLE = re.compile(
     r"\$\{(?!(?:env:)?[A-Za-z_]\w*(?::-|\}))[^}]*\}|(?<!\$)\{env:\w+\}|%[A-Z_][A-Z0-9_]{2,}%|(?<!\S)\$[A-Z_][A-Z0-9_]*$"
 )
@@ -71,7 +71,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     server is left out, and ``notify`` is called with its problem.
 
     Raises:
-        ToolsError: the file cannot be read, or all servers in it are malformed; names the first problem.
+        ToolsError: the file cannot be read, or has a malformed server and no usable one; names the first problem.
     """
     try:
         file = read_json(path.read_bytes(), _McpFile, has_comments=True)
@@ -106,6 +106,8 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
 
 def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
     """Return the server for the functions of a Python file: a separate process with ``environment``.
+
+    With -P it does not import from the current folder.
 
     Raises:
         ToolsError: there is no such file.

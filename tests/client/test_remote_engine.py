@@ -1,11 +1,14 @@
 """Tests of the remote engine against a server in this process: same tokens, cancellation, forced tokens and errors."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 
+from mlx_k2.client import remote_engine
 from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.client.server_connection import ServerAddress
+from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.handle import Event, Finished, Handle, PrefillProgress, Token
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
 from mlx_k2.errors import ClusterError, EngineBusy, RequestError, SetupError
@@ -37,7 +40,7 @@ def tokens_of(handle: Handle) -> tuple[list[int], Finished]:
 
 def with_stop_tokens(request: Request, engine: RemoteEngine) -> Request:
     """Return the request with the stop tokens of the server's model."""
-    return Request(request.prompt_ids, request.max_tokens, request.sampling, engine.frontend.stop_ids)
+    return dataclasses.replace(request, stop_ids=engine.frontend.stop_ids)
 
 
 def test_the_model_is_read_from_the_server(server: SteppedServer, engine: RemoteEngine) -> None:
@@ -75,10 +78,11 @@ def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
         logit_bias=((3, 1.5), (4, -2.0)),
     )
     with stepped_server() as server:
-        handle = RemoteEngine(ServerAddress(server.url)).submit(Request((60, 61), 50, sampling, frozenset()))
+        submitted = Request((60, 61), max_tokens=50, sampling=sampling, stop_ids=frozenset())
+        handle = RemoteEngine(ServerAddress(server.url)).submit(submitted)
         server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
-        assert job.submission.request == Request((60, 61), 50, sampling, frozenset())
+        assert job.submission.request == submitted
         handle.cancel()
         server.wait_for_requests(0)
 
@@ -95,7 +99,8 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
 ) -> None:
     tokenizer = engine.frontend.tokenizer
     think = tokenizer.special_ids["<think>"]
-    submitted = Request((60, think), 40, Sampling(seed=5), engine.frontend.stop_ids)
+    submitted = Request((60, think), max_tokens=40, sampling=Sampling(seed=5), stop_ids=engine.frontend.stop_ids)
+    # The stages sample the ids 0 to 9, so that the text of token 3 ends an answer.
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
         own_tokens, own_finished = tokens_of(
             server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
@@ -113,7 +118,7 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
 def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> None:
     with stepped_server() as server:
         engine = RemoteEngine(ServerAddress(server.url))
-        submitted = Request((60,), 1000, Sampling(seed=1), frozenset(), priority=priority)
+        submitted = request(60, max_tokens=1000, priority=priority)
         handle = engine.submit(submitted)
         server.wait_for_plan()
         (job,) = server.tokens.engine._jobs.values()
@@ -168,7 +173,8 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         server.wait_for_plan()
         other_handles.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
-        submitted = Request((60, tokenizer.special_ids["<think>"]), 12, Sampling(seed=5), frozenset())
+        submitted = request(60, tokenizer.special_ids["<think>"], max_tokens=12, seed=5)
+        # With this budget the client itself adds the first token, </think>: the answer has begun.
         handle = engine.submit(submitted, ReplyPolicy(tokenizer, submitted, ReplyLimits(thinking_budget=0)))
         server.wait_for_line("/v1/completions 429")
         for other in other_handles:
@@ -179,11 +185,21 @@ def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
         assert (len(tokens), finished.reason) == (12, FinishReason.LENGTH)
 
 
+def test_the_time_limit_of_an_answer_begins_with_its_prefill(
+    engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited_s = 1000.0
+    monkeypatch.setattr(remote_engine, "AnswerTimer", lambda began: AnswerTimer(began - waited_s))
+    for timeout_s, reason in ((waited_s / 2, FinishReason.LENGTH), (1e-6, FinishReason.TIMEOUT)):
+        submitted = dataclasses.replace(request(60, max_tokens=5), timeout_s=timeout_s)
+        assert tokens_of(engine.submit(submitted))[1].reason is reason
+
+
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
-    stopping = Request((60,), 5, Sampling(seed=1), engine.frontend.stop_ids)
+    stopping = with_stop_tokens(request(60), engine)
     early = ReplyPolicy(tokenizer, stopping, ReplyLimits(min_tokens=3))
-    scored = Request((60,), 5, Sampling(seed=1, num_logprobs=2), frozenset())
+    scored = dataclasses.replace(request(60), sampling=Sampling(seed=1, num_logprobs=2))
     for submitted, policy, message in ((stopping, early, "restricts its tokens"), (scored, None, "--logprobs")):
         with pytest.raises(RequestError, match=message):
             engine.submit(submitted, policy)
@@ -197,7 +213,7 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
         RemoteEngine(ServerAddress("http://127.0.0.1:1", key))
 
 
-def test_an_address_without_a_server_is_named(tmp_path: object) -> None:
+def test_an_address_without_a_server_is_named() -> None:
     with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):

@@ -21,6 +21,7 @@ from tests.emulated_hosts.hosts import wait_until
 MIDDLE_RANK = 1
 SLOW_KILOBITS_PER_S = 1000
 SUSPENDED_S = 30.0
+"""Longer than the lease of 20 s."""
 RING_PORT = 41001
 CLOCK_SOURCE = Path(__file__).with_name("jumping_clock.cc")
 
@@ -49,7 +50,7 @@ def kill_and_resume(rank: int) -> Callable[[FaultSetup, StreamsRun], float]:
 
 
 def kill_in_restart(rank: int, phase: str) -> Callable[[FaultSetup, StreamsRun], float]:
-    """Return an action that kills stage 0 and, in ``phase`` of the restart, in which the run halts, stage ``rank``."""
+    """Return an action that kills stage 0, and in ``phase`` of the restart stage ``rank``. The run must halt in it."""
 
     def cause(setup: FaultSetup, run: StreamsRun) -> float:
         setup.stage(0).kill()
@@ -113,7 +114,7 @@ def slow_down_link(setup: FaultSetup, run: StreamsRun) -> None:
 
 
 def check_was_slow(setup: FaultSetup, run: StreamsRun) -> None:
-    assert setup.hosts.num_delayed_packets(MIDDLE_RANK) > 100
+    assert setup.hosts.num_delayed_packets(MIDDLE_RANK) > 100, "the limit of the link has delayed almost no packet"
 
 
 def end_sshd(setup: FaultSetup, run: StreamsRun) -> float:
@@ -128,7 +129,7 @@ def end_sshd(setup: FaultSetup, run: StreamsRun) -> float:
 def limit_memory_in_restart(setup: FaultSetup, run: StreamsRun) -> float:
     """Kill stage 0, and limit the middle stage's address space to its size before it loads in the restart."""
     setup.stage(0).kill()
-    run.until(phase="loading", time=2)
+    run.until(phase="loading", time=2)  # the first time is at the first start
     stage = setup.stage(MIDDLE_RANK)
     num_bytes = stage.memory_info().vms
     resource.prlimit(stage.pid, resource.RLIMIT_AS, (num_bytes, num_bytes))
@@ -168,6 +169,7 @@ def suspend_coordinator(setup: FaultSetup, run: StreamsRun) -> float:
     coordinator.suspend()
     time.sleep(SUSPENDED_S)
     commands = setup.hosts.all_processes().values()
+    # The ssh clients of the coordinator remain; their command lines name the stage program, too.
     assert not any("mlx_k2.stage" in command for command in commands if "ssh" not in command)
     coordinator.resume()
     return time.monotonic()
@@ -224,14 +226,14 @@ time.sleep(5)
 
 
 def connect_unknown_process(setup: FaultSetup, run: StreamsRun) -> float:
-    """Connect an unknown process to the middle stage's ring port before its neighbour does, during a restart."""
+    """Connect an unknown process to the middle stage's ring port during a restart, before its neighbour does."""
     setup.stage(0).kill()
     run.until(phase="connecting", time=2)
     command = [sys.executable, "-c", UNKNOWN_PROCESS, setup.hosts.addresses[MIDDLE_RANK], str(RING_PORT + MIDDLE_RANK)]
-    peer = setup.hosts.exec(2, command, stdout=subprocess.PIPE)
+    peer = setup.hosts.exec(NUM_HOSTS - 1, command, stdout=subprocess.PIPE)
     assert peer.stdout is not None
     assert peer.stdout.readline() == b"ready\n"  # from here on it tries to connect without a pause
-    setup.stage(MIDDLE_RANK - 1).nice(19)  # on a busy machine the neighbour, told to connect at the same time, is later
+    setup.stage(MIDDLE_RANK - 1).nice(19)  # it connects at the same time: on a busy machine it is later then
     fault_at = time.monotonic()
     run.resume()
     run.until(restart=...)

@@ -1,4 +1,4 @@
-"""The fault matrix: every row is a fault, its expected outcome, and the time limit for its detection."""
+"""The fault matrix: every row is a fault with its expected outcome, the reasons that it reports, and time limits."""
 
 from tests.emulated_hosts import fault_actions as actions
 from tests.emulated_hosts.faults import Fault, Outcome
@@ -13,7 +13,6 @@ MIDDLE_KILLED = rf"stage 1 on host-1 \(.*\) {KILLED}"
 MIDDLE_KILLED_IN_START = rf"stage 1 on host-1 \(starting\) {KILLED}"
 CONNECTION_LOST = r"the ssh connection was lost \(cable, power, sleep, its sshd\), or its guard was killed"
 MIDDLE_LOST = rf"stage 1 on host-1 \(.*\) ended: {CONNECTION_LOST}"
-COORDINATOR_SILENT = "nothing came from the coordinator for 20 s"
 COORDINATOR_SILENT = "nothing came from the coordinator for 20 s"
 MIDDLE_AWAY = (
     rf"stage 1 on host-1 \(.*\) does not answer: its host is off|{MIDDLE_LOST}|stage 1 on host-1 has not answered"

@@ -142,7 +142,7 @@ class FaultSetup:
                 run.process.wait()
 
     def stage(self, rank: int) -> psutil.Process:
-        """Wait for the process of a stage (not its guard) and return it."""
+        """Wait for the process of a stage that is not of faulty_stage.py, and return it."""
         pids: list[int] = []
 
         def find_stage() -> bool:

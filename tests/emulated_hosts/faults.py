@@ -28,7 +28,7 @@ class Fault:
     cause: Callable[[FaultSetup, StreamsRun], float | None]
     outcome: str
     reasons: tuple[str, ...] = ()
-    """A pattern for the reason of each restart and for the final error. The last one is that of this fault."""
+    """A pattern for the reason of each restart and for the final error. The last pattern is for the fault ``name``."""
     within_s: float | None = None
     """Time limit for the detection of the fault."""
     phase: str = "decode"
@@ -38,6 +38,7 @@ class Fault:
     options: dict[str, object] = field(default_factory=dict)
     """Options of two_streams.py, without ``halts``."""
     halts: dict[str, int] = field(default_factory=dict)
+    """The phases in which the run halts, see two_streams.py."""
     end_timeout_s: float = 6.0
     """Time limit for the end of all processes on the hosts."""
 
@@ -101,7 +102,7 @@ def _check_report(setup: FaultSetup, run: StreamsRun) -> None:
     reason = run.reasons[-1].partition(" (given up after")[0]
     assert reason in report, f"{reason!r} is not in the report"
     assert "\n== versions\nmlx-k2 " in report and "== last lines of stage" in report
-    if len(run.reasons) == 1 and "error" not in run.lines[-1]:
+    if len(run.reasons) == 1 and "error" not in run.lines[-1]:  # a fault in a step, when each stage has a status
         lines = report.partition("== status of the stages at the fault\n")[2].splitlines()[:3]
         assert [line.partition(" (")[0] for line in lines] == [f"stage {rank} on host-{rank}" for rank in range(3)]
         assert '"step": ' in report and '"tokens": ' in report

@@ -38,7 +38,7 @@ def request_fault(folder: Path, name: str) -> None:
 
 
 def cause_fault(name: str, folder: Path, protocol_fd: int) -> None:
-    """Cause a fault of NAMES; "clock" is none, but writes the stage's wall clock to the file ``clock-report``."""
+    """Cause a fault of NAMES. "clock" is no fault: it writes the stage's wall clock to the file ``clock-report``."""
     match name:
         case "exception":
             raise ValueError("a fault inside a layer")
@@ -58,7 +58,7 @@ def cause_fault(name: str, folder: Path, protocol_fd: int) -> None:
 
 def main(folder: Path) -> None:
     protocol_fd = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # as in mlx_k2.stage.program
     run = StageModel.run
 
     def run_with_faults(*arguments: object) -> object:

@@ -1,4 +1,4 @@
-// Preloaded into a process: its wall clock is ahead by as many seconds as stand in the file $CLOCK_OFFSET.
+// Library to preload into a process: it adds the seconds in the file $CLOCK_OFFSET to the wall clock.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>

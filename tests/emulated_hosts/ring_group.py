@@ -29,7 +29,7 @@ def _log(line: str) -> None:
 def prepare(group: StageGroup) -> None:
     """Send each stage its rank and wait until all have answered."""
     for rank in range(group.size):
-        group.send(rank, Prepare(rank, group.size, ModelSource(path_or_repo=""), listen=()))
+        group.send(rank, Prepare(rank, num_stages=group.size, model=ModelSource(path_or_repo=""), listen=()))
     for _ in range(group.size):
         receive(group, Prepared)
 
@@ -43,7 +43,7 @@ def connect(group: StageGroup, addresses: Sequence[str], ranks: Sequence[int]) -
 
 def receive(group: StageGroup, kind: type[FromStage]) -> FromStage:
     """Return the next message, which must be of type ``kind``."""
-    event = group.receive(30)
+    event = group.receive(timeout_s=30)
     assert isinstance(event, StageMessage) and isinstance(event.message, kind), event
     return event.message
 
@@ -62,7 +62,7 @@ def enter_situation(situation: str, group: StageGroup, addresses: Sequence[str])
     for _ in range(group.size):
         receive(group, Connected)
     if situation == "recv":
-        group.send(1, Step(1, ()))
+        group.send(1, Step(number=1, rows=()))
 
 
 def main(situation: str, python: str, lease_s: float, hosts: Mapping[str, str]) -> None:
@@ -72,7 +72,7 @@ def main(situation: str, python: str, lease_s: float, hosts: Mapping[str, str]) 
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         while True:
-            group.receive(60)
+            group.receive(timeout_s=60)
 
 
 if __name__ == "__main__":

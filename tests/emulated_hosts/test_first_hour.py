@@ -1,7 +1,8 @@
 """Tests of the commands in README.md on three hosts, in a terminal, as a new user types them, with mistakes.
 
-The names of hosts are those of the emulated hosts. `make demo` is replaced by its command: the packages that it
-installs are here already.
+The tests run in order: all after the test of setup use what it has installed and written. The names
+of hosts are replaced by the names of the emulated hosts, and `make demo` by its command: the packages that it installs
+are here already.
 """
 
 import functools
@@ -34,7 +35,7 @@ StartLine = Callable[[str], AbstractContextManager[PtyCommand]]
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedHosts]:
-    """Yield three hosts without a profile. In the home of the first one is a fresh clone of the repository."""
+    """Yield three hosts without a profile. The home of the first one has a clone of the repository."""
     if missing := what_is_missing():
         pytest.skip(missing)
     with EmulatedHosts(tmp_path_factory.mktemp("hosts"), num_hosts=3) as emulated:

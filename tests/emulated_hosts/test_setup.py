@@ -31,7 +31,7 @@ def run(hosts: EmulatedHosts, *arguments: str) -> tuple[int, str]:
 
 
 def changed_folders(hosts: EmulatedHosts) -> list[Path]:
-    """Return the existing ones of the folders that setup creates in the homes."""
+    """Return which of the folders that setup creates in the homes exist."""
     folders = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
     return [folder for folder in folders if folder.exists()]
 
@@ -97,6 +97,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "host-1", "host-2"]
     pythons = [f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes]
     assert [entry.get("python") for entry in entries[1:]] == pythons[1:]
+    # Setup has chosen the faster one of the two networks.
     assert tuple(entry["ips"][0] for entry in entries) in (hosts.addresses, hosts.data_addresses)
 
     code, output = run(hosts, "setup", *HOSTS, *options)
@@ -118,6 +119,7 @@ def test_all_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_chan
     assert "unknown-key: ssh does not know its host key" in output
     assert "nothing was changed" in output
     old_python = hosts.folder / "python3.9"
+    # It prints what a real Python prints to the survey of a host: version, whether it has pip, path.
     old_python.write_text('#!/bin/sh\necho "3.9.6 pip /usr/bin/python3"\n')
     old_python.chmod(0o755)
     code, output = run(hosts, "setup", "host-1", "--python", str(old_python), "--yes")

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 EVENT_TIMEOUT_S = 60.0
 """Deadline for an event, long enough for a busy machine."""
 
+LEASE_S = 20.0
+
 LONG_LEASE_S = 600.0
 """A lease longer than every test, so that no stage ends because its lease is over."""
 
@@ -37,20 +39,22 @@ def hosts(emulated_hosts: EmulatedHosts, monkeypatch: pytest.MonkeyPatch) -> Emu
 
 def end_of_start(location: StageLocation) -> StageEnded:
     """Start a stage that cannot start; return its end."""
-    with StageGroup([location], 20.0, lambda _: None) as group:
+    with StageGroup([location], LEASE_S, lambda _: None) as group:
         event = group.receive(EVENT_TIMEOUT_S)
     assert isinstance(event, StageEnded)
     return event
 
 
 def test_three_stages_on_three_hosts_send_arrays_along_the_ring(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    with start_ring_group(hosts.names, stand_in_python(tmp_path, "ring"), 20.0) as group:
+    num_steps = 20
+    with start_ring_group(hosts.names, stand_in_python(tmp_path, "ring"), LEASE_S) as group:
         enter_situation("idle", group, hosts.addresses)
-        for number in range(1, 21):
-            group.send_all(Step(number, ()))
-        reports = [receive(group, StepDone) for _ in range(60)]
+        for number in range(1, num_steps + 1):
+            group.send_all(Step(number, rows=()))
+        reports = [receive(group, StepDone) for _ in range(num_steps * len(hosts.names))]
     sums = [report.tokens[0].token_id for report in reports if isinstance(report, StepDone) and report.tokens]
-    assert sums == [3 * number for number in range(1, 21)]  # each of the three stages adds the number of the step
+    # Each of the three stages adds the number of the step.
+    assert sums == [3 * number for number in range(1, num_steps + 1)]
     assert hosts.all_processes() == {}
 
 
@@ -68,7 +72,7 @@ def test_a_suspended_stage_on_another_host_is_ended_by_its_guard_when_the_group_
 
 def test_a_pulled_cable_ends_only_the_stage_on_its_host(hosts: EmulatedHosts, tmp_path: Path) -> None:
     locations = [StageLocation(name, stand_in_python(tmp_path, "echo")) for name in hosts.names]
-    with StageGroup(locations, 4.0, lambda _: None) as group:
+    with StageGroup(locations, lease_s=4.0, log=lambda _: None) as group:
         for _ in hosts.names:
             receive(group, Connected)
         hosts.cut(1)
@@ -77,19 +81,19 @@ def test_a_pulled_cable_ends_only_the_stage_on_its_host(hosts: EmulatedHosts, tm
         assert str(end.as_error()).startswith(
             "stage 1 on host-1 (last status: starting) ended: the ssh connection was lost"
         )
-        group.send(2, Step(1, ()))
-        assert group.receive(EVENT_TIMEOUT_S) == StageMessage(2, StepDone(1, 0.0, 0.0))
+        group.send(2, Step(1, rows=()))
+        assert group.receive(EVENT_TIMEOUT_S) == StageMessage(2, StepDone(1, busy_s=0.0))
     assert wait_until(lambda: not hosts.all_processes(), EVENT_TIMEOUT_S), hosts.all_processes()
 
 
 def test_a_cable_pulled_for_two_seconds_ends_no_stage(hosts: EmulatedHosts, tmp_path: Path) -> None:
-    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], LEASE_S, lambda _: None) as group:
         receive(group, Connected)
         hosts.cut(1)
         assert wait_until(lambda: group.silence_s(0) > 2, EVENT_TIMEOUT_S)
         hosts.restore(1)
-        group.send(0, Step(1, ()))
-        assert group.receive(EVENT_TIMEOUT_S) == StageMessage(0, StepDone(1, 0.0, 0.0))
+        group.send(0, Step(1, rows=()))
+        assert group.receive(EVENT_TIMEOUT_S) == StageMessage(0, StepDone(1, busy_s=0.0))
 
 
 def test_a_killed_ssh_session_is_the_end_of_its_stage_and_leaves_no_process(
@@ -110,7 +114,7 @@ def test_a_killed_ssh_session_is_the_end_of_its_stage_and_leaves_no_process(
 def test_the_output_of_a_login_shell_is_logged_and_skipped(hosts: EmulatedHosts, tmp_path: Path) -> None:
     (hosts.homes[1] / ".bashrc").write_text("echo welcome to host-1; echo have fun\n")
     log: list[str] = []
-    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], 20.0, log.append) as group:
+    with StageGroup([StageLocation("host-1", stand_in_python(tmp_path, "echo"))], LEASE_S, log.append) as group:
         assert group.receive(EVENT_TIMEOUT_S) == StageMessage(0, Connected())
     assert "[stage 0 host-1] its login shell prints 27 bytes before a command starts; skipped:" in log
     assert "[stage 0 host-1] | welcome to host-1" in log
@@ -125,7 +129,7 @@ def test_on_a_host_without_the_path_of_this_python_the_command_of_its_login_shel
     (hosts.homes[1] / ".profile").write_text('PATH="$HOME/bin:$PATH"\n')
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     log: list[str] = []
-    with StageGroup([StageLocation("host-1")], 20.0, log.append) as group:
+    with StageGroup([StageLocation("host-1")], LEASE_S, log.append) as group:
         assert group.receive(EVENT_TIMEOUT_S) == StageMessage(0, Connected())
     assert any("/nowhere/python cannot run mlx_k2 there; trying mlx-k2" in line for line in log)
 
@@ -148,11 +152,12 @@ def test_the_error_for_each_failure_of_ssh_advises_what_to_do(hosts: EmulatedHos
 
 
 def test_stopping_does_not_wait_for_an_unreachable_host(hosts: EmulatedHosts) -> None:
-    with StageGroup([StageLocation("unreachable")], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation("unreachable")], LEASE_S, lambda _: None) as group:
         assert wait_until(lambda: bool(hosts.processes(0)), EVENT_TIMEOUT_S)
         lines: list[str] = []
         group.stop(lines.append)
-        assert not any(GROUP_SENDS_SIGNAL in line for line in lines)  # ssh's own timeout is longer
+        # The ssh client was ended at once: until its own timeout the group would have sent a signal.
+        assert not any(GROUP_SENDS_SIGNAL in line for line in lines)
     assert hosts.all_processes() == {}
 
 

@@ -1,4 +1,4 @@
-"""Tests of reading JSON: what is refused, and that each message names the line or the field."""
+"""Tests of reading JSON: what is read, what is refused, and with which message."""
 
 import json
 import subprocess
@@ -82,7 +82,7 @@ def test_comments_and_trailing_commas_do_not_change_the_value(value: object, com
         (b"[" * 101 + b"]" * 101, f"it is nested more than {MAX_DEPTH} deep"),
     ],
 )
-def test_text_that_is_not_strict_json_is_refused_with_its_line_or_key(text: bytes, problem: str) -> None:
+def test_text_that_is_not_strict_json_is_refused_with_its_problem(text: bytes, problem: str) -> None:
     with pytest.raises(JsonError, match=f"^{problem}"):
         parse_json(text)
 

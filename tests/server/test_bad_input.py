@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_k2.sampling import MAX_BIASES
 from mlx_k2.server.chat_request import read_chat_request
 from tests.server.forced_replies import builtin_tokenizer
 from tests.server.http_client import CHAT_PATH, exchange, receive_until, request_bytes
@@ -59,6 +60,7 @@ BAD_BODIES: dict[str, tuple[object, str | None]] = {
     "a bias for a word": (chat(logit_bias={"x": 1}), "logit_bias"),
     "a bias outside of the vocabulary": (chat(logit_bias={"99999999": 1}), "logit_bias"),
     "a bias out of range": (chat(logit_bias={"5": 500}), "logit_bias"),
+    "more biases than are allowed": (chat(logit_bias=dict.fromkeys(map(str, range(MAX_BIASES + 1)), 1)), "logit_bias"),
     "a negative min_tokens": (chat(min_tokens=-1), "min_tokens"),
     "an answer in XML": (chat(response_format={"type": "xml"}), "response_format"),
     "a text as schema": (chat(response_format=schema_format("none")), "response_format"),

@@ -18,7 +18,7 @@ def message(request_id: Any, **content: Any) -> bytes:
 
 
 def answer_call(request_id: int) -> bytes:
-    """Return the answer to a call, with the fault in it if answers have it."""
+    """Return the answer to a call, with the fault if it is one of answers."""
     good = message(request_id, result={"content": [{"type": "text", "text": "fine"}]})
     match FAULT:
         case "not UTF-8":
@@ -50,12 +50,13 @@ def answer_call(request_id: int) -> bytes:
         case "log lines":
             return b'calling\n[INFO] now\n{"level": "info"}\n{ a: 1 }\n' + good
         case "another id":
-            return message(request_id + 90, result={})
+            return message(request_id + 90, result={})  # a request that was not sent
         case "headers":
             return b"Content-Length: %d\r\n\r\n" % len(good) + good
         case "byte order mark":
             return b"\xef\xbb\xbf" + good
         case "one call in two":
+            # Ids count up by 1 over one connection.
             return good if request_id % 2 else good.replace(b"fine", b"\xc4\xe3")
     return good
 

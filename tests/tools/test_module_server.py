@@ -80,6 +80,7 @@ def module(tmp_path: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a tool server, in which a function's output is written at once."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
 
 

@@ -35,7 +35,7 @@ def test_content_that_is_not_text_is_replaced_by_its_description() -> None:
         types.EmbeddedResource(type="resource", resource=types.BlobResourceContents(uri="file:///c", blob="aGk=")),
         types.ResourceLink(type="resource_link", uri="file:///d", name="d"),
     ]
-    assert read_result(types.CallToolResult(content=parts), 1000).text.splitlines() == [
+    assert read_result(types.CallToolResult(content=parts), max_chars=1000).text.splitlines() == [
         "a",
         "[not shown: image/png, 4 characters of base64]",
         "b",
@@ -46,8 +46,8 @@ def test_content_that_is_not_text_is_replaced_by_its_description() -> None:
 
 def test_a_result_with_only_structured_content_is_json() -> None:
     result = types.CallToolResult(content=[], structured_content={"a": [1, "é"]})
-    assert read_result(result, 1000).text == '{"a":[1,"é"]}'
+    assert read_result(result, max_chars=1000).text == '{"a":[1,"é"]}'
 
 
 def test_a_result_without_content_is_empty_text() -> None:
-    assert read_result(types.CallToolResult(content=[]), 1000).text == ""
+    assert read_result(types.CallToolResult(content=[]), max_chars=1000).text == ""

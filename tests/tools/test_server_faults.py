@@ -1,4 +1,4 @@
-"""Tests of faulty tool servers together with good ones: each fault is named at once, and the others are used.
+"""Tests of faulty tool servers together with good ones: each fault is named at once, and the good ones are used.
 
 Each call logs its duration (--log-cli-level=INFO): far below the timeouts, and below 2 s in the long profile.
 """
@@ -46,7 +46,7 @@ RESULTS = {  # by the fault of `faulty_server`: the outcome of a call, and a par
         Outcome.FAILED,
         "may have run: it writes headers before its messages; over stdio each message is a line",
     ),
-    "another id": (Outcome.FAILED, "may have run: it answered the request 9"),
+    "another id": (Outcome.FAILED, "may have run: it answered the request 9"),  # its id + 90
     "bad tools": (Outcome.DONE, "fine"),
     "not UTF-8": (Outcome.FAILED, "may have run: its answer cannot be read (byte 0xe9 is not UTF-8)"),
     "half a surrogate": (Outcome.FAILED, "may have run: its answer cannot be read (unexpected end of hex escape"),
@@ -95,7 +95,7 @@ def test_a_call_has_its_result_or_the_servers_fault_at_once(faulty_box: ToolBox,
         assert text in result.text
 
 
-def test_servers_and_tools_that_cannot_be_used_are_named_and_the_others_are_used(faulty_box: ToolBox) -> None:
+def test_unusable_servers_and_tools_are_named_and_usable_tools_beside_them_are_offered(faulty_box: ToolBox) -> None:
     assert faulty_box.problems == [
         "bad tools: a tool without a name is left out: {'name': 5}",
         "bad tools: its tool 'x' is left out: its inputSchema is not that of an object",
@@ -178,7 +178,7 @@ class _FaultyHttp(BaseHTTPRequestHandler):
                 self._send(200, good.replace(b"fine", b"\xe9"))
             case "html":
                 self._send(200, b"<html>", "text/html")
-            case "error":  # after a 405 for the stream that the client asked for
+            case "error":  # its message is reported, not the status 405 of do_GET
                 error = {"code": -32603, "message": "the disk is full"}
                 self._send(200, json.dumps({"jsonrpc": "2.0", "id": json.loads(good)["id"], "error": error}).encode())
             case "accepted":
@@ -206,7 +206,7 @@ class _FaultyHttp(BaseHTTPRequestHandler):
 def http_server_url(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Yield the URL of a server with this handler."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

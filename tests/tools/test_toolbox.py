@@ -40,8 +40,10 @@ def http_server(name: str) -> Iterator[HttpServer]:
     command = [sys.executable, str(SCRIPT), "http"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        yield HttpServer(name=name, url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
-        process.kill()
+        try:
+            yield HttpServer(name=name, url=f"http://127.0.0.1:{int(process.stdout.readline())}/mcp")
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_a_failing_tool_and_invalid_arguments_give_failed_results(box: ToolBox) 
     assert box.call("fail", {}).outcome is Outcome.FAILED
     invalid = box.call("add", {"a": "many"})
     assert invalid.outcome is Outcome.FAILED
-    assert "\na\n" in invalid.text, "the name of the argument"
+    assert "\na\n" in invalid.text, "a line has the name of the argument"
     assert "integer" in invalid.text
 
 
@@ -165,7 +167,8 @@ def test_equal_tool_names_get_their_servers_prefix_and_odd_characters_are_replac
 
 def tools_of_one_server(*names: str) -> list[tuple[Connection, types.Tool]]:
     """Return tools with these names, all of one server, which is never started."""
-    connection = Connection(HttpServer(name="s", url="http://127.0.0.1:9/"), cast("TaskGroup", None), 1.0)
+    server = HttpServer(name="s", url="http://127.0.0.1:9/")
+    connection = Connection(server, tasks=cast("TaskGroup", None), start_timeout_s=1.0)
     return [(connection, types.Tool(name=name, input_schema={"type": "object"})) for name in names]
 
 
@@ -225,7 +228,7 @@ def test_two_servers_with_the_same_name_are_refused_before_any_starts() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [(), pytest.param(("ignores-sigterm",), marks=pytest.mark.slow)],
-    ids=["a server that ends", "one that ignores SIGTERM"],
+    ids=["a server that SIGTERM ends", "a server that ignores SIGTERM"],
 )
 def test_closing_the_toolbox_ends_running_calls_and_leaves_no_process(arguments: tuple[str, ...]) -> None:
     pids_before = descendant_pids()
