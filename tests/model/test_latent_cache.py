@@ -1,4 +1,4 @@
-"""Tests of the latent cache: rows are kept or overwritten, and rows of earlier sequences and rejected drafts unused."""
+"""Tests of the latent cache: rows are kept or replaced; rows of earlier sequences and rejected drafts are unread."""
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +41,7 @@ def test_a_slot_copied_from_another_slot_is_independent_of_it() -> None:
     cache = LatentCache(2, 2, 1024, ROW_DIM, mx.float32)
     for layer in (0, 1):
         cache.write(layer, Span(0, 0, 4, is_prompt=True), cache_rows(10 * layer, 4))
-    cache.copy(0, 1, 3)
+    cache.copy(source=0, target=1, num_rows=3)
     write(cache, Span(0, 1, 1, is_prompt=False), cache_rows(90, 1))
     assert write(cache, Span(1, 3, 1, is_prompt=True), cache_rows(7, 1)) == [0, 1, 2, 7]
     assert np.asarray(cache.write(1, Span(1, 3, 1, is_prompt=True), cache_rows(7, 1)))[:, 0].tolist() == [10, 11, 12, 7]
@@ -82,11 +82,11 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
 
 
 def fill_slot(chain: Chain, slot: int, value: float) -> None:
-    """Fill the slot with rows of ``value``, which no computation would write."""
+    """Fill the slot's first array with rows of ``value``, which no computation would write."""
     (cache,) = chain.caches
-    cache_rows = mx.full((256, chain.config.cache_row_dim), value)
+    cache_rows = mx.full((SMALLEST_CAPACITY, chain.config.cache_row_dim), value)
     for layer in range(chain.config.num_hidden_layers):
-        mx.eval(cache.write(layer, Span(slot, 0, 256, is_prompt=True), cache_rows))
+        mx.eval(cache.write(layer, Span(slot, 0, SMALLEST_CAPACITY, is_prompt=True), cache_rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])

@@ -55,7 +55,7 @@ ALL = list(range(len(LOGITS)))
     ("sampling", "probabilities"),
     [
         (Sampling(seed=1), probabilities_of(ALL)),
-        (Sampling(seed=2, temperature=2.0), probabilities_of(ALL[:-1], 2.0)),
+        (Sampling(seed=2, temperature=2.0), probabilities_of(ALL[:-1], 2.0)),  # the last one's probability is 4e-6
         (Sampling(seed=3, temperature=0.5), probabilities_of(ALL, 0.5)),
         (Sampling(seed=4, top_k=3), probabilities_of([0, 1, 2])),
         (Sampling(seed=5, top_k=len(LOGITS)), probabilities_of(ALL)),
