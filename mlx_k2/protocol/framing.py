@@ -161,7 +161,7 @@ class FrameWriter:
         self.put_raw(encode_frame(kind, payload))
 
     def put_raw(self, data: bytes) -> None:
-        """Queue bytes that are not a frame (the opening mark), as ``put`` does."""
+        """Queue ``data`` as it is: a whole frame, or the opening mark. Drop it or raise as ``put`` does."""
         if not self._is_open:
             return
         if self._queue.qsize() >= MAX_QUEUED_FRAMES:

@@ -182,7 +182,7 @@ class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
-    """Answer to DownloadShard: all files are in ``folder``. ``fetched`` names the files that were not there before."""
+    """Answer to DownloadShard: the layers' files are in ``folder``. ``fetched`` names those that were missing before."""
 
     folder: str
     fetched: tuple[str, ...]

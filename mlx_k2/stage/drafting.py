@@ -72,9 +72,9 @@ class Drafting:
         return None
 
     def _write_rows(self, finished: FinishedStep) -> None:
-        """Write the cache row of each token from the features of the position before it; from zeros if none are known.
+        """Write the cache row of each token from the features of the position before it, or from zeros.
 
-        None are known at position 0, whose row is never read, and if the tail before the span's position is not kept.
+        Zeros are used at position 0, whose row is never read, and if the tail before the span's position is not kept.
         """
         features_before: list[mx.array] = []
         start = 0
@@ -122,7 +122,11 @@ def _sampling_request(row: Row, token_ids: list[int]) -> SamplingRequest:
 
 
 def _bias_with_penalties(row: Row, token_ids: list[int]) -> LogitBias | None:
-    """Return the row's logit bias with the penalties of ``token_ids``. A token with a bias has its presence penalty."""
+    """Return the row's logit bias with the penalties of ``token_ids``.
+
+    If a token has a bias, this bias is taken to hold its presence penalty already. That is wrong for a token that has
+    a bias of the request only, but then a draft may be wrong, and no token is.
+    """
     draft = row.draft
     if draft is None or not (draft.presence_penalty or draft.frequency_penalty):
         return row.logit_bias

@@ -49,7 +49,7 @@ def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
 
 
 def _interfaces() -> dict[str, str]:
-    """Return the name of the interface of each IPv4 address."""
+    """Return the name of the interface of each IPv4 address whose interface is up."""
     stats = psutil.net_if_stats()
     return {
         address.address: name

@@ -21,7 +21,7 @@ BFLOAT16_BYTES = 2
 DENSE_GROUP_SIZES = (64, 32)
 """The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
-_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8, "BOOL": 1}
+_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _ROUTED_EXPERTS = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
 _WEIGHT_SCALE = ".weight_scale"
