@@ -98,7 +98,7 @@ class MeasureHops(msgspec.Struct, frozen=True, tag=True):
 class Connect(msgspec.Struct, frozen=True, tag=True):
     """Request to join the data plane, then to check each hop: send ``to_next``, expect ``from_previous``.
 
-    Both are None where there is no such neighbour. Answered by Connected.
+    Each is None if there is no such neighbour. Answered by Connected.
     """
 
     links: RingLinks | JacclLinks | None
@@ -110,8 +110,9 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Request to load layers ``first_layer`` up to, not including, ``end_layer``.
 
-    Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
-    cache and working space together; a Mac keeps that much wired. ``block_bytes`` limits a block of attention on a GPU.
+    Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``dtype`` is MLX's name of the compute
+    dtype. ``needed_bytes`` is the memory of shard, cache and working space together; a Mac keeps that much wired.
+    ``block_bytes`` limits a block of attention on a GPU.
     Attention, shared experts, dense layers and the head are quantized to ``dense_bits`` bits per weight; None: they are
     not quantized. Stages that start on the host later report ``registration`` in their Hello. With ``draft_head``, each
     layer whose output the head reads gets a slice of the head's projection ``fc``, and the last stage gets the head. A
@@ -182,7 +183,7 @@ class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
-    """Answer to DownloadShard: the layers' files are in ``folder``. ``fetched`` names those that were missing before."""
+    """Answer to DownloadShard: the shard's files are in ``folder``. ``fetched`` names those that were not there."""
 
     folder: str
     fetched: tuple[str, ...]

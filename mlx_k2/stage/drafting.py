@@ -32,7 +32,7 @@ class _Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """A step whose tokens were sampled. ``features`` (tokens, hidden) are the draft head's inputs of its positions."""
+    """A step whose tokens were sampled. ``features`` (tokens, hidden) are the draft head's inputs for its positions."""
 
     step: Step
     batch: Batch
@@ -45,10 +45,10 @@ class Drafting:
 
     def __init__(self, model: DraftModel, hidden_size: int, context_tokens: int, plans: DraftPlans) -> None:
         self._model = model
-        self._no_features = mx.zeros((1, hidden_size), model.cache.dtype)
+        self._no_features = mx.zeros((1, hidden_size), model.cache.dtype)  # in place of features that are not kept
         self._context_tokens = context_tokens
         self._plans = plans
-        self._tails: dict[int, _Tail | None] = {}
+        self._tails: dict[int, _Tail | None] = {}  # by slot
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
@@ -104,7 +104,7 @@ class Drafting:
             return planned
         token_ids = [token_id]
         for index in range(num_drafts):
-            output = self._model.run(token_ids[-1], features, row.slot, row.end + index)
+            output = self._model.run(token_ids[-1], features, row.slot, position=row.end + index)
             features = output.features
             if index < len(planned):
                 token_ids.append(planned[index])

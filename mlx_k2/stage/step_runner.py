@@ -163,7 +163,7 @@ class StepRunner:
         """Return the layers' output, the features after them, and the seconds of waiting for the hidden states."""
         receive_s = 0.0
         builds_lazily = self._model.builds_lazily(batch)
-        if not builds_lazily:
+        if not builds_lazily and not self._is_first:
             receive_s = _evaluate(step_input.received)
             report_phase(Phase.COMPUTING)
         output, features = self._model.run(step_input.hidden, batch, step_input.features)

@@ -33,7 +33,7 @@ from mlx_k2.weights.model_source import DraftHead
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
 FC, LM_HEAD, EMBEDDING, NORM, TARGET_IDS = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
 _UNREAD_TENSORS = ("t2d",)
-"""Whether the head drafts each of the target's tokens: follows from d2t."""
+"""Names of tensors that are not read: t2d (whether the head drafts a token of the target) follows from d2t."""
 _LAYER_PREFIXES = ("layers.0", "midlayer")
 """Beginnings of the names of the decoder layer's tensors: Model-Optimizer's, and SpecForge's."""
 _SUPPORTED_EAGLE_VALUES: Mapping[str, tuple[object, ...]] = {

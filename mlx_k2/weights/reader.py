@@ -30,8 +30,9 @@ from mlx_k2.weights.safetensors_file import Header, open_regular
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight")
+"""Ends of the names of tensors that are always searched for NaN and infinity (`ShardReader`)."""
 _NUM_THREADS = 8
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 32 * 2**20  # what one thread reads at a time
 _F_NOCACHE = 48
 """Command of macOS's fcntl: do not keep the file's pages in memory. 300 GB of pages would displace the weights."""
 _ARRAY_DTYPES = {"BF16": mx.uint16, "F32": mx.float32, "I64": mx.int64}

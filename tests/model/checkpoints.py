@@ -34,7 +34,7 @@ def make_checkpoints(folder: Path) -> Checkpoint:
     def checkpoint(variant: str) -> Path:
         variant_folder = folder / variant.replace(" ", "-")
         if not variant_folder.exists():
-            write_random_checkpoint(variant_folder, VARIANTS[variant], 0, {})
+            write_random_checkpoint(variant_folder, VARIANTS[variant], seed=0, tokenizer_files={})
         return variant_folder
 
     return checkpoint

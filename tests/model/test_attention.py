@@ -122,7 +122,7 @@ def test_fused_attention_equals_unfused_attention(count: int, position: int) -> 
 @pytest.mark.parametrize(
     ("position", "block_bytes"), [(0, 2**27), (100, 100_000)], ids=["large first chunk", "few queries per block"]
 )
-def test_the_fused_kernel_if_allowed_computes_large_first_chunks_and_chunks_of_which_few_queries_fit_into_a_block(
+def test_the_fused_kernel_is_used_only_if_allowed_and_for_a_large_first_chunk_or_blocks_of_few_queries(
     monkeypatch: pytest.MonkeyPatch, position: int, block_bytes: int
 ) -> None:
     case = make_case(count=48, position=position)

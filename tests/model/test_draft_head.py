@@ -118,7 +118,7 @@ def test_features_and_outputs_are_the_same_bits_for_any_stages(
     target = checkpoint("thinking")
     fields = draft_config_fields(VARIANTS["thinking"])
     write_random_draft_head(
-        tmp_path / "head", fields, read_config(target), 1, own_tensors=(LM_HEAD,), fc_norms=fc_norms
+        tmp_path / "head", fields, read_config(target), seed=1, own_tensors=(LM_HEAD,), fc_norms=fc_norms
     )
     tokens = [(37 * at) % 500 for at in range(40)]
     batch = Batch([Span(0, 0, len(tokens), is_prompt=True)])

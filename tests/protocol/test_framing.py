@@ -70,7 +70,11 @@ def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
             pass
 
 
-@pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
+@pytest.mark.parametrize(
+    "header",
+    [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, Kind.MESSAGE)],
+    ids=["unknown kind", "too large a length"],
+)
 def test_a_header_with_an_unknown_kind_or_too_large_a_length_is_refused_before_its_payload(header: bytes) -> None:
     with pytest.raises(ProtocolError, match="bytes that are not frames"):
         read_frame(io.BytesIO(header))

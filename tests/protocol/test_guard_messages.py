@@ -30,8 +30,8 @@ def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
 
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"lease_s": -1, "held_bytes": 0}', b"1e999"]))
-@example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')
-@example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')
+@example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')  # out of range
+@example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')  # without a value
 def test_invalid_guard_settings_and_stage_exits_are_refused(payload: bytes) -> None:
     for payload_type in (GuardSettings, StageExit):
         with pytest.raises(ProtocolError):

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a checkpoint whose layers are together much larger than a process without a model."""
     folder = tmp_path_factory.mktemp("large") / "model"
     shape = {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 64, "num_hidden_layers": NUM_LAYERS}
-    write_random_checkpoint(folder, tiny_config_fields(512, **shape), 0, {})
+    write_random_checkpoint(folder, tiny_config_fields(vocab_size=512, **shape), seed=0, tokenizer_files={})
     return folder
 
 

@@ -20,7 +20,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
 from tests.weights.tiny_checkpoints import config_of
 
-FIELDS = tiny_config_fields(192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
+FIELDS = tiny_config_fields(vocab_size=192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
 TARGET = config_of(FIELDS)
 Change = Callable[[Path], None]
 """Function that changes the files in the folder of a head."""
@@ -39,7 +39,7 @@ def write_head(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(**changes: Any) -> Path:
         folder = base / str(len(list(base.iterdir())))
-        write_random_draft_head(folder, draft_config_fields(FIELDS, **changes), TARGET, 1)
+        write_random_draft_head(folder, draft_config_fields(FIELDS, **changes), TARGET, seed=1)
         return folder
 
     return write
@@ -201,6 +201,6 @@ def test_a_head_of_kimi_k2_reads_the_published_bytes() -> None:
 
 
 def test_a_checkpoint_of_a_model_is_refused_as_a_draft_head(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path / "model", FIELDS, 1, {})
+    write_random_checkpoint(tmp_path / "model", FIELDS, seed=1, tokenizer_files={})
     with pytest.raises(MlxK2Error, match="is not a draft head that mlx-k2 runs"):
         read_head(tmp_path / "model")

@@ -96,8 +96,8 @@ def test_each_stage_fetches_only_its_files(
         specs = shard_specs(config, first, end)
         names = index.files(specs)
         hub.requests.clear()
-        own_cache = HubRepo(REPO, COMMIT, tmp_path / f"host-{stage}", hub.endpoint)
-        fetched = fetch_files(own_cache, names, ignore_progress)
+        repo_on_host = HubRepo(REPO, COMMIT, cache_folder=tmp_path / f"host-{stage}", endpoint=hub.endpoint)
+        fetched = fetch_files(repo_on_host, names, ignore_progress)
         assert hub.fetched == {*names, "config.json"}  # the path of config.json gives the folder
         assert fetched.fetched_names == tuple(names)
         assert len(locate_tensors(fetched.folder, index, specs)) == len(specs)

@@ -211,7 +211,7 @@ def test_unread_vision_tensors_are_reported_in_one_line_and_rotary_frequencies_a
     folder, config = tiny
     assert check_names(config, index_of(folder)) is None
     fields = as_kimi_k25(tiny_config_fields(VOCAB_SIZE))
-    write_random_checkpoint(tmp_path / "k25", fields, 0, {})
+    write_random_checkpoint(tmp_path / "k25", fields, seed=0, tokenizer_files={})
     unread_tensors = "2 tensors are not needed for text and are not read: the vision projector, the vision tower"
     assert check_names(config_of(fields), index_of(tmp_path / "k25")) == unread_tensors
 

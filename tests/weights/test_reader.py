@@ -73,7 +73,7 @@ def test_the_stages_together_read_each_tensor_of_the_model_once(
 ) -> None:
     fields = tiny_config_fields(VOCAB_SIZE)
     fields = as_kimi_k25(fields) if family == "kimi_k25" else fields
-    write_random_checkpoint(tmp_path / "model", fields, 0, {})
+    write_random_checkpoint(tmp_path / "model", fields, seed=0, tokenizer_files={})
     config = ModelConfig.from_json((tmp_path / "model" / "config.json").read_bytes(), "config.json")
     shard_reader = open_reader(tmp_path / "model", config)
     names = [
