@@ -20,7 +20,7 @@ from mlx_k2.stage.host import on_gpu
 CHECKS_TIMEOUT_S = 400.0
 """Time limit of all children together. A check takes some seconds, and longer while another process checks. The
 coordinator expects a message within 600 s. Kernels that are not checked in time are checked at the next start."""
-_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # each ends at one check, the last none
+_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # a check ends each but the last
 
 
 def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:

@@ -17,7 +17,7 @@ from mlx_k2.config import ModelConfig
 
 INT4_GROUP_SIZE = 32
 INT4_PER_WORD = 8
-BFLOAT16_BYTES = 2
+BFLOAT16_BYTES = 2  # bfloat16 is the only compute dtype of this size
 DENSE_GROUP_SIZES = (64, 32)
 """The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 

@@ -50,8 +50,8 @@ class ShardReader:
     """A reader of embedding, layers and head of a checkpoint. ``files`` has the path of each tensor's file, by name.
 
     Norms, routers, the embedding and the experts' scales are always searched for NaN and infinity: a bad value in them
-    can go unnoticed, because a step does not read it, or its output does not show it. With ``check_all`` all tensors
-    are searched.
+    can go unnoticed, because a step does not read it, or its output does not show it. With ``check_all`` all
+    floating-point tensors are searched.
     """
 
     def __init__(

@@ -84,6 +84,7 @@ def test_omitting_four_consecutive_experts_changes_the_logits(parts: Parts, logi
         def omit(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
             stack = moe.experts
             assert isinstance(stack, AffineStack)
+            # With scales and biases of 0 the last projection's output is 0.
             experts = stack.experts._replace(down_scale=mx.where(members, 0.0, stack.experts.down_scale))
             bias = mx.where(members, 0.0, stack.down_bias)
             return moe._replace(experts=stack._replace(experts=experts, down_bias=bias))

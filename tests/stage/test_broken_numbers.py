@@ -144,7 +144,7 @@ def test_the_tests_above_plant_in_each_kind_of_float_tensor(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("name", CHECKED_BY_STEPS)
+@pytest.mark.parametrize("name", CHECKED_BY_STEPS)  # the others are always checked
 def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
