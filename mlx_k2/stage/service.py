@@ -58,7 +58,8 @@ from mlx_k2.weights.model_source import is_repo, model_folder
 ANSWER_TIMEOUT_S = 120.0
 """Time limit for reading small files or the clock, connecting to the neighbours, and measuring hops."""
 PROGRESS_TIMEOUT_S = 900.0
-"""Time limit between two reports of progress while files are fetched, loaded or probed: a layer has 10 GB."""
+"""Time limit between two reports of progress while files are fetched, loaded or probed: a slow disk reads a layer of
+10 GB in this time."""
 FLUSH_TIMEOUT_S = 5.0
 """Time limit for writing all frames, at the end and before MLX connects."""
 _PHASES: dict[type, tuple[Phase, float]] = {

@@ -120,3 +120,4 @@ def test_every_stage_answers_each_step_with_its_number_and_times(checkpoint: Che
         answers = pipeline.step(Row(0, 0, tuple(PROMPT), is_prompt=True, sampling=GREEDY))
         assert [done.number for done in answers] == [number] * 3
         assert all(done.busy_s > 0 and done.receive_s >= 0 and done.send_s >= 0 for done in answers)
+        assert answers[0].receive_s == answers[-1].send_s == 0
