@@ -146,7 +146,7 @@ def load_stage(
         transport,
         PlanLimits(message.num_slots, message.context_tokens, config.vocab_size),
         first_layer=layers.start,
-        has_features=message.draft_head is not None,
+        has_features=message.draft_head is not None,  # also on a stage that reads nothing of the head
         drafting=drafting,
         plans=plans,
     )

@@ -59,14 +59,15 @@ def test_other_sequences_in_a_batch_do_not_change_the_logits(
     chunk_logits = []
     half = len(PROMPT) // 2
     for number, token_ids in enumerate((PROMPT[:half], PROMPT[half:])):
-        decoding = Span(2, len(OTHER_PROMPT) + number, 1, is_prompt=False)
-        chunk = Span(0, number * half, half, is_prompt=True)
-        other_chunk = Span(1, number * half, half, is_prompt=True)
+        decoding = Span(slot=2, position=len(OTHER_PROMPT) + number, count=1, is_prompt=False)
+        chunk = Span(slot=0, position=number * half, count=half, is_prompt=True)
+        other_chunk = Span(slot=1, position=number * half, count=half, is_prompt=True)
         logits = chain.run((decoding, [number]), (chunk, token_ids), (other_chunk, token_ids[::-1]))
         chunk_logits.append(logits[1 : 1 + half])
     assert mx.array_equal(mx.concatenate(chunk_logits), prompt_logits)
     for index, token_id in enumerate(GENERATED):
-        decoding = Span(0, len(PROMPT) + index, 1, is_prompt=False)
-        drafting = Span(2, len(OTHER_PROMPT) + 2 + index, 4, is_prompt=False)  # slot 2 has decoded two tokens above
+        decoding = Span(slot=0, position=len(PROMPT) + index, count=1, is_prompt=False)
+        other_end = len(OTHER_PROMPT) + 2  # slot 2 has decoded two tokens above
+        drafting = Span(slot=2, position=other_end + index, count=4, is_prompt=False)
         logits = chain.run((drafting, [1, 2, 3, index]), (decoding, [token_id]))
         assert mx.array_equal(logits[4:], generated_logits[index : index + 1])

@@ -81,7 +81,7 @@ def test_a_step_writes_its_rows_without_copying_the_cache() -> None:
     for position in range(num_rows - 4, num_rows):
         mx.reset_peak_memory()
         bytes_before = mx.get_active_memory()
-        cache.write(0, Span(0, position, 1, is_prompt=False), cache_rows(0, 1))
+        cache.write(0, Span(slot=0, position=position, count=1, is_prompt=False), cache_rows(0, 1))
         mx.eval(cache.arrays)
         assert mx.get_peak_memory() - bytes_before < cache_bytes / 100
 

@@ -84,9 +84,11 @@ def test_new_stages_that_compute_the_known_tokens_again_sample_the_same_next_tok
     num_known = 15
     known_ids = tuple(token.token_id for token in expected[0][:num_known])
     pipeline = Pipeline(checkpoint("thinking"), 3)
-    assert pipeline.tokens(Row(0, 0, tuple(PROMPT), is_prompt=True, sampling=None)) == ()
+    assert pipeline.tokens(Row(slot=0, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=None)) == ()
     recent = recent_ids([*PROMPT, *known_ids])
-    answer = Row(0, len(PROMPT), known_ids, is_prompt=False, sampling=SAMPLINGS[0], recent_ids=recent)
+    answer = Row(
+        slot=0, position=len(PROMPT), token_ids=known_ids, is_prompt=False, sampling=SAMPLINGS[0], recent_ids=recent
+    )
     assert pipeline.tokens(answer) == (expected[0][num_known],)
 
 
@@ -110,14 +112,22 @@ def test_a_prefix_copied_from_another_slot_gives_the_same_token_as_a_computed_on
     other = (*PROMPT[:num_shared], 1, 2, 3)
     pipeline.tokens(Row(slot=2, position=0, token_ids=other, is_prompt=True, sampling=None))
     rest, recent = tuple(PROMPT[num_shared:]), recent_ids(PROMPT)
-    row = Row(1, num_shared, rest, is_prompt=True, sampling=SAMPLINGS[0], recent_ids=recent, copy_from=2)
+    row = Row(
+        slot=1,
+        position=num_shared,
+        token_ids=rest,
+        is_prompt=True,
+        sampling=SAMPLINGS[0],
+        recent_ids=recent,
+        copy_from=2,
+    )
     assert pipeline.tokens(row) == (expected[0][0],)
 
 
 def test_every_stage_answers_each_step_with_its_number_and_times(checkpoint: Checkpoint) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 3)
     for number in (1, 2):
-        answers = pipeline.step(Row(0, 0, tuple(PROMPT), is_prompt=True, sampling=GREEDY))
+        answers = pipeline.step(Row(slot=0, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=GREEDY))
         assert [done.number for done in answers] == [number] * 3
         assert all(done.busy_s > 0 and done.receive_s >= 0 and done.send_s >= 0 for done in answers)
         assert answers[0].receive_s == answers[-1].send_s == 0
