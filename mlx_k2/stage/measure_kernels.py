@@ -106,7 +106,7 @@ def _plain_mlx_gb_per_s() -> float:
     shape = layer_shape(_k2_config(), mx.bfloat16) if on_gpu() else SMALL_LAYER
     stack = random_stack(shape, shape.num_experts)
     mx.eval(stack)
-    return time_layer(reference.routed_experts, stack, 1, shape.top_k).gigabytes_per_second
+    return time_layer(reference.routed_experts, stack, tokens=1, top_k=shape.top_k).gigabytes_per_second
 
 
 def measure_decode() -> DecodeTime:
@@ -139,7 +139,7 @@ def measure_idle() -> IdleTime:
     limit_bytes = working_set_bytes() or 0
     stacks = [random_stack(shape, shape.num_experts)]
     stack_bytes = sum(array.nbytes for array in stacks[0])
-    for _ in range(min(_MAX_STACKS, limit_bytes // 2 // stack_bytes) - 1):
+    for _ in range(min(_MAX_STACKS, limit_bytes // 2 // stack_bytes) - 1):  # in half of the GPU's memory
         stacks.append(ExpertStack(*(array + 0 for array in stacks[0])))  # + 0 makes a copy
         mx.eval(stacks[-1])
     if limit_bytes:
