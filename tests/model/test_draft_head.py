@@ -102,7 +102,8 @@ def test_a_head_limited_to_40_ids_keeps_the_logits_of_the_smallest_ids_and_of_co
         loaded = LoadedDraft(head_at(heads / name, vocab_size=vocab_size), heads / "target")
         model = loaded.model()
         output = model.run(5, mx.ones((1, loaded.config.hidden_size)), slot=0, position=1)
-        return np.array(model.logits(output))[0]
+        logits: NDArray[np.float32] = np.array(model.logits(output)[0])
+        return logits
 
     for name in ("own", "shared", "midlayer-32k"):
         all_logits, limited_logits = logits_with(name, None), logits_with(name, num_drafted_ids)
