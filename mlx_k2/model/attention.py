@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_k2.cluster.memory import CPU_BLOCK_BYTES
 from mlx_k2.config import ModelConfig
 from mlx_k2.model.layer_weights import AttentionWeights, LowRankQuery
 from mlx_k2.model.linear import Matrix, multiply, multiply_transposed, some_heads
@@ -33,7 +34,7 @@ class AttentionLimits(NamedTuple):
     ``fused``, MLX's fused kernel may be used, which exists on GPUs only and stores no scores.
     """
 
-    block_bytes: int = 128 * 2**20
+    block_bytes: int = CPU_BLOCK_BYTES
     min_heads: int = 1
     fused: bool = False
 
@@ -128,6 +129,7 @@ def naive_blocks(
     query_bytes = _scores_bytes(num_keys, item_bytes)
     rebuilt_bytes = rebuilt_bytes_per_head(num_keys, head_dim, item_bytes)
     head_block = max(limits.block_bytes // (rebuilt_bytes + count * query_bytes), min(limits.min_heads, heads))
+    # A quarter is left to scores even if the keys and values of ``min_heads`` heads need more than the rest.
     left_bytes = max(limits.block_bytes - head_block * rebuilt_bytes, limits.block_bytes // 4)
     query_block = left_bytes // (head_block * query_bytes)
     is_large_first_chunk = position == 0 and heads * count * query_bytes > FUSED_FROM_BYTES
@@ -137,7 +139,7 @@ def naive_blocks(
 
 
 def rebuilt_bytes_per_head(num_keys: int, head_dim: int, item_bytes: int) -> int:
-    """Return the bytes of one head's rebuilt keys and values: the keys are in memory in parts and joined."""
+    """Return the bytes of one head's rebuilt keys, twice (in two parts, and joined), and values, at most as wide."""
     return num_keys * 3 * head_dim * item_bytes
 
 
@@ -170,10 +172,10 @@ def _rebuild(cache_rows: mx.array, key_up: Matrix, value_up: Matrix, kv_lora_ran
 
 
 def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position: int, query_block: int) -> mx.array:
-    """Return the attention of queries (heads, count, qk_head) to keys (heads, keys, qk_head) and values: (..., v_head).
+    """Return the attention (heads, count, v_head) of queries (heads, count, qk_head), the first at ``position``.
 
-    The first query is at ``position``. ``query_block`` queries are processed at a time, with the keys up to the last of
-    these queries.
+    The keys are (heads, keys, qk_head), the values (heads, keys, v_head). ``query_block`` queries are processed at a
+    time, with the keys up to the last of these queries.
     """
 
     def attend(block: slice) -> mx.array:
@@ -185,7 +187,7 @@ def attend_unfused(queries: mx.array, keys: mx.array, values: mx.array, position
 
 
 def attend_fused(queries: mx.array, keys: mx.array, values: mx.array, *, force: bool) -> mx.array:
-    """Return the same attention by MLX's fused kernel, for queries at the last positions of the keys.
+    """Return the attention of `attend_unfused` by MLX's fused kernel, for queries at the last positions of the keys.
 
     Without ``force`` MLX chooses whether to use the kernel, which exists on GPUs only.
     """

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_k2.model.batch import Span
 
 SMALLEST_CAPACITY = 256
-"""Rows of a slot's first array. Its capacity doubles as the sequence grows, up to the context length."""
+"""Smallest number of rows of a slot's first array. The capacity doubles as the sequence grows, up to the context."""
 
 
 class LatentCache:

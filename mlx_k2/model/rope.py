@@ -47,7 +47,7 @@ def _inverse_frequencies(rope: RopeConfig, dims: int) -> mx.array:
 
     first = max(math.floor(pair_with(rope.beta_fast)), 0)
     last = min(math.ceil(pair_with(rope.beta_slow)), dims - 1)
-    width = last - first if last != first else 0.001
+    width = last - first if last != first else 0.001  # as in the published code: a step in place of a ramp
     original_weight = 1.0 - mx.clip((mx.arange(dims // 2, dtype=mx.float32) - first) / width, 0, 1)
     original = rope.theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     stretched = rope.factor * original

@@ -1,9 +1,9 @@
 """Sampling of one token from each row of logits. Knows no sequences: each row has a request with its parameters.
 
-The order is mlx-lm's: repetition penalty and logit bias on the logits; top-p, min-p and top-k on the log-probabilities;
-then the temperature. The token with the largest sum of log-probability and Gumbel noise is sampled. The noise's random
-key is derived from (seed, position) only: so a token does not depend on the other rows of its step, and a draft head
-with the same noise often samples the same token (docs/design/0121).
+Order: the repetition penalty and then the logit bias on the logits (mlx-lm adds the bias first); top-p, min-p and top-k
+on the log-probabilities, and then the temperature, as in mlx-lm. The token with the largest sum of log-probability and
+Gumbel noise is sampled. The noise's random key is derived from (seed, position) only: so a token does not depend on the
+other rows of its step, and a draft head with the same noise often samples the same token (docs/design/0121).
 """
 
 import hashlib
@@ -132,7 +132,10 @@ def _key(seed: int, position: int) -> mx.array:
 
 
 def _logprobs(logits: mx.array, sampling: Sampling) -> list[mx.array]:
-    """Return all log-probabilities (vocabulary,) and the ids of the best ones; no arrays if none are requested."""
+    """Return all log-probabilities (vocabulary,) and the ids of the best ones; no arrays if none are requested.
+
+    They are computed from the masked logits, without penalties, bias, filters and temperature.
+    """
     if sampling.num_logprobs is None:
         return []
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

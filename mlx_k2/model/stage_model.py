@@ -43,7 +43,7 @@ class FeatureSlice(NamedTuple):
 class StageModel:
     """The model of one stage. Only the first stage embeds tokens, only the last has a ``head``.
 
-    ``feature_slices`` has a draft head's slices for those of the layers that it reads, by index in ``layers``.
+    ``feature_slices`` has a draft head's slices for those of ``layers`` whose output the head reads, by their index.
     """
 
     def __init__(

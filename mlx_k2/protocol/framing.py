@@ -32,7 +32,7 @@ _VERSION_LINE = re.compile(rb"[0-9][0-9A-Za-z.+!-]*\n")
 
 
 class Kind(enum.IntEnum):
-    """The sender, receiver and payload type of a frame. The guard relays MESSAGE frames without decoding them."""
+    """The sender, receiver and payload type of a frame."""
 
     MESSAGE = 1
     """Between coordinator and stage: msgpack (protocol/messages.py). The guard relays the payload unread."""
@@ -66,7 +66,7 @@ class JsonPayload:
         """Decode a payload.
 
         Raises:
-            ProtocolError: the payload is no object with exactly these fields, or a value is out of range.
+            ProtocolError: the payload is no object with exactly the dataclass's fields, or a value is not allowed.
         """
         try:
             values = parse_json(payload)
@@ -141,7 +141,7 @@ def _read_exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 class FrameWriter:
-    """A thread that writes frames to ``stream`` in the order of the calls of ``put``."""
+    """A thread that writes frames to ``stream`` in the order of the calls of ``put``. ``name`` is the peer's."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream = stream
@@ -153,7 +153,7 @@ class FrameWriter:
         self._thread.start()
 
     def put(self, kind: Kind, payload: bytes) -> None:
-        """Queue one frame. Drop it after ``close``, or once a write has failed: the peer's end is reported elsewhere.
+        """Queue one frame. Drop it after ``close``, or once a write has failed: FrameReader reports the peer's end.
 
         Raises:
             ProtocolError: the queue is full, because the peer has stopped reading.
@@ -161,7 +161,7 @@ class FrameWriter:
         self.put_raw(encode_frame(kind, payload))
 
     def put_raw(self, data: bytes) -> None:
-        """Queue bytes that are not a frame (the opening mark), as ``put`` does."""
+        """Queue ``data`` as it is: a whole frame, or the opening mark. Drop it or raise as ``put`` does."""
         if not self._is_open:
             return
         if self._queue.qsize() >= MAX_QUEUED_FRAMES:
@@ -202,8 +202,8 @@ class FrameWriter:
 class FrameReader:
     """A thread that reads frames from ``stream`` and passes each to ``on_frame``, which may raise ProtocolError.
 
-    ``on_end`` is called once, last: with None if the stream ended between two frames, else with the error of the stream
-    or of ``on_frame``. Both are called on the reading thread and must not block.
+    ``name`` is the peer's. ``on_end`` is called once, last: with None if the stream ended between two frames, else with
+    the error of the stream or of ``on_frame``. Both are called on the reading thread and must not block.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Every message between the coordinator and a stage, and their msgpack encoding. Knows neither pipes nor arrays.
 
-Order: the stage sends Hello. The coordinator may request the model's small files (FetchFiles). Then it sends Prepare,
-Connect and Load, each after the answer to the one before. Then it sends Steps, in the same order to all stages.
+Order: the stage sends Hello. Then the coordinator may send FetchFiles, DownloadShard, ReadClock and Probe. To run the
+model it sends Prepare, Connect and Load, each after the answer to the one before, and then Steps, in the same order to
+all stages. MeasureHops may follow Connect.
 """
 
 from typing import TypeAlias, TypeVar
@@ -20,7 +21,10 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 
 
 class FetchFiles(msgspec.Struct, frozen=True, tag=True):
-    """Request for the model's small files: config, index, tokenizer, chat template. Answered by ModelFiles."""
+    """Request for the small files of a model or a draft head: config, index, tokenizer, chat template.
+
+    Answered by ModelFiles.
+    """
 
     model: ModelSource
 
@@ -28,8 +32,9 @@ class FetchFiles(msgspec.Struct, frozen=True, tag=True):
 class DownloadShard(msgspec.Struct, frozen=True, tag=True):
     """Request to fetch the files of layers ``first_layer`` up to, not including, ``end_layer`` from the Hub.
 
-    If ``model`` is a folder, its files are checked, and none is fetched. ``draft_head`` is that of a stage that reads
-    some of its tensors. Answered by any number of DownloadProgress, then ShardDownloaded.
+    If ``model`` is a folder, its files are checked, and none of them is fetched. ``draft_head`` is set if the stage
+    with these layers reads some of the head's tensors: then the head's files are fetched, too. Answered by any number
+    of DownloadProgress, then ShardDownloaded.
     """
 
     model: ModelSource
@@ -41,8 +46,9 @@ class DownloadShard(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Request to use rank ``rank``, read the model's config and index, and hold a port on each listen address.
 
-    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. With ``draft_head`` the head's config and
-    the names and shapes of its tensors are checked, too. Answered by Prepared.
+    A listen address is ``ip`` (the stage picks a free port) or ``ip:port``. If ``draft_head`` is in a folder, the
+    head's config and the names and shapes of its tensors are checked, too; Load checks a head from the Hub. Answered by
+    Prepared.
     """
 
     rank: int
@@ -92,7 +98,7 @@ class MeasureHops(msgspec.Struct, frozen=True, tag=True):
 class Connect(msgspec.Struct, frozen=True, tag=True):
     """Request to join the data plane, then to check each hop: send ``to_next``, expect ``from_previous``.
 
-    Both are None where there is no such neighbour. Answered by Connected.
+    Each is None if there is no such neighbour. Answered by Connected.
     """
 
     links: RingLinks | JacclLinks | None
@@ -104,8 +110,9 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Request to load layers ``first_layer`` up to, not including, ``end_layer``.
 
-    Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``needed_bytes`` is the memory of shard,
-    cache and working space together; a Mac keeps that much wired. ``block_bytes`` is the limit of a block of attention.
+    Answered by any number of DownloadProgress and LayerLoaded, then Loaded. ``dtype`` is MLX's name of the compute
+    dtype. ``needed_bytes`` is the memory of shard, cache and working space together; a Mac keeps that much wired.
+    ``block_bytes`` limits a block of attention on a GPU.
     Attention, shared experts, dense layers and the head are quantized to ``dense_bits`` bits per weight; None: they are
     not quantized. Stages that start on the host later report ``registration`` in their Hello. With ``draft_head``, each
     layer whose output the head reads gets a slice of the head's projection ``fc``, and the last stage gets the head. A
@@ -127,9 +134,10 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """One step plan: complete, and the same for every stage. Answered by StepDone.
+    """One step plan: complete, and the same for every stage, except that only the last one gets masks and biases.
 
-    The guard ends a stage that receives, computes or sends for longer than ``limit_s`` (None: no limit).
+    Answered by StepDone. The guard ends a stage that receives, computes or sends for longer than ``limit_s`` (None: no
+    limit).
     """
 
     number: int
@@ -175,7 +183,7 @@ class DownloadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ShardDownloaded(msgspec.Struct, frozen=True, tag=True):
-    """Answer to DownloadShard: all files are in ``folder``. ``fetched`` names the files that were not there before."""
+    """Answer to DownloadShard: the shard's files are in ``folder``. ``fetched`` names those that were not there."""
 
     folder: str
     fetched: tuple[str, ...]
@@ -215,9 +223,10 @@ class Connected(msgspec.Struct, frozen=True, tag=True):
 
 
 class LayerLoaded(msgspec.Struct, frozen=True, tag=True):
-    """Progress of Load: the embedding, one layer or the head is in memory.
+    """Progress of Load: the embedding, one layer, the head or a part of the draft head is in memory.
 
-    ``tensor_names`` are the checkpoint's tensors that it was made of. ``held_bytes`` is its size in memory.
+    ``held_bytes`` is its size in memory. ``tensor_names`` are the model's tensors that it was made of; empty for a part
+    of the draft head.
     """
 
     tensor_names: tuple[str, ...]
@@ -242,8 +251,8 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 class StepDone(msgspec.Struct, frozen=True, tag=True):
     """Answer to Step. The last stage adds a sampled token for each row with ``needs_logits``, in the rows' order.
 
-    ``busy_s``: time of computing. ``receive_s``: time until the hidden states had arrived, including the wait for the
-    previous stage. ``send_s``: time until the operating system had accepted the hidden states to send. ``peak_bytes``:
+    ``busy_s``: time of computing. ``receive_s``: time in which the stage did nothing but wait for the hidden states of
+    the previous stage. ``send_s``: time until the system had accepted the hidden states to send. ``peak_bytes``:
     peak memory of MLX so far. ``is_skipped``: the step was not computed and has no tokens, because it carries a draft
     that is known to be wrong.
     """
@@ -332,5 +341,5 @@ def decode_from_stage(payload: bytes) -> FromStage:
 def _decoded(decoder: msgspec.msgpack.Decoder[Message], payload: bytes, direction: str) -> Message:
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, ValueError, RecursionError, RequestError) as error:  # RequestError: Sampling's own
+    except (msgspec.DecodeError, ValueError, RecursionError, RequestError) as error:  # RequestError: from Sampling
         raise ProtocolError(f"not a message {direction} a stage: {error}") from None

@@ -22,7 +22,10 @@ from mlx_k2.weights.reader import ShardReader
 
 
 class DraftLoader:
-    """A loader of a draft head's tensors. ``on_loaded`` is called with the weights that have been loaded each time."""
+    """A loader of a draft head's tensors. ``target`` reads the tensors that the head shares with its target.
+
+    ``on_loaded`` is called with the new weights each time a part of the head has been loaded.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class DraftLoader:
         self._target_ids = self._read_target_ids()
 
     def feature_slices(self, layers: range) -> dict[int, FeatureSlice]:
-        """Return the slices of ``fc`` of those of ``layers`` that the head reads, by index in ``layers``."""
+        """Return the slices of ``fc`` for those of ``layers`` whose output the head reads, by index in ``layers``."""
         draft, hidden = self._draft, self._draft.layer.hidden_size
         if not any(layer in layers for layer in draft.aux_layers):
             return {}
@@ -54,7 +57,7 @@ class DraftLoader:
                 weight = mx.contiguous(tensors[FC][:, index * hidden : (index + 1) * hidden])
                 norm = tensors.get(f"fc_norm.{index}.weight")
                 slices[layer - layers.start] = FeatureSlice(norm, make_matrix(weight, bits), eps)
-        del tensors
+        del tensors  # so that the whole ``fc`` is freed when the slices are evaluated
         self._on_loaded(slices)
         return slices
 
@@ -87,12 +90,12 @@ class DraftLoader:
             target_ids=target_ids,
         )
         del layer
-        target_weights = (embedding, head.projection)
+        target_weights = (embedding, head.projection)  # reported when the target was loaded
         self._on_loaded([weight for weight in weights if not any(weight is shared for shared in target_weights)])
         return weights
 
     def _read_own(self, name: str) -> mx.array:
-        """Return one of the tensors that a head may share with its target. The head must have it."""
+        """Return a tensor of `DraftDescription.own_specs`, which the head must have."""
         return self._reader.read(tuple(spec for spec in self._draft.own_specs() if spec.name == name)).tensors[name]
 
     def _embedding(self, target_embedding: mx.array | None) -> mx.array:

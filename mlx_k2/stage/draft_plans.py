@@ -8,7 +8,8 @@ from mlx_k2.protocol.messages import Step
 from mlx_k2.scheduling.microbatch import Row
 
 _NUM_KEPT_POSITIONS = 64
-"""Number of positions before a row's start whose drafts are kept. At most one draft per stage is in flight."""
+"""Number of positions before a row's start whose drafts are kept: at least the number of stages is needed, because at
+most one draft per stage is in flight."""
 
 
 class DraftPlans:

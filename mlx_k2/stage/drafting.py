@@ -32,7 +32,7 @@ class _Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """A step whose tokens were sampled. ``features`` (tokens, hidden) are the draft head's inputs of its positions."""
+    """A step whose tokens were sampled. ``features`` (tokens, hidden) are the draft head's inputs for its positions."""
 
     step: Step
     batch: Batch
@@ -45,10 +45,10 @@ class Drafting:
 
     def __init__(self, model: DraftModel, hidden_size: int, context_tokens: int, plans: DraftPlans) -> None:
         self._model = model
-        self._no_features = mx.zeros((1, hidden_size), model.cache.dtype)
+        self._no_features = mx.zeros((1, hidden_size), model.cache.dtype)  # in place of features that are not kept
         self._context_tokens = context_tokens
         self._plans = plans
-        self._tails: dict[int, _Tail | None] = {}
+        self._tails: dict[int, _Tail | None] = {}  # by slot
 
     def copy_positions(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` cached positions of slot ``source`` to slot ``target``."""
@@ -72,9 +72,9 @@ class Drafting:
         return None
 
     def _write_rows(self, finished: FinishedStep) -> None:
-        """Write the cache row of each token from the features of the position before it; from zeros if none are known.
+        """Write the cache row of each token from the features of the position before it, or from zeros.
 
-        None are known at position 0, whose row is never read, and if the tail before the span's position is not kept.
+        Zeros are used at position 0, whose row is never read, and if the tail before the span's position is not kept.
         """
         features_before: list[mx.array] = []
         start = 0
@@ -104,7 +104,7 @@ class Drafting:
             return planned
         token_ids = [token_id]
         for index in range(num_drafts):
-            output = self._model.run(token_ids[-1], features, row.slot, row.end + index)
+            output = self._model.run(token_ids[-1], features, row.slot, position=row.end + index)
             features = output.features
             if index < len(planned):
                 token_ids.append(planned[index])
@@ -122,7 +122,11 @@ def _sampling_request(row: Row, token_ids: list[int]) -> SamplingRequest:
 
 
 def _bias_with_penalties(row: Row, token_ids: list[int]) -> LogitBias | None:
-    """Return the row's logit bias with the penalties of ``token_ids``. A token with a bias has its presence penalty."""
+    """Return the row's logit bias with the penalties of ``token_ids``.
+
+    If a token has a bias, this bias is taken to hold its presence penalty already. That is wrong for a token that has
+    a bias of the request only, but then a draft may be wrong, and no token is.
+    """
     draft = row.draft
     if draft is None or not (draft.presence_penalty or draft.frequency_penalty):
         return row.logit_bias

@@ -49,7 +49,7 @@ def probe(message: Probe, on_progress: Callable[[int, int], None]) -> HostFacts:
 
 
 def _interfaces() -> dict[str, str]:
-    """Return the name of the interface of each IPv4 address."""
+    """Return the name of the interface of each IPv4 address whose interface is up."""
     stats = psutil.net_if_stats()
     return {
         address.address: name
@@ -98,6 +98,7 @@ def _facts_of_layers(message: Probe, layers: tuple[int, int], on_progress: Calla
     expected = {path.name: checksum for path in paths if (checksum := recorded[path.name]) is not None}
     computed = _checksums(paths, on_progress) if message.deep else {}
     is_intact = computed.items() >= expected.items()
+    # Without ``deep`` no checksum is computed and none written. The built-in model's folder belongs to the package.
     if is_intact and message.model.path_or_repo != BUILTIN:
         write_manifest(folder, {name: HubFile((folder / name).stat().st_size, computed[name]) for name in computed})
     return ModelFacts(

@@ -20,7 +20,7 @@ from mlx_k2.stage.host import on_gpu
 CHECKS_TIMEOUT_S = 400.0
 """Time limit of all children together. A check takes some seconds, and longer while another process checks. The
 coordinator expects a message within 600 s. Kernels that are not checked in time are checked at the next start."""
-_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # each ends at one check, the last none
+_MAX_CHILDREN = experts.MAX_UNFINISHED_CHECKS * len(experts.METAL_KERNELS) + 1  # a check ends each but the last
 
 
 def layer_shape(config: ModelConfig, dtype: mx.Dtype) -> LayerShape:
@@ -43,7 +43,8 @@ def check_kernels(config: ModelConfig, dtype: mx.Dtype) -> tuple[str, ...]:
     for checked_shape in (shape, shape._replace(intermediate_size=0)):  # the experts, and the router alone
         path = check_cache.cache_path(check_cache.DEFAULT_DIRECTORY, checked_shape, experts.chip())
         cached = check_cache.load(path)
-        if cached is not None or not is_finished:  # a finished child without a file could not write it: check here
+        # Without the file use no kernel, or, if a child finished but could not write the file, check in this process.
+        if cached is not None or not is_finished:
             experts.adopt(checked_shape, cached or check_cache.CachedChecks([], None))
     return experts.warnings_for(shape)
 

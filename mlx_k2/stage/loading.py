@@ -101,8 +101,8 @@ def load_stage(
 ) -> tuple[StepRunner, Loaded]:
     """Load the layers of ``message`` from the model of ``prepared``. Return their runner and the answer.
 
-    ``on_layer`` is called for embedding, each layer, head and draft head as soon as it is in memory. ``on_download`` is
-    called with (bytes done, bytes in total) while files are fetched from the Hub.
+    ``on_layer`` is called for embedding, each layer, head and each part of the draft head as soon as it is in memory.
+    ``on_download`` is called with (bytes done, bytes in total) while files are fetched from the Hub.
 
     Raises:
         CheckpointError, DownloadError: a file is missing, cannot be fetched, or has the wrong content.
@@ -127,7 +127,9 @@ def load_stage(
     cache = LatentCache(len(layers), message.num_slots, message.context_tokens, config.cache_row_dim, dtype)
     check_all = message.check_weights or message.dense_bits is not None  # mx.quantize makes NaN a finite number
     reader = ShardReader(config, files, dtype, check_all=check_all)
-    limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, is_before_m5(chip_name())) if on_gpu() else ON_CPU
+    limits = ON_CPU
+    if on_gpu():  # the fused kernel is used before the M5 only (docs/design/0103)
+        limits = AttentionLimits(message.block_bytes, GPU_MIN_HEADS, fused=is_before_m5(chip_name()))
     draft_loader = None
     if head is not None and draft is not None:
         draft_files = locate_shard(head.source, draft.index, draft.specs(), on_download)
@@ -144,7 +146,7 @@ def load_stage(
         transport,
         PlanLimits(message.num_slots, message.context_tokens, config.vocab_size),
         first_layer=layers.start,
-        has_features=message.draft_head is not None,
+        has_features=message.draft_head is not None,  # also on a stage that reads nothing of the head
         drafting=drafting,
         plans=plans,
     )

@@ -35,7 +35,7 @@ SMALL_LAYER = LayerShape(hidden_size=1024, intermediate_size=512, top_k=8, dtype
 SMALL_NUM_EXPERTS = 64
 """Number of experts for machines without memory for all experts of a layer."""
 IDLE_S = 5.0
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS, NUM_CHUNKS = 2048, 4
 SMALL_BLOCK_BYTES = 16 * 2**20
 """Size of attention's blocks that is too small for the queries of a chunk, so that the fused kernel is used."""
 _MAX_STACKS = 16
@@ -66,7 +66,7 @@ def measure_report() -> KernelReport:
     shape = layer_shape(_k2_config(), mx.bfloat16)
     checks, router_checks = (
         experts.checks(checked_shape, check_cache.DEFAULT_DIRECTORY, again=True).checks
-        for checked_shape in (shape, shape._replace(intermediate_size=0))
+        for checked_shape in (shape, shape._replace(intermediate_size=0))  # the experts, and the router alone
     )
     usable = {check.kernel for check in checks if check.usable}
     tuning = timing.best_tuning(shape, DEFAULT_TUNING) if usable >= {DECODE, BATCH} else None
@@ -106,7 +106,7 @@ def _plain_mlx_gb_per_s() -> float:
     shape = layer_shape(_k2_config(), mx.bfloat16) if on_gpu() else SMALL_LAYER
     stack = random_stack(shape, shape.num_experts)
     mx.eval(stack)
-    return time_layer(reference.routed_experts, stack, 1, shape.top_k).gigabytes_per_second
+    return time_layer(reference.routed_experts, stack, tokens=1, top_k=shape.top_k).gigabytes_per_second
 
 
 def measure_decode() -> DecodeTime:
@@ -139,7 +139,7 @@ def measure_idle() -> IdleTime:
     limit_bytes = working_set_bytes() or 0
     stacks = [random_stack(shape, shape.num_experts)]
     stack_bytes = sum(array.nbytes for array in stacks[0])
-    for _ in range(min(_MAX_STACKS, limit_bytes // 2 // stack_bytes) - 1):
+    for _ in range(min(_MAX_STACKS, limit_bytes // 2 // stack_bytes) - 1):  # in half of the GPU's memory
         stacks.append(ExpertStack(*(array + 0 for array in stacks[0])))  # + 0 makes a copy
         mx.eval(stacks[-1])
     if limit_bytes:
@@ -156,7 +156,7 @@ def measure_idle() -> IdleTime:
 
 
 def measure_attention() -> AttentionTime:
-    """Return the times of one layer's attention for the last of four chunks of CHUNK_TOKENS, fused and unfused."""
+    """Return the times of one layer's attention for the last of NUM_CHUNKS chunks, fused and unfused."""
     config = _k2_config()
     heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
     unused = _random_array(1, 1)
@@ -169,10 +169,11 @@ def measure_attention() -> AttentionTime:
         output=unused,
     )
     queries = _random_array(heads, CHUNK_TOKENS, config.qk_head_dim, scale=latent**-0.5)
-    cache_rows = _random_array(4 * CHUNK_TOKENS, config.cache_row_dim, scale=latent**-0.5)
+    cache_rows = _random_array(NUM_CHUNKS * CHUNK_TOKENS, config.cache_row_dim, scale=latent**-0.5)
+    position = (NUM_CHUNKS - 1) * CHUNK_TOKENS
 
     def seconds(limits: AttentionLimits) -> float:
-        return best_seconds(lambda: mx.eval(attend_naive(queries, cache_rows, 3 * CHUNK_TOKENS, weights, limits)), 3)
+        return best_seconds(lambda: mx.eval(attend_naive(queries, cache_rows, position, weights, limits)), repeats=3)
 
     fused = AttentionLimits(SMALL_BLOCK_BYTES, fused=on_gpu())
     return AttentionTime(seconds(fused), seconds(AttentionLimits(LARGEST_BLOCK_BYTES, GPU_MIN_HEADS)))

@@ -40,7 +40,8 @@ class HeldPorts:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                new_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections in TIME_WAIT
+                # Ignore connections in TIME_WAIT. Not set at first: two sockets that have it could hold one port.
+                new_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 new_socket.bind((ip, int(port or 0)))
         except OSError as error:
             port_advice = f", and port {port} free" if port else ""

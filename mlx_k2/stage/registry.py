@@ -42,7 +42,7 @@ def running_stages(folder: Path = FOLDER) -> tuple[RunningStage, ...]:
         for path in sorted(folder.glob(f"*{_suffix()}")):
             with suppress(OSError, JsonError), path.open("rb") as file:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: other readers do not look like a stage
                 except BlockingIOError:
                     stages.append(read_json(file.read(), RunningStage))
                 else:

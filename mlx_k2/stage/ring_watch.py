@@ -28,7 +28,8 @@ _START = "import time; time.sleep(1); import runpy; runpy.run_module('mlx_k2.sta
 @contextmanager
 def watched_ring(rank: int, links: RingLinks) -> Iterator[None]:
     """Watch the ports of stage ``rank`` in this context. If an unknown process connects, end this process."""
-    own_addresses, previous_addresses = ",".join(links.addresses[rank]), ",".join(links.addresses[rank - 1])
+    own_addresses = ",".join(links.addresses[rank])
+    previous_addresses = ",".join(links.addresses[rank - 1])  # of rank 0 the last one: MLX closes the ring
     command = [sys.executable, "-P", "-c", _START, str(os.getpid()), own_addresses, previous_addresses]
     watch = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:

@@ -58,7 +58,8 @@ from mlx_k2.weights.model_source import is_repo, model_folder
 ANSWER_TIMEOUT_S = 120.0
 """Time limit for reading small files or the clock, connecting to the neighbours, and measuring hops."""
 PROGRESS_TIMEOUT_S = 900.0
-"""Time limit between two reports of progress while files are fetched, loaded or probed: 10 GB from a slow disk."""
+"""Time limit between two reports of progress while files are fetched, loaded or probed: a slow disk reads a layer of
+10 GB in this time."""
 FLUSH_TIMEOUT_S = 5.0
 """Time limit for writing all frames, at the end and before MLX connects."""
 _PHASES: dict[type, tuple[Phase, float]] = {
@@ -81,7 +82,7 @@ def serve(inward_fd: int, outward_fd: int, warnings: tuple[str, ...] = ()) -> No
     The process ends with os._exit: a thread may be blocked in mlx.distributed, which nothing can interrupt.
     """
     if not on_gpu():
-        mx.disable_compile()  # on a CPU it runs g++, which may be missing, and all processes share its output files
+        mx.disable_compile()  # on a CPU MLX compiles with g++, which may be missing, into shared files
     writer = FrameWriter(os.fdopen(outward_fd, "wb"), "the guard")
     service = StageService(writer, warnings)
     FrameReader(os.fdopen(inward_fd, "rb"), "the guard", service.on_frame, service.on_input_end)
@@ -114,7 +115,7 @@ class StageService:
     # ---- on the thread that reads messages
 
     def on_frame(self, frame: Frame) -> None:
-        """Queue a message for `run`."""
+        """Queue a message for `run`. Record a step's drafts at once, before the steps in front of it have run."""
         if frame.kind is not Kind.MESSAGE:
             raise ProtocolError(f"the guard sent a {frame.kind.name} frame")
         message = decode_to_stage(frame.payload)
@@ -190,7 +191,7 @@ class StageService:
         if draft is not None and message.draft_head is not None:
             locate_shard(message.draft_head.source, draft.index, draft.specs(), self._report_progress)
         specs = stage_specs(description.config, message.first_layer, message.end_layer, draft)
-        if not is_repo(message.model):  # the host's own folder: its files have to be there
+        if not is_repo(message.model):  # a folder of this host: its files must be there
             folder = model_folder(message.model)
             locate_tensors(folder, description.index, specs)
             return ShardDownloaded(str(folder), ())

@@ -59,7 +59,7 @@ class PlanLimits:
     def _sampling_problem(self, row: Row) -> str | None:
         mask, bias = row.token_mask, row.logit_bias
         id_bytes = b"" if bias is None else bias.token_ids
-        if bias is not None and (len(id_bytes) % 4 or len(id_bytes) != len(bias.values)):
+        if bias is not None and (len(id_bytes) % 4 or len(id_bytes) != len(bias.values)):  # uint32 and float32
             return f"a logit bias of {len(id_bytes)} bytes of ids and {len(bias.values)} of values"
         if mask is not None and mask.form is MaskForm.BITS:
             if len(mask.data) != -(-self.vocab_size // 8):
@@ -75,7 +75,7 @@ class PlanLimits:
 
 
 class _StepInput(NamedTuple):
-    """The array from the previous stage (on the first stage: the embedded tokens), and its two parts."""
+    """The array from the previous stage, and its two parts. On the first stage: the embedded tokens, and zeros."""
 
     received: mx.array
     hidden: mx.array  # (tokens, hidden)
@@ -85,9 +85,9 @@ class _StepInput(NamedTuple):
 class StepRunner:
     """Runner of one stage's part of every step.
 
-    Its state is the model's cache, the number of the last step, and the token that it sampled last in each slot. With
-    ``has_features`` a hop carries twice as many vectors: the hidden states, then the features of a draft head.
-    ``drafting`` is this draft head, on the last stage only. ``plans`` are those that have arrived.
+    Its state is the model's cache, the number of the last step, the token that it sampled last in each slot, and the
+    drafts in ``plans``, the plans that have arrived. With ``has_features`` a hop carries twice as many vectors: the
+    hidden states, then the features of a draft head. ``drafting`` is this draft head, on the last stage only.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class StepRunner:
 
         Raises:
             ProtocolError: the step does not fit this stage (`PlanLimits.check`).
-            NotFinite: the output or the logits have NaN or infinity; names the first layer that computed them.
+            NotFinite: the output, the logits or the cached rows have NaN or infinity; names where they occur first.
         """
         self._limits.check(step, self._last_number)
         self._last_number = step.number
@@ -160,10 +160,10 @@ class StepRunner:
     def _run_layers(
         self, step_input: _StepInput, batch: Batch, report_phase: Callable[[Phase], None]
     ) -> tuple[mx.array, mx.array | None, float]:
-        """Return the layers' output, the features after them, and the seconds until the hidden states had arrived."""
+        """Return the layers' output, the features after them, and the seconds of waiting for the hidden states."""
         receive_s = 0.0
         builds_lazily = self._model.builds_lazily(batch)
-        if not builds_lazily:
+        if not builds_lazily and not self._is_first:
             receive_s = _evaluate(step_input.received)
             report_phase(Phase.COMPUTING)
         output, features = self._model.run(step_input.hidden, batch, step_input.features)
@@ -174,7 +174,7 @@ class StepRunner:
 
     def _is_wrong_draft(self, step: Step) -> bool:
         """Return whether the step is a draft that is known to be wrong."""
-        row = step.rows[0]
+        row = step.rows[0]  # a step with a draft has no other row
         if not row.is_draft:
             return False
         differs = self._is_last and self._sampled.get(row.slot) != (row.position, row.token_ids[0])

@@ -56,7 +56,7 @@ def join_group(rank: int, links: RingLinks | JacclLinks) -> mx.distributed.Group
 
 
 def group_environment(rank: int, links: RingLinks | JacclLinks, file: IO[bytes]) -> dict[str, str]:
-    """Write the hosts to ``file`` and return the environment variables for mlx.distributed, which name ``file``."""
+    """Write the hosts or devices to ``file``; return the variables for mlx.distributed, one of which names ``file``."""
     file.write(json.dumps(links.addresses if isinstance(links, RingLinks) else links.devices).encode())
     file.seek(0)  # also flushes; on macOS an open of /dev/fd/N shares this file position
     path = f"/dev/fd/{file.fileno()}"

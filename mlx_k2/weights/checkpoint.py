@@ -26,11 +26,12 @@ TOKENIZER_NAMES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+"""Files of the tokenizer, the chat template and the recommended sampling, as far as a checkpoint has them."""
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files (config, index, tokenizer, chat template), parsed; ``draft`` is its draft head, if any.
+    """A model's small files: config, index, and those of TOKENIZER_NAMES. ``draft`` is its draft head, if it has one.
 
     ``digest`` identifies config and index (`model_digest`). ``unread_tensors_line`` tells the user which tensors in the
     index are not read; None if all are.

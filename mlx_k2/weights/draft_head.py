@@ -33,7 +33,9 @@ from mlx_k2.weights.model_source import DraftHead
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
 FC, LM_HEAD, EMBEDDING, NORM, TARGET_IDS = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
 _UNREAD_TENSORS = ("t2d",)
+"""Names of tensors that are not read: t2d (whether the head drafts a token of the target) follows from d2t."""
 _LAYER_PREFIXES = ("layers.0", "midlayer")
+"""Beginnings of the names of the decoder layer's tensors: Model-Optimizer's, and SpecForge's."""
 _SUPPORTED_EAGLE_VALUES: Mapping[str, tuple[object, ...]] = {
     "use_aux_hidden_state": (True,),
     "use_input_layernorm_in_first_layer": (True,),
@@ -74,8 +76,10 @@ class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 class DraftDescription:
     """A draft head for one target. ``aux_layers`` are the target's layers, from 0, whose outputs the head reads.
 
-    ``layer`` is the head's decoder layer as a model config with one dense layer. ``vocab_size`` is the number of rows
-    of the output projection, the head's own or the target's; ``num_drafted_ids`` of these rows are kept in memory.
+    ``layer`` is the head's decoder layer as a model config with one dense layer; its tensors' names begin with
+    ``layer_prefix``. ``vocab_size`` is the number of rows of the output projection, the head's own or the target's;
+    ``num_drafted_ids`` of these rows are kept in memory. With ``norms_output`` the features that the head computes for
+    its next draft token are normed. ``digest`` identifies the head's files.
     """
 
     layer: ModelConfig
@@ -111,7 +115,7 @@ class DraftDescription:
         )
 
     def own_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of those of output projection, embedding and target ids that the head has."""
+        """Return the specs of output projection, embedding and target ids, without those that the head lacks."""
         hidden = self.layer.hidden_size
         specs = (
             linear_spec(LM_HEAD, self.vocab_size, hidden),
@@ -165,11 +169,13 @@ def stage_specs(
 def describe_draft(
     files: Mapping[str, bytes], head: DraftHead, target: ModelConfig, *, check_names: bool = True
 ) -> DraftDescription:
-    """Return the description of ``head`` from its config and index. Without ``check_names`` tensors may be missing.
+    """Return the description of ``head`` from its config and index.
+
+    Without ``check_names`` tensors may be missing, and unknown ones are ignored.
 
     Raises:
         ConfigError, CheckpointError: the head is for another model or of an unsupported kind.
-        RequestError: the options of ``head`` do not fit the head or the target.
+        RequestError: the options of ``head``, or the aux layers in its config, do not fit the head or the target.
     """
     source = head.source.path_or_repo
     for name in (CONFIG_NAME, INDEX_NAME):
@@ -200,10 +206,11 @@ def describe_draft(
 
 
 def kept_rows(target_ids: Sequence[int], num_rows: int, vocab_size: int) -> list[int]:
-    """Return the ``num_rows`` rows of a head's output projection to keep, ascending. ``target_ids`` are all rows' ids.
+    """Return the ``num_rows`` rows of a head's output projection to keep, ascending.
 
-    The ids of a byte-pair vocabulary are in the order of its merges, so the most frequent tokens have the smallest ids.
-    Control tokens are frequent, too, and have the largest ids: they get an eighth of the rows, at most 256.
+    ``target_ids`` has the target's token id of each row. The ids of a byte-pair vocabulary are in the order of its
+    merges, so the most frequent tokens have the smallest ids. Control tokens are frequent, too, and have the largest
+    ids: they get at most an eighth of the rows, so that a small number of rows is left to text.
     """
     if num_rows >= len(target_ids):
         return list(range(len(target_ids)))
@@ -235,6 +242,7 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
 
 
 def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
+    """Refuse a head for another model than ``target``, and a head whose own sizes are not supported."""
     for name in ("hidden_size", "vocab_size"):
         value, needed = getattr(config, name), getattr(target, name)
         if value != needed:
@@ -266,7 +274,7 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
 def _check_names(draft: DraftDescription, source: str) -> None:
     """Check that the head has all tensors that its config requires, and no unknown ones."""
     names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
-    if draft.vocab_size < draft.layer.vocab_size:
+    if draft.vocab_size < draft.layer.vocab_size:  # then the target's projection and token ids do not fit its rows
         needed |= {LM_HEAD, TARGET_IDS}
     refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
     unknown = sorted(names - needed - set(_UNREAD_TENSORS))

@@ -108,9 +108,10 @@ def bytes_to_fetch(repo: HubRepo, names: Iterable[str]) -> dict[str, int]:
 
 
 def _open_snapshot(repo: HubRepo) -> _Snapshot:
-    """List the repository's files and fetch config.json. If the Hub cannot be reached, use the snapshot in the cache.
+    """List the repository's files, and fetch config.json, whose path gives the snapshot's folder.
 
-    The request to the Hub is not retried, so that a machine without a network fails at once.
+    If the Hub cannot be reached, use the snapshot in the cache. The request to the Hub is not retried, so that a
+    machine without a network fails at once.
     """
     try:
         info = HfApi(endpoint=repo.endpoint).model_info(
@@ -140,7 +141,7 @@ def _cached_folder(repo: HubRepo) -> Path | None:
         folder = snapshots / repo.revision
     else:
         folders = list(snapshots.iterdir()) if snapshots.is_dir() else []
-        folder = folders[0] if len(folders) == 1 else snapshots
+        folder = folders[0] if len(folders) == 1 else snapshots  # snapshots itself has no config.json: None
     return folder if (folder / CONFIG_NAME).exists() else None
 
 
@@ -159,11 +160,12 @@ def _fetch(snapshot: _Snapshot, names: list[str], on_progress: OnProgress) -> Fe
 def _fetch_file(
     snapshot: _Snapshot, name: str, file: HubFile, on_progress: OnProgress, done_bytes: int, total_bytes: int
 ) -> None:
-    """Fetch a file and compare it with the Hub's size and checksum. ``done_bytes`` are those of all files before it.
+    """Fetch a file and compare it with the Hub's size and checksum. ``done_bytes``: bytes of all files before it.
 
     If the file differs, fetch it once more: huggingface_hub may have used a damaged file in the cache.
     """
-    for replace in (_has_wrong_size(snapshot, name), True):  # another stage on this host may have fetched it by now
+    # At first replace a file of the wrong size only: another stage on this host may have fetched the file by now.
+    for replace in (_has_wrong_size(snapshot, name), True):
         bar = _reporting_bar(lambda num_bytes: on_progress(done_bytes + min(num_bytes, file.size), total_bytes))
         _download(snapshot.repo, name, snapshot.commit, bar, replace=replace)
         difference = _difference(snapshot, name, file)
@@ -256,7 +258,7 @@ def _difference(snapshot: _Snapshot, name: str, hub_file: HubFile) -> str | None
 def _message(error: Exception, repo: HubRepo, name: str) -> str:
     """Return the message of a DownloadError for ``error``, which occurred while ``name`` was fetched."""
     revision = repo.revision or "main"
-    match error:
+    match error:  # GatedRepoError and LocalEntryNotFoundError come before the classes that they are derived from
         case GatedRepoError():
             return f"{repo.name} requires consent first: give it on the repository's page, then run `hf auth login`"
         case RepositoryNotFoundError():
@@ -270,6 +272,7 @@ def _message(error: Exception, repo: HubRepo, name: str) -> str:
         case EntryNotFoundError():
             return f"{repo.name} at {revision} has no {name}: it is not a checkpoint that mlx-k2 runs"
     reason = http_reason(error)
+    # config.json is requested first: an error without a response to it means that the Hub cannot be reached.
     if isinstance(error, HfHubHTTPError) or name != CONFIG_NAME:
         return f"cannot fetch {name} of {repo.name}: {reason}; what is complete stays in the cache: try again"
     return _not_cached(name, repo, reason)

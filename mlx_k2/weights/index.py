@@ -24,11 +24,7 @@ _ORIGINAL_REPOS: Mapping[Family, str] = {
     Family.KIMI_K2: "moonshotai/Kimi-K2-Thinking (594 GB)",
     Family.KIMI_K25: "moonshotai/Kimi-K2.5 (595 GB)",
 }
-# MLX opens a file only if it can read every tensor in it, also those that no stage needs.
-_MLX_DTYPES = frozenset(
-    ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "C64", "F8_E4M3", "F8_E8M0")
-)
-# Beginnings or ends of the names of tensors that are not read, and what they belong to.
+# Beginnings or ends of the names of tensors that are not read, and the part of the model that they belong to.
 _UNREAD_TENSORS: Mapping[str, str] = {
     "vision_tower.": "the vision tower",
     "vision_model.": "the vision tower",
@@ -39,7 +35,10 @@ _UNREAD_TENSORS: Mapping[str, str] = {
 
 
 class _NumberRange(NamedTuple):
-    """File names that differ in their number only: ``prefix``, then ``first`` to ``last``, then ``suffix``."""
+    """File names that differ in their number only: ``prefix``, then ``first`` to ``last``, then ``suffix``.
+
+    ``first`` keeps its leading zeros.
+    """
 
     prefix: str
     first: str
@@ -164,15 +163,12 @@ def _owner_of_unread(name: str) -> str | None:
 
 
 def check_file(path: Path, specs: Sequence[TensorSpec]) -> Header:
-    """Check names, dtypes, shapes and lengths of ``specs`` against the header of ``path``; return the header.
+    """Check names, dtypes and shapes of ``specs`` against the header of ``path``; return the header.
 
     Raises:
-        CheckpointError: the header cannot be read, or a tensor does not match; names the file and the tensor.
+        CheckpointError: the header cannot be read, or a tensor does not match; names the file, and the tensor.
     """
     header = read_header(path)
-    for name, tensor in header.tensors.items():
-        if tensor.dtype not in _MLX_DTYPES:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, which MLX cannot read: fetch the original file")
     for spec in specs:
         stored = header.tensors.get(spec.name)
         if stored is None:
@@ -195,7 +191,7 @@ def _refuse_other_layouts(names: Iterable[str], config: ModelConfig, source: str
 
 
 def refuse_names(names: Sequence[str], beginning: str, ending: str) -> None:
-    """Raise a CheckpointError if there are ``names``. Its text names the first tensor between the two given texts."""
+    """Raise a CheckpointError if there are ``names``. Its text has the first of them between the two given texts."""
     if names:
         tensors = f"{names[0]} and {len(names) - 1} more tensors" if len(names) > 1 else f"the tensor {names[0]}"
         raise CheckpointError(f"{beginning} {tensors} {ending}")

@@ -1,9 +1,10 @@
 """The tensors that a model's checkpoint must hold, and their sizes, computed from its config. Opens no file.
 
-Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts are packed INT4 in groups of 32
-with bfloat16 scales, the router's correction bias is float32, all else is bfloat16. The matrices of attention, shared
-experts, dense layers and the head may be quantized by mx.quantize while they are loaded, to ``dense_bits`` bits per
-weight (None: they are not quantized). ``compute_bytes`` is the size of a value in the compute dtype.
+Names, dtypes and shapes are those of the original Kimi K2 checkpoints: routed experts are packed INT4 in groups of 32,
+with bfloat16 scales and int32 shapes; the router's correction bias is float32, all else is bfloat16. The matrices of
+attention, shared experts, dense layers and the head may be quantized by mx.quantize while they are loaded, to
+``dense_bits`` bits per weight (None: they are not quantized). ``compute_bytes`` is the size of a value in the compute
+dtype.
 """
 
 import math
@@ -16,11 +17,11 @@ from mlx_k2.config import ModelConfig
 
 INT4_GROUP_SIZE = 32
 INT4_PER_WORD = 8
-BFLOAT16_BYTES = 2
+BFLOAT16_BYTES = 2  # bfloat16 is the only compute dtype of this size
 DENSE_GROUP_SIZES = (64, 32)
 """The first size that divides a matrix's inputs is used; a matrix that none divides is not quantized."""
 
-_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8, "BOOL": 1}
+_ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 _ROUTED_EXPERTS = ".mlp.experts."
 _WEIGHT_SHAPE = ".weight_shape"
 _WEIGHT_SCALE = ".weight_scale"
@@ -49,7 +50,8 @@ def group_size(inputs: int) -> int | None:
 class TensorSpec(msgspec.Struct, frozen=True):
     """One tensor as the checkpoint must hold it; ``dtype`` is safetensors' name of the dtype.
 
-    ``matrices`` are the matrices of a tensor that may be quantized: itself, or the two halves of kv_b_proj.
+    ``matrices`` are the matrices of a tensor that may be quantized: the tensor itself, the two halves of kv_b_proj, or
+    the slices of a draft head's ``fc``.
     """
 
     name: str
@@ -156,12 +158,12 @@ def embedding_read_bytes_per_token(config: ModelConfig, compute_bytes: int = BFL
 
 
 def bf16_spec(name: str, *shape: int) -> TensorSpec:
-    """Return the spec of a tensor that is never quantized."""
+    """Return the spec of a bfloat16 tensor that is never quantized while loading."""
     return TensorSpec(name, "BF16", shape)
 
 
 def linear_spec(name: str, outputs: int, inputs: int) -> TensorSpec:
-    """Return the spec of a matrix that may be quantized."""
+    """Return the spec of a bfloat16 matrix that may be quantized while loading."""
     return TensorSpec(name, "BF16", (outputs, inputs), (DenseMatrix(outputs, inputs),))
 
 

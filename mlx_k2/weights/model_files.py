@@ -27,7 +27,9 @@ class ModelFilesHere(NamedTuple):
 
 
 def read_model_files(source: ModelSource) -> ModelFilesHere:
-    """Return the model's config, index, tokenizer files and chat template; fetch only these from a repository.
+    """Return the model's config, index and tokenizer files (TOKENIZER_NAMES). Fetch them from a repository.
+
+    A repository without an index has one file of weights: it is fetched, too, because its header replaces the index.
 
     Raises:
         CheckpointError, DownloadError: a file cannot be read or fetched on this host.
@@ -63,7 +65,7 @@ def read_draft(head: DraftHead, target: ModelConfig) -> DraftHere:
             digests = [draft.digest, *(sampled_digest(path) for path in sorted(set(paths)))]
             draft = dataclasses.replace(draft, digest=hashlib.sha256("".join(digests).encode()).hexdigest())
     except (CheckpointError, DownloadError) as error:
-        prefix = "" if str(error).startswith("--draft-model") else "--draft-model: "
+        prefix = "" if str(error).startswith("--draft-model") else "--draft-model: "  # `describe_draft` names it
         raise type(error)(f"{prefix}{error}") from None
     return DraftHere(draft, msgspec.structs.replace(head, source=source))
 

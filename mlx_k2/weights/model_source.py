@@ -35,7 +35,7 @@ class DraftHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_repo(source: ModelSource) -> bool:
-    """Return whether ``source`` is a Hub repository: it has the form ``owner/name``, and no file here has that name."""
+    """Return whether ``source`` is a Hub repository: it has the form ``owner/name``, and no such path exists here."""
     return bool(_REPO.fullmatch(source.path_or_repo)) and not os.path.lexists(source.path_or_repo)
 
 

@@ -1,8 +1,8 @@
 """The reader of one stage's tensors from the checkpoint's safetensors files into mlx arrays, one layer at a time.
 
 Routed experts of a layer are stacked and stay as stored: packed INT4 words and bfloat16 scales, 4.5 bits per weight.
-All other tensors are cast to the compute dtype, except the router's correction bias, which stays float32. Beyond the
-tensors that stay in memory, reading needs at most the memory of one layer.
+All other bfloat16 tensors are cast to the compute dtype; the router's correction bias stays float32. Beyond the tensors
+that stay in memory, reading needs at most the memory of one layer.
 
 Tensors are read in three steps: their arrays are allocated and evaluated, several threads read the bytes straight into
 the arrays, and then values are computed from them. So no GPU work waits for a disk: macOS ends GPU work that waits for
@@ -30,8 +30,9 @@ from mlx_k2.weights.safetensors_file import Header, open_regular
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ALWAYS_CHECKED = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias", "embed_tokens.weight")
+"""Ends of the names of tensors that are always searched for NaN and infinity (`ShardReader`)."""
 _NUM_THREADS = 8
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 32 * 2**20  # what one thread reads at a time
 _F_NOCACHE = 48
 """Command of macOS's fcntl: do not keep the file's pages in memory. 300 GB of pages would displace the weights."""
 _ARRAY_DTYPES = {"BF16": mx.uint16, "F32": mx.float32, "I64": mx.int64}
@@ -49,8 +50,8 @@ class ShardReader:
     """A reader of embedding, layers and head of a checkpoint. ``files`` has the path of each tensor's file, by name.
 
     Norms, routers, the embedding and the experts' scales are always searched for NaN and infinity: a bad value in them
-    can go unnoticed, because a step does not read it, or its output does not show it. With ``check_all`` all tensors
-    are searched.
+    can go unnoticed, because a step does not read it, or its output does not show it. With ``check_all`` all
+    floating-point tensors are searched.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ShardReader:
         return LoadedTensors(loaded.tensors | stacked, tuple(spec.name for spec in specs))
 
     def read(self, specs: tuple[TensorSpec, ...]) -> LoadedTensors:
-        """Return the tensors of ``specs``, none of a routed expert, named without the config's tensor prefix."""
+        """Return the tensors of ``specs``, none of them a routed expert's, named without the config's tensor prefix."""
         self._check_headers(specs)
         return self._load_unstacked(specs, self._config.tensor_prefix)
 
@@ -101,14 +102,14 @@ class ShardReader:
             tensors[spec.name.removeprefix(prefix)] = (
                 array.view(mx.bfloat16).astype(self._dtype) if spec.dtype == "BF16" else array
             )
-        del array
+        del array  # the last stored array: each one can be freed when its cast is evaluated
         mx.eval(tensors)
-        self._check_finite(tensors, prefix)
+        self._check_finite({spec.name: tensors[spec.name.removeprefix(prefix)] for spec in specs})
         mx.clear_cache()
         return LoadedTensors(tensors, tuple(spec.name for spec in specs))
 
-    def _check_finite(self, tensors: Mapping[str, mx.array], prefix: str) -> None:
-        """Refuse NaN and infinity in the tensors to check. Experts' scales are checked in `_stack_experts`."""
+    def _check_finite(self, tensors: Mapping[str, mx.array]) -> None:
+        """Refuse NaN and infinity in the tensors to check, by full name. `_stack_experts` checks experts' scales."""
         totals = {
             name: mx.sum(array)
             for name, array in tensors.items()
@@ -117,7 +118,7 @@ class ShardReader:
         mx.eval(totals)
         for name, total in totals.items():
             if not is_finite(total):
-                self._raise_not_finite(prefix + name)
+                self._raise_not_finite(name)
 
     def _raise_not_finite(self, name: str) -> NoReturn:
         raise CheckpointError(f"{self._files[name]}: {name} has NaN or infinity: fetch the file again")
@@ -149,7 +150,7 @@ class ShardReader:
                 )
 
     def _stack_experts(self, specs: tuple[TensorSpec, ...], prefix: str) -> dict[str, mx.array]:
-        """Return the words and the scales of each projection, those of all experts in one array. Check the scales."""
+        """Return the words and the scales of each projection, each in one array of all experts. Check the scales."""
         shapes = {spec.name: spec.shape for spec in specs}
         stacked = {}
         for projection in _PROJECTIONS:

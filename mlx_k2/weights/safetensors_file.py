@@ -68,7 +68,7 @@ def open_regular(path: Path) -> BinaryIO:
     """
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)
+        return os.open(name, flags | os.O_NONBLOCK)  # otherwise the open of a pipe waits for a writer
 
     file = open(path, "rb", opener=opener)  # noqa: SIM115 - the caller closes it
     is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors, end = {}, 0
-            for name in file.offset_keys():
+            for name in file.offset_keys():  # in the order of the tensors' data, which have no gaps between them
                 entry = file.get_slice(name)
                 first, shape = end, tuple(entry.get_shape())
                 end += _num_bytes(entry.get_dtype(), shape)

@@ -18,6 +18,7 @@ from mlx_k2.weights.index import CheckpointIndex, read_index_json
 from mlx_k2.weights.reader import ShardReader
 from tests.model.checkpoints import read_config
 
+CONTEXT_TOKENS = 1024
 SpanTokens = tuple[Span, Sequence[int]]
 """A span and its token ids."""
 
@@ -30,7 +31,8 @@ class Chain:
         self.caches: list[LatentCache] = []
         self.stages: list[StageModel] = []
         for layers in split_layers(self.config.num_hidden_layers, num_stages):
-            self.caches.append(LatentCache(len(layers), num_slots, 1024, self.config.cache_row_dim, mx.float32))
+            row_dim = self.config.cache_row_dim
+            self.caches.append(LatentCache(len(layers), num_slots, CONTEXT_TOKENS, row_dim, mx.float32))
             self.stages.append(load_stage(folder, self.config, layers, self.caches[-1], dense_bits))
 
     def run(self, *spans: SpanTokens) -> mx.array:

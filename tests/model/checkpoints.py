@@ -25,15 +25,16 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 Checkpoint = Callable[[str], Path]
+"""A function that returns the folder of a variant's checkpoint, by the variant's name."""
 
 
 def make_checkpoints(folder: Path) -> Checkpoint:
-    """Return the function (name of a variant) -> folder of its checkpoint, which the first call writes."""
+    """Return the function that writes a variant's checkpoint below ``folder`` in the first call with the variant."""
 
     def checkpoint(variant: str) -> Path:
         variant_folder = folder / variant.replace(" ", "-")
         if not variant_folder.exists():
-            write_random_checkpoint(variant_folder, VARIANTS[variant], 0, {})
+            write_random_checkpoint(variant_folder, VARIANTS[variant], seed=0, tokenizer_files={})
         return variant_folder
 
     return checkpoint

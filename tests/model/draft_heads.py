@@ -30,7 +30,7 @@ class LoadedDraft:
         self.draft: DraftDescription = read_draft(head, self.config).draft
         self._shards = open_shards(target, self.config)
         files = locate_tensors(Path(head.source.path_or_repo), self.draft.index, self.draft.specs())
-        self.loaded: list[object] = []
+        self.loaded: list[object] = []  # the weights that the loader reported, in the order of loading
         self._loader = DraftLoader(self.draft, head, self._shards, files, mx.float32, self.loaded.append)
 
     def slices(self, layers: range) -> dict[int, FeatureSlice]:

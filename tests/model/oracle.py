@@ -34,12 +34,12 @@ def load_oracle(folder: Path, dense_bits: int | None = None) -> Any:
 
 
 def _quantize_dense(model: nn.Module, bits: int) -> None:
-    def group_size(path: str, module: nn.Module) -> bool | dict[str, int]:
+    def quantization(path: str, module: nn.Module) -> bool | dict[str, int]:
         if isinstance(module, nn.Embedding) or not isinstance(module, nn.Linear | MultiLinear):
             return False
         return {"group_size": 64 if module.weight.shape[-1] % 64 == 0 else 32, "bits": bits}
 
-    nn.quantize(model, class_predicate=group_size)
+    nn.quantize(model, class_predicate=quantization)
 
 
 def _in_float32(tensor: mx.array) -> mx.array:

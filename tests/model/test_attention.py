@@ -12,6 +12,7 @@ from mlx_k2.model import attention
 from mlx_k2.model.attention import (
     ON_CPU,
     AttentionLimits,
+    NaiveBlocks,
     attend_absorbed,
     attend_fused,
     attend_naive,
@@ -102,7 +103,7 @@ def test_naive_and_absorbed_attention_equal_the_definition(count: int, position:
 @pytest.mark.parametrize("min_heads", [1, 3])
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 200_000])
 def test_the_block_size_changes_no_bit_of_the_attention(block_bytes: int, min_heads: int) -> None:
-    case = make_case(48, 100)
+    case = make_case(count=48, position=100)
     limits = AttentionLimits(block_bytes, min_heads)
     assert mx.array_equal(case.naive(limits), case.naive())
     assert mx.array_equal(case.absorbed(limits), case.absorbed())
@@ -118,11 +119,13 @@ def test_fused_attention_equals_unfused_attention(count: int, position: int) -> 
     assert relative_difference(fused, attend_unfused(case.queries, keys, values, position, count)) < 1e-5
 
 
-@pytest.mark.parametrize(("position", "block_bytes"), [(0, 2**27), (100, 100_000)])
-def test_only_a_first_chunk_and_a_chunk_of_which_too_few_queries_fit_use_the_fused_kernel_if_allowed(
+@pytest.mark.parametrize(
+    ("position", "block_bytes"), [(0, 2**27), (100, 100_000)], ids=["large first chunk", "few queries per block"]
+)
+def test_the_fused_kernel_is_used_only_if_allowed_and_for_a_large_first_chunk_or_blocks_of_few_queries(
     monkeypatch: pytest.MonkeyPatch, position: int, block_bytes: int
 ) -> None:
-    case = make_case(48, position)
+    case = make_case(count=48, position=position)
     unfused = case.naive()
     fused_heads = []
 
@@ -132,9 +135,9 @@ def test_only_a_first_chunk_and_a_chunk_of_which_too_few_queries_fit_use_the_fus
         return attend_fused(queries, keys, values, force=False)
 
     monkeypatch.setattr(attention, "attend_fused", count_and_attend)
-    monkeypatch.setattr(attention, "FUSED_FROM_BYTES", 10_000)
+    monkeypatch.setattr(attention, "FUSED_FROM_BYTES", 10_000)  # less than the scores of 48 queries
     case.naive(AttentionLimits(block_bytes, fused=False))
-    make_case(48, 100).naive(AttentionLimits(fused=True))  # a later chunk that fits
+    make_case(count=48, position=100).naive(AttentionLimits(fused=True))  # not the first chunk, and one block
     assert fused_heads == []
     assert relative_difference(case.naive(AttentionLimits(block_bytes, fused=True)), unfused) < 1e-5
     assert sum(fused_heads) == HEADS
@@ -145,15 +148,15 @@ def test_only_a_first_chunk_and_a_chunk_of_which_too_few_queries_fit_use_the_fus
 def test_blocks_of_k2_on_a_gpu_fit_what_was_planned_and_have_at_least_8_heads(
     k2_config: ModelConfig, context_tokens: int, spare_gb: int
 ) -> None:
-    min_bytes = attention_block_bytes(k2_config, context_tokens, 2, on_gpu=True)
+    min_bytes = attention_block_bytes(k2_config, context_tokens, compute_bytes=2, on_gpu=True)
     planned_bytes = min_bytes + added_block_bytes(min_bytes, spare_gb * 10**9)
     limits = AttentionLimits(planned_bytes, GPU_MIN_HEADS, fused=True)
     heads, head_dim = k2_config.num_attention_heads, k2_config.qk_head_dim
     for count in (1, 16, 100, 1024, 4096):
         for position in range(0, context_tokens - count + 1, 1024):
-            blocks = naive_blocks(heads, count, head_dim, position, 2, limits)
+            blocks = naive_blocks(heads, count, head_dim, position, item_bytes=2, limits=limits)
             num_keys, block_heads = position + count, min(heads, blocks.heads)
-            rebuilt_bytes = block_heads * rebuilt_bytes_per_head(num_keys, head_dim, 2)
+            rebuilt_bytes = block_heads * rebuilt_bytes_per_head(num_keys, head_dim, item_bytes=2)
             num_scores = 0 if blocks.fused else block_heads * min(count, blocks.queries) * num_keys
             assert block_heads >= 8
             assert rebuilt_bytes + num_scores * 4 <= planned_bytes  # 2 bytes as an operation's input, 2 as its output
@@ -171,12 +174,12 @@ def peak_beyond_inputs(case: Case, attend: str, limits: AttentionLimits) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("attend", "count", "heads"), [("naive", 256, 4), ("absorbed", 64, 16)])
 def test_attention_over_32k_positions_stays_within_its_memory_budget(attend: str, count: int, heads: int) -> None:
-    budget = 32 * 2**20
-    limits = AttentionLimits(budget // 2)
-    case = make_case(count, 32768 - count, heads)
+    budget, num_keys = 32 * 2**20, 32768
+    limits = AttentionLimits(budget // 2)  # two blocks are in memory at a time
+    case = make_case(count, num_keys - count, heads)
     output_bytes = heads * count * (LATENT + VALUE) * 4 * 2  # the blocks and their concatenation
-    all_scores_bytes = heads * count * 32768 * 4
-    copied_latents_bytes = 2 * 32768 * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
+    all_scores_bytes = heads * count * num_keys * 4
+    copied_latents_bytes = 2 * num_keys * LATENT * 4  # MLX's product on a CPU copies a slice of a wider matrix
     assert all_scores_bytes > 3 * budget, "the scores would fit without blocks"
     assert peak_beyond_inputs(case, attend, limits) < budget + copied_latents_bytes + output_bytes + 2**20
 
@@ -184,8 +187,10 @@ def test_attention_over_32k_positions_stays_within_its_memory_budget(attend: str
 @pytest.mark.slow
 def test_attention_over_128k_positions_in_blocks_of_8_heads_stays_within_two_blocks() -> None:
     count, heads, keys = 32, 24, 131072
-    limits = AttentionLimits(8 * rebuilt_bytes_per_head(keys, NOPE + ROPE, 4) * 4 // 3, min_heads=8)
-    assert naive_blocks(heads, count, NOPE + ROPE, keys - count, 4, limits) == (8, 24, False)
+    rebuilt_bytes = 8 * rebuilt_bytes_per_head(keys, NOPE + ROPE, item_bytes=4)
+    limits = AttentionLimits(rebuilt_bytes * 4 // 3, min_heads=8)  # a quarter is left to the scores: of 24 queries
+    blocks = naive_blocks(heads, count, NOPE + ROPE, keys - count, item_bytes=4, limits=limits)
+    assert blocks == NaiveBlocks(heads=8, queries=24, fused=False)
     case = make_case(count, keys - count, heads)
     copied_latents_bytes = 2 * 2 * 8 * keys * LATENT * 4  # on a CPU MLX copies the latents for each head of two blocks
     bound = 2 * limits.block_bytes + copied_latents_bytes

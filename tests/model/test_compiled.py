@@ -33,5 +33,6 @@ def uncompiled(checkpoint: Checkpoint) -> mx.array:
     return logits_of_prompt_and_generated(checkpoint)
 
 
+# ``uncompiled`` comes before ``compiling``, because fixtures are set up in the order of the parameters.
 def test_compiled_layers_equal_uncompiled_layers(checkpoint: Checkpoint, uncompiled: mx.array, compiling: None) -> None:
     assert largest_difference(logits_of_prompt_and_generated(checkpoint), uncompiled) < 1e-4

@@ -32,7 +32,7 @@ def test_logits_with_8_dense_bits_are_closer_to_the_checkpoints_than_with_4(chec
 @pytest.mark.parametrize("chunk_tokens", [1, 7])
 def test_a_prompts_logits_are_bit_identical_for_any_chunk_length(chain_of_8_bits: Chain, chunk_tokens: int) -> None:
     unchunked = chain_of_8_bits.prefill(PROMPT)
-    assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, 1, chunk_tokens), unchunked).item()
+    assert mx.array_equal(chain_of_8_bits.prefill(PROMPT, slot=1, chunk_tokens=chunk_tokens), unchunked)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def test_the_loaded_bytes_equal_the_inventory_for_embedding_layers_and_head(
     config = read_config(folder)
     layers = [layer_specs(config, layer) for layer in range(config.num_hidden_layers)]
     loaded_specs = (embedding_specs(config), *layers, head_specs(config))
-    assert loaded_bytes(folder, dense_bits) == [held_bytes(specs, 4, dense_bits) for specs in loaded_specs]
+    assert loaded_bytes(folder, dense_bits) == [
+        held_bytes(specs, compute_bytes=4, dense_bits=dense_bits) for specs in loaded_specs
+    ]
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(128, 64), (96, 32), (80, None)])

@@ -57,16 +57,17 @@ def test_other_sequences_in_a_batch_do_not_change_the_logits(
     chain = Chain(checkpoint(variant), 2)
     chain.prefill(OTHER_PROMPT, slot=2)
     chunk_logits = []
-    for start in range(0, len(PROMPT), 50):
-        decoding = Span(2, len(OTHER_PROMPT) + start // 50, 1, is_prompt=False)
-        chunk = Span(0, start, 50, is_prompt=True)
-        other_chunk = Span(1, start, 50, is_prompt=True)
-        token_ids = PROMPT[start : start + 50]
-        logits = chain.run((decoding, [start]), (chunk, token_ids), (other_chunk, token_ids[::-1]))
-        chunk_logits.append(logits[1:51])
+    half = len(PROMPT) // 2
+    for number, token_ids in enumerate((PROMPT[:half], PROMPT[half:])):
+        decoding = Span(slot=2, position=len(OTHER_PROMPT) + number, count=1, is_prompt=False)
+        chunk = Span(slot=0, position=number * half, count=half, is_prompt=True)
+        other_chunk = Span(slot=1, position=number * half, count=half, is_prompt=True)
+        logits = chain.run((decoding, [number]), (chunk, token_ids), (other_chunk, token_ids[::-1]))
+        chunk_logits.append(logits[1 : 1 + half])
     assert mx.array_equal(mx.concatenate(chunk_logits), prompt_logits)
     for index, token_id in enumerate(GENERATED):
-        decoding = Span(0, len(PROMPT) + index, 1, is_prompt=False)
-        drafting = Span(2, len(OTHER_PROMPT) + 3 + index, 4, is_prompt=False)
+        decoding = Span(slot=0, position=len(PROMPT) + index, count=1, is_prompt=False)
+        other_end = len(OTHER_PROMPT) + 2  # slot 2 has decoded two tokens above
+        drafting = Span(slot=2, position=other_end + index, count=4, is_prompt=False)
         logits = chain.run((drafting, [1, 2, 3, index]), (decoding, [token_id]))
         assert mx.array_equal(logits[4:], generated_logits[index : index + 1])

@@ -16,7 +16,7 @@ from mlx_k2.model.rope import make_rope
 from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.weights.tiny_checkpoints import config_of
 
-THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64
+THETA, FACTOR, ORIGINAL_POSITIONS, DIMS = 50000.0, 64.0, 4096, 64  # Kimi K2 Thinking's
 FACTOR_FIELDS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 NUMBERS = st.floats(1e-6, 1e6) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-2, 2).map(float)
 POSITIONS = (0, 1, 5, 63, 4095, 4096, 100_000, 200_000)

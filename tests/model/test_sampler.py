@@ -10,6 +10,7 @@ from mlx_k2.sampling import REPETITION_WINDOW, LogitBias, SampledToken, Sampling
 from mlx_k2.token_mask import MaskForm, TokenMask
 
 NUM_SAMPLES = 2000
+LAST_POSITION = 262143  # of Kimi K2's context
 LOGITS = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -20.0]
 
 
@@ -33,7 +34,7 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def are_distributed(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
-    """Return whether tokens of probability 0 never occur and the others pass Pearson's chi-squared test (p > 0.001)."""
+    """Return whether tokens of a probability below 1e-6 never occur and the others pass Pearson's test (p > 0.001)."""
     possible = probabilities > 1e-6
     expected = probabilities[possible] * NUM_SAMPLES
     chi_square = float(((counts[possible] - expected) ** 2 / expected).sum())
@@ -55,7 +56,7 @@ ALL = list(range(len(LOGITS)))
     ("sampling", "probabilities"),
     [
         (Sampling(seed=1), probabilities_of(ALL)),
-        (Sampling(seed=2, temperature=2.0), probabilities_of(ALL[:-1], 2.0)),
+        (Sampling(seed=2, temperature=2.0), probabilities_of(ALL[:-1], 2.0)),  # the last one's probability is 4e-6
         (Sampling(seed=3, temperature=0.5), probabilities_of(ALL, 0.5)),
         (Sampling(seed=4, top_k=3), probabilities_of([0, 1, 2])),
         (Sampling(seed=5, top_k=len(LOGITS)), probabilities_of(ALL)),
@@ -107,12 +108,12 @@ def test_a_sampled_token_does_not_depend_on_the_other_rows() -> None:
     generator = np.random.default_rng(0)
     logits = mx.array(generator.normal(size=(6, 300)).astype(np.float32))
     requests = [
-        SamplingRequest(Sampling(seed=1), 0, ()),
-        SamplingRequest(Sampling(seed=1, top_p=0.9, repetition_penalty=1.3), 1, (1, 2, 3)),
-        SamplingRequest(Sampling(seed=2, top_p=0.5), 2, ()),
-        SamplingRequest(Sampling(seed=2**63 - 1, repetition_penalty=1.3), 262143, (1, 2, 3)),
-        SamplingRequest(Sampling(seed=0, top_p=0.9), 4, ()),
-        SamplingRequest(Sampling(seed=7, top_p=0.3, repetition_penalty=1.3), 5, (1, 2, 3)),
+        SamplingRequest(Sampling(seed=1), position=0, recent_ids=()),
+        SamplingRequest(Sampling(seed=1, top_p=0.9, repetition_penalty=1.3), position=1, recent_ids=(1, 2, 3)),
+        SamplingRequest(Sampling(seed=2, top_p=0.5), position=2, recent_ids=()),
+        SamplingRequest(Sampling(seed=2**63 - 1, repetition_penalty=1.3), LAST_POSITION, recent_ids=(1, 2, 3)),
+        SamplingRequest(Sampling(seed=0, top_p=0.9), position=4, recent_ids=()),
+        SamplingRequest(Sampling(seed=7, top_p=0.3, repetition_penalty=1.3), position=5, recent_ids=(1, 2, 3)),
     ]
     one_by_one = [sample_tokens(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
     assert sample_tokens(logits, requests) == one_by_one
@@ -168,10 +169,14 @@ def test_masks_biases_and_penalties_change_logits_as_a_plain_reference_does(form
 
         sampling = Sampling(seed=case, temperature=temperature, repetition_penalty=penalty)
         mask = TokenMask(form, mask_data(form, allowed))
-        request = SamplingRequest(sampling, case, recent_ids, mask, LogitBias.of(biases))
+        request = SamplingRequest(
+            sampling, position=case, recent_ids=recent_ids, token_mask=mask, logit_bias=LogitBias.of(biases)
+        )
         (actual_token,) = sample_tokens(mx.array(logits[None]), [request])
         without_penalty = Sampling(seed=case, temperature=temperature)
-        (expected_token,) = sample_tokens(mx.array(expected[None]), [SamplingRequest(without_penalty, case, ())])
+        (expected_token,) = sample_tokens(
+            mx.array(expected[None]), [SamplingRequest(without_penalty, position=case, recent_ids=())]
+        )
         assert actual_token.token_id == expected_token.token_id
         assert [mask.allows(token_id) for token_id in range(vocab_size)] == allowed.tolist()
 
@@ -186,14 +191,16 @@ def mask_data(form: MaskForm, allowed: NDArray[np.bool_]) -> bytes:
 def test_rows_of_a_step_have_masks_of_their_own() -> None:
     masks = [TokenMask.only([5]), None, TokenMask.all_but([0, 1, 2]), TokenMask.only([7])]
     sampling = Sampling(seed=0, temperature=0)
-    requests = [SamplingRequest(sampling, 0, (), mask) for mask in masks]
+    requests = [SamplingRequest(sampling, position=0, recent_ids=(), token_mask=mask) for mask in masks]
     tokens = sample_tokens(mx.array([LOGITS] * 4), requests)
     assert [token.token_id for token in tokens] == [5, 0, 3, 7]
 
 
 def test_log_probabilities_are_those_of_the_allowed_tokens_without_bias() -> None:
     bias = LogitBias.of({2: 50.0})
-    request = SamplingRequest(Sampling(seed=0, num_logprobs=2), 0, (), TokenMask.only([1, 2]), bias)
+    request = SamplingRequest(
+        Sampling(seed=0, num_logprobs=2), position=0, recent_ids=(), token_mask=TokenMask.only([1, 2]), logit_bias=bias
+    )
     (token,) = sample_tokens(mx.array([LOGITS]), [request])
     assert token.token_id == 2
     assert [token_id for token_id, _ in token.top] == [1, 2]

@@ -20,6 +20,7 @@ from tests.model.chain import Chain, largest_difference, open_shards
 from tests.model.checkpoints import Checkpoint, read_config
 
 TOLERANCE = 2e-4
+"""Largest difference of logits that rounding in float32 may cause. Each part of the model changes them by far more."""
 PROMPT = list(range(10, 58))
 
 
@@ -75,13 +76,15 @@ def test_omitting_a_layer_changes_the_logits(parts: Parts, logits: mx.array, lay
 
 
 @pytest.mark.parametrize("layer", range(1, 7))
-def test_omitting_any_group_of_experts_changes_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
-    for group in range(4):
-        members = (mx.arange(16) // 4 == group)[:, None, None]
+def test_omitting_four_consecutive_experts_changes_the_logits(parts: Parts, logits: mx.array, layer: int) -> None:
+    num_experts = parts.config.n_routed_experts
+    for first in range(0, num_experts, 4):
+        members = (mx.arange(num_experts) // 4 == first // 4)[:, None, None]
 
         def omit(moe: MoeWeights, members: mx.array = members) -> MoeWeights:
             stack = moe.experts
             assert isinstance(stack, AffineStack)
+            # With scales and biases of 0 the last projection's output is 0.
             experts = stack.experts._replace(down_scale=mx.where(members, 0.0, stack.experts.down_scale))
             bias = mx.where(members, 0.0, stack.down_bias)
             return moe._replace(experts=stack._replace(experts=experts, down_bias=bias))

@@ -20,7 +20,7 @@ NUM_INTERRUPTS = 200
 
 
 class Pipe:
-    """A pipe between a writer and a reader, with the frames and ends that the reader delivered."""
+    """A pipe between a writer and a reader, with the arguments of the reader's calls of on_frame and of on_end."""
 
     def __init__(self) -> None:
         read_fd, write_fd = os.pipe()
@@ -34,7 +34,7 @@ class Pipe:
 
 
 def fill_queue(writer: FrameWriter) -> None:
-    """Put more frames than the queue of a writer holds while nothing is read."""
+    """Put frames until the queue of a writer, whose pipe nobody reads, is full and ``put`` raises."""
     writer.put(Kind.MESSAGE, bytes(1_000_000))  # more than a pipe holds, so that the writing thread blocks
     for _ in range(MAX_QUEUED_FRAMES + 1):
         writer.put(Kind.MESSAGE, b"")
@@ -74,7 +74,7 @@ def test_close_returns_after_its_timeout_and_the_stream_closes_when_the_peer_rea
     pipe = Pipe()
     writer = FrameWriter(pipe.write_end, "test")
     for _ in range(10):
-        writer.put(Kind.MESSAGE, bytes(100_000))
+        writer.put(Kind.MESSAGE, bytes(100_000))  # in all more than a pipe holds
     writer.close(0.05)
     assert not pipe.write_end.closed
     pipe.start_reader()
@@ -131,7 +131,7 @@ def test_a_writer_still_works_after_a_signal_handler_raises_inside_put() -> None
     previous_handler = signal.signal(signal.SIGUSR1, interrupt)
     sender = threading.Thread(target=send_signals)
     sender.start()
-    gc.disable()  # exceptions in a callback of the collector, such as Hypothesis's, are dropped
+    gc.disable()  # if the signal interrupts a callback of the collector (Hypothesis has one), the exception is lost
     for _ in range(NUM_INTERRUPTS):
         with suppress(_Interrupted):
             putting.put(None)

@@ -70,12 +70,17 @@ def test_random_bytes_are_read_as_frames_or_refused(data: bytes) -> None:
             pass
 
 
-@pytest.mark.parametrize("header", [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, 1)])
+@pytest.mark.parametrize(
+    "header",
+    [struct.pack("<IB", 0, 99), struct.pack("<IB", MAX_PAYLOAD_BYTES + 1, Kind.MESSAGE)],
+    ids=["unknown kind", "too large a length"],
+)
 def test_a_header_with_an_unknown_kind_or_too_large_a_length_is_refused_before_its_payload(header: bytes) -> None:
     with pytest.raises(ProtocolError, match="bytes that are not frames"):
         read_frame(io.BytesIO(header))
 
 
+# The output may end with a part of the mark's start, but together with the mark after it must not form an earlier mark.
 @given(st.binary(max_size=300).filter(lambda shell_output: MARK_START not in shell_output + MARK_START[:-1]))
 def test_the_output_of_a_login_shell_before_the_opening_mark_is_skipped(shell_output: bytes) -> None:
     stream = io.BytesIO(shell_output + MARK + encode_frame(Kind.HEARTBEAT, b"beat"))
@@ -99,9 +104,9 @@ def test_output_without_an_opening_mark_is_quoted_in_the_error() -> None:
     [
         (b"mlx-k2 control 0.0.9\n", "0.0.9"),
         (b"mlx-k2 control 9.1.dev3+g1234\n" + b"\xff" * 50, "9.1.dev3+g1234"),
-        (b"mlx-k2 control 2" + bytes(100), "of another version"),
-        (b"mlx-k2 control 2", "of another version"),
-        (b"mlx-k2 control \x1b[31m\n", "of another version"),
+        (b"mlx-k2 control 2" + bytes(100), "of another version"),  # the line is too long
+        (b"mlx-k2 control 2", "of another version"),  # the line does not end
+        (b"mlx-k2 control \x1b[31m\n", "of another version"),  # a version that is not printed
     ],
 )
 def test_the_mark_of_another_version_is_refused_with_both_versions(mark: bytes, version: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the messages between coordinator and guard: they round-trip through JSON, and invalid ones are refused."""
+"""Tests of GuardSettings and StageExit: they round-trip through JSON, and invalid ones are refused."""
 
 import signal
 
@@ -30,9 +30,9 @@ def test_a_return_code_becomes_an_exit_code_or_a_signal() -> None:
 
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"lease_s": -1, "held_bytes": 0}', b"1e999"]))
-@example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')
-@example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')
-def test_an_invalid_guard_message_is_refused(payload: bytes) -> None:
-    for message_type in (GuardSettings, StageExit):
+@example(b'{"lease_s": -1, "held_bytes": 0, "environment": []}')  # out of range
+@example(b'{"lease_s": 1, "held_bytes": 0, "environment": ["NAME"]}')  # without a value
+def test_invalid_guard_settings_and_stage_exits_are_refused(payload: bytes) -> None:
+    for payload_type in (GuardSettings, StageExit):
         with pytest.raises(ProtocolError):
-            message_type.from_json(payload)
+            payload_type.from_json(payload)

@@ -19,11 +19,14 @@ from tests.model.chain import load_stage, split_layers
 from tests.model.checkpoints import read_config
 from tests.model.draft_heads import LoadedDraft, head_at
 
+CONTEXT_TOKENS = 1024
+
 
 class Pipeline:
-    """Stages of one checkpoint in float32, which run one after the other on this thread.
+    """Stages of one checkpoint in float32, which run one after the other on this thread. The first step has number 1.
 
-    With the folder ``head`` the last stage has its draft head.
+    With the folder ``head`` the last stage has its draft head. ``hops[i]`` leads to stage i; the first and the last hop
+    carry nothing.
     """
 
     def __init__(self, folder: Path, num_stages: int, num_slots: int = 4, head: Path | None = None) -> None:
@@ -33,18 +36,18 @@ class Pipeline:
         self.hops: list[queue.SimpleQueue[mx.array]] = [queue.SimpleQueue() for _ in range(num_stages + 1)]
         self.runners = []
         for rank, layers in enumerate(split_layers(config.num_hidden_layers, num_stages)):
-            cache = LatentCache(len(layers), num_slots, 1024, config.cache_row_dim, mx.float32)
+            cache = LatentCache(len(layers), num_slots, CONTEXT_TOKENS, config.cache_row_dim, mx.float32)
             model, plans, drafting = load_stage(folder, config, layers, cache), DraftPlans(), None
             if loaded_head is not None:
                 model.feature_slices = loaded_head.slices(layers)
                 if rank == num_stages - 1:
-                    self.head = loaded_head.model(model, num_slots)
-                    drafting = Drafting(self.head, config.hidden_size, 1024, plans)
+                    self.head = loaded_head.model(model, num_slots, CONTEXT_TOKENS)
+                    drafting = Drafting(self.head, config.hidden_size, CONTEXT_TOKENS, plans)
             self.runners.append(
                 StepRunner(
                     model,
                     QueueTransport(self.hops[rank], self.hops[rank + 1]),
-                    PlanLimits(num_slots, 1024, config.vocab_size),
+                    PlanLimits(num_slots, CONTEXT_TOKENS, config.vocab_size),
                     first_layer=layers.start,
                     has_features=loaded_head is not None,
                     drafting=drafting,
@@ -78,11 +81,13 @@ class Pipeline:
         for start in range(0, len(prompt), chunk_tokens):
             chunk = tuple(prompt[start : start + chunk_tokens])
             is_last = start + len(chunk) == len(prompt)
-            row = Row(slot, start, chunk, True, sampling if is_last else None, recent_ids(token_ids))
+            chunk_sampling = sampling if is_last else None
+            row = Row(slot, start, chunk, is_prompt=True, sampling=chunk_sampling, recent_ids=recent_ids(token_ids))
             sampled += self.tokens(row)
         while len(sampled) < num_tokens:
             token_ids.append(sampled[-1].token_id)
-            row = Row(slot, len(token_ids) - 1, tuple(token_ids[-1:]), False, sampling, recent_ids(token_ids))
+            last, recent = tuple(token_ids[-1:]), recent_ids(token_ids)
+            row = Row(slot, len(token_ids) - 1, last, is_prompt=False, sampling=sampling, recent_ids=recent)
             sampled += self.tokens(row)
         return sampled
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 NAN, INFINITY = 0x7FC0, 0x7F80
 """Bits of a bfloat16, which are the upper half of a float32."""
-NUM_EXPERTS, EXPERTS_PER_TOKEN = 16, 4
-ROW = Row(0, 0, (5, 6, 7), True, Sampling(seed=1, temperature=0))
+NUM_EXPERTS, EXPERTS_PER_TOKEN = 16, 4  # of the checkpoint "thinking"
+ROW = Row(slot=0, position=0, token_ids=(5, 6, 7), is_prompt=True, sampling=Sampling(seed=1, temperature=0))
 ALWAYS_CHECKED = (
     "model.embed_tokens.weight",
     "model.norm.weight",
@@ -129,7 +130,7 @@ def test_nan_in_the_logits_is_named_with_any_sampling_and_token_mask(
 ) -> None:
     pipeline = Pipeline(copy_with_value(checkpoint("thinking"), tmp_path / "model", "lm_head.weight", NAN), 2)
     mask = TokenMask.only([0])  # NaN is in the logit of the last token
-    row = Row(0, 0, (5, 6, 7), True, sampling, recent_ids=(5, 6), token_mask=mask)
+    row = msgspec.structs.replace(ROW, sampling=sampling, recent_ids=(5, 6), token_mask=mask)
     with pytest.raises(NotFinite, match="first in the head"):
         pipeline.step(row)
 
@@ -143,19 +144,29 @@ def test_the_tests_above_plant_in_each_kind_of_float_tensor(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("name", CHECKED_BY_STEPS)
+@pytest.mark.parametrize("name", CHECKED_BY_STEPS)  # the others are always checked
 def test_dense_bits_check_every_tensor_because_mx_quantize_hides_nan(
     checkpoint: Checkpoint, tmp_path: Path, name: str, value: int
 ) -> None:
     folder = copy_with_value(checkpoint("thinking"), tmp_path / "model", name, value)
     source = ModelSource(path_or_repo=str(folder))
     description = describe_model(read_model_files(source).files, str(folder))
-    message = Load(0, 7, "float32", num_slots=1, context_tokens=64, needed_bytes=0, block_bytes=1 << 24, dense_bits=8)
+    prepare = Prepare(rank=0, num_stages=1, model=source, listen=())
+    message = Load(
+        first_layer=0,
+        end_layer=description.config.num_hidden_layers,
+        dtype="float32",
+        num_slots=1,
+        context_tokens=64,
+        needed_bytes=0,
+        dense_bits=8,
+    )
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} has NaN or infinity"):
-        load_stage(description, Prepare(0, 1, source, ()), message, Transport(), lambda _: None, lambda *_: None)
+        load_stage(description, prepare, message, Transport(), lambda _: None, lambda *_: None)
 
 
-ONE_TOKEN = Row(0, 0, (5,), True, Sampling(seed=1, temperature=0, num_logprobs=50))
+SAMPLING_WITH_LOGPROBS = Sampling(seed=1, temperature=0, num_logprobs=50)  # they show a change that keeps the token
+ONE_TOKEN = Row(slot=0, position=0, token_ids=(5,), is_prompt=True, sampling=SAMPLING_WITH_LOGPROBS)
 
 
 @pytest.mark.slow
@@ -172,7 +183,7 @@ def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_
         experts = experts_of_layer_5(pipeline)
         gate_scale, gate_bias = mx.array(experts.experts.gate_scale), mx.array(experts.gate_bias)
         experts.experts.gate_scale[expert] = experts.gate_bias[expert] = 0.0
-        is_used = pipeline.tokens(ONE_TOKEN) != undamaged_tokens
+        is_used = pipeline.tokens(ONE_TOKEN) != undamaged_tokens  # step 1
         experts.experts.gate_scale[:], experts.gate_bias[:] = gate_scale, gate_bias
         getattr(experts.experts, scale)[expert, 0, 0] = value
         if is_used:
@@ -188,8 +199,9 @@ def test_an_expert_broken_in_memory_is_named_by_a_step_that_uses_it_and_changes_
 def test_the_last_stage_checks_a_chunk_that_samples_nothing_also_beside_a_row_with_finite_logits(
     checkpoint: Checkpoint,
 ) -> None:
-    """Of the experts some are used by the chunk only, so that NaN in them leaves the other row's logits finite."""
-    other, chunk = Row(1, 0, (9,), True, Sampling(seed=1)), Row(0, 0, ROW.token_ids, True, None)
+    """Some experts are used by the chunk only, so that NaN in them leaves the other row's logits finite."""
+    chunk = msgspec.structs.replace(ROW, sampling=None)
+    other = Row(slot=1, position=0, token_ids=(9,), is_prompt=True, sampling=Sampling(seed=1))
     experts_found: dict[tuple[Row, ...], set[int]] = {}
     for rows in ((other,), (chunk,), (other, chunk)):
         experts_found[rows] = set()
@@ -214,7 +226,7 @@ def test_a_broken_row_of_the_embedding_is_found_by_a_step_with_its_token_and_by_
     undamaged_tokens = pipeline.tokens(ONE_TOKEN)
     embedding = pipeline.runners[0]._model.embedding
     assert embedding is not None
-    embedding[6, 0] = value
+    embedding[6, 0] = value  # token 6 is in ROW, not in ONE_TOKEN
     assert pipeline.tokens(ONE_TOKEN) == undamaged_tokens
     with pytest.raises(NotFinite, match="NaN or infinity in step 3, first in the embedding"):
         pipeline.tokens(ROW)

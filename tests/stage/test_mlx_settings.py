@@ -59,7 +59,7 @@ def test_saved_limits_replace_those_of_the_chip_also_if_they_are_mlxs_own(tmp_pa
 
 
 def test_a_variable_that_the_user_has_set_is_kept_and_named(tmp_path: Path) -> None:
-    user_variables = {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+    user_variables = {"MLX_MAX_OPS_PER_BUFFER": "7", "MLX_MAX_MB_PER_BUFFER": "1000000"}  # the second is the default
     environment = dict(user_variables)
     (line,) = apply_settings(environment, "Apple M3 Ultra", tmp_path / "none")
     assert environment == user_variables | MAC_VARIABLES

@@ -14,7 +14,7 @@ LIMITS = PlanLimits(num_slots=2, context_tokens=64, vocab_size=768)
 
 
 def row(slot: int = 0, position: int = 0, token_ids: tuple[int, ...] = (5,), copy_from: int | None = None) -> Row:
-    return Row(slot, position, token_ids, True, None, copy_from=copy_from)
+    return Row(slot, position, token_ids, is_prompt=True, sampling=None, copy_from=copy_from)
 
 
 def with_mask(mask: TokenMask) -> Row:

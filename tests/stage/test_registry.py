@@ -11,7 +11,8 @@ from pathlib import Path
 from mlx_k2.cluster.host_facts import Command, RunningStage
 from mlx_k2.stage.registry import register, running_stages
 
-STAGE = RunningStage(Command("studio-1", 123, "mlx-k2 chat", 1e9), 297_300_000_000)
+COMMAND = Command(host="studio-1", pid=123, name="mlx-k2 chat", began_unix_s=1e9)
+STAGE = RunningStage(COMMAND, held_bytes=297_300_000_000)
 PROGRAM = """
 import sys
 from pathlib import Path

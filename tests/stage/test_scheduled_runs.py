@@ -5,9 +5,8 @@ Log-probabilities are compared exactly, because a change of the logits would cha
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import mlx.core as mx
 import pytest
 
 from mlx_k2.sampling import SampledToken, Sampling
@@ -17,6 +16,8 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.model.checkpoints import Checkpoint
 from tests.scheduling.fake_stages import FixedStepPolicy
 from tests.stage.pipeline import Pipeline
+
+pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 NUM_SEQUENCES = 80
 CONTEXT_TOKENS = 128
@@ -37,7 +38,8 @@ def requests() -> list[Request]:
             repetition_penalty=chance.choice([1.0, 1.3]),
             num_logprobs=3,
         )
-        random_requests.append(Request(prompt_ids, chance.randint(1, 14), sampling, frozenset({7})))
+        max_tokens = chance.randint(1, 14)
+        random_requests.append(Request(prompt_ids, max_tokens, sampling, stop_ids=frozenset({7})))
     return random_requests
 
 
@@ -56,13 +58,6 @@ def run(pipeline: Pipeline, scheduler: Scheduler, submitted: Sequence[Request]) 
         for result in scheduler.complete(number, sampled, is_skipped=is_skipped):
             tokens[id(result.sequence.request)] += [appended.token for appended in result.tokens]
     return [tokens[id(request)] for request in submitted]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_compiling() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +83,9 @@ def test_a_sequence_is_bit_identical_for_any_batch_chunks_stages_and_drafts(
     )
     scheduler = Scheduler(
         limits,
-        FixedStepPolicy(2, chunk_tokens, max(1, chunk_tokens // 4)),
+        FixedStepPolicy(
+            num_microbatches=2, lone_chunk_tokens=chunk_tokens, beside_chunk_tokens=max(1, chunk_tokens // 4)
+        ),
         draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
     )
     assert run(pipeline, scheduler, requests()) == tokens_alone

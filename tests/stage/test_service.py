@@ -36,7 +36,8 @@ from mlx_k2.weights.model_source import ModelSource
 from tests.local_cluster import NUM_LAYERS, write_model
 
 Converse = Callable[..., tuple[int, list[FromStage]]]
-LOAD = Load(0, NUM_LAYERS, "float32", num_slots=1, context_tokens=64, needed_bytes=0)
+CONNECT = Connect(links=None, to_next=None, from_previous=None)  # the only stage has no neighbours
+LOAD = Load(first_layer=0, end_layer=NUM_LAYERS, dtype="float32", num_slots=1, context_tokens=64, needed_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,12 @@ def converse(tmp_path: Path) -> Converse:
 
 
 def prepare(folder: Path) -> Prepare:
-    return Prepare(0, 1, ModelSource(path_or_repo=str(folder)), listen=())
+    return Prepare(rank=0, num_stages=1, model=ModelSource(path_or_repo=str(folder)), listen=())
 
 
-def step(number: int) -> Step:
-    return Step(number, (Row(0, number, (5,), True, Sampling(seed=1)),))
+def step(number: int, slot: int = 0) -> Step:
+    """Return a plan with one token, at position ``number``, after which a token is sampled."""
+    return Step(number, (Row(slot, number, (5,), is_prompt=True, sampling=Sampling(seed=1)),))
 
 
 def test_a_stage_sends_hello_first_and_exits_on_stop(converse: Converse) -> None:
@@ -80,7 +82,7 @@ def test_a_stage_sends_hello_first_and_exits_on_stop(converse: Converse) -> None
 
 
 def test_each_message_is_answered_in_order(converse: Converse, model: Path) -> None:
-    messages = (prepare(model), Connect(None, None, None), LOAD, step(0), step(1), Stop())
+    messages = (prepare(model), CONNECT, LOAD, step(0), step(1), Stop())
     exit_code, answers = converse(*messages)
     assert exit_code == 0
     loading = [*[LayerLoaded] * (NUM_LAYERS + 2), Loaded]  # the layers, embedding and head
@@ -90,7 +92,7 @@ def test_each_message_is_answered_in_order(converse: Converse, model: Path) -> N
 
 
 def test_a_loaded_stage_reports_its_held_and_peak_bytes(converse: Converse, model: Path) -> None:
-    _, answers = converse(prepare(model), Connect(None, None, None), LOAD, Stop())
+    _, answers = converse(prepare(model), CONNECT, LOAD, Stop())
     piece_bytes = [answer.held_bytes for answer in answers if isinstance(answer, LayerLoaded)]
     (loaded,) = [answer for answer in answers if isinstance(answer, Loaded)]
     assert loaded.held_bytes == sum(piece_bytes) <= loaded.peak_bytes
@@ -129,7 +131,7 @@ def test_a_truncated_shard_file_is_named_before_any_tensor_is_loaded(converse: C
     folder = write_model(tmp_path / "damaged")
     shard = folder / "model-00003-of-000008.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    exit_code, answers = converse(prepare(folder), Connect(None, None, None), LOAD, Stop())
+    exit_code, answers = converse(prepare(folder), CONNECT, LOAD, Stop())
     assert exit_code == 1
     assert [type(answer) for answer in answers] == [Hello, Prepared, Connected, Fault]
     fault = answers[-1]
@@ -138,8 +140,7 @@ def test_a_truncated_shard_file_is_named_before_any_tensor_is_loaded(converse: C
 
 
 def test_a_step_that_does_not_fit_the_stage_is_refused_by_number(converse: Converse, model: Path) -> None:
-    plan = Step(1, (Row(1, 0, (5,), True, None),))
-    exit_code, answers = converse(prepare(model), Connect(None, None, None), LOAD, step(0), plan, Stop())
+    exit_code, answers = converse(prepare(model), CONNECT, LOAD, step(0), step(1, slot=1), Stop())
     assert exit_code == 1
     assert answers[-1] == Fault("ProtocolError", "step 1 does not fit this stage: slot 1 of 1")
 

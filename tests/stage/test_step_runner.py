@@ -62,13 +62,17 @@ def test_sequences_in_one_microbatch_get_the_same_tokens_as_alone(
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
     recent = recent_ids(PROMPT)
-    prompts = [Row(slot, 0, tuple(PROMPT), True, sampling, recent) for slot, sampling in enumerate(SAMPLINGS)]
+    prompts = [
+        Row(slot, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=sampling, recent_ids=recent)
+        for slot, sampling in enumerate(SAMPLINGS)
+    ]
     sequences = [[token] for token in pipeline.tokens(*prompts)]
     for _ in range(NUM_TOKENS - 1):
         rows = []
         for slot, sampling in enumerate(SAMPLINGS):
             token_ids = [*PROMPT, *(token.token_id for token in sequences[slot])]
-            rows.append(Row(slot, len(token_ids) - 1, (token_ids[-1],), False, sampling, recent_ids(token_ids)))
+            position, recent = len(token_ids) - 1, recent_ids(token_ids)
+            rows.append(Row(slot, position, (token_ids[-1],), is_prompt=False, sampling=sampling, recent_ids=recent))
         for sequence, token in zip(sequences, pipeline.tokens(*rows), strict=True):
             sequence.append(token)
     assert sequences == expected
@@ -77,37 +81,53 @@ def test_sequences_in_one_microbatch_get_the_same_tokens_as_alone(
 def test_new_stages_that_compute_the_known_tokens_again_sample_the_same_next_token(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
-    sampling, known_ids = SAMPLINGS[0], [token.token_id for token in expected[0][:15]]
+    num_known = 15
+    known_ids = tuple(token.token_id for token in expected[0][:num_known])
     pipeline = Pipeline(checkpoint("thinking"), 3)
-    assert pipeline.tokens(Row(0, 0, tuple(PROMPT), True, None)) == ()
+    assert pipeline.tokens(Row(slot=0, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=None)) == ()
     recent = recent_ids([*PROMPT, *known_ids])
-    next_tokens = pipeline.tokens(Row(0, len(PROMPT), tuple(known_ids), False, sampling, recent))
-    assert list(next_tokens) == expected[0][15:16]
+    answer = Row(
+        slot=0, position=len(PROMPT), token_ids=known_ids, is_prompt=False, sampling=SAMPLINGS[0], recent_ids=recent
+    )
+    assert pipeline.tokens(answer) == (expected[0][num_known],)
 
 
 def test_a_row_without_sampling_returns_no_token_and_fills_the_cache(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    chunk = Row(0, 0, tuple(PROMPT[:-1]), True, None)
-    prompt = Row(1, 0, tuple(PROMPT), True, GREEDY)
+    chunk = Row(slot=0, position=0, token_ids=tuple(PROMPT[:-1]), is_prompt=True, sampling=None)
+    prompt = Row(slot=1, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=GREEDY)
     first_token = expected[SAMPLINGS.index(GREEDY)][0]
     assert pipeline.tokens(chunk, prompt) == (first_token,)
-    assert pipeline.tokens(Row(0, len(PROMPT) - 1, (PROMPT[-1],), True, GREEDY)) == (first_token,)
+    last = Row(slot=0, position=len(PROMPT) - 1, token_ids=(PROMPT[-1],), is_prompt=True, sampling=GREEDY)
+    assert pipeline.tokens(last) == (first_token,)
 
 
 def test_a_prefix_copied_from_another_slot_gives_the_same_token_as_a_computed_one(
     checkpoint: Checkpoint, expected: list[list[SampledToken]]
 ) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 2)
-    pipeline.tokens(Row(2, 0, (*PROMPT[:40], 1, 2, 3), True, None))
-    row = Row(1, 40, tuple(PROMPT[40:]), True, SAMPLINGS[0], recent_ids(PROMPT), copy_from=2)
+    num_shared = 40
+    other = (*PROMPT[:num_shared], 1, 2, 3)
+    pipeline.tokens(Row(slot=2, position=0, token_ids=other, is_prompt=True, sampling=None))
+    rest, recent = tuple(PROMPT[num_shared:]), recent_ids(PROMPT)
+    row = Row(
+        slot=1,
+        position=num_shared,
+        token_ids=rest,
+        is_prompt=True,
+        sampling=SAMPLINGS[0],
+        recent_ids=recent,
+        copy_from=2,
+    )
     assert pipeline.tokens(row) == (expected[0][0],)
 
 
 def test_every_stage_answers_each_step_with_its_number_and_times(checkpoint: Checkpoint) -> None:
     pipeline = Pipeline(checkpoint("thinking"), 3)
     for number in (1, 2):
-        answers = pipeline.step(Row(0, 0, tuple(PROMPT), True, GREEDY))
+        answers = pipeline.step(Row(slot=0, position=0, token_ids=tuple(PROMPT), is_prompt=True, sampling=GREEDY))
         assert [done.number for done in answers] == [number] * 3
         assert all(done.busy_s > 0 and done.receive_s >= 0 and done.send_s >= 0 for done in answers)
+        assert answers[0].receive_s == answers[-1].send_s == 0

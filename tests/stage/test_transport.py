@@ -80,7 +80,7 @@ def test_the_ring_environment_has_the_rank_and_all_addresses(settings_file: IO[b
 def test_the_jaccl_environment_has_the_devices_and_the_address_of_rank_0(
     settings_file: IO[bytes], is_ring: bool
 ) -> None:
-    links = JacclLinks(((None, "rdma_en5"), (("rdma_en3", "rdma_en4"), None)), "10.0.0.1:32323", is_ring)
+    links = JacclLinks(((None, "rdma_en5"), (("rdma_en3", "rdma_en4"), None)), "10.0.0.1:32323", ring=is_ring)
     environment = group_environment(0, links, settings_file)
     assert environment["MLX_RANK"] == "0"
     assert environment["MLX_JACCL_COORDINATOR"] == "10.0.0.1:32323"

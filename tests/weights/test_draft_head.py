@@ -20,9 +20,7 @@ from mlx_k2.weights.model_source import DraftHead, ModelSource
 from tests.advice import follows_advice
 from tests.weights.tiny_checkpoints import config_of
 
-FIELDS = tiny_config_fields(192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
-
-
+FIELDS = tiny_config_fields(vocab_size=192, hidden_size=64, num_attention_heads=2, intermediate_size=96)
 TARGET = config_of(FIELDS)
 Change = Callable[[Path], None]
 """Function that changes the files in the folder of a head."""
@@ -41,7 +39,7 @@ def write_head(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(**changes: Any) -> Path:
         folder = base / str(len(list(base.iterdir())))
-        write_random_draft_head(folder, draft_config_fields(FIELDS, **changes), TARGET, 1)
+        write_random_draft_head(folder, draft_config_fields(FIELDS, **changes), TARGET, seed=1)
         return folder
 
     return write
@@ -175,19 +173,22 @@ def test_a_head_that_follows_the_advice_of_its_refusal_is_read(write_head: Calla
 
 
 def test_kept_rows_are_those_of_the_smallest_ids_and_of_control_tokens() -> None:
-    assert kept_rows(range(100), 16, 100) == [*range(14), 98, 99]
-    assert kept_rows(range(100), 100, 100) == list(range(100))
-    assert kept_rows([5, 90, 7, 99], 3, 100) == [0, 1, 2]
+    assert kept_rows(range(100), num_rows=16, vocab_size=100) == [*range(14), 98, 99]
+    assert kept_rows(range(100), num_rows=100, vocab_size=100) == list(range(100))
+    assert kept_rows([5, 90, 7, 99], num_rows=3, vocab_size=100) == [0, 1, 2]  # an eighth of 3 rows is none
 
 
 def test_a_head_of_kimi_k2_reads_the_published_bytes() -> None:
-    """The published head has 1.841e9 parameters: 3.68, 1.96 and 1.04 GB in 16, 8 and 4 bits."""
+    """The published head has 1.841e9 parameters: 3.68, 1.96 and 1.04 GB in 16, 8 and 4 bits.
+
+    With --draft-vocab 32000 only these rows of its output projection are read.
+    """
     fields = thinking_config_fields()
     target = config_of(fields)
 
     def gigabytes_per_draft(bits: int | None, vocab_size: int | None) -> float:
         config = draft_config_fields(fields, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 29, 57]})
-        names = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
+        names = {LM_HEAD: SINGLE_FILE_NAME}  # the head has an output projection of its own
         files = {CONFIG_NAME: json.dumps(config).encode(), INDEX_NAME: json.dumps({"weight_map": names}).encode()}
         head = DraftHead(source=ModelSource(path_or_repo="head"), bits=bits, vocab_size=vocab_size)
         draft = describe_draft(files, head, target, check_names=False)
@@ -200,6 +201,6 @@ def test_a_head_of_kimi_k2_reads_the_published_bytes() -> None:
 
 
 def test_a_checkpoint_of_a_model_is_refused_as_a_draft_head(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path / "model", FIELDS, 1, {})
+    write_random_checkpoint(tmp_path / "model", FIELDS, seed=1, tokenizer_files={})
     with pytest.raises(MlxK2Error, match="is not a draft head that mlx-k2 runs"):
         read_head(tmp_path / "model")

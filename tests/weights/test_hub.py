@@ -29,7 +29,7 @@ from tests.weights.hub_server import COMMIT, Hub, serve_hub
 from tests.weights.tiny_checkpoints import write_tiny
 
 REPO = "moonshotai/Kimi-K2-Tiny"
-LAYER_2, LAYER_3, LAYER_4 = (f"model-0000{number}-of-000008.safetensors" for number in (3, 4, 5))
+LAYER_2, LAYER_3, LAYER_4 = (f"model-0000{layer + 1}-of-000008.safetensors" for layer in (2, 3, 4))
 SMALL_FILES = {"config.json", "model.safetensors.index.json", "tiktoken.model"}
 
 
@@ -96,9 +96,9 @@ def test_each_stage_fetches_only_its_files(
         specs = shard_specs(config, first, end)
         names = index.files(specs)
         hub.requests.clear()
-        own_cache = HubRepo(REPO, COMMIT, tmp_path / f"host-{stage}", hub.endpoint)
-        fetched = fetch_files(own_cache, names, ignore_progress)
-        assert hub.fetched == {*names, "config.json"}
+        repo_on_host = HubRepo(REPO, COMMIT, cache_folder=tmp_path / f"host-{stage}", endpoint=hub.endpoint)
+        fetched = fetch_files(repo_on_host, names, ignore_progress)
+        assert hub.fetched == {*names, "config.json"}  # the path of config.json gives the folder
         assert fetched.fetched_names == tuple(names)
         assert len(locate_tensors(fetched.folder, index, specs)) == len(specs)
 
@@ -124,7 +124,7 @@ def test_progress_counts_the_bytes_of_all_files_up_to_the_total(hub: Hub, repo: 
 def test_a_download_that_broke_off_continues_after_the_last_complete_piece(hub: Hub, repo: HubRepo) -> None:
     mib = 2**20  # huggingface_hub keeps only whole pieces of 10 MiB
     hub.files[LAYER_2] = random.Random(0).randbytes(24 * mib)
-    hub.break_offsets[LAYER_2] = [11 * mib, 12 * mib]
+    hub.break_offsets[LAYER_2] = [11 * mib, 12 * mib]  # the second response begins at 10 MiB and ends at 22 MiB
     fetched = fetch_files(repo, [LAYER_2], ignore_progress)
     assert hub.ranges(LAYER_2) == [0, 10 * mib, 20 * mib]
     assert (fetched.folder / LAYER_2).read_bytes() == hub.files[LAYER_2]
@@ -267,7 +267,7 @@ def test_the_manifest_has_all_large_files_and_blocks_of_the_fetched_ones(
     fetched = fetch_shard(ModelSource(path_or_repo=REPO), index, layer_specs(tiny[1], 2), ignore_progress)
     entries = read_manifest(fetched.folder).files
     assert entries.keys() == {name for name in hub.files if name.endswith((".safetensors", ".model"))}
-    assert {name for name, entry in entries.items() if entry.blocks is not None} >= {LAYER_2}
+    assert {name for name, entry in entries.items() if entry.blocks is not None} == {LAYER_2}
     assert identify([fetched.folder / LAYER_2])[LAYER_2] == hashlib.sha256(hub.files[LAYER_2]).hexdigest()
 
 

@@ -20,14 +20,16 @@ from mlx_k2.weights.manifest import (
     write_manifest,
 )
 
+FILE_BYTES = 500_000
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder of two files with random contents of 500,000 bytes."""
+    """Return a folder of two files with random contents."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("a", "b"):
-        (folder / f"{name}.safetensors").write_bytes(os.urandom(500_000))
+        (folder / f"{name}.safetensors").write_bytes(os.urandom(FILE_BYTES))
     return folder
 
 
@@ -50,7 +52,7 @@ def test_files_in_a_copy_of_the_folder_have_the_checksums_of_its_manifest(folder
     assert identify(copy.glob("*.safetensors")) == {name: file.sha256 for name, file in files.items()}
 
 
-@pytest.mark.parametrize("offset", [0, 499_999, 500_000 - BLOCK_BYTES])
+@pytest.mark.parametrize("offset", [0, FILE_BYTES - BLOCK_BYTES, FILE_BYTES - 1])
 def test_a_changed_byte_in_a_sampled_block_is_refused(folder: Path, offset: int) -> None:
     write_manifest(folder, files_of(folder))
     data = bytearray((folder / "a.safetensors").read_bytes())
@@ -63,11 +65,13 @@ def test_a_changed_byte_in_a_sampled_block_is_refused(folder: Path, offset: int)
 
 def test_a_file_with_other_contents_and_one_of_another_size_are_refused(folder: Path) -> None:
     write_manifest(folder, files_of(folder))
-    (folder / "a.safetensors").write_bytes(os.urandom(500_000))
+    (folder / "a.safetensors").write_bytes(os.urandom(FILE_BYTES))
     (folder / "b.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"a\.safetensors is not the file"):
         identify([folder / "a.safetensors"])
-    with pytest.raises(CheckpointError, match=r"b\.safetensors has 5 bytes, and .* lists 500000: fetch it again"):
+    with pytest.raises(
+        CheckpointError, match=rf"b\.safetensors has 5 bytes, and .* lists {FILE_BYTES}: fetch it again"
+    ):
         identify([folder / "b.safetensors"])
 
 
@@ -82,7 +86,7 @@ def test_a_file_that_is_not_there_yet_is_listed_and_its_blocks_are_added_later(f
     assert read_manifest(folder).files["b.safetensors"].blocks == sampled_digest(folder / "b.safetensors")
 
 
-def test_a_manifest_that_cannot_be_read_or_written_is_an_error(folder: Path) -> None:
+def test_a_manifest_that_cannot_be_read_is_an_error_of_identify_and_of_write_manifest(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(
         CheckpointError, match=r"is not a manifest: .*remove it; `mlx-k2 doctor --deep --model .*` writes"

@@ -18,10 +18,10 @@ from mlx_k2.testing.random_checkpoint import write_random_checkpoint
 from mlx_k2.testing.tiny_config import as_kimi_k25, tiny_config_fields
 from mlx_k2.weights import reader
 from mlx_k2.weights.index import CheckpointIndex, read_index_json
-from mlx_k2.weights.inventory import held_bytes, layer_specs, model_specs
+from mlx_k2.weights.inventory import bf16_spec, held_bytes, layer_specs, model_specs
 from mlx_k2.weights.reader import LoadedTensors, ShardReader
-from mlx_k2.weights.safetensors_file import read_header
-from tests.weights.tiny_checkpoints import VOCAB_SIZE, write_tiny
+from mlx_k2.weights.safetensors_file import read_header, write_file
+from tests.weights.tiny_checkpoints import VOCAB_SIZE, config_of, write_tiny
 
 NUM_LAYERS = 7
 LAYER_2_FILE = "model-00003-of-000008.safetensors"
@@ -33,12 +33,12 @@ def open_reader(folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16
 
 
 def replace_tensor(folder: Path, name: str, value: mx.array) -> None:
-    """Replace the tensor ``name`` by ``value``."""
+    """Replace the tensor ``name`` of a checkpoint by ``value``."""
     index = CheckpointIndex.from_json(read_index_json(folder), str(folder))
     path = folder / index.weight_map[name]
     tensors = mx.load(str(path))
     assert isinstance(tensors, dict)
-    mx.eval(tensors)
+    mx.eval(tensors)  # mx.load reads a tensor when it is evaluated, and the file is replaced now
     mx.save_safetensors(str(path), {**tensors, name: value})
 
 
@@ -73,7 +73,7 @@ def test_the_stages_together_read_each_tensor_of_the_model_once(
 ) -> None:
     fields = tiny_config_fields(VOCAB_SIZE)
     fields = as_kimi_k25(fields) if family == "kimi_k25" else fields
-    write_random_checkpoint(tmp_path / "model", fields, 0, {})
+    write_random_checkpoint(tmp_path / "model", fields, seed=0, tokenizer_files={})
     config = ModelConfig.from_json((tmp_path / "model" / "config.json").read_bytes(), "config.json")
     shard_reader = open_reader(tmp_path / "model", config)
     names = [
@@ -94,7 +94,7 @@ def test_tensors_equal_the_files_and_experts_are_stacked_in_order(folder: Path, 
         assert tensors[name].dtype == stored[prefix + name].dtype
         assert mx.array_equal(tensors[name], stored[prefix + name])
     for projection in ("gate_proj", "up_proj", "down_proj"):
-        for expert in range(16):
+        for expert in range(config.n_routed_experts):
             name = f"{prefix}mlp.experts.{expert}.{projection}"
             packed = tensors[f"mlp.experts.{projection}.weight_packed"]
             scale = tensors[f"mlp.experts.{projection}.weight_scale"]
@@ -109,7 +109,7 @@ def test_routed_experts_use_4_5_bits_per_weight_in_any_compute_dtype(
     folder: Path, config: ModelConfig, dtype: mx.Dtype
 ) -> None:
     tensors = open_reader(folder, config, dtype).layer(1).tensors
-    num_weights = 16 * 3 * config.hidden_size * config.moe_intermediate_size
+    num_weights = config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
     num_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
     assert num_bytes * 8 == num_weights * 4.5
     assert tensors["self_attn.o_proj.weight"].dtype == dtype
@@ -183,7 +183,7 @@ def test_a_file_that_changes_after_it_was_checked_is_refused_by_name(
     config = write_tiny(tmp_path / "model")
     path = tmp_path / "model" / LAYER_2_FILE
     shard_reader = open_reader(tmp_path / "model", config)
-    shard_reader.layer(2)
+    shard_reader.layer(2)  # reads the header, too
     with monkeypatch.context() as patch:  # the file becomes shorter while it is read
         patch.setattr(shard_reader, "_check_headers", lambda _: os.truncate(path, path.stat().st_size // 2))
         with pytest.raises(CheckpointError, match=rf"{path} is truncated: it ends at byte \d+ within model\.layers\.2"):
@@ -222,8 +222,17 @@ def test_nothing_is_computed_while_a_slow_disk_is_read(
     monkeypatch.setattr(mx, "load", lambda *_: pytest.fail("mx.load reads while a graph is evaluated"))
     monkeypatch.setattr(mx, "async_eval", lambda *_: pytest.fail("nothing may run while the next bytes are read"))
     open_reader(folder, config).layer(2)
-    assert len(reads_while_computing) > 3
+    assert len(reads_while_computing) > 3  # mx.eval was called between the reads, too
     assert set(reads_while_computing) == {0}
+
+
+def test_nan_in_a_tensor_of_a_draft_head_for_kimi_k25_is_refused_by_name(tmp_path: Path) -> None:
+    """A head's tensors lack the prefix that the tensors of Kimi K2.5 have."""
+    path, spec = tmp_path / "head.safetensors", bf16_spec("fc.weight", 8)
+    write_file(path, [spec], lambda _: [b"\xc0\x7f" * 8])
+    config = config_of(as_kimi_k25(tiny_config_fields(VOCAB_SIZE)))
+    with pytest.raises(CheckpointError, match=r"fc\.weight has NaN or infinity"):
+        ShardReader(config, {spec.name: path}, mx.bfloat16, check_all=True).read((spec,))
 
 
 @pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "mlp.experts.3.up_proj.weight_packed"])

@@ -101,7 +101,7 @@ def test_the_reader_accepts_the_files_that_the_package_accepts_with_the_same_ten
                 for name in file.offset_keys()
             }
     except SafetensorError:
-        with pytest.raises(CheckpointError, match="header"):
+        with pytest.raises(CheckpointError, match=str(path)):
             read_header(path)
         return
     header = read_header(path)
