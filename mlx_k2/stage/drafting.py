@@ -62,14 +62,17 @@ class Drafting:
         self._write_rows(finished)
         tokens = iter(finished.tokens)
         num_tokens = 0
+        drafted = None
         for row in finished.step.rows:
             num_tokens += len(row.token_ids)
             token = next(tokens) if row.needs_logits else None
             if row.draft is not None and token is not None:
                 drafts = self._drafts(row, token.token_id, finished.features[num_tokens - 1 : num_tokens])
-                return Drafted(finished.step.number, tuple(drafts), time.perf_counter() - start_s)
+                drafted = Drafted(finished.step.number, tuple(drafts), time.perf_counter() - start_s)
+                break
+        # also after planned drafts, which compute nothing: otherwise the rows of many steps would wait for one of them
         mx.async_eval(self._model.cache.arrays, [tail for tail in self._tails.values() if tail is not None])
-        return None
+        return drafted
 
     def _write_rows(self, finished: FinishedStep) -> None:
         """Write the cache row of each token from the features of the position before it, or from zeros.
