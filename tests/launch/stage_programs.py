@@ -29,7 +29,7 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
-_output = os.fdopen(os.dup(1), "wb")
+_output = os.fdopen(os.dup(1), "wb")  # for frames only: what a library prints to stdout goes to stderr instead
 os.dup2(2, 1)
 
 
@@ -138,7 +138,8 @@ def repeats_answers() -> None:
 
 
 def ring() -> None:
-    """Join MLX's ring and send an array from stage to stage. Each adds the step's number; the tokens are the mean.
+    """Join MLX's ring and send an array from stage to stage. Each adds the step's number; the tokens are the mean
+    of the first 8 rows.
 
     The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
     """

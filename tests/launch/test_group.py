@@ -42,6 +42,7 @@ def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
 
 
 def receive(group: StageGroup, count: int) -> list[StageEvent]:
+    """Return the next ``count`` events. Each stage sends Connected first."""
     events: list[StageEvent] = []
     for _ in range(count):
         event = group.receive(RECEIVE_TIMEOUT_S)
@@ -199,7 +200,7 @@ def test_an_exception_while_stages_are_started_ends_those_that_were_started(
 
 
 def test_the_end_of_a_stage_whose_python_is_missing_is_a_start_error_with_the_path() -> None:
-    with StageGroup([StageLocation(python="/nowhere/python")], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation(python="/nowhere/python")], lease_s=20.0, log=lambda _: None) as group:
         error = end_among(receive(group, 1)).as_error()
     assert isinstance(error, StageStartError)
     assert str(error) == (

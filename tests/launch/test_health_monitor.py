@@ -51,7 +51,7 @@ def error_of(monitor: HealthMonitor) -> str:
 
 
 def process_of(program: str) -> psutil.Process:
-    """Return the stage process (not its guard) that runs ``program``."""
+    """Return the only stage process that runs ``program``, and not its guard."""
     arguments = [str(STAGE_PROGRAMS), program]
     (stage,) = [process for process in started_processes() if process.cmdline()[1:] == arguments]
     return stage
@@ -119,7 +119,7 @@ def test_a_monitor_whose_process_was_suspended_past_the_stall_timeout_returns_qu
         os.kill(os.getpid(), signal.SIGSTOP)
         resumer.wait()
         assert monitor.receive(time.monotonic()) == StageMessage(0, StepDone(1, 0.0, 0.0))
-        assert monitor.receive(time.monotonic() - 1) is None
+        assert monitor.receive(time.monotonic() - 1) is None  # the guards get time to answer, although it is late
 
 
 def test_a_guard_ends_a_stage_that_exceeds_the_limit_of_its_phase_and_holds_the_gil(make_group: MakeGroup) -> None:

@@ -87,15 +87,15 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 def test_a_prompt_of_200_000_tokens_completes_although_readers_were_blocked(
     reader_block: ReaderBlock, tmp_path: Path
 ) -> None:
-    limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
+    limits = SchedulerLimits(num_slots=1, context_tokens=262_144, chunk_tokens=CHUNK_TOKENS, num_stages=NUM_STAGES)
     policy = StepPolicy(k2_stages(NUM_STAGES))
-    prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
+    prompt = Request(tuple(range(PROMPT_TOKENS)), max_tokens=3, sampling=Sampling(seed=0), stop_ids=frozenset())
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)
         reader_block.start()
-        with Engine(Pipeline(group, scheduler, policy, PROMPT_TOKENS), scheduler) as engine:
+        with Engine(Pipeline(group, scheduler, policy, vocab_size=PROMPT_TOKENS), scheduler) as engine:
             assert len(tokens_of(engine, prompt)[prompt]) == 3
-            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
+            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2  # the last token is not computed
     assert reader_block.num_blocked == NUM_STAGES
 
 
