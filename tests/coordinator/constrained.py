@@ -54,7 +54,7 @@ def policy_of(
 def generate_reply(
     policy: ReplyPolicy,
     choose: TokenChoice,
-    max_tokens: int,
+    max_tokens: int = 400,
     stop_ids: frozenset[int] = frozenset({STOP_ID}),
     on_mask: Callable[[list[int], TokenMask | None], None] = lambda _ids, _mask: None,
 ) -> GeneratedReply:

@@ -68,19 +68,20 @@ def wrong_report(name: str, report: StepDone) -> FromStage:
         "two-tokens": {"tokens": (token, token)},
         "large-token-id": {"tokens": (SampledToken(VOCAB_SIZE),)},
         "negative-token-id": {"tokens": (SampledToken(-1),)},
-        "large-top-token-id": {"tokens": (SampledToken(1, -1.0, ((99999, -1.0),)),)},
+        "large-top-token-id": {"tokens": (SampledToken(1, logprob=-1.0, top=((99999, -1.0),)),)},
     }
     return Connected() if name == "other-message" else msgspec.structs.replace(report, **wrong_fields[name])
 
 
 def main(folder: Path) -> None:
-    protocol_fd = os.dup(1)
+    protocol_fd = os.dup(1)  # for frames only, as in a real stage
     os.dup2(2, 1)
 
     class MisreportingService(StageService):
         def _send(self, message: FromStage) -> None:
             for name, (replaced_type, replacement, _) in WRONG_START_MESSAGES.items():
                 if isinstance(message, replaced_type) and (folder / name).exists():
+                    # without the right digest the coordinator would report the digest first
                     digest = {"model_digest": message.model_digest} if isinstance(message, Prepared) else {}
                     message = msgspec.structs.replace(replacement, **digest)
             for name in WRONG_REPORTS:

@@ -18,7 +18,7 @@ NUM_REQUESTS = 11
 
 
 class CountedRequests:
-    """NUM_REQUESTS requests that count how many were read. Request ``number`` has ``number`` % 4 + 1 tokens."""
+    """NUM_REQUESTS requests that count how many were read. The answer to ``number`` has ``number`` % 4 + 1 tokens."""
 
     def __init__(self, *, fail_at: int = NUM_REQUESTS) -> None:
         self.num_read = 0
@@ -54,7 +54,8 @@ def test_requests_are_read_one_by_one_as_others_end_and_each_is_answered_under_i
     requests = CountedRequests()
     results = {}
     for num_answered, result in enumerate(answer_all(engine, requests), start=1):
-        assert requests.num_read <= 2 * NUM_SLOTS + num_answered - 1
+        num_ended_before = num_answered - 1  # each makes room for one more
+        assert requests.num_read <= 2 * NUM_SLOTS + num_ended_before
         assert result.summary is not None and result.error is None
         results[result.key] = (result.summary.generated_tokens, result.summary.finish_reason)
     assert results == {number: (number % 4 + 1, FinishReason.LENGTH) for number in range(NUM_REQUESTS)}

@@ -115,7 +115,7 @@ class EngineStates(RuleBasedStateMachine):
     def submit(self, request: Request) -> Reader:
         self.wait_for_engine()
         handle = self.submit_or_refuse(request)
-        if handle is None:
+        if handle is None:  # a rule with this target must return a reader
             ended_handle = Handle(request, lambda _: None)
             ended_handle.end(RequestFailed("refused"))
             return Reader(ended_handle, 0)
@@ -202,7 +202,7 @@ class EngineStates(RuleBasedStateMachine):
         return 0
 
     def teardown(self) -> None:
-        if not hasattr(self, "harness"):
+        if not hasattr(self, "harness"):  # ``start`` was not called
             return
         if self.is_restarting:
             self.end_restart()

@@ -56,7 +56,7 @@ def test_an_answer_that_ends_inside_a_character_ends_with_a_replacement_characte
     cluster: Cluster, tokenizer: Tokenizer
 ) -> None:
     long_answer, _ = answer(cluster, tokenizer, request(12, 400, seed=3))
-    num_tokens = next(count for count, token in enumerate(long_answer, 1) if not token.text)  # ends in a character
+    num_tokens = next(count for count, token in enumerate(long_answer, 1) if not token.text)  # ends inside a character
     tokens, _ = answer(cluster, tokenizer, request(12, num_tokens, seed=3))
     assert tokens[-1].token_id == long_answer[num_tokens - 1].token_id
     assert tokens[-1].text == "\N{REPLACEMENT CHARACTER}"

@@ -89,7 +89,7 @@ class HeadRun:
             self.scheduler.propose(microbatch, self._drafts(tokens[0].token_id, draft_request.num_tokens))
 
     def _drafts(self, token_id: int, count: int) -> list[int]:
-        """Return ``count`` drafts after ``token_id``. Like the last stage, keep those in plans if the first is right."""
+        """Return ``count`` drafts after ``token_id``. As the last stage, keep those in plans if the first is right."""
         planned_ids = [plan.rows[0].row.token_ids[0] for plan in self._in_flight if plan.rows[0].row.is_draft]
         drafts = planned_ids[1:] if planned_ids[:1] == [token_id] else []
         while len(drafts) < count:
