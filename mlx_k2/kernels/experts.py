@@ -134,7 +134,8 @@ def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
     token_ranges: set[str] = set()
     warnings = []
     for name in _kernels_for(shape):
-        check = results.get(name, KernelCheck(name, False, None, "its check did not finish", is_temporary=True))
+        unfinished = KernelCheck(name, usable=False, reason="its check did not finish", is_temporary=True)
+        check = results.get(name, unfinished)
         if check.usable:
             token_ranges |= set(TOKEN_RANGES.get(name, (name,))) - set(check.slower)
         else:
@@ -156,7 +157,7 @@ def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_
             if name in final:
                 continue
             if cached.started.get(name, 0) >= MAX_UNFINISHED_CHECKS:
-                check = KernelCheck(name, False, None, f"{MAX_UNFINISHED_CHECKS} checks did not finish")
+                check = KernelCheck(name, usable=False, reason=f"{MAX_UNFINISHED_CHECKS} checks did not finish")
             else:
                 check_cache.store(path, cached.with_start(name))
                 check = _check_and_time(name, shape)

@@ -51,8 +51,8 @@ class KernelCheck(NamedTuple):
 
     kernel: str
     usable: bool
-    error: float | None  # largest error divided by the largest output; None if the kernel did not run
-    reason: str  # why it is not usable; empty if it is
+    error: float | None = None  # largest error divided by the largest output; None if the kernel did not run
+    reason: str = ""  # why it is not usable; empty if it is
     is_temporary: bool = False  # the machine's state caused the failure: check the kernel again at the next start
     slower: tuple[str, ...] = ()  # token ranges in which plain MLX is faster
 
@@ -78,13 +78,13 @@ def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform 
                 error = _experts_error(name, shape, tokens, stack, tuning, perform)
             if not error <= tolerance:
                 reason = f"off by {error:.1e} of the largest output for {tokens} tokens, more than {tolerance:.0e}"
-                return KernelCheck(name, False, error, reason)
+                return KernelCheck(name, usable=False, error=error, reason=reason)
             largest_error = max(largest_error, error)
     except Exception as failure:  # noqa: BLE001  any error of MLX or of a compiler makes the kernel unusable
         reason = str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__
         is_temporary = isinstance(failure, MemoryError) or any(fault in str(failure) for fault in _TEMPORARY_FAULTS)
-        return KernelCheck(name, False, None, reason, is_temporary=is_temporary)
-    return KernelCheck(name, True, largest_error, "")
+        return KernelCheck(name, usable=False, reason=reason, is_temporary=is_temporary)
+    return KernelCheck(name, usable=True, error=largest_error)
 
 
 _COMPUTATIONS: dict[str, Experts] = {

@@ -96,7 +96,7 @@ class HealthMonitor:
         return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
     def _silent_stage(self, without_neighbour: Collection[int]) -> int | None:
-        """Return the rank outside ``without_neighbour`` silent longest, for SILENT_S or more; None: no such rank."""
+        """Return the rank not in ``without_neighbour`` whose guard is silent longest; None if none is for SILENT_S."""
         others = [rank for rank in range(self._group.size) if rank not in without_neighbour]
         silent = [rank for rank in others if self._group.silence_s(rank) >= SILENT_S]
         return max(silent, key=self._group.silence_s, default=None)

@@ -35,14 +35,22 @@ WRONG_REPORTS = {
 """The start of the error about the last stage, for each wrong report of step 3."""
 
 WRONG_START_MESSAGES: dict[str, tuple[type, FromStage, str]] = {
-    "step-at-start": (Hello, StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
+    "step-at-start": (Hello, StepDone(0, busy_s=0.0), "sent an unexpected StepDone: it had to start"),
     "foreign-address": (
         Prepared,
-        Prepared(("192.0.2.1:9",), ""),
+        Prepared(addresses=("192.0.2.1:9",), model_digest=""),
         "listens on 192.0.2.1:9, which is not in the hostfile",
     ),
-    "no-address": (Prepared, Prepared((), ""), "listens on nowhere, which is not in the hostfile"),
-    "early-loaded": (Connected, Loaded(0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
+    "no-address": (
+        Prepared,
+        Prepared(addresses=(), model_digest=""),
+        "listens on nowhere, which is not in the hostfile",
+    ),
+    "early-loaded": (
+        Connected,
+        Loaded(held_bytes=0, peak_bytes=0),
+        "sent an unexpected Loaded: it had to connect to its neighbours",
+    ),
 }
 """The message during the start that is replaced, its replacement, and the error about the stage."""
 

@@ -118,7 +118,7 @@ class EngineStates(RuleBasedStateMachine):
         if handle is None:  # a rule with this target must return a reader
             ended_handle = Handle(request, lambda _: None)
             ended_handle.end(RequestFailed("refused"))
-            return Reader(ended_handle, 0)
+            return Reader(ended_handle, num_reports_before=0)
         reader = Reader(handle, len(self.last_reports))
         self.all_readers.append(reader)
         self.wait_for_engine()

@@ -50,7 +50,7 @@ def test_kernel_for_chooses_by_the_number_of_tokens(tokens: int, kernel: str, to
 def test_stored_kernel_checks_are_loaded_again(tmp_path: Path) -> None:
     path = check_cache.cache_path(tmp_path / "new", SHAPE, "Apple M9")
     cached = check_cache.CachedChecks(
-        [KernelCheck(DECODE, True, 1e-3, "", slower=(DECODE,)), failed(BATCH, "no")],
+        [KernelCheck(DECODE, usable=True, error=1e-3, slower=(DECODE,)), KernelCheck(BATCH, usable=False, reason="no")],
         tuning=DEFAULT,
         started={PREFILL: 1},
     )
@@ -88,11 +88,6 @@ def test_storing_checks_in_an_unwritable_directory_raises_nothing(tmp_path: Path
     check_cache.store(tmp_path / "file" / "checks.json", check_cache.CachedChecks([], None))
 
 
-def failed(kernel: str, reason: str, *, error: float | None = None, is_temporary: bool = False) -> KernelCheck:
-    """Return the check of a kernel that was wrong by ``error``, or did not run."""
-    return KernelCheck(kernel, False, error, reason, is_temporary)
-
-
 class FakeMachine:
     """A machine with a GPU, whose checks run no kernel and have the given outcomes."""
 
@@ -103,7 +98,7 @@ class FakeMachine:
 
     def check(self, name: str, *_: object) -> KernelCheck:
         self.checked.append(name)
-        outcome = self.outcomes.get(name, KernelCheck(name, True, 1e-3, ""))
+        outcome = self.outcomes.get(name, KernelCheck(name, usable=True))
         if isinstance(outcome, KernelCheck):
             return outcome
         raise outcome
@@ -132,8 +127,8 @@ def test_a_wrong_and_a_refused_kernel_are_logged_once_and_not_checked_again(
     machine: FakeMachine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.outcomes = {
-        DECODE: failed(DECODE, "off by 5e-01", error=0.5),
-        BATCH: failed(BATCH, "[metal::Device] Unable to build metal library from source"),
+        DECODE: KernelCheck(DECODE, usable=False, reason="off by 5e-01", error=0.5),
+        BATCH: KernelCheck(BATCH, usable=False, reason="[metal::Device] Unable to build metal library from source"),
     }
     with caplog.at_level(logging.WARNING):
         first, second = checks_by_kernel(tmp_path), checks_by_kernel(tmp_path)
@@ -152,7 +147,7 @@ def test_a_check_whose_process_ended_twice_is_not_made_again(machine: FakeMachin
             checks_by_kernel(tmp_path)
     third = checks_by_kernel(tmp_path)
     assert machine.checked == [DECODE, DECODE, BATCH, PREFILL]
-    assert third[DECODE] == failed(DECODE, "2 checks did not finish")
+    assert third[DECODE] == KernelCheck(DECODE, usable=False, reason="2 checks did not finish")
     assert third[BATCH].usable
 
 
@@ -170,7 +165,9 @@ def test_a_check_that_finished_at_the_second_try_has_no_unfinished_start(machine
 def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(
     machine: FakeMachine, tmp_path: Path
 ) -> None:
-    fault = failed(DECODE, "[METAL] Command buffer execution failed: Insufficient Memory", is_temporary=True)
+    fault = KernelCheck(
+        DECODE, usable=False, reason="[METAL] Command buffer execution failed: Insufficient Memory", is_temporary=True
+    )
     machine.outcomes = {DECODE: fault}
     assert checks_by_kernel(tmp_path)[DECODE] == fault
     assert fault.warning.endswith("the next start checks it again")
@@ -183,7 +180,7 @@ def test_after_a_temporary_fault_a_kernel_is_checked_again_at_the_next_start(
 def test_after_a_new_macos_build_and_with_again_every_kernel_is_checked_anew(
     machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine.outcomes = {BATCH: failed(BATCH, "off", error=0.5)}
+    machine.outcomes = {BATCH: KernelCheck(BATCH, usable=False, reason="off", error=0.5)}
     assert not checks_by_kernel(tmp_path)[BATCH].usable
     machine.outcomes = {}
     assert not checks_by_kernel(tmp_path)[BATCH].usable
@@ -229,7 +226,7 @@ def test_the_faster_of_kernel_and_plain_mlx_is_found_by_timing_both(monkeypatch:
 
 
 def test_a_kernel_without_a_result_is_not_used(machine: FakeMachine) -> None:
-    experts.adopt(SHAPE, check_cache.CachedChecks([KernelCheck(DECODE, True, 0.0, "")], None))
+    experts.adopt(SHAPE, check_cache.CachedChecks([KernelCheck(DECODE, usable=True)], None))
     assert experts.usable(SHAPE).token_ranges == {DECODE}
     assert [warning.split(";")[0] for warning in experts.usable(SHAPE).warnings] == [
         f"the {name} kernel is not used here (its check did not finish)" for name in (BATCH, PREFILL)
@@ -248,7 +245,7 @@ def test_two_processes_that_start_together_check_each_kernel_once(tmp_path: Path
         "def check(name, *_):\n"
         "    print(name, flush=True)\n"
         "    time.sleep(0.3)\n"
-        "    return KernelCheck(name, True, 0.0, '')\n"
+        "    return KernelCheck(name, usable=True)\n"
         "experts._backend_kernels = lambda: experts.METAL_KERNELS\n"
         "experts.check_kernel, experts.slower_token_ranges = check, lambda *_: ()\n"
         "checks = experts.checks(SHAPE, Path(sys.argv[1])).checks\n"

@@ -36,7 +36,9 @@ def test_without_a_gpu_the_kernel_table_is_empty() -> None:
 
 def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
-    unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
+    unusable = KernelCheck(
+        DECODE, usable=False, error=0.5, reason="off by 5e-01 of the largest output, more than 1e-05"
+    )
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
     check_cache.store(path, check_cache.CachedChecks([unusable], None))
     (line,) = timing.kernel_lines(SHAPE, random_stack(SHAPE, SHAPE.num_experts), DEFAULT)
@@ -61,7 +63,7 @@ def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(experts, "layer_of", layer_of)
     monkeypatch.setattr(
-        timing, "check_kernel", lambda name, _shape, tuning: KernelCheck(name, tuning.batch_rows != 1, 0.0, "")
+        timing, "check_kernel", lambda name, _shape, tuning: KernelCheck(name, usable=tuning.batch_rows != 1)
     )
     monkeypatch.setattr(timing, "time_layer", time_last_tuning)
     best = timing.best_tuning(SHAPE, DEFAULT)

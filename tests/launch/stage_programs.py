@@ -58,7 +58,7 @@ def echo() -> None:
     send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
-        send(StepDone(message.number, 0.0, 0.0))
+        send(StepDone(message.number, busy_s=0.0))
 
 
 def has_sent() -> None:
@@ -134,7 +134,7 @@ def repeats_answers() -> None:
     for message in read_messages():
         assert isinstance(message, Step)
         for _ in range(1000):
-            send(StepDone(message.number, 0.0, 0.0))
+            send(StepDone(message.number, busy_s=0.0))
 
 
 def ring() -> None:
@@ -172,10 +172,10 @@ def ring() -> None:
             x = x + message.number
             if rank < num_stages - 1:
                 mx.eval(mx.distributed.send(x, rank + 1))
-                send(StepDone(message.number, 0.0, 0.0))
+                send(StepDone(message.number, busy_s=0.0))
             else:
                 tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
-                send(StepDone(message.number, 0.0, 0.0, tokens=tokens))
+                send(StepDone(message.number, busy_s=0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

@@ -75,11 +75,12 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
-            group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",)))
-        prepared = collect(group, Prepared, range(NUM_STAGES), 30, "prepare")
+            model = ModelSource(path_or_repo="")  # the stage program loads none
+            group.send(rank, Prepare(rank, NUM_STAGES, model, listen=("127.0.0.1",)))
+        prepared = collect(group, Prepared, range(NUM_STAGES), silence_s=30, task="prepare")
         links = RingLinks(tuple(answer.addresses for answer in prepared))
-        group.send_all(Connect(links, None, None))
-        collect(group, Connected, range(NUM_STAGES), 30, "connect")
+        group.send_all(Connect(links, to_next=None, from_previous=None))
+        collect(group, Connected, range(NUM_STAGES), silence_s=30, task="connect")
         yield group
 
 

@@ -89,7 +89,7 @@ class HeadRun:
             self.scheduler.propose(microbatch, self._drafts(tokens[0].token_id, draft_request.num_tokens))
 
     def _drafts(self, token_id: int, count: int) -> list[int]:
-        """Return ``count`` drafts after ``token_id``. As the last stage, keep those in plans if the first is right."""
+        """Return ``count`` drafts after ``token_id``. Keep those in plans if the first is right, as a stage does."""
         planned_ids = [plan.rows[0].row.token_ids[0] for plan in self._in_flight if plan.rows[0].row.is_draft]
         drafts = planned_ids[1:] if planned_ids[:1] == [token_id] else []
         while len(drafts) < count:
@@ -181,7 +181,7 @@ class FirstTokenForced(TokenPolicy):
 @pytest.mark.parametrize("is_restart", [False, True])
 def test_an_hour_between_answers_or_for_a_restart_is_not_measured_as_the_time_of_a_token(is_restart: bool) -> None:
     run = HeadRun(2, acceptance=1.0, mode=DraftMode.AUTO)
-    run.submit(200 if is_restart else 8)
+    run.submit(200 if is_restart else 8)  # only the answer of 8 tokens ends within 12 plans
     while run.scheduler.has_work and len(run.plans) < 12:
         run.step()
     run.clock_s += 3600
@@ -265,17 +265,19 @@ def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_it_is
 
 
 def test_the_predicted_time_of_a_drafted_token_is_between_that_of_a_cycle_and_that_of_all_stages() -> None:
-    cycle_s, all_stages_s = 0.03 + 0.001, 0.03 + 0.02 + 0.002  # the slower stage with its hop; the turnaround
+    stages_s, turnaround_s = [0.03, 0.02], 0.002
+    cycle_s = max(stages_s) + turnaround_s / len(stages_s)  # the slower stage with its hop
+    all_stages_s = sum(stages_s) + turnaround_s
     for acceptance, expected_s in [(1.0, cycle_s), (0.0, all_stages_s), (0.5, (cycle_s + all_stages_s) / 2)]:
-        token_s = drafted_token_s([0.03, 0.02], draft_s=0.002, turnaround_s=0.002, acceptance=acceptance)
+        token_s = drafted_token_s(stages_s, draft_s=0.002, turnaround_s=turnaround_s, acceptance=acceptance)
         assert token_s == pytest.approx(expected_s)
     # the last stage with the draft head is the slowest
     assert drafted_token_s([0.02, 0.02], draft_s=0.002, turnaround_s=0.0, acceptance=1.0) == pytest.approx(0.022)
 
 
-@pytest.mark.parametrize(("drafted_s", "plain_s", "expected"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
+@pytest.mark.parametrize(("drafted_s", "plain_s", "drafted_part"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
 def test_auto_mostly_drafts_if_it_was_measured_to_be_faster_and_sometimes_measures_again(
-    drafted_s: float, plain_s: float, expected: float
+    drafted_s: float, plain_s: float, drafted_part: float
 ) -> None:
     switch = DraftSwitch(lambda: True)
     has_drafted: list[bool] = []
@@ -283,5 +285,5 @@ def test_auto_mostly_drafts_if_it_was_measured_to_be_faster_and_sometimes_measur
         has_drafted.append(switch.is_on)
         switch.observe(drafted_s if switch.is_on else plain_s)
     later = has_drafted[64:]  # after the first measurements with and without drafts
-    assert sum(later) / len(later) == pytest.approx(expected, abs=0.1)
+    assert sum(later) / len(later) == pytest.approx(drafted_part, abs=0.1)
     assert set(later) == {True, False}

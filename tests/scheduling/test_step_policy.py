@@ -58,13 +58,18 @@ def test_the_expected_number_of_tiles_is_that_of_random_choices_of_experts(num_t
     rng = np.random.default_rng(num_tokens)
     tokens_of_experts = rng.binomial(num_tokens, 8 / 384, size=(400, 384))  # 400 steps of Kimi K2
     mean_tiles = np.ceil(tokens_of_experts / tile_rows).sum(axis=1).mean()
-    assert expected_tiles(384, 8, num_tokens, tile_rows) == pytest.approx(mean_tiles, rel=0.01)
+    assert expected_tiles(
+        num_experts=384, experts_per_token=8, num_tokens=num_tokens, tile_rows=tile_rows
+    ) == pytest.approx(mean_tiles, rel=0.01)
 
 
 def test_with_tiles_of_several_rows_the_chunks_of_a_prompt_of_4096_tokens_are_longer() -> None:
     stages = k2_stages()
     untiled = [StageCost(replace(stage.sizes, tile_rows=1), stage.speed) for stage in stages]
-    assert StepPolicy(stages).chunk_tokens(0, 4096, 4096) > StepPolicy(untiled).chunk_tokens(0, 4096, 4096)
+    tiled_tokens, untiled_tokens = (
+        StepPolicy(costs).chunk_tokens(position=0, num_tokens=4096, longest=4096) for costs in (stages, untiled)
+    )
+    assert tiled_tokens > untiled_tokens
 
 
 @settings(max_examples=at_least(300))
@@ -103,7 +108,9 @@ def simulated_round_s(stages: list[StageCost], num_sequences: int, context: int,
 
 
 def test_eight_streams_on_two_stages_run_as_two_microbatches_and_1_6_times_as_fast_as_on_one_stage() -> None:
-    one_stage, two_stages = (best_round(k2_stages(count), 8, 1000, TURNAROUND_S) for count in (1, 2))
+    one_stage, two_stages = (
+        best_round(k2_stages(count), num_sequences=8, mean_context=1000, turnaround_s=TURNAROUND_S) for count in (1, 2)
+    )
     assert two_stages.num_microbatches == 2
     assert one_stage.round_s / two_stages.round_s == pytest.approx(1.63, abs=0.03)
 
@@ -140,7 +147,8 @@ def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(nu
     assert all(len(times) > 5 for times in times_beside)
     limit_s = TOLERANCE * (1 + CHUNK_DELAY_STEPS) * usual_gap_s
     assert max(largest_gap_s(times[2:]) for times in times_beside) <= limit_s
-    assert max(map(largest_gap_s, times_beside)) <= 1.5 * limit_s  # the first chunks enter a full pipeline
+    # the first chunks enter a full pipeline, so the first two gaps may be longer
+    assert max(map(largest_gap_s, times_beside)) <= 1.5 * limit_s
 
 
 def largest_gap_s(times: list[float]) -> float:
