@@ -18,8 +18,8 @@ GUARD_MARGIN_S = 2.0
 """Time that the guard and ssh may take beyond the time that the guard gives the stage to end."""
 STALL_TIMEOUT_S = 7.0
 """Default stall timeout. It is longer than the 6 s after which ssh ends a silent connection (ssh.py), because ssh's
-error describes a lost connection better. After a stage has sent its last bytes, up to 6 MB of them can still arrive in
-time at 7 Mbit/s."""
+error describes a lost connection better. After a stage has sent all of a step, 6 MB that are still on the way
+arrive in time even at 7 Mbit/s."""
 AFTER_SIGTERM_S = 2.0  # time for local processes to end after the signal
 AFTER_SIGKILL_S = 2.0
 

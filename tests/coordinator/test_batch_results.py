@@ -61,7 +61,7 @@ def test_requests_are_read_one_by_one_as_others_end_and_each_is_answered_under_i
     assert results == {number: (number % 4 + 1, FinishReason.LENGTH) for number in range(NUM_REQUESTS)}
 
 
-def test_closing_the_generator_reads_no_more_requests_and_cancels_those_that_run(engine: Engine) -> None:
+def test_closing_the_generator_reads_no_more_requests_and_later_ones_are_answered(engine: Engine) -> None:
     requests = CountedRequests()
     answers = answer_all(engine, requests)
     next(answers)

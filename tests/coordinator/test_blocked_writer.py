@@ -1,4 +1,4 @@
-"""Test of a terminal whose reader is suspended during an answer: another answer ends, its own is complete later."""
+"""Test of a terminal whose reader is suspended during an answer: another answer ends, the terminal's is complete later."""
 
 import json
 import os

@@ -224,7 +224,11 @@ BAD_VALUES: dict[str, tuple[Callable[[], object], str]] = {
         "the schema of tool 'record' has the type 'string': arguments are an object",
     ),
     "a bias outside the vocabulary": (
-        lambda: check_request(Request((1,), 1, Sampling(seed=0, logit_bias=((640, 1.0),)), frozenset()), 640, 100),
+        lambda: check_request(
+            Request((1,), 1, Sampling(seed=0, logit_bias=((640, 1.0),)), frozenset()),
+            vocab_size=640,
+            context_tokens=100,
+        ),
         "a logit bias is for token id 640, outside the vocabulary of 640",
     ),
     "a bias that is too large": (lambda: Sampling(seed=0, logit_bias=((1, 101.0),)), "give a value from -100 to 100"),

@@ -91,9 +91,9 @@ def random_sampling(rng: random.Random, seed: int) -> Sampling:
 
 
 def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[int]]:
-    """Return the tokens of an answer, of an answer to its continuation, and of one to its prompt with another seed.
+    """Return the tokens of three answers: to a prompt, to prompt + answer + random tokens, and again to the prompt.
 
-    The second request continues in the first one's slot. The third copies the prompt from that slot, or reuses it.
+    The second request continues in the first one's slot. The third copies the prompt from that slot, or overwrites it.
     """
     prompt_ids = prompt_of(rng.choice(QUESTIONS))
     first_answer = answer(engine, Request(prompt_ids, 40, random_sampling(rng, seed), STOP_IDS))
@@ -125,7 +125,7 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     expected = answer(engine_of(1), request)
     cancelled = engine_of(2).submit(Request(prompt_of(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
     for num_events, event in enumerate(cancelled.events()):
-        if isinstance(event, Token) and num_events > 5:
+        if isinstance(event, Token) and num_events > 5:  # while drafts are in flight
             cancelled.cancel()
     token_ids, end = rest_of(engine_of(2).submit(request))
     assert token_ids == expected

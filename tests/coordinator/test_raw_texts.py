@@ -24,7 +24,7 @@ from tests.coordinator.constrained import (
 
 
 def raw_policy(pattern: str, limits: ReplyLimits = NO_LIMITS, *stop_ids: int) -> ReplyPolicy:
-    """Return the policy of a raw text that matches ``pattern``."""
+    """Return the policy of a raw text that matches ``pattern`` and ends at one of ``stop_ids``, if any."""
     grammar = compile_constraint(COMPILER, Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
     request = Request((5,), 50, Sampling(seed=0), frozenset(stop_ids))
     return ReplyPolicy(TOKENIZER, request, limits, grammar, is_raw=True)

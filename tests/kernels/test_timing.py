@@ -40,7 +40,7 @@ def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, mo
         DECODE, usable=False, error=0.5, reason="off by 5e-01 of the largest output, more than 1e-05"
     )
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    check_cache.store(path, check_cache.CachedChecks([unusable], None))
+    check_cache.store(path, check_cache.CachedChecks([unusable], tuning=None))
     (line,) = timing.kernel_lines(SHAPE, random_stack(SHAPE, SHAPE.num_experts), DEFAULT)
     assert (line.kernel, line.usable, line.reason, line.tokens) == (DECODE, False, unusable.reason, 1)
     assert line.gb_per_s is None

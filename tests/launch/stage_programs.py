@@ -62,13 +62,13 @@ def echo() -> None:
 
 
 def has_sent() -> None:
-    """Report the phase after step 5, in which its hidden states are sent, then do as ``echo``."""
+    """Report the phase after step 5, whose hidden states were sent, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
-    """Report the phase in which the hidden states of step 5 are received, then do as ``echo``."""
+    """Report the phase in which a stage waits for the hidden states of step 5, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
@@ -138,10 +138,9 @@ def repeats_answers() -> None:
 
 
 def ring() -> None:
-    """Join MLX's ring and send an array from stage to stage. Each adds the step's number; the tokens are the mean
-    of the first 8 rows.
+    """Join MLX's ring and send an array from stage to stage. Each stage adds the step's number.
 
-    The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
+    The sampled tokens are the mean of the array's first 8 rows. The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
     """
     import mlx.core as mx  # noqa: PLC0415 - without mlx the other stages start in a tenth of the time
 

@@ -30,7 +30,7 @@ def request(num_prompt: int, max_tokens: int = 1000, first_id: int = 100) -> Req
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
 
-# Most prompts begin with 100, so that they share prefixes with each other.
+# Half of the prompts begin with 100, so that they share prefixes.
 random_requests = st.builds(request, st.integers(1, 30), st.integers(1, 12), st.sampled_from([100, 100, 101, 300]))
 random_limits = st.builds(
     SchedulerLimits,

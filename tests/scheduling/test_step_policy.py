@@ -1,4 +1,4 @@
-"""Tests of the step policy on simulated stages of Kimi K2: its choices are within 5% of the best ones."""
+"""Tests of the step policy and its cost model on simulated stages of Kimi K2: choices are within 5% of the best."""
 
 import itertools
 from dataclasses import replace
@@ -143,6 +143,7 @@ def test_a_long_prompt_delays_decoding_sequences_by_at_most_chunk_delay_steps(nu
     usual_gap_s = max(largest_gap_s(times[5:]) for times in simulation.token_times.values())
     num_before = {key: len(times) for key, times in simulation.token_times.items()}
     simulation.run(request(4096, 1, seed=99), until_s=simulation.now_s + 4.0)
+    # from the last token before the long prompt on
     times_beside = [simulation.token_times[key][count - 1 :] for key, count in num_before.items()]
     assert all(len(times) > 5 for times in times_beside)
     limit_s = TOLERANCE * (1 + CHUNK_DELAY_STEPS) * usual_gap_s
