@@ -51,7 +51,7 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
 def with_file(model: ModelDescription, name: str, data: bytes) -> ModelDescription:
     """Return the model with another file, such as a chat template."""
     files = {**model.files, name: data}
-    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors)
+    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors_line)
 
 
 def with_template(model: ModelDescription, name: str) -> ModelDescription:
