@@ -83,7 +83,7 @@ class Drafts:
         self._proposed_ids: deque[int] = deque()
         self._num_drafted: Counter[tuple[DraftSource, int]] = Counter()
         self._num_accepted: Counter[tuple[DraftSource, int]] = Counter()
-        # An n-gram's draft is used instead of the head's only after more of them were right: 0.5 < 0.6.
+        # 0.5 < EXPECTED_ACCEPTANCE: at first the head's drafts are preferred.
         self._acceptance = {DraftSource.MODEL: _Acceptance(EXPECTED_ACCEPTANCE), DraftSource.NGRAM: _Acceptance(0.5)}
 
     @property

@@ -93,7 +93,7 @@ def random_sampling(rng: random.Random, seed: int) -> Sampling:
 def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[int]]:
     """Return the tokens of three answers: to a prompt, to prompt + answer + random tokens, and again to the prompt.
 
-    The second request continues in the first one's slot. The third copies the prompt from that slot, or overwrites it.
+    The second request continues in the first one's slot. The third copies the prompt from that slot, or runs in it.
     """
     prompt_ids = prompt_of(rng.choice(QUESTIONS))
     first_answer = answer(engine, Request(prompt_ids, 40, random_sampling(rng, seed), STOP_IDS))
