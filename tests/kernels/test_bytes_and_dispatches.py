@@ -31,7 +31,7 @@ def test_routed_experts_use_4_5_bits_per_weight() -> None:
 
 
 @pytest.mark.parametrize(("compute", "tokens"), [(variants.decode_experts, 1), (variants.batch_experts, 8)])
-def test_the_decode_and_the_batch_kernel_take_two_dispatches_for_routed_experts(compute: Experts, tokens: int) -> None:
+def test_the_decode_and_the_batch_kernel_launch_twice_for_routed_experts(compute: Experts, tokens: int) -> None:
     stack, ids = random_stack(SHAPE, SHAPE.num_experts), random_expert_ids(tokens, SHAPE.num_experts, SHAPE.top_k)
     x, weights = mx.zeros((tokens, SHAPE.hidden_size), mx.bfloat16), mx.zeros((tokens, SHAPE.top_k))
     mx.eval(stack, ids, x, weights)

@@ -140,8 +140,8 @@ def repeats_answers() -> None:
 def ring() -> None:
     """Join MLX's ring and send an array from stage to stage. Each stage adds the step's number.
 
-    The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token. The
-    sampled tokens are the mean of its first 8 rows.
+    The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
+    The sampled tokens are the mean of its first 8 rows.
     """
     import mlx.core as mx  # noqa: PLC0415 - without mlx the other stages start in a tenth of the time
 
