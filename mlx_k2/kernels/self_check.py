@@ -100,9 +100,8 @@ def _experts_error(
     key = mx.random.key(1)
     x = mx.random.normal((tokens, shape.hidden_size), key=key).astype(shape.dtype)
     ids = random_expert_ids(tokens, shape.num_experts - 1, shape.top_k)
-    ids[:, -1] = (
-        shape.num_experts - 1
-    )  # all tokens choose the last expert: it gets more than one tile, and find_tile finds it last
+    # all tokens choose the last expert: it gets more than one tile, and find_tile finds it last
+    ids[:, -1] = shape.num_experts - 1
     weights = mx.random.uniform(0.1, 1.0, (tokens, shape.top_k), key=key)
     actual = _COMPUTATIONS[name](x, ids, weights, stack, tuning, perform)
     return _relative_error(actual, reference.routed_experts(x.astype(mx.float32), ids, weights, in_float32(stack)))

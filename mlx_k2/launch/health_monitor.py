@@ -72,7 +72,7 @@ class HealthMonitor:
                 return Woken()
 
     def _fault_error(self, rank: int, fault: Fault) -> ClusterError:
-        """Return the error for a fault. If a stage lost its neighbour, wait for the other stage's end or fault."""
+        """Return the error for a fault. If a stage lost its neighbour, wait for that one's end or fault."""
         deadline = time.monotonic() + CAUSE_WAIT_S
         without_neighbour = {rank}
         while fault.kind == NeighbourLost.__name__:

@@ -171,7 +171,7 @@ class Scheduler:
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
     def _active(self) -> list[Sequence]:
-        """Return the running sequences; no background ones while any other runs or an interactive one waits."""
+        """Return the running sequences, without background ones if another one runs or an interactive one waits."""
         others = [sequence for sequence in self._running if not sequence.is_background]
         return others if others or self._waiting[Priority.INTERACTIVE] else self._running
 
@@ -219,8 +219,8 @@ class Scheduler:
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
         """Return the decode rows of one microbatch: an even part of ``decoding``, those that waited longest first.
 
-        After forced tokens or a restart a row has several tokens. All rows have at most ``chunk_tokens``. A lone
-        sequence's next token does not wait for its steps in flight, since these may all be wrong drafts.
+        After forced tokens or a restart a row has several tokens. Together the rows have at most ``chunk_tokens``. A
+        lone sequence's next token does not wait for its steps in flight, since these may all be wrong drafts.
         """
         num_decode_steps = sum(microbatch.decodes for microbatch in self._in_flight)
         if len(decoding) > 1 and num_decode_steps >= decode_round.num_microbatches:

@@ -44,14 +44,14 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 def test_a_draft_follows_the_latest_occurrence_of_the_longest_known_ngram(token_ids: list[int], step: int) -> None:
     drafter = NgramDrafter()
     for end in (*range(step, len(token_ids), step), len(token_ids)):  # the text grows
-        drafter.index(token_ids[:end], 100)
+        drafter.index(token_ids[:end], max_tokens=100)
     assert drafter.draft(token_ids, []) == after_longest_match(token_ids)
 
 
 def test_a_draft_can_follow_earlier_drafts() -> None:
     drafter = NgramDrafter()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
-    drafter.index(text, 100)
+    drafter.index(text, max_tokens=100)
     drafts: list[int] = []
     for expected in (3, 4, 5, 6, 1, 2):
         assert drafter.draft(text, drafts) == expected
