@@ -1,8 +1,8 @@
 """Disk cache of the kernel checks and of the best measured sizes of kernels on this machine. Knows no kernel.
 
-Each combination of mlx version, macOS build, chip, kernel texts and layer shape has its own JSON file, so that nothing
-is cached after a change of any of them. A process that makes checks holds a lock, so that a second stage on the machine
-waits and then finds the results.
+Each combination of mlx version, macOS build, chip, kernel texts and layer shape has its own JSON file: after a change
+of any of them all checks are made again. A process that makes checks holds a lock, so that a second stage on the
+machine waits and then finds the results.
 """
 
 import contextlib
@@ -65,10 +65,10 @@ class CachedChecks(msgspec.Struct, frozen=True):
 
     checks: list[KernelCheck]
     tuning: Tuning | None  # None until measured on this machine
-    started: dict[str, int] = {}  # checks that were started and have not finished, by kernel
+    started: dict[str, int] = {}  # by kernel: number of checks that were started and did not finish
 
     def with_check(self, check: KernelCheck) -> "CachedChecks":
-        """Return a copy with the result of a check that has finished."""
+        """Return a copy with a finished check, in place of the kernel's earlier result and unfinished checks."""
         others = [other for other in self.checks if other.kernel != check.kernel]
         started = {name: count for name, count in self.started.items() if name != check.kernel}
         return msgspec.structs.replace(self, checks=[*others, check], started=started)

@@ -1,8 +1,8 @@
 // y[m, n] = sum over slots, in their order, of expert_weights[m, slot] * (hidden[m, slot] . down[e, n])
 // grid (32, TOPK, M * N / R), threadgroup (32, TOPK, 1).
 // A threadgroup owns R rows of one token, a simdgroup the part of one slot: the experts' outputs are summed in
-// threadgroup memory and never stored in device memory. Template: T, K inputs, N rows, TOPK, R. K % 32 == 0, N % R ==
-// 0, R <= 32.
+// threadgroup memory and never stored in device memory.
+// Template: T, K inputs, N rows, TOPK, R. K % 32 == 0, N % R == 0, R <= 32.
 const uint lane = thread_index_in_simdgroup;
 const uint slot = simdgroup_index_in_threadgroup;
 const uint token = threadgroup_position_in_grid.z / (N / R);

@@ -28,7 +28,7 @@ class KernelText(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """All arguments of one call of an `mx.fast.metal_kernel`. ``grid`` and ``threadgroup`` count threads."""
+    """All arguments of one call of a `Kernel`. ``grid`` and ``threadgroup`` count threads."""
 
     text: KernelText
     inputs: tuple[mx.array, ...]
@@ -74,7 +74,7 @@ def cuda_header(text: KernelText) -> str:
 
 @functools.cache
 def cuda_kernel(text: KernelText) -> Kernel:
-    """Return MLX's kernel object of a text for an NVIDIA GPU. The text may use no simdgroup matrices."""
+    """Return MLX's kernel object of a text for an NVIDIA GPU. The text may use only names that cuda.h has."""
     return _build_kernel(mx.fast.cuda_kernel, text._replace(source=cuda_body(text.source), header=cuda_header(text)))
 
 

@@ -39,14 +39,15 @@ expert once."""
 TOKEN_RANGES = {DECODE: (DECODE,), BATCH: (BATCH,), PREFILL: (SHORT, LONG)}
 """The ranges of numbers of tokens in which each kernel of routed experts is timed and used."""
 TIMED_TOKENS = {DECODE: 1, BATCH: 8, SHORT: 64, LONG: 2048}
+"""The number of tokens with which a kernel is timed for each token range."""
 MAX_UNFINISHED_CHECKS = 2
 """Number of unfinished checks of a kernel after which it is not checked again and not used."""
 
 
 class UsableKernels(NamedTuple):
-    """The token ranges whose kernels are used on this machine, the kernels' sizes, and warnings about the others."""
+    """The token ranges whose kernels are used on this machine, the kernels' sizes, and warnings about failed checks."""
 
-    token_ranges: frozenset[str]  # and ROUTER
+    token_ranges: frozenset[str]  # contains ROUTER, too, if the router's kernel is used
     tuning: Tuning
     warnings: tuple[str, ...]
 
@@ -68,7 +69,8 @@ def route(
     """
     has_kernel = rule.top_groups >= rule.num_groups and rule.top_k <= MAX_TOP_K and router_weight.dtype == hidden.dtype
     if has_kernel and _backend_kernels():
-        shape = LayerShape(hidden.shape[1], 0, rule.top_k, hidden.dtype, router_weight.shape[0])
+        num_experts, hidden_size = router_weight.shape
+        shape = LayerShape(hidden_size, 0, rule.top_k, hidden.dtype, num_experts)  # 0: the router alone
         if ROUTER in usable(shape).token_ranges:
             return variants.route(hidden, router_weight, correction_bias, rule)
     return reference.route(hidden, router_weight, correction_bias, rule)
@@ -103,7 +105,10 @@ def kernel_for(tokens: int) -> KernelChoice:
 
 
 def warnings_for(shape: LayerShape) -> tuple[str, ...]:
-    """Return a warning for each kernel of experts and router that is not used; none without a GPU."""
+    """Return warnings about kernels of experts and router that cannot be used; none without a GPU.
+
+    ``shape.dtype`` is the dtype of activations.
+    """
     if not _backend_kernels():
         return ()
     router_warnings = usable(shape._replace(intermediate_size=0)).warnings
@@ -113,10 +118,11 @@ def warnings_for(shape: LayerShape) -> tuple[str, ...]:
 
 
 _adopted: dict[LayerShape, UsableKernels] = {}
+"""The kernels that this process uses. A shape is missing until its checks are known."""
 
 
 def usable(shape: LayerShape) -> UsableKernels:
-    """Return the kernels that agree with the reference for this shape. Intermediate size 0 means the router alone."""
+    """Return the kernels to use for this shape; check them at the first call. Intermediate size 0: the router alone."""
     if shape not in _adopted:
         adopt(shape, checks(shape, check_cache.DEFAULT_DIRECTORY))
     return _adopted[shape]
@@ -128,7 +134,8 @@ def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
     token_ranges: set[str] = set()
     warnings = []
     for name in _kernels_for(shape):
-        check = results.get(name, KernelCheck(name, False, None, "its check did not finish", is_temporary=True))
+        unfinished = KernelCheck(name, usable=False, reason="its check did not finish", is_temporary=True)
+        check = results.get(name, unfinished)
         if check.usable:
             token_ranges |= set(TOKEN_RANGES.get(name, (name,))) - set(check.slower)
         else:
@@ -139,7 +146,7 @@ def adopt(shape: LayerShape, cached: check_cache.CachedChecks) -> None:
 def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_cache.CachedChecks:
     """Return the checks for this shape. Make and cache those that are missing, and log a warning for each failure.
 
-    ``again``: ignore the cache. A check whose process ends before the check is tried twice. After a temporary fault a
+    ``again``: ignore the cache. A check during which the process ends is tried twice in all. After a temporary fault a
     kernel is checked again at each call.
     """
     path = check_cache.cache_path(directory, shape, chip())
@@ -150,7 +157,7 @@ def checks(shape: LayerShape, directory: Path, *, again: bool = False) -> check_
             if name in final:
                 continue
             if cached.started.get(name, 0) >= MAX_UNFINISHED_CHECKS:
-                check = KernelCheck(name, False, None, f"{MAX_UNFINISHED_CHECKS} checks did not finish")
+                check = KernelCheck(name, usable=False, reason=f"{MAX_UNFINISHED_CHECKS} checks did not finish")
             else:
                 check_cache.store(path, cached.with_start(name))
                 check = _check_and_time(name, shape)
@@ -178,6 +185,7 @@ def slower_token_ranges(name: str, shape: LayerShape) -> tuple[str, ...]:
     mx.eval(stack)
 
     def seconds(layer: Layer, tokens: int) -> float:
+        # short, since a stage waits for it
         return time_layer(layer, stack, tokens, shape.top_k, chain=2, repeats=2).seconds
 
     def is_slower(tokens: int) -> bool:
@@ -198,6 +206,7 @@ def new_checks(shape: LayerShape) -> list[KernelCheck]:
 
 
 def _kernels_for(shape: LayerShape) -> list[str]:
+    """Return this machine's kernels of routed experts, or of the router for intermediate size 0."""
     return [name for name in _backend_kernels() if (name == ROUTER) == (shape.intermediate_size == 0)]
 
 

@@ -1,6 +1,6 @@
-// INT4 arithmetic that the decode kernels share. A weight is scale * (q - 8): eight 4-bit codes q a word, low bits
-// first, one scale for a group of 32 inputs. Written so that cuda.h can map it to CUDA: device pointers by name only,
-// threadgroup memory as arrays only.
+// INT4 arithmetic that the decode and batch kernels share. A weight is scale * (q - 8): eight 4-bit codes q a word, low
+// bits first, one scale for a group of 32 inputs. It also compiles as CUDA after cuda.h, because it has no pointer to
+// threadgroup memory.
 #ifndef UNROLL
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif

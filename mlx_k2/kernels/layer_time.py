@@ -20,8 +20,8 @@ REPEATS = 5
 class Timing(NamedTuple):
     """Measured time of one implementation of routed experts."""
 
-    seconds: float  # per layer, best of REPEATS
-    bytes_needed: int  # weights of the distinct chosen experts, at 4.5 bits per weight
+    seconds: float  # per layer, the best of all repeats
+    bytes_needed: int  # per layer: weights of the distinct chosen experts, at 4.5 bits per weight in bfloat16
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -32,7 +32,10 @@ class Timing(NamedTuple):
 def time_layer(
     layer: Layer, stack: ExpertStack, tokens: int, top_k: int, *, chain: int = CHAIN_LAYERS, repeats: int = REPEATS
 ) -> Timing:
-    """Return the best time per layer in a chain of ``chain`` layers, each of which reads other experts of ``stack``."""
+    """Return the best time per layer in a chain of ``chain`` layers.
+
+    The expert ids are shifted by ``top_k`` from layer to layer, so that the weights of one are not cached for the next.
+    """
     dtype = stack.gate_scale.dtype
     weights = mx.full((tokens, top_k), 1.0 / top_k)
     first_ids = random_expert_ids(tokens, stack.num_experts, top_k)

@@ -57,7 +57,7 @@ def down(hidden: mx.array, expert_weights: mx.array, pairs: SortedPairs, stack: 
     """Return the dispatch of each pair's weighted output.
 
     hidden (pairs, intermediate), in the order of ``pairs`` -> (tokens, top_k, hidden) float32.
-    The outputs are float32, because eight roundings to bfloat16 before the sum would be the layer's largest error.
+    The outputs are float32: to round each to bfloat16 before a token's are summed would be the layer's largest error.
     """
     tokens, top_k = expert_weights.shape
     check_down(hidden.reshape(tokens, top_k, -1), expert_weights, stack)

@@ -61,7 +61,10 @@ def select_experts(logits: mx.array, correction_bias: mx.array, rule: RouterRule
 
 
 def _keep_best_groups(biased: mx.array, num_groups: int, top_groups: int) -> mx.array:
-    """Set the scores of all but the best groups to 0 (not to minus infinity), as the published model does."""
+    """Set the scores of all but the best groups to 0 (not to minus infinity), as the published model does.
+
+    A group's score is the sum of its two best experts' scores.
+    """
     grouped = biased.reshape(biased.shape[0], num_groups, -1)
     group_scores = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)  # (tokens, groups, 1)
     dropped = mx.argsort(group_scores, axis=1)[:, : num_groups - top_groups]

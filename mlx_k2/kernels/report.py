@@ -11,7 +11,7 @@ class KernelLine(msgspec.Struct, frozen=True, kw_only=True):
     ran: bool
     """False if the device refused the kernel: it did not compile or did not start."""
     error: float | None
-    """Largest error divided by the largest output, against plain MLX in float32. JSON has null for infinity."""
+    """Largest error divided by the largest output, against plain MLX in float32. None: infinite, or it did not run."""
     reason: str
     """Why the kernel is not used; empty if it is."""
     tokens: int | None = None

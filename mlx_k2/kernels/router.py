@@ -20,7 +20,7 @@ def logits(hidden: mx.array, router_weight: mx.array) -> Dispatch:
         (hidden, router_weight),
         (("T", hidden.dtype), ("K", inputs), ("E", experts), ("CAP", 1 if tokens == 1 else capacity(tokens))),
         grid=(SIMD_WIDTH, experts, 1),
-        threadgroup=(SIMD_WIDTH, 2 if experts % 2 == 0 else 1, 1),
+        threadgroup=(SIMD_WIDTH, 2 if experts % 2 == 0 else 1, 1),  # simdgroups must divide the experts
         output_shapes=((tokens, experts),),
         output_dtypes=(mx.float32,),
     )

@@ -18,7 +18,8 @@ from mlx_k2.kernels.variants import Experts, Perform
 DECODE, BATCH, PREFILL, ROUTER = "decode", "batch", "prefill", "router"
 
 CHECKED_TOKENS = {DECODE: (1,), BATCH: (2, 4, 8, 16), PREFILL: (40,), ROUTER: (1, 2, 4, 8, 16, 17)}
-"""Numbers of tokens to check: one for each pipeline that a step uses. 40 pairs of one expert fill more than a tile."""
+"""Numbers of tokens to check: one for each compiled variant of the kernel. 40 pairs of one expert fill more than a
+tile, and for 17 tokens the router computes logits without its kernel."""
 _NUM_CODES = 17
 """Number of experts with different codes, which others repeat: random codes for 384 experts would take minutes."""
 _TEMPORARY_FAULTS = (
@@ -50,8 +51,8 @@ class KernelCheck(NamedTuple):
 
     kernel: str
     usable: bool
-    error: float | None  # largest error divided by the largest output; None if the kernel did not run
-    reason: str  # why it is not usable; empty if it is
+    error: float | None = None  # largest error divided by the largest output; None if the kernel did not run
+    reason: str = ""  # why it is not usable; empty if it is
     is_temporary: bool = False  # the machine's state caused the failure: check the kernel again at the next start
     slower: tuple[str, ...] = ()  # token ranges in which plain MLX is faster
 
@@ -65,7 +66,7 @@ class KernelCheck(NamedTuple):
 def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform = run) -> KernelCheck:
     """Run one kernel (DECODE, BATCH, PREFILL or ROUTER) and compare it with the reference in float32.
 
-    Run each pipeline of the kernel that a step uses, until one is wrong. ``perform`` executes a dispatch.
+    Run each compiled variant of the kernel, until one is wrong. ``perform`` executes a dispatch.
     """
     tolerance, largest_error = TOLERANCE[shape.dtype], 0.0
     try:
@@ -77,13 +78,13 @@ def check_kernel(name: str, shape: LayerShape, tuning: Tuning, perform: Perform 
                 error = _experts_error(name, shape, tokens, stack, tuning, perform)
             if not error <= tolerance:
                 reason = f"off by {error:.1e} of the largest output for {tokens} tokens, more than {tolerance:.0e}"
-                return KernelCheck(name, False, error, reason)
+                return KernelCheck(name, usable=False, error=error, reason=reason)
             largest_error = max(largest_error, error)
     except Exception as failure:  # noqa: BLE001  any error of MLX or of a compiler makes the kernel unusable
         reason = str(failure).strip().split("\n", maxsplit=1)[0] or type(failure).__name__
         is_temporary = isinstance(failure, MemoryError) or any(fault in str(failure) for fault in _TEMPORARY_FAULTS)
-        return KernelCheck(name, False, None, reason, is_temporary=is_temporary)
-    return KernelCheck(name, True, largest_error, "")
+        return KernelCheck(name, usable=False, reason=reason, is_temporary=is_temporary)
+    return KernelCheck(name, usable=True, error=largest_error)
 
 
 _COMPUTATIONS: dict[str, Experts] = {
@@ -99,7 +100,8 @@ def _experts_error(
     key = mx.random.key(1)
     x = mx.random.normal((tokens, shape.hidden_size), key=key).astype(shape.dtype)
     ids = random_expert_ids(tokens, shape.num_experts - 1, shape.top_k)
-    ids[:, -1] = shape.num_experts - 1  # all tokens choose the last expert, which a search finds last
+    # all tokens choose the last expert: it gets more than one tile, and find_tile finds it last
+    ids[:, -1] = shape.num_experts - 1
     weights = mx.random.uniform(0.1, 1.0, (tokens, shape.top_k), key=key)
     actual = _COMPUTATIONS[name](x, ids, weights, stack, tuning, perform)
     return _relative_error(actual, reference.routed_experts(x.astype(mx.float32), ids, weights, in_float32(stack)))
@@ -143,7 +145,7 @@ def random_stack(shape: LayerShape, num_experts: int) -> ExpertStack:
 
 
 def random_expert_ids(tokens: int, num_experts: int, top_k: int) -> mx.array:
-    """Return random experts, distinct for each token: (tokens, top_k) uint32."""
+    """Return the ids of ``top_k`` different random experts for each token: (tokens, top_k) uint32."""
     scores = mx.random.uniform(shape=(tokens, num_experts), key=mx.random.key(tokens))
     return mx.argsort(scores, axis=-1)[:, :top_k]
 

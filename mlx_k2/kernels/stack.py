@@ -16,9 +16,9 @@ class ExpertStack(NamedTuple):
     gate_packed: mx.array  # (experts, intermediate, hidden // 8) uint32
     gate_scale: mx.array  # (experts, intermediate, hidden // 32) bfloat16
     up_packed: mx.array  # (experts, intermediate, hidden // 8) uint32
-    up_scale: mx.array  # (experts, intermediate, hidden // 32)
+    up_scale: mx.array  # (experts, intermediate, hidden // 32) bfloat16
     down_packed: mx.array  # (experts, hidden, intermediate // 8) uint32
-    down_scale: mx.array  # (experts, hidden, intermediate // 32)
+    down_scale: mx.array  # (experts, hidden, intermediate // 32) bfloat16
 
     @property
     def num_experts(self) -> int:

@@ -1,7 +1,8 @@
 """The kernels' sizes: the work of one simdgroup and of one threadgroup. Knows no kernel's text.
 
-The best sizes differ between chips: others measured 8 rows per simdgroup on an M5, and 2 on an M4. `mlx-k2 kernels`
-therefore measures the best sizes on each machine and stores them there. Until then the default is used.
+The best sizes differ between chips: published measurements favour 8 rows per simdgroup on an M5, and 2 on an M4.
+`mlx-k2 kernels` therefore measures the best sizes on each machine and stores them there. Until then the default is
+used.
 """
 
 from typing import NamedTuple

@@ -48,7 +48,7 @@ def batch_experts(
     perform: Perform = run,
 ) -> mx.array:
     """Run the experts of up to `decode.MAX_TOKENS` tokens in two dispatches. Read each chosen expert once."""
-    # for twice the tokens half the rows, which need as many registers
+    # from 9 tokens on half the rows: a thread's registers hold rows x capacity(tokens) sums
     rows = tuning.batch_rows if x.shape[0] <= decode.MAX_TOKENS // 2 else max(1, tuning.batch_rows // 2)
     gate_up = decode.gate_up(
         x, expert_ids, stack, rows_per_simdgroup=rows, simdgroups=tuning.gate_up_simdgroups, is_batch=True

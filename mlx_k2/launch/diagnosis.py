@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, install_commands
 from mlx_k2.launch.stage_location import StageLocation
 
-_NO_COMMAND_EXIT_CODES = (126, 127)
+_NO_COMMAND_EXIT_CODES = (126, 127)  # of a shell that cannot run a command or does not find it
 _NO_COMMAND = re.compile("not found|no such file|does not exist|cannot execute|permission denied", re.IGNORECASE)
 _NO_PACKAGE = re.compile(r"No module named '?mlx_k2\b")
 _GIVE_PYTHON = 'give the path of a Python that has mlx_k2 as "python" in the hostfile'
@@ -37,7 +37,7 @@ def explain_start_failure(location: StageLocation, exit_code: int | None, stderr
 
 
 def explain_lost_connection(location: StageLocation, exit_code: int | None) -> str:
-    """Explain why a connection ended without the guard's last frame. ``exit_code`` is that of the local process."""
+    """Explain why a connection ended without the guard's last frame. ``exit_code``: of ssh, or of a local guard."""
     if location.ssh is not None and exit_code == SSH_EXIT_CODE:
         return "the ssh connection was lost (cable, power, sleep, its sshd), or its guard was killed"
     if exit_code is not None and exit_code < 0:

@@ -17,21 +17,20 @@ NOTIFY_AFTER_S = 1.0  # time after which the user is told for which stages the e
 GUARD_MARGIN_S = 2.0
 """Time that the guard and ssh may take beyond the time that the guard gives the stage to end."""
 STALL_TIMEOUT_S = 7.0
-"""Default stall timeout. It is longer than ssh's own 6 s, because ssh's error describes a lost connection better.
-
-Within it a hop carries its last 6 MB even at 7 Mbit/s.
-"""
-AFTER_SIGTERM_S = 2.0
+"""Default stall timeout. It is longer than the 6 s after which ssh ends a silent connection (ssh.py), because ssh's
+error describes a lost connection better. After a stage has sent all of a step, 6 MB that are still on the way
+arrive in time even at 7 Mbit/s."""
+AFTER_SIGTERM_S = 2.0  # time for local processes to end after the signal
 AFTER_SIGKILL_S = 2.0
 
 
 class StageGroup:
     """A context manager that starts all stages on entry, and ends all stages on all hosts on exit.
 
-    ``log`` receives every line of every stage's stderr, with the stage's rank and host, on the stage's own threads; it
-    must not block. ``notify`` (default: ``log``) receives lines about the stages that the exit waits for. Once
-    ``cancelled`` is set, HealthMonitor raises Cancelled. Every stage starts with the ``NAME=value`` lines of
-    ``environment``.
+    ``log`` receives every line of every stage's stderr, and lines about its start and end, with the stage's rank and
+    host. It is called on the stage's own threads and must not block. ``notify`` (default: ``log``) receives lines about
+    stages that do not end at once. Once ``cancelled`` is set, HealthMonitor raises Cancelled. Every stage starts with
+    the ``NAME=value`` lines of ``environment``.
     """
 
     def __init__(
@@ -127,10 +126,10 @@ class StageGroup:
         return self._stages[rank].status
 
     def stop(self, notify: Callable[[str], None]) -> None:
-        """End all stages at once: send Stop and close their input, then send SIGTERM and SIGKILL to local processes.
+        """End all stages at once: send Stop, close their input, then send SIGTERM and SIGKILL to what still runs here.
 
-        Each host's guard ends its stage in the same order, so a signal from here is for an ssh client or a guard that
-        does not answer. This takes at most the time that the largest stage has to end, plus GUARD_MARGIN_S,
+        Each host's guard ends its stage by the same means, so a signal from here is for an ssh client or a guard that
+        does not end in time. This takes at most the time that the largest stage has to end, plus GUARD_MARGIN_S,
         AFTER_SIGTERM_S and AFTER_SIGKILL_S. A second call does nothing.
         """
         self._stopping.set()

@@ -32,7 +32,9 @@ class HealthMonitor:
         self._stall_timeout_s = group.stall_timeout_s
         self._late_hops: dict[int, tuple[int | None, float]] = {}
         """For each rank that waits for a step which the stage before has sent: the step, and the start of the wait."""
-        self._checked_at = self._reports_from = time.monotonic()
+        self._checked_at = time.monotonic()
+        self._reports_from = self._checked_at
+        """Time before which neither a stuck stage nor the deadline is reported: the guards may have to answer first."""
 
     def receive(self, deadline: float, wake_at: float = math.inf) -> StageMessage | Woken | None:
         """Return the next message of any stage; None if none came before ``deadline`` (monotonic seconds).
@@ -60,7 +62,7 @@ class HealthMonitor:
                 if isinstance(event.message, Fault):
                     raise self._fault_error(event.rank, event.message)
                 return event
-            self._check_for_pause()
+            self._check_for_pause()  # again: the pause may have been during the wait
             now = time.monotonic()
             if now >= self._reports_from:
                 self._raise_if_stuck(now)
@@ -70,7 +72,7 @@ class HealthMonitor:
                 return Woken()
 
     def _fault_error(self, rank: int, fault: Fault) -> ClusterError:
-        """Return the error for a fault. If a stage lost its neighbour, wait for a fault that is the cause."""
+        """Return the error for a fault. If a stage lost its neighbour, wait for that one's end or fault."""
         deadline = time.monotonic() + CAUSE_WAIT_S
         without_neighbour = {rank}
         while fault.kind == NeighbourLost.__name__:
@@ -94,7 +96,7 @@ class HealthMonitor:
         return kind(f"stage {rank} on {self._group.host(rank)}: {fault.message}", rank)
 
     def _silent_stage(self, without_neighbour: Collection[int]) -> int | None:
-        """Return the rank outside ``without_neighbour`` whose guard has been silent longest; None without SILENT_S."""
+        """Return the rank not in ``without_neighbour`` whose guard is silent longest; None if none is for SILENT_S."""
         others = [rank for rank in range(self._group.size) if rank not in without_neighbour]
         silent = [rank for rank in others if self._group.silence_s(rank) >= SILENT_S]
         return max(silent, key=self._group.silence_s, default=None)

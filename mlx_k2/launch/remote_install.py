@@ -1,6 +1,7 @@
 """The installation of this program on another host over ssh: looks for a Python, copies a wheel, installs it.
 
-It asks no questions, and writes only below FOLDER in the host's home folder. Each step can be repeated.
+It asks no questions. It writes only below FOLDER in the host's home folder, except that pip fills its own cache. Each
+step can be repeated.
 """
 
 import hashlib
@@ -23,8 +24,11 @@ OLDEST_PYTHON = (3, 11)
 SURVEY_TIMEOUT_S = 60.0
 INSTALL_TIMEOUT_S = 1800.0
 _MARK = "mlx-k2: "  # the start of each line of the survey's output; other lines are of the login shell
+# The versions of Python 3 to look for, newest first.
 _MINOR_VERSIONS = " ".join(str(minor) for minor in range(20, OLDEST_PYTHON[1] - 1, -1))
 
+# Prints lines of _MARK, a key and a value. The value of `python` is its version, then "pip" if it can make environments
+# or "-", then its path.
 # Only macOS has sw_vers. There /usr/bin/python3 opens a window that offers Xcode's tools, unless they are installed.
 _SURVEY = """
 report() {{ printf '{mark}%s\\n' "$*"; }}
@@ -55,6 +59,7 @@ look "$("${{SHELL:-sh}}" -lc 'command -v python3' 2>/dev/null </dev/null | tail 
 exit 0
 """
 
+# The first pip installs dependencies, but keeps another wheel of the same version; the second pip replaces this one.
 _INSTALL = """
 set -e
 cd "$HOME"/{folder}
@@ -128,11 +133,11 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
         raise SetupError(f"{host} ran no command: see what `ssh {shlex.quote(host)} uname` prints")
     pythons, usable = [], []
     for line in facts.get("python", []):
-        version, has_pip, path = line.split(" ", 2)
+        version, pip, path = line.split(" ", 2)
         numbers = tuple(map(int, version.split(".")))
         pythons.append((numbers, path))
-        if has_pip == "pip" and numbers[:2] >= OLDEST_PYTHON:
-            usable.append((numbers[:2] == sys.version_info[:2], numbers, path))  # in the order of preference
+        if pip == "pip" and numbers[:2] >= OLDEST_PYTHON:
+            usable.append((numbers[:2] == sys.version_info[:2], numbers, path))  # first this version, then the newest
     if python is not None and not pythons:
         raise SetupError(f"its {python} is no Python that runs there: leave --python out, or name another")
     memory = facts.get("memory", ["0"])[0]
@@ -154,7 +159,7 @@ def wheel_digest(wheel: Path) -> str:
 
 
 def install(target: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path | None) -> None:
-    """Copy the wheel to a host and install it in an environment of its own, with the packages ``pins``.
+    """Copy the wheel to a host and install it in an environment of its own, with the packages ``pins`` (name==version).
 
     ``wheels`` is a folder with the wheels of all packages, which are copied, too; None: the host fetches them.
 
@@ -211,13 +216,14 @@ def _run(host: str, command: str, stdin: IO[bytes], timeout_s: float) -> str:
         raise SetupError(explain_ssh_failure(host, stderr))
     if result.returncode:
         lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
+        # the last line may be a notice of pip after the error
         error_lines = [line for line in lines if re.search("[Ee]rror", line)]
         raise SetupError((error_lines or lines)[-1].strip())
     return result.stdout.decode(errors="replace")
 
 
 def _run_script(host: str, script: str, timeout_s: float) -> str:
-    """Run a script with ``sh`` on a host, whatever the user's shell is there. Result and errors are those of _run."""
+    """Run a script with ``sh`` on a host, whatever the user's shell is there. Return and raise as _run does."""
     with tempfile.TemporaryFile() as file:
         file.write(script.encode())
         file.seek(0)

@@ -15,7 +15,7 @@ SSH_EXIT_CODE = 255
 _OPTIONS = {
     "BatchMode": "yes",  # never prompt: there may be no terminal, and several clients start at once
     "ConnectTimeout": str(CONNECT_TIMEOUT_S),
-    "ServerAliveInterval": "2",
+    "ServerAliveInterval": "2",  # seconds: a silent connection ends after 2 s x 3
     "ServerAliveCountMax": "3",
     "ControlMaster": "no",  # a shared connection could outlive this client, or end before it
     "ControlPath": "none",
@@ -26,7 +26,8 @@ _OPTIONS = {
     "LogLevel": "ERROR",
 }
 
-# Texts in ssh's stderr, and an explanation with the command that fixes it. The first match counts.
+# Texts in ssh's stderr, and an explanation with the command that fixes it. The first match counts. {host} may have a
+# user, {name} has none.
 _FAILURES = (
     (
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "has changed and you have requested strict checking"),
@@ -77,7 +78,7 @@ def explain_ssh_failure(host: str, stderr: str) -> str:
 
 
 def command_on(host: str | None, *words: str) -> str:
-    """Return the line for a shell here that runs a command on ``host``; None is this machine.
+    """Return the line for a shell on this machine that runs a command on ``host``; None: on this machine, too.
 
     A path that begins with ``~/`` is in the home folder of ``host``.
     """
@@ -90,7 +91,7 @@ def command_on(host: str | None, *words: str) -> str:
 
 
 def install_commands(ssh: str | None, python: str) -> str:
-    """Return how to install this machine's mlx-k2 on a host, with commands between backticks; None is this machine.
+    """Return how to install this machine's mlx-k2 on host ``ssh``, with commands between backticks; None: here.
 
     The commands copy a wheel: no package index has mlx-k2.
     """
@@ -102,7 +103,7 @@ def install_commands(ssh: str | None, python: str) -> str:
 
 
 def install_versions(ssh: str | None, python: str | None, versions: Mapping[str, str]) -> str:
-    """Return how to install these versions of packages on a host. ``python`` None is the Python that starts a stage."""
+    """Return how to install packages on host ``ssh``; None: here. ``python`` None: this Python here, else python3."""
     if python is None:
         python = sys.executable if ssh is None else "python3"
     commands = []

@@ -22,8 +22,8 @@ from mlx_k2.protocol.framing import Frame, FrameWriter, Kind, read_frame, skip_t
 from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageExit, StageStatus
 from mlx_k2.protocol.messages import ToStage, decode_from_stage, encode_message
 
-STDERR_LINES = 200
-MAX_LINE_BYTES = 4096
+STDERR_LINES = 200  # last lines of stderr that are kept
+MAX_LINE_BYTES = 4096  # longer lines of stderr are divided
 EXIT_WAIT_S = 2.0
 """Time limit for a process that has closed its output to exit; after it the process counts as ended."""
 STDERR_WAIT_S = 0.5
@@ -58,9 +58,9 @@ class StageProcess:
         self._settings = settings
         self._post = post
         self._log = log
-        self._lock = threading.Lock()  # guards _early_messages, _process, _writer and _is_closed
+        self._lock = threading.Lock()  # protects _early_messages, _process, _writer and _is_closed
         self._early_messages: deque[bytes] | None = deque()
-        """Messages that are sent after the guard's opening mark; None after it."""
+        """Messages that wait for the guard's opening mark; None once it has come."""
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: FrameWriter | None = None
         self._is_closed = False

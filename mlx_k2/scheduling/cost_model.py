@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TILES_FROM_TOKENS = 17  # steps of fewer tokens compute each token's experts one by one, without tiles
+_TILES_FROM_TOKENS = 17  # the batch kernels, without tiles, compute steps of up to 16 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class StageSizes:
     """Operations of the draft head for one draft token."""
     tile_rows: int = 1
     """Tokens of an expert that are computed together, as a tile. A tile that is not full takes as long as a full one.
-    """
+    1: without tiles."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Work of a step on every stage. "Absorbed" is of generated and draft tokens, "naive" of prompt tokens."""
+    """Work of a step, the same on every stage. Generated and draft tokens are "absorbed", prompt tokens "naive"."""
 
     num_tokens: int = 0
     num_sampled: int = 0
@@ -69,7 +69,7 @@ class StepLoad:
     """Number of pairs of a token and a position that it attends to."""
     naive_pairs: int = 0
     absorbed_keys: int = 0
-    """Number of cached positions that are read, counted once per row."""
+    """Number of cached positions that are read, those of the step's own tokens included; counted once per row."""
     naive_keys: int = 0
 
     def __add__(self, other: "StepLoad") -> "StepLoad":
@@ -146,8 +146,8 @@ def routed_rows(sizes: StageSizes, num_tokens: int) -> float:
 def expected_tiles(num_experts: int, experts_per_token: int, num_tokens: int, tile_rows: int) -> float:
     """Return the expected number of tiles of all experts, if each token chooses at random.
 
-    The number of an expert's tokens has a binomial distribution. Numbers further than 12 standard deviations from the
-    mean are left out.
+    The number of an expert's tokens has a binomial distribution. Numbers that differ from the mean by more than 12
+    standard deviations are left out.
     """
     probability = experts_per_token / num_experts
     if probability >= 1:

@@ -6,8 +6,8 @@ faster setting is used. The other one is measured again from time to time, since
 
 from collections.abc import Callable
 
-_FIRST_TOKENS = 16  # number of tokens of the first measurement of each setting
-_TRIAL_TOKENS = 8  # number of tokens of each later measurement of the setting that is not used
+_FIRST_TOKENS = 16  # number of tokens of the first measurement of each setting, of which 15 are timed
+_TRIAL_TOKENS = 8  # number of tokens of each later measurement of the unused setting, of which 7 are timed
 _TOKENS_BETWEEN_TRIALS = 512
 _FADE = 0.9  # factor on a time's weight in its mean after each later time: about the last 10 times count
 _MIN_GAIN = 1.02  # drafts stay on only if they are measured to be faster by this factor

@@ -61,9 +61,9 @@ class NgramDrafter:
         return self._num_indexed < len(token_ids)
 
     def draft(self, token_ids: Sequence[int], draft_ids: Sequence[int], min_tokens: int = 0) -> int | None:
-        """Return the token that followed the last tokens of ``token_ids`` and ``draft_ids`` before.
+        """Return the token after an earlier occurrence of the last tokens of ``token_ids`` and then ``draft_ids``.
 
-        Return None if no n-gram of at least ``min_tokens`` tokens matches.
+        Return None if no n-gram of at least ``min_tokens`` tokens occurs in ``token_ids`` with a token after it.
         """
         longest = max(_LENGTHS)
         tail = tuple([*token_ids[-longest:], *draft_ids][-longest:])

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mlx_k2.scheduling.draft_switch import EXPECTED_ACCEPTANCE
 from mlx_k2.scheduling.drafter import DraftMode, NgramDrafter
 
 _MIN_MATCH_TOKENS = 4  # length of the n-gram that must match for its draft to be used instead of the draft head's
@@ -49,7 +50,7 @@ def merge_counts(counts: Iterable[DraftCount]) -> tuple[DraftCount, ...]:
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft token and its DraftCount's source and position."""
+    """A draft token, its source, and its position, both as in DraftCount."""
 
     token_id: int
     source: DraftSource
@@ -59,7 +60,7 @@ class Draft:
 
 
 class _Acceptance:
-    """Fraction of a source's drafts that are right: ``expected`` at first, as if four drafts had shown it."""
+    """Fraction of a source's drafts that are right. It starts at ``expected``, with the weight of four drafts."""
 
     def __init__(self, expected: float) -> None:
         self._num_right, self._num_drafts = 4 * expected, 4.0
@@ -82,7 +83,8 @@ class Drafts:
         self._proposed_ids: deque[int] = deque()
         self._num_drafted: Counter[tuple[DraftSource, int]] = Counter()
         self._num_accepted: Counter[tuple[DraftSource, int]] = Counter()
-        self._acceptance = {DraftSource.MODEL: _Acceptance(0.6), DraftSource.NGRAM: _Acceptance(0.5)}
+        # 0.5 < EXPECTED_ACCEPTANCE: at first the head's drafts are preferred.
+        self._acceptance = {DraftSource.MODEL: _Acceptance(EXPECTED_ACCEPTANCE), DraftSource.NGRAM: _Acceptance(0.5)}
 
     @property
     def planned_ids(self) -> list[int]:
@@ -122,7 +124,7 @@ class Drafts:
         self._drop_proposed(draft.token_id)
 
     def accept(self, token_id: int) -> bool:
-        """Return whether the first draft in a plan is the token of its position; drop drafts that cannot follow it."""
+        """Return whether the first draft in a plan, if any, is this token. Drop the drafts that cannot follow it."""
         if not self._in_plans:
             self._drop_proposed(token_id)
             return False

@@ -12,10 +12,10 @@ from mlx_k2.token_mask import TokenMask
 
 
 class DraftRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Request for ``num_tokens`` drafts after the token that a row samples. Answered by Drafted.
+    """Request for ``num_tokens`` drafts after the token that a row samples. The last stage answers with Drafted.
 
-    The penalties are those of the sequence. The row's ``logit_bias`` was made before the token was sampled, so it lacks
-    the penalty of this token.
+    The penalties are the request's. The row's ``logit_bias`` was made before the token was sampled, so it lacks the
+    penalty of this token.
     """
 
     num_tokens: int
@@ -103,7 +103,7 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The rows of one step, those of generated tokens first."""
+    """The rows of one step: first rows of generated or draft tokens, then rows of prompt tokens."""
 
     number: int
     rows: tuple[PlannedRow, ...]

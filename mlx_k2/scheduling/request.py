@@ -15,7 +15,7 @@ class FinishReason(enum.Enum):
     """Reason why a sequence ended."""
 
     STOP = "stop"
-    """The model sampled a stop token."""
+    """The answer is complete: its last token is a stop token, or the token policy ended it."""
     LENGTH = "length"
     """max_tokens were generated, or the context is full."""
     TIMEOUT = "timeout"
@@ -30,7 +30,7 @@ class Priority(enum.Enum):
     """Priorities of requests, in the order in which waiting requests start.
 
     A brief request starts when no interactive one waits. A background request runs only while no interactive one waits
-    and no other runs. Both use the free slot in which the fewest cached tokens are lost.
+    and no interactive or brief one runs. Both use the free slot in which the fewest cached tokens are lost.
     """
 
     INTERACTIVE = "interactive"
@@ -58,7 +58,7 @@ def check_request(request: Request, vocab_size: int, context_tokens: int) -> Non
         RequestError: a sampling parameter has the wrong type, the prompt is empty or too long, a token id of the prompt
             or of a logit bias is outside the vocabulary, or ``max_tokens`` or ``timeout_s`` is not above 0.
     """
-    try:  # encode and decode them as for a stage
+    try:  # encode and decode the parameters, as for a stage: only the decoder checks types
         _sampling_decoder.decode(msgspec.msgpack.encode(request.sampling))
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"a sampling parameter has the wrong type: {error}") from None

@@ -1,10 +1,10 @@
 """Scheduler: picks the next microbatch. Knows no arrays and no machines; all timing comes from the step policy.
 
 Decoding sequences are divided into the number of microbatches that is predicted to be fastest. Prompts run in order of
-arrival, in chunks that do not wait for each other, so that they overlap across stages. While other sequences decode,
-chunks are short enough to limit the decode rounds' delay. While one sequence runs alone, idle stages compute its draft
-tokens, if drafts are enabled. Background sequences are planned only while no interactive one waits and no other runs,
-and give up their slots to others.
+priority, then of arrival, in chunks that do not wait for each other, so that they overlap across stages. While other
+sequences decode, chunks are short enough to limit the decode rounds' delay. While one sequence runs alone, idle stages
+compute its draft tokens, if drafts are enabled. Background sequences are planned only while no interactive one waits
+and no interactive or brief one runs, and they give up their slots to interactive and brief ones.
 """
 
 import math
@@ -25,7 +25,8 @@ from mlx_k2.scheduling.step_policy import CHUNK_DELAY_STEPS, DecodeRound, StepPo
 from mlx_k2.scheduling.token_policy import TokenPolicy
 
 _MIN_TOKENS_TO_WAIT_FOR = 32
-"""A prompt is postponed if the microbatch that is being planned caches at least this many more of its tokens."""
+"""A prompt is postponed if it shares at least this many more tokens with a prompt in the microbatch being planned than
+with any slot: to copy their cache later costs less than to compute them twice."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class SchedulerLimits:
 
     @property
     def max_in_flight(self) -> int:
-        """Maximum number of microbatches in flight."""
+        """Maximum number of microbatches in flight: one that each stage computes, and one that waits for it."""
         return 2 * self.num_stages
 
 
 @dataclass(frozen=True)
 class AppendedTokens:
-    """Tokens that a step appended to a sequence. Empty if it had ended, or if a draft before them was wrong."""
+    """Tokens that a submission or a step appended to a sequence; none if the step did not count any more."""
 
     sequence: Sequence
     tokens: tuple[AppendedToken, ...]
@@ -121,7 +122,8 @@ class Scheduler:
     ) -> list[AppendedTokens]:
         """Append the tokens that a step sampled, one per row with ``needs_logits``, each to its sequence.
 
-        ``is_skipped``: the last stage skipped the step, a wrong draft; it sampled nothing. ``now``: arrival in seconds.
+        ``is_skipped``: the step was a wrong draft, so the last stage skipped it and sampled nothing. ``now``: time at
+        which the report arrived, in seconds on any clock; without it no time is measured.
         """
         microbatch = self._in_flight.popleft()
         assert microbatch.number == number, f"step {number} was reported before step {microbatch.number}"
@@ -169,7 +171,7 @@ class Scheduler:
         return sequence.drafter.index(sequence.token_ids, INDEX_TOKENS)
 
     def _active(self) -> list[Sequence]:
-        """Return the running sequences; no background ones while any other runs or an interactive one waits."""
+        """Return the running sequences, without background ones if another one runs or an interactive one waits."""
         others = [sequence for sequence in self._running if not sequence.is_background]
         return others if others or self._waiting[Priority.INTERACTIVE] else self._running
 
@@ -186,7 +188,10 @@ class Scheduler:
         return None
 
     def _waits_for_brief(self, sequence: Sequence) -> bool:
-        """Return whether a brief sequence waits for the slot of a running brief one, since any free slot loses more."""
+        """Return whether a brief sequence waits for the slot of a running brief one.
+
+        It does if every free slot would lose more cached tokens than the sequence can have.
+        """
         if sequence.request.priority is not Priority.BRIEF or not self._slots.num_free:
             return False
         if all(running.request.priority is not Priority.BRIEF for running in self._running):
@@ -198,7 +203,7 @@ class Scheduler:
         """Return how many microbatches may be in flight, at most ``limits.max_in_flight``.
 
         With a decode round: its number of microbatches, but at least one per stage while prompts run or with drafts.
-        Without a decode round, and at most for background sequences: one more than there are stages.
+        Without a decode round: one more than there are stages. Background sequences never have more than that.
         """
         num_stages = self.limits.num_stages
         if decode_round is None:
@@ -214,7 +219,8 @@ class Scheduler:
     def _decode_rows(self, decoding: list[Sequence], decode_round: DecodeRound) -> list[PlannedRow]:
         """Return the decode rows of one microbatch: an even part of ``decoding``, those that waited longest first.
 
-        After a restart a row replays many tokens. The rows together have at most ``chunk_tokens``.
+        After forced tokens or a restart a row has several tokens. Together the rows have at most ``chunk_tokens``. A
+        lone sequence's next token does not wait for its steps in flight, since these may all be wrong drafts.
         """
         num_decode_steps = sum(microbatch.decodes for microbatch in self._in_flight)
         if len(decoding) > 1 and num_decode_steps >= decode_round.num_microbatches:
@@ -233,7 +239,7 @@ class Scheduler:
 
     @property
     def _is_drafting(self) -> bool:
-        """True if a lone sequence gets drafts now."""
+        """True if a sequence that runs alone gets drafts now."""
         if self._draft_switch is not None:
             return self._draft_switch.is_on
         return self._draft_mode is not DraftMode.OFF
@@ -255,7 +261,7 @@ class Scheduler:
         return [] if token_id is None else [PlannedRow.of(sequence, (token_id,), is_draft=True)]
 
     def _add_prompt_rows(self, rows: list[PlannedRow], decode_round: DecodeRound | None) -> None:
-        """Add prompt tokens to ``rows``: first of the prompt in progress, then of waiting prompts.
+        """Add prompt tokens to ``rows``: first of prompts in progress, then of waiting prompts.
 
         While sequences decode, only one prompt row is added. All rows together have at most ``chunk_tokens``.
         """
@@ -273,7 +279,7 @@ class Scheduler:
             sequence = self._next_prompt(rows) if remaining > 0 else None
 
     def _next_prompt(self, rows: list[PlannedRow]) -> Sequence | None:
-        """Return the sequence whose prompt comes next after ``rows``, started if it waited; None without one."""
+        """Return the sequence whose prompt comes next after ``rows``, if any can run. If it waits, start it."""
         planned_prompts = [planned.sequence for planned in rows if planned.row.is_prompt]
         for running in self._active():
             if running.num_prompt_left and running not in planned_prompts:
@@ -302,7 +308,7 @@ class Scheduler:
         self._waiting[Priority.BACKGROUND].appendleft(sequence)
 
     def _chunk_tokens(self, sequence: Sequence) -> int:
-        """Return the prompt's chunk length, chosen once for it and the waiting prompts that have a free slot."""
+        """Return the prompt's chunk length, chosen once for this prompt and those that can start right after it."""
         if sequence.chunk_tokens is None:
             following = islice(self._waiting[sequence.request.priority], self._slots.num_free)
             num_tokens = sequence.num_prompt_left + sum(other.num_prompt for other in following)
@@ -316,7 +322,7 @@ class Scheduler:
     ) -> int:
         """Return how many of the sequence's prompt tokens, at most ``longest``, may join ``rows``.
 
-        With them a decode round takes at most (1 + CHUNK_DELAY_STEPS) x ``round_s``.
+        With them a decode round is predicted to take at most (1 + CHUNK_DELAY_STEPS) x ``round_s``. At least one may.
         """
         num_microbatches = max(decode_round.num_microbatches, self.limits.num_stages)
         limit_s = (1 + CHUNK_DELAY_STEPS) * decode_round.round_s / num_microbatches
@@ -336,14 +342,17 @@ class Scheduler:
         return microbatch
 
     def _needs_draft_request(self, rows: list[PlannedRow]) -> bool:
-        """Return whether the draft head runs after this step: the step samples a token of a lone sequence."""
+        """Return whether the draft head runs after this step: the step samples a token of a lone sequence.
+
+        The head drafts one token for each stage but one. A single stage is never idle, so it gets no drafts.
+        """
         if not self._draft_mode.uses_head or len(self._active()) != 1 or not self._is_drafting:
             return False
         is_alone = len(rows) == 1 and self._next_waiting() is None
         return is_alone and rows[0].row.needs_logits and self.limits.num_stages > 1
 
     def _remove_ended(self) -> None:
-        """Move ended sequences to ``_ended``, and free their slots: a later plan runs after those in flight."""
+        """Move ended sequences to ``_ended``, and free their slots: steps in flight run before any later plan."""
         for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
             self._release(sequence)
             self._ended.append(sequence)

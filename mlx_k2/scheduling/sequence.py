@@ -43,9 +43,9 @@ class AppendedToken:
 class Sequence:
     """A request that waits for a slot, runs in one or has ended.
 
-    Plans carry draft tokens before the tokens at their positions are sampled. After a wrong draft token its position is
-    planned again. Tokens that were sampled after the wrong one arrive with the number of a plan that no longer counts,
-    and are discarded.
+    Its known tokens are the prompt and the answer so far. Plans carry draft tokens before the tokens at their positions
+    are known. After a wrong draft token its position is planned again. Tokens that were sampled after the wrong one
+    arrive with the number of a plan that no longer counts, and are discarded.
     """
 
     def __init__(
@@ -80,12 +80,13 @@ class Sequence:
         """The cause of FinishReason.ERROR; None with any other reason."""
         self._policy = policy or TokenPolicy()
         self._biases = dict(request.sampling.logit_bias)
-        """Bias by token id: that of the request, less the penalties for the answer so far."""
+        """Bias by token id: the request's bias less the penalties for the answer so far."""
         self._answer_ids: set[int] = set()  # the distinct tokens of the answer, for the presence penalty
         self._has_penalties = bool(request.sampling.presence_penalty or request.sampling.frequency_penalty)
         self._last_sampled_by: int | None = None
         """Number of the plan that sampled the last token; None if it was forced or belongs to the prompt."""
         self._first_counting_plan = 0
+        """Number of the first plan whose sampled token is appended; tokens of earlier plans are discarded."""
         self._max_length = min(len(request.prompt_ids) + request.max_tokens, context_tokens)
 
     @property
@@ -100,7 +101,7 @@ class Sequence:
 
     @property
     def num_prompt_left(self) -> int:
-        """Number of prompt tokens that no plan has carried yet."""
+        """Number of prompt tokens that are neither cached nor in a plan that was sent."""
         return max(0, self.num_prompt - self.num_planned)
 
     @property
@@ -110,14 +111,15 @@ class Sequence:
 
     @property
     def num_unplanned(self) -> int:
-        """Number of known tokens that no plan has carried yet."""
+        """Number of known tokens that are neither cached nor in a plan that was sent."""
         return max(0, len(self.token_ids) - self.num_planned)
 
     @property
     def cached_ids(self) -> "array[int]":
-        """The known tokens whose positions are cached or in a plan that was sent, the last token excepted.
+        """The known tokens whose positions are cached or in a plan that was sent, without the last known token.
 
-        Without drafts the last token's position is never computed, and what a slot keeps must not depend on drafts.
+        If the answer ends with it, its position is computed only with drafts, and what a slot keeps must not depend on
+        drafts.
         """
         return self.token_ids[: min(self.num_planned, len(self.token_ids) - 1)]
 
@@ -128,7 +130,7 @@ class Sequence:
         return tuple([*known, *drafted][-REPETITION_WINDOW:])
 
     def logit_bias(self, end: int) -> LogitBias | None:
-        """Return the sum of bias and penalties for the token at position ``end``, also of the drafts before it."""
+        """Return the sum of bias and penalties for the token at position ``end``; drafts before it count as answer."""
         biases, answer_ids = self._biases, self._answer_ids
         if self._has_penalties and (drafts := self._drafted_before(end)):
             biases, answer_ids = biases.copy(), answer_ids.copy()
@@ -160,7 +162,7 @@ class Sequence:
     def draft(self) -> int | None:
         """Return a draft token for the position after all planned ones, and record it as drafted.
 
-        None if no source has one, or if the token would end the sequence: nothing would follow it.
+        None if no source has one, if the policy refuses it, or if it would end the sequence: nothing would follow it.
         """
         assert self.num_unplanned == 0, "known tokens are planned before draft tokens"
         if self.num_planned + 1 >= self._max_length:
@@ -205,6 +207,7 @@ class Sequence:
             return []
         appended = [self._append(token)]
         is_draft_right = self.drafts.accept(token.token_id)
+        # At most these positions were planned with the right tokens: the last one only if its draft was right.
         num_right = len(self.token_ids) if is_draft_right else len(self.token_ids) - 1
         forced = self.append_forced()
         self._last_sampled_by = None if forced else plan

@@ -52,13 +52,14 @@ class SpeedEstimator:
     def _fit(self) -> StageSpeed:
         """Return the speed with the best three non-negative factors on the expected seconds of the terms.
 
-        The best non-negative factors solve the least squares over some of the terms, so all choices are tried.
+        The best non-negative factors solve the least squares over some of the terms, so all choices of terms are tried.
         """
         prior = _PRIOR_WEIGHT * np.trace(self._products)
         products, targets = self._products + prior * np.eye(3), self._targets + prior
         fits = [_solve_for(terms, products, targets) for size in (1, 2, 3) for terms in combinations(range(3), size)]
         allowed = [factors for factors in fits if factors.min() >= 0]
-        best = min(allowed, key=lambda factors: factors @ products @ factors - 2 * factors @ targets)  # squared error
+        # The key is the squared error, without a part that no factor changes.
+        best = min(allowed, key=lambda factors: factors @ products @ factors - 2 * factors @ targets)
         fixed, reading, computing = best.tolist()
         expected = self._expected
         return StageSpeed(
@@ -71,7 +72,7 @@ class SpeedEstimator:
 def _solve_for(
     terms: tuple[int, ...], products: NDArray[np.float64], targets: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return the three factors of the least squares over ``terms``; those of other terms are 0."""
+    """Return three factors: the least-squares solution for ``terms``, and 0 for the other terms."""
     factors, index = np.zeros(3), list(terms)
     factors[index] = np.linalg.solve(products[np.ix_(index, index)], targets[index])
     return factors

@@ -17,10 +17,12 @@ CHUNK_DELAY_STEPS = 4
 _TIE_FACTOR = 1.01
 """Among microbatch counts within 1% of the best predicted round time, the largest is used. This hides errors of the
 cost model."""
-_MIN_CHUNK_TOKENS = 16
-_MAX_CHUNKS = 256
+_MIN_CHUNK_TOKENS = 16  # the first chunk length of at most this is the last one that is tried
+_MAX_CHUNKS = 256  # no larger number of chunks is tried, unless ``longest`` requires it: each one costs time to predict
 _CHUNKS_GROWTH = 1.1  # factor from one number of chunks that is tried to the next
 _CONTEXT_STEP_TOKENS = 256  # the decode round is chosen again when the mean context passes a multiple of this
+_SHORT_CONTEXT_TOKENS = 256  # the context for which drafts are predicted to be faster or not
+_FADE = 0.9  # factor on a draft time's weight in the mean after each later time: about the last 10 times count
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class StepPolicy:
         self._estimators = [SpeedEstimator(stage.sizes, stage.speed) for stage in stages]
         self._turnaround_s = turnaround_s
         self._rounds: dict[tuple[int, int], DecodeRound] = {}
-        self._draft_s: float | None = None
+        self._draft_s: float | None = None  # mean of the draft head's times; None until the first one
 
     @property
     def stages(self) -> list[StageCost]:
@@ -83,7 +85,7 @@ class StepPolicy:
 
         The prediction is for a short context: a longer one adds to the times of all stages alike.
         """
-        load = row_load(_CONTEXT_STEP_TOKENS, 1, is_prompt=False, needs_logits=True)
+        load = row_load(_SHORT_CONTEXT_TOKENS, 1, is_prompt=False, needs_logits=True)
         stages_s = [stage.step_s(load) for stage in self.stages]
         draft_s = self.stages[-1].draft_s if self._draft_s is None else self._draft_s
         with_drafts_s = drafted_token_s(stages_s, draft_s, self._turnaround_s, EXPECTED_ACCEPTANCE)
@@ -91,7 +93,7 @@ class StepPolicy:
 
     def observe_draft(self, busy_s: float) -> None:
         """Record that the draft head took ``busy_s`` seconds for the drafts after one token."""
-        self._draft_s = busy_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * busy_s
+        self._draft_s = busy_s if self._draft_s is None else _FADE * self._draft_s + (1 - _FADE) * busy_s
 
     def latency_s(self, load: StepLoad) -> float:
         """Return the predicted seconds of a step through all stages."""

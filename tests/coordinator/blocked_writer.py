@@ -42,7 +42,7 @@ def main(model: Path) -> None:
 
 
 def report_ends(other: Handle, written: Handle) -> None:
-    """Write the two lines to stderr. Only the events of ``other`` are read."""
+    """Write the two lines to stderr. ``main`` reads the events of ``written``."""
     for _ in other.events():
         pass
     sys.stderr.write("other ended\n")

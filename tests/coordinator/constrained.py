@@ -16,7 +16,7 @@ from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 from mlx_k2.token_mask import TokenMask
 
 VOCAB_SIZE = 640
-TOKENIZER: Tokenizer = load_tokenizer(tiny_vocabulary(VOCAB_SIZE, 4096).files, VOCAB_SIZE)
+TOKENIZER: Tokenizer = load_tokenizer(tiny_vocabulary(VOCAB_SIZE, max_position_embeddings=4096).files, VOCAB_SIZE)
 COMPILER = GrammarCompiler(TOKENIZER)
 STOP_ID = TOKENIZER.token_id("<|im_end|>")
 THINK_ID, THINK_END_ID = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
@@ -25,7 +25,7 @@ INSTANT_PROMPT = (STOP_ID, THINK_ID, THINK_END_ID)
 ENDING_IDS = frozenset(
     token_id for token_id in range(VOCAB_SIZE) if TOKENIZER.token_bytes(token_id)[:1] in (b'"', b"}", b"]", b",")
 )
-"""The tokens that can end a JSON value."""
+"""The tokens whose first character can end a JSON value."""
 
 TokenChoice = Callable[[Sequence[int]], int]
 """A function from the allowed token ids to one of them."""
@@ -54,7 +54,7 @@ def policy_of(
 def generate_reply(
     policy: ReplyPolicy,
     choose: TokenChoice,
-    max_tokens: int,
+    max_tokens: int = 400,
     stop_ids: frozenset[int] = frozenset({STOP_ID}),
     on_mask: Callable[[list[int], TokenMask | None], None] = lambda _ids, _mask: None,
 ) -> GeneratedReply:

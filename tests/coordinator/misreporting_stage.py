@@ -35,14 +35,22 @@ WRONG_REPORTS = {
 """The start of the error about the last stage, for each wrong report of step 3."""
 
 WRONG_START_MESSAGES: dict[str, tuple[type, FromStage, str]] = {
-    "step-at-start": (Hello, StepDone(0, 0.0), "sent an unexpected StepDone: it had to start"),
+    "step-at-start": (Hello, StepDone(0, busy_s=0.0), "sent an unexpected StepDone: it had to start"),
     "foreign-address": (
         Prepared,
-        Prepared(("192.0.2.1:9",), ""),
+        Prepared(addresses=("192.0.2.1:9",), model_digest=""),
         "listens on 192.0.2.1:9, which is not in the hostfile",
     ),
-    "no-address": (Prepared, Prepared((), ""), "listens on nowhere, which is not in the hostfile"),
-    "early-loaded": (Connected, Loaded(0, 0), "sent an unexpected Loaded: it had to connect to its neighbours"),
+    "no-address": (
+        Prepared,
+        Prepared(addresses=(), model_digest=""),
+        "listens on nowhere, which is not in the hostfile",
+    ),
+    "early-loaded": (
+        Connected,
+        Loaded(held_bytes=0, peak_bytes=0),
+        "sent an unexpected Loaded: it had to connect to its neighbours",
+    ),
 }
 """The message during the start that is replaced, its replacement, and the error about the stage."""
 
@@ -68,19 +76,20 @@ def wrong_report(name: str, report: StepDone) -> FromStage:
         "two-tokens": {"tokens": (token, token)},
         "large-token-id": {"tokens": (SampledToken(VOCAB_SIZE),)},
         "negative-token-id": {"tokens": (SampledToken(-1),)},
-        "large-top-token-id": {"tokens": (SampledToken(1, -1.0, ((99999, -1.0),)),)},
+        "large-top-token-id": {"tokens": (SampledToken(1, logprob=-1.0, top=((99999, -1.0),)),)},
     }
     return Connected() if name == "other-message" else msgspec.structs.replace(report, **wrong_fields[name])
 
 
 def main(folder: Path) -> None:
-    protocol_fd = os.dup(1)
+    protocol_fd = os.dup(1)  # for frames only, as in a real stage
     os.dup2(2, 1)
 
     class MisreportingService(StageService):
         def _send(self, message: FromStage) -> None:
             for name, (replaced_type, replacement, _) in WRONG_START_MESSAGES.items():
                 if isinstance(message, replaced_type) and (folder / name).exists():
+                    # without the right digest the coordinator would report the digest first
                     digest = {"model_digest": message.model_digest} if isinstance(message, Prepared) else {}
                     message = msgspec.structs.replace(replacement, **digest)
             for name in WRONG_REPORTS:

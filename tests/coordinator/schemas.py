@@ -20,7 +20,7 @@ SCHEMAS = _read_schemas()
 
 
 def as_parameters(schema: Any) -> Any:
-    """Return a schema of a tool's arguments: ``schema`` if it is of objects, else an object with a field ``value``."""
+    """Return a schema of a tool's arguments: ``schema`` if objects match it, else one with a field ``value``."""
     schema_type = schema.get("type")
     if schema_type == "object" or (isinstance(schema_type, list) and "object" in schema_type):
         return schema

@@ -18,7 +18,7 @@ NUM_REQUESTS = 11
 
 
 class CountedRequests:
-    """NUM_REQUESTS requests that count how many were read. Request ``number`` has ``number`` % 4 + 1 tokens."""
+    """NUM_REQUESTS requests that count how many were read. The answer to ``number`` has ``number`` % 4 + 1 tokens."""
 
     def __init__(self, *, fail_at: int = NUM_REQUESTS) -> None:
         self.num_read = 0
@@ -54,13 +54,14 @@ def test_requests_are_read_one_by_one_as_others_end_and_each_is_answered_under_i
     requests = CountedRequests()
     results = {}
     for num_answered, result in enumerate(answer_all(engine, requests), start=1):
-        assert requests.num_read <= 2 * NUM_SLOTS + num_answered - 1
+        num_ended_before = num_answered - 1  # each makes room for one more
+        assert requests.num_read <= 2 * NUM_SLOTS + num_ended_before
         assert result.summary is not None and result.error is None
         results[result.key] = (result.summary.generated_tokens, result.summary.finish_reason)
     assert results == {number: (number % 4 + 1, FinishReason.LENGTH) for number in range(NUM_REQUESTS)}
 
 
-def test_closing_the_generator_reads_no_more_requests_and_cancels_those_that_run(engine: Engine) -> None:
+def test_closing_the_generator_reads_no_more_requests_and_later_ones_are_answered(engine: Engine) -> None:
     requests = CountedRequests()
     answers = answer_all(engine, requests)
     next(answers)

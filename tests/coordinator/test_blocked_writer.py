@@ -1,4 +1,4 @@
-"""Test of a terminal whose reader is suspended during an answer: another answer ends, its own is complete later."""
+"""Test of an answer to a terminal whose reader is suspended: another answer ends, and this one is complete later."""
 
 import json
 import os

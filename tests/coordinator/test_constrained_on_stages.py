@@ -1,4 +1,4 @@
-"""Tests of constrained replies over real stages: they are the same with drafts and over any number of stages."""
+"""Tests of constrained replies over real stages: they are the same with and without drafts, over 1, 2 and 3 stages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -91,7 +91,7 @@ def reply_of(handle: Handle) -> GeneratedReply:
 def test_replies_are_the_same_over_1_stage_without_drafts_and_over_2_and_3_stages_with_drafts(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
-    plain = instant_request(compiler.tokenizer, 5, 600, ending_bias=20.0)
+    plain = instant_request(compiler.tokenizer, seed=5, max_tokens=600, ending_bias=20.0)
     penalties = msgspec.structs.replace(plain.sampling, presence_penalty=0.5, frequency_penalty=0.1)
     for constraint in (
         answer_constraint(REPETITIVE_SCHEMA),
@@ -108,7 +108,7 @@ def test_replies_are_the_same_over_1_stage_without_drafts_and_over_2_and_3_stage
 
 
 def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:
-    request = instant_request(compiler.tokenizer, 5, 400, ending_bias=5.0)
+    request = instant_request(compiler.tokenizer, seed=5, max_tokens=400, ending_bias=5.0)
     constrained = submission(compiler, answer_constraint(REPETITIVE_SCHEMA), request)
     _, end = rest_of(*cluster_of(2).engine.submit_all([constrained]))
     assert end.summary.drafted >= end.summary.accepted > 0
@@ -117,7 +117,7 @@ def test_drafts_are_accepted_in_a_constrained_answer(cluster_of: ClusterOf, comp
 def test_constrained_and_free_replies_run_side_by_side(cluster_of: ClusterOf, compiler: GrammarCompiler) -> None:
     free = Request((1, 2, 3), 40, Sampling(seed=1), frozenset())
     tokens_alone = cluster_of(2).tokens(free)[free]
-    request = instant_request(compiler.tokenizer, 3, 200, ending_bias=20.0)
+    request = instant_request(compiler.tokenizer, seed=3, max_tokens=200, ending_bias=20.0)
     constraint = answer_constraint(REPETITIVE_SCHEMA)
     submissions = [submission(compiler, constraint, request), Submission(free)]
     constrained_handle, free_handle = cluster_of(2).engine.submit_all(submissions)
@@ -128,8 +128,8 @@ def test_constrained_and_free_replies_run_side_by_side(cluster_of: ClusterOf, co
 def test_the_reasoning_of_a_required_call_is_closed_by_its_budget(
     cluster_of: ClusterOf, compiler: GrammarCompiler
 ) -> None:
-    instant = instant_request(compiler.tokenizer, 3, 400, ending_bias=20.0)
-    thinking = replace(instant, prompt_ids=instant.prompt_ids[:-1])
+    instant = instant_request(compiler.tokenizer, seed=3, max_tokens=400, ending_bias=20.0)
+    thinking = replace(instant, prompt_ids=instant.prompt_ids[:-1])  # without </think>
     constraint = call_constraint(REPETITIVE_SCHEMA, is_parallel=False)
     submissions = [submission(compiler, constraint, thinking, ReplyLimits(thinking_budget=9))]
     generated = reply_of(*cluster_of(2).engine.submit_all(submissions))

@@ -62,7 +62,8 @@ REASONING_PROMPT = (STOP_ID, THINK_ID)
 
 ending_probabilities = st.sampled_from([0.0, 0.5, 0.95])
 few_examples = settings() if settings.get_current_profile_name() != "fixed" else settings(max_examples=30)
-"""Settings of the properties that generate long replies: 30 examples in `make test`, all in other profiles."""
+"""Settings of the properties that generate long replies: 30 examples in the profile of `make test` and `make check`,
+all in other profiles."""
 
 
 def tools_constraint(*tools: Tool, choice: ToolChoice = ToolChoice.REQUIRED, **rules: Any) -> Constraint:
@@ -78,7 +79,7 @@ def text_of(generated: GeneratedReply) -> str:
 @few_examples
 @given(schemas, st.integers(0, 2**32), ending_probabilities)
 def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any, seed: int, ending: float) -> None:
-    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed, ending=ending), 300)
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed, ending=ending), max_tokens=300)
     if generated.finish_reason is FinishReason.STOP:
         jsonschema.validate(json.loads(generated.reply.content), schema)
         assert generated.token_ids[-1] == STOP_ID
@@ -94,7 +95,7 @@ def test_whatever_the_logits_an_answer_is_valid_or_ends_with_length(schema: Any,
 )
 def test_whatever_the_logits_an_answer_matches_its_regular_expression(pattern: str, seed: int) -> None:
     constraint = Constraint(answer=AnswerFormat(AnswerForm.REGEX, pattern))
-    generated = generate_reply(policy_of(constraint), random_choice(seed), 60)
+    generated = generate_reply(policy_of(constraint), random_choice(seed), max_tokens=60)
     if generated.finish_reason is FinishReason.STOP:
         assert re.fullmatch(pattern, generated.reply.content, re.DOTALL)
     else:
@@ -105,7 +106,7 @@ def test_whatever_the_logits_an_answer_matches_its_regular_expression(pattern: s
 def test_whatever_the_logits_an_answer_follows_its_lark_grammar(seed: int) -> None:
     sums = 'start: term ("+" term)*\nterm: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,3}/'
     constraint = Constraint(answer=AnswerFormat(AnswerForm.LARK, sums))
-    generated = generate_reply(policy_of(constraint), random_choice(seed), 80)
+    generated = generate_reply(policy_of(constraint), random_choice(seed), max_tokens=80)
     if generated.finish_reason is FinishReason.STOP:
         assert re.fullmatch(r"[0-9+()]+", generated.reply.content)
         eval(re.sub(r"\b0+(?=\d)", "", generated.reply.content), {"__builtins__": {}})  # Python refuses leading zeros
@@ -128,7 +129,7 @@ def test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_len
         for index, value_schema in enumerate(value_schemas)
     }
     constraint = tools_constraint(*(Tool(name, schema) for name, schema in parameters.items()), is_parallel=is_parallel)
-    generated = generate_reply(policy_of(constraint), random_choice(seed, ending=ending), 400)
+    generated = generate_reply(policy_of(constraint), random_choice(seed, ending=ending))
     complete_calls = [call for call in generated.reply.calls if call.error is None]
     for call in complete_calls:
         jsonschema.validate(json.loads(call.arguments), parameters[call.name])
@@ -156,7 +157,7 @@ def test_a_mask_after_drafts_is_the_mask_after_the_same_accepted_tokens(
     generate_reply(
         policy_of(constraint),
         random_choice(seed, ending=0.7),
-        80,
+        max_tokens=80,
         on_mask=lambda token_ids, mask: masks.append((token_ids.copy(), allowed_ids(mask))),
     )
     assume(masks)
@@ -238,7 +239,7 @@ def test_replies_of_eight_threads_with_one_compiler_equal_those_of_one_thread() 
             grammar = compile_constraint(compiler, constraints[seed % len(constraints)])
             request = Request(INSTANT_PROMPT, 300, Sampling(seed=0), frozenset({STOP_ID}))
             policy = ReplyPolicy(TOKENIZER, request, grammar=grammar)
-            token_ids.append(generate_reply(policy, random_choice(seed), 60).token_ids)
+            token_ids.append(generate_reply(policy, random_choice(seed), max_tokens=60).token_ids)
         return token_ids
 
     compiler, num_threads = GrammarCompiler(TOKENIZER), 8
@@ -257,18 +258,18 @@ def test_tokens_without_an_alternative_are_forced() -> None:
     def refuse_choice(_: object) -> NoReturn:
         raise AssertionError("a token was not forced")
 
-    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL, is_parallel=False)), refuse_choice, 400)
+    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL, is_parallel=False)), refuse_choice)
     assert text_of(generated) == (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.mcp__clock-1.x:0<|tool_call_argument_begin|>{}"
         "<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
     )
 
 
-def test_the_number_of_a_call_continues_those_of_the_prompt() -> None:
+def test_the_number_of_a_call_follows_the_calls_of_the_prompt_unless_the_rules_have_a_first_number() -> None:
     prompt = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *INSTANT_PROMPT)
     for first_number, expected in ((None, 2), (80, 80)):
         constraint = tools_constraint(CLOCK_TOOL, is_parallel=False, first_number=first_number)
-        generated = generate_reply(policy_of(constraint, prompt), random_choice(0), 400)
+        generated = generate_reply(policy_of(constraint, prompt), random_choice(0))
         assert [call.written_id for call in generated.reply.calls] == [f"functions.mcp__clock-1.x:{expected}"]
 
 
@@ -282,7 +283,7 @@ def test_reasoning_comes_before_a_required_call_and_an_answer_in_json() -> None:
             if mask.allows(token_id):
                 policy.accept(token_id)
         policy.accept(THINK_END_ID)
-        generated = generate_reply(policy, random_choice(1, ending=0.9), 400)
+        generated = generate_reply(policy, random_choice(1, ending=0.9))
         assert generated.finish_reason is FinishReason.STOP
         assert generated.reply.calls or json.loads(generated.reply.content)
 
@@ -299,7 +300,7 @@ def test_the_model_may_begin_reasoning_before_a_constrained_answer() -> None:
 def test_a_tool_section_that_begins_inside_the_reasoning_is_constrained() -> None:
     policy = policy_of(tools_constraint(WEATHER_TOOL), REASONING_PROMPT)
     policy.accept(SECTION_BEGIN)
-    generated = generate_reply(policy, random_choice(1, ending=0.9), 400)
+    generated = generate_reply(policy, random_choice(1, ending=0.9))
     assert generated.reply.calls and not any(call.error for call in generated.reply.calls)
 
 
@@ -318,7 +319,7 @@ def test_an_optional_tool_section_is_constrained_unless_the_tool_grammar_is_off(
 def test_with_the_tool_choice_none_no_marker_of_a_call_is_allowed(prompt_ids: tuple[int, ...]) -> None:
     policy = policy_of(tools_constraint(WEATHER_TOOL, choice=ToolChoice.NONE), prompt_ids)
     markers = {SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END}
-    generated = generate_reply(policy, random_choice(5), 500)
+    generated = generate_reply(policy, random_choice(5), max_tokens=500)
     assert not markers & set(generated.token_ids) and generated.reply.calls == ()
 
 
@@ -326,7 +327,7 @@ def test_a_reply_that_may_call_tools_or_answer_in_json_does_one_of_them() -> Non
     constraint = Constraint(
         answer_constraint(WEATHER).answer, tools_constraint(WEATHER_TOOL, choice=ToolChoice.AUTO).tools
     )
-    replies = [generate_reply(policy_of(constraint), random_choice(seed, ending=0.9), 400).reply for seed in range(20)]
+    replies = [generate_reply(policy_of(constraint), random_choice(seed, ending=0.9)).reply for seed in range(20)]
     assert {bool(reply.calls) for reply in replies} == {True, False}
     for reply in replies:
         assert bool(reply.calls) != bool(reply.content)
@@ -335,7 +336,7 @@ def test_a_reply_that_may_call_tools_or_answer_in_json_does_one_of_them() -> Non
 
 def test_without_a_stop_token_a_complete_answer_ends_the_reply() -> None:
     policy = policy_of(answer_constraint(WEATHER), stop_ids=frozenset())
-    generated = generate_reply(policy, random_choice(0, ending=0.9), 400, stop_ids=frozenset())
+    generated = generate_reply(policy, random_choice(0, ending=0.9), stop_ids=frozenset())
     assert generated.finish_reason is FinishReason.STOP
     jsonschema.validate(json.loads(generated.reply.content), WEATHER)
 
@@ -343,15 +344,15 @@ def test_without_a_stop_token_a_complete_answer_ends_the_reply() -> None:
 def test_min_tokens_holds_only_where_the_grammar_allows_a_longer_answer() -> None:
     limits = ReplyLimits(min_tokens=50)
     boolean = policy_of(answer_constraint({"type": "boolean"}), limits=limits)
-    assert generate_reply(boolean, random_choice(0), 400).reply.content in ("true", "false")
+    assert generate_reply(boolean, random_choice(0)).reply.content in ("true", "false")
     digits = policy_of(Constraint(AnswerFormat(AnswerForm.REGEX, r"[0-9]*")), limits=limits)
-    assert len(generate_reply(digits, random_choice(0), 400).reply.content) >= 49  # and the stop token
+    assert len(generate_reply(digits, random_choice(0)).reply.content) >= 49  # and the stop token
 
 
 def test_a_named_tool_is_called_once() -> None:
     declarations = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("a", "b")]
     rules = tool_rules(declarations, {"type": "function", "function": {"name": "b"}})
-    generated = generate_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9), 400)
+    generated = generate_reply(policy_of(Constraint(tools=rules)), random_choice(3, ending=0.9))
     assert [call.name for call in generated.reply.calls] == ["b"]
     assert text_of(generated).endswith("<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
 
@@ -360,14 +361,14 @@ def test_a_reply_that_repeats_calls_ends_after_the_largest_number_of_calls() -> 
     def prefer_call(allowed: Iterable[int]) -> int:
         return CALL_BEGIN if CALL_BEGIN in allowed else min(allowed)
 
-    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL)), prefer_call, 4096)
+    generated = generate_reply(policy_of(tools_constraint(CLOCK_TOOL)), prefer_call, max_tokens=4096)
     assert generated.finish_reason is FinishReason.STOP
     assert len(generated.reply.calls) == MAX_CALLS
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(str.strip))
 def test_any_name_of_a_tool_can_be_generated(name: str) -> None:
-    generated = generate_reply(policy_of(tools_constraint(Tool(name), is_parallel=False)), random_choice(0), 400)
+    generated = generate_reply(policy_of(tools_constraint(Tool(name), is_parallel=False)), random_choice(0))
     assert text_of(generated).split("<|tool_call_argument_begin|>")[0].endswith(f"functions.{name}:0")
 
 

@@ -87,7 +87,7 @@ RECURSIVE = {
 
 @pytest.mark.parametrize("schema", RECURSIVE.values(), ids=RECURSIVE)
 def test_a_recursive_schema_with_a_finite_value_is_used(schema: Any) -> None:
-    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(1, ending=0.9), 500)
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(1, ending=0.9), max_tokens=500)
     json.loads(generated.reply.content)
 
 
@@ -106,7 +106,7 @@ NOT_ENFORCED = {
 
 
 @pytest.mark.parametrize(("schema", "word"), NOT_ENFORCED.values(), ids=NOT_ENFORCED)
-def test_an_unknown_part_of_a_schema_is_a_warning_and_with_strict_an_error(schema: Any, word: str) -> None:
+def test_a_part_of_a_schema_that_is_not_enforced_is_a_warning_and_with_strict_an_error(schema: Any, word: str) -> None:
     strict_answer = Constraint(AnswerFormat(AnswerForm.JSON_SCHEMA, schema=schema, is_strict=True))
     strict_call = Constraint(tools=ToolRules((Tool("a", schema, is_strict=True),), ToolChoice.REQUIRED))
     for constraint, strict in ((answer_constraint(schema), strict_answer), (call_constraint(schema), strict_call)):
@@ -155,7 +155,7 @@ def test_more_than_512_tools_are_refused() -> None:
         tool_rules([{"type": "function", "function": {"name": f"f{number}"}} for number in range(513)])
 
 
-def test_a_schema_with_an_unknown_keyword_is_enforced_without_the_keyword() -> None:
+def test_a_schema_with_unsupported_keywords_is_enforced_without_them() -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"type": "boolean"}},
@@ -163,14 +163,14 @@ def test_a_schema_with_an_unknown_keyword_is_enforced_without_the_keyword() -> N
         "minContains": 1,
         "not": {},
     }
-    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(0, ending=0.9), 500)
+    generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(0, ending=0.9), max_tokens=500)
     assert isinstance(json.loads(generated.reply.content)["a"], bool)
 
 
 def test_options_of_the_compiler_in_a_schema_are_ignored() -> None:
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "x-guidance": {"whitespace_pattern": " *"}}
     for seed in range(20):
-        generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed), 500)
+        generated = generate_reply(policy_of(answer_constraint(schema)), random_choice(seed), max_tokens=500)
         assert " " not in generated.reply.content
 
 
@@ -224,7 +224,11 @@ BAD_VALUES: dict[str, tuple[Callable[[], object], str]] = {
         "the schema of tool 'record' has the type 'string': arguments are an object",
     ),
     "a bias outside the vocabulary": (
-        lambda: check_request(Request((1,), 1, Sampling(seed=0, logit_bias=((640, 1.0),)), frozenset()), 640, 100),
+        lambda: check_request(
+            Request((1,), 1, Sampling(seed=0, logit_bias=((640, 1.0),)), frozenset()),
+            vocab_size=640,
+            context_tokens=100,
+        ),
         "a logit bias is for token id 640, outside the vocabulary of 640",
     ),
     "a bias that is too large": (lambda: Sampling(seed=0, logit_bias=((1, 101.0),)), "give a value from -100 to 100"),

@@ -18,7 +18,7 @@ WRONG_S = sum(STAGES_S) + 2 * HOP_S
 
 def test_the_times_of_steps_with_right_and_wrong_drafts_give_the_times_of_hop_and_cycle() -> None:
     _, sampled_step, draft_step = scheduler_with_draft()
-    timer = DraftTimer(2)
+    timer = DraftTimer(num_stages=len(STAGES_S))
     now = 0.0
     for microbatch, step_s in (
         (sampled_step, WRONG_S),

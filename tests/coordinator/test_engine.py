@@ -278,7 +278,7 @@ def test_ready_events_raises_the_error_of_its_request() -> None:
 def test_a_defect_in_the_engine_ends_its_requests_with_an_error() -> None:
     with token_engine() as harness:
         handle = harness.engine.submit(request(1, 2, max_tokens=50))
-        harness.scheduler.next_microbatch = None  # type: ignore[assignment, method-assign]
+        harness.scheduler.next_microbatch = None  # type: ignore[assignment, method-assign]  # a call is a TypeError
         while not handle.has_ended:
             harness.stages.execute(0)
             harness.stages.execute(1)
@@ -353,7 +353,7 @@ def test_a_request_that_is_submitted_during_a_restart_reports_the_restart() -> N
         harness.run_to_end(handle)
 
 
-def test_python_has_its_earlier_switch_interval_again_after_the_last_of_two_engines() -> None:
+def test_python_has_its_earlier_switch_interval_again_after_the_end_of_two_overlapping_short_intervals() -> None:
     earlier_s = sys.getswitchinterval()
     interval = _ShortInterval()
     interval.begin()

@@ -38,6 +38,8 @@ LONG_PROMPT = request(150, 30, seed=5)
 GREEDY = request(70, 30, temperature=0)
 SHORT_PROMPT = request(3, 60, seed=7)
 ClusterOf = Callable[[int], Cluster]
+PHASE_AND_STEP = r"(receiving|computing|sending|waiting) .* step \d+"
+"""A pattern of a stage's status while requests run."""
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,10 @@ def test_concurrent_requests_get_the_same_tokens_as_when_run_alone(cluster_of: C
 
 
 def test_more_requests_than_slots_all_finish(cluster_of: ClusterOf) -> None:
-    requests = [request(prompt_tokens, 5) for prompt_tokens in (4, 40, 8, 90, 2, 16)]
-    assert [len(tokens) for tokens in cluster_of(2).tokens(*requests).values()] == [5] * 6
+    cluster = cluster_of(2)
+    requests = [request(num_prompt, max_tokens=5) for num_prompt in (4, 40, 8, 90, 2, 16)]
+    assert len(requests) > cluster.deployment.shape.num_slots
+    assert [len(tokens) for tokens in cluster.tokens(*requests).values()] == [5] * len(requests)
 
 
 def test_another_seed_samples_other_tokens_and_the_same_seed_the_same(cluster_of: ClusterOf) -> None:
@@ -148,13 +152,13 @@ def test_requests_of_two_threads_at_random_times_get_the_tokens_that_they_get_al
         else:
             assert token_ids == tokens_alone[finished]
             num_complete += 1
-    assert len(results) == 50 and num_complete >= 30
+    assert len(results) == 50 and num_complete >= 30  # at most 20 are cancelled
 
 
 def test_every_stage_reports_its_steps_and_busy_time(cluster_of: ClusterOf) -> None:
     uses = cluster_of(2).engine.use
     steps_before = max(use.steps_done for use in uses)
-    cluster_of(2).tokens(request(4, 10))
+    cluster_of(2).tokens(request(4, 10))  # one step for each token: the first one samples after the whole prompt
     while {use.steps_done for use in uses} != {steps_before + 10}:
         threading.Event().wait(0.001)
     assert all(use.busy_s > 0 for use in uses)
@@ -184,7 +188,10 @@ def error_after(
     step_timeout: StepTimeout | None = None,
     stall_timeout_s: float = 8.0,
 ) -> ClusterError:
-    """Return the error of a request over two marked stages. ``cause_fault`` is called after the sixth token."""
+    """Return the error of a request over two stages that ``stage_process`` finds.
+
+    ``cause_fault`` is called after the sixth token.
+    """
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(2)]
     with local_cluster(model, hosts, step_timeout, stall_timeout_s) as cluster, pytest.raises(ClusterError) as caught:
         for num_tokens, _ in enumerate(together(cluster.engine, request(8, 2000)), start=1):
@@ -198,7 +205,7 @@ def test_the_fault_of_a_killed_stage_names_the_stage_and_its_host(model: Path, t
     error = error_after(model, tmp_path, lambda: stage_process(rank).kill())
     assert isinstance(error, StageFault)
     assert re.match(
-        rf"stage {rank} on this machine \((receiving|computing|sending|waiting) .* step \d+\) ended with signal 9",
+        rf"stage {rank} on this machine \({PHASE_AND_STEP}\) ended with signal 9",
         str(error),
     )
 
@@ -208,12 +215,17 @@ def test_the_fault_of_a_killed_stage_names_the_stage_and_its_host(model: Path, t
 def test_the_error_for_a_suspended_stage_names_host_step_and_phase(model: Path, tmp_path: Path, rank: int) -> None:
     error = error_after(model, tmp_path, lambda: stage_process(rank).suspend(), stall_timeout_s=1.0)
     assert isinstance(error, StageSilent)
-    assert re.match(rf"stage {rank} on this machine \(.*\) is stopped: its process was suspended \d+ s ago", str(error))
+    assert re.match(
+        rf"stage {rank} on this machine \({PHASE_AND_STEP} for \d+ s\) is stopped: its process was suspended",
+        str(error),
+    )
 
 
 @pytest.mark.slow
 def test_the_error_of_a_step_timeout_names_the_late_stage_and_lists_every_status(model: Path, tmp_path: Path) -> None:
-    error = error_after(model, tmp_path, lambda: stage_process(1).suspend(), StepTimeout(1.0, 0.0))
+    error = error_after(
+        model, tmp_path, lambda: stage_process(1).suspend(), StepTimeout(step_s=1.0, times_expected=0.0)
+    )
     assert isinstance(error, StageSilent)
     assert re.match(
         r"stage 1 on this machine \(.+ for \d+ s\) has not finished step \d+ \(1 tokens\) after \d+ s; "

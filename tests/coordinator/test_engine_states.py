@@ -115,10 +115,10 @@ class EngineStates(RuleBasedStateMachine):
     def submit(self, request: Request) -> Reader:
         self.wait_for_engine()
         handle = self.submit_or_refuse(request)
-        if handle is None:
+        if handle is None:  # a rule with this target must return a reader
             ended_handle = Handle(request, lambda _: None)
             ended_handle.end(RequestFailed("refused"))
-            return Reader(ended_handle, 0)
+            return Reader(ended_handle, num_reports_before=0)
         reader = Reader(handle, len(self.last_reports))
         self.all_readers.append(reader)
         self.wait_for_engine()
@@ -202,7 +202,7 @@ class EngineStates(RuleBasedStateMachine):
         return 0
 
     def teardown(self) -> None:
-        if not hasattr(self, "harness"):
+        if not hasattr(self, "harness"):  # ``start`` was not called
             return
         if self.is_restarting:
             self.end_restart()

@@ -1,4 +1,4 @@
-"""Tests of the built-in model's draft head over real stages: tokens are those of one stage without a draft head."""
+"""Tests of the built-in model's draft head over real stages: tokens are the same as on one stage without the head."""
 
 import random
 import sys
@@ -35,13 +35,14 @@ from training.data import Question, held_out
 from training.vocabulary import load_encoding
 
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
+VOCAB_SIZE = 2048
 NUM_TEXT_TOKENS = 1792
 """Number of tokens with text. The ids of control tokens follow."""
 NUM_CASES = 400 if IS_LONG else 8
 CONTEXT_TOKENS = 1024
 QUESTIONS = held_out().questions
 HEAD = DraftHead(source=ModelSource(path_or_repo=BUILTIN_HEAD), bits=8)
-TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).files, 2048)
+TOKENIZER = load_tokenizer(read_model_files(ModelSource(path_or_repo=BUILTIN)).files, VOCAB_SIZE)
 STOP_IDS = frozenset({TOKENIZER.token_id("<|im_end|>")})
 EngineOf = Callable[[int], Engine]
 
@@ -90,9 +91,9 @@ def random_sampling(rng: random.Random, seed: int) -> Sampling:
 
 
 def three_answers(engine: Engine, rng: random.Random, seed: int) -> list[list[int]]:
-    """Return the tokens of an answer, of an answer to its continuation, and of one to its prompt with another seed.
+    """Return the tokens of three answers: to a prompt, to prompt + answer + random tokens, and again to the prompt.
 
-    The second request continues in the first one's slot. The third copies the prompt from that slot, or reuses it.
+    The second request continues in the first one's slot. The third copies the prompt from that slot, or runs in it.
     """
     prompt_ids = prompt_of(rng.choice(QUESTIONS))
     first_answer = answer(engine, Request(prompt_ids, 40, random_sampling(rng, seed), STOP_IDS))
@@ -124,7 +125,7 @@ def test_drafts_of_the_head_are_accepted_and_an_answer_has_the_same_tokens_after
     expected = answer(engine_of(1), request)
     cancelled = engine_of(2).submit(Request(prompt_of(QUESTIONS[700]), 60, Sampling(seed=1), frozenset()))
     for num_events, event in enumerate(cancelled.events()):
-        if isinstance(event, Token) and num_events > 5:
+        if isinstance(event, Token) and num_events > 5:  # while drafts are in flight
             cancelled.cancel()
     token_ids, end = rest_of(engine_of(2).submit(request))
     assert token_ids == expected
@@ -159,7 +160,7 @@ def test_the_tokens_of_constrained_answers_are_the_same_with_the_head(engine_of:
         token_ids, end = constrained_answer(engine_of(num_stages), random.Random(seed), seed)
         assert token_ids == expected, f"seed {seed}"
         num_accepted += end.summary.accepted
-    assert num_accepted > NUM_CASES  # more than 4 drafts in each answer
+    assert num_accepted > NUM_CASES  # on average more than 4 drafts in an answer
 
 
 @pytest.mark.slow

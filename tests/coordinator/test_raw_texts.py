@@ -24,7 +24,7 @@ from tests.coordinator.constrained import (
 
 
 def raw_policy(pattern: str, limits: ReplyLimits = NO_LIMITS, *stop_ids: int) -> ReplyPolicy:
-    """Return the policy of a raw text that matches ``pattern``."""
+    """Return the policy of a raw text that matches ``pattern`` and ends at one of ``stop_ids``, if any."""
     grammar = compile_constraint(COMPILER, Constraint(AnswerFormat(AnswerForm.REGEX, pattern)))
     request = Request((5,), 50, Sampling(seed=0), frozenset(stop_ids))
     return ReplyPolicy(TOKENIZER, request, limits, grammar, is_raw=True)
@@ -34,7 +34,7 @@ def test_a_raw_text_matches_its_pattern_from_its_first_token_and_has_no_reasonin
     for seed in range(20):
         policy = raw_policy("[ab]{3,9}", NO_LIMITS, STOP_ID)
         assert not {THINK_ID, THINK_END_ID} & set(allowed_ids(policy.token_mask(())))
-        generated = generate_reply(policy, random_choice(seed), 50)
+        generated = generate_reply(policy, random_choice(seed), max_tokens=50)
         assert re.fullmatch("[ab]{3,9}", generated.reply.content)
         assert generated.finish_reason is FinishReason.STOP
 

@@ -56,7 +56,7 @@ def test_an_answer_that_ends_inside_a_character_ends_with_a_replacement_characte
     cluster: Cluster, tokenizer: Tokenizer
 ) -> None:
     long_answer, _ = answer(cluster, tokenizer, request(12, 400, seed=3))
-    num_tokens = next(count for count, token in enumerate(long_answer, 1) if not token.text)  # ends in a character
+    num_tokens = next(count for count, token in enumerate(long_answer, 1) if not token.text)  # ends inside a character
     tokens, _ = answer(cluster, tokenizer, request(12, num_tokens, seed=3))
     assert tokens[-1].token_id == long_answer[num_tokens - 1].token_id
     assert tokens[-1].text == "\N{REPLACEMENT CHARACTER}"
@@ -64,10 +64,12 @@ def test_an_answer_that_ends_inside_a_character_ends_with_a_replacement_characte
 
 def test_a_summary_counts_tokens_and_computes_rates(cluster: Cluster, tokenizer: Tokenizer) -> None:
     tokens, summary = answer(cluster, tokenizer, REQUEST)
-    assert (summary.prompt_tokens, summary.generated_tokens, summary.seed) == (12, len(tokens), 3)
+    num_prompt = len(REQUEST.prompt_ids)
+    assert (summary.prompt_tokens, summary.generated_tokens) == (num_prompt, len(tokens))
+    assert summary.seed == REQUEST.sampling.seed
     assert summary.finish_reason is FinishReason.LENGTH
     assert summary.time_to_first_token_s
-    num_computed = 12 - summary.cached_tokens
+    num_computed = num_prompt - summary.cached_tokens
     assert summary.prefill_tokens_per_s == pytest.approx(num_computed / summary.time_to_first_token_s)
     assert summary.decode_tokens_per_s is not None
 

@@ -14,11 +14,12 @@ from mlx_k2.scheduling.scheduler import Scheduler, SchedulerLimits
 from tests.scheduling.fake_stages import WHOLE_CHUNKS
 
 VOCAB_SIZE = 100
+LIMITS = SchedulerLimits(num_slots=1, context_tokens=50, chunk_tokens=50, num_stages=2)
 
 
 def scheduler_with_draft() -> tuple[Scheduler, Microbatch, Microbatch]:
-    """Return a scheduler that has completed step 0, a prompt; step 1, which has a sampled token; step 2, a draft."""
-    scheduler = Scheduler(SchedulerLimits(1, 50, 50, 2), WHOLE_CHUNKS, draft_mode=DraftMode.MODEL)
+    """Return a scheduler after a prompt, and its steps in flight: step 1 with the token 3, step 2 with the draft 4."""
+    scheduler = Scheduler(LIMITS, WHOLE_CHUNKS, draft_mode=DraftMode.MODEL)
     scheduler.submit(Request((1, 2), 20, Sampling(seed=0), frozenset()))
     prompt = scheduler.next_microbatch()
     assert prompt is not None

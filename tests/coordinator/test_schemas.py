@@ -18,7 +18,7 @@ from tests.coordinator.schemas import SCHEMAS, TOOL, answer_constraint, as_param
 ENDING_PROBABILITY = 0.999
 """Probability of a token that ends a JSON value where one is allowed: as high as with a logit bias of +20."""
 NUM_SEEDS = 50 if hypothesis.settings.get_current_profile_name() == "long" else 1
-"""Replies of each kind to each schema."""
+"""Number of replies for each schema and constraint."""
 
 
 def constraints_of(schema: Any) -> Iterator[tuple[Constraint, Any]]:
@@ -38,7 +38,7 @@ def check(reply: Reply, constraint: Constraint, schema: Any) -> None:
         jsonschema.validate(json.loads(call.arguments), schema)
 
 
-def test_no_schema_needs_a_fallback() -> None:
+def test_every_schema_is_enforced_without_a_warning() -> None:
     for name, schema in SCHEMAS.items():
         for constraint, _ in constraints_of(schema):
             assert compile_constraint(COMPILER, constraint).warnings == (), name
@@ -48,7 +48,9 @@ def test_no_schema_needs_a_fallback() -> None:
 def test_replies_that_tend_to_end_are_complete_and_valid(schema: Any) -> None:
     for constraint, json_schema in constraints_of(schema):
         for seed in range(NUM_SEEDS):
-            generated = generate_reply(policy_of(constraint), random_choice(seed, ending=ENDING_PROBABILITY), 4096)
+            generated = generate_reply(
+                policy_of(constraint), random_choice(seed, ending=ENDING_PROBABILITY), max_tokens=4096
+            )
             assert generated.finish_reason is FinishReason.STOP
             check(generated.reply, constraint, json_schema)
 
@@ -57,7 +59,7 @@ def test_replies_that_tend_to_end_are_complete_and_valid(schema: Any) -> None:
 def test_replies_of_random_tokens_are_valid_or_end_with_length_inside_their_last_call(schema: Any) -> None:
     for constraint, json_schema in constraints_of(schema):
         for seed in range(NUM_SEEDS):
-            generated = generate_reply(policy_of(constraint), random_choice(seed), 300)
+            generated = generate_reply(policy_of(constraint), random_choice(seed), max_tokens=300)
             if generated.finish_reason is FinishReason.STOP:
                 check(generated.reply, constraint, json_schema)
             else:

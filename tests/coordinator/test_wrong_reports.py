@@ -1,4 +1,4 @@
-"""Tests of a stage that reports what it cannot have computed: the fault is named, and the stages start again."""
+"""Tests of a stage that sends a message that no correct one sends: the error names it, and the stages start again."""
 
 import json
 import re

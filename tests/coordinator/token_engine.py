@@ -44,8 +44,11 @@ class TokenEngine:
     max_queued: int = MAX_QUEUED
     make_stages: Callable[[int, Callable[[Step], None]], TokenStages] = TokenStages
     plans: list[Step] = field(default_factory=list)
+    """All plans that were sent."""
     reports: list[StageReport] = field(default_factory=list)
+    """All reports of steps, of every stage."""
     restarts: list[Restart] = field(default_factory=list)
+    """All restarts that have begun."""
 
     def __post_init__(self) -> None:
         self.stages = self.make_stages(self.limits.num_stages, self.plans.append)
@@ -73,7 +76,7 @@ class TokenEngine:
                 threading.Event().wait(0.001)
 
     def run_steps(self, num_steps: int) -> None:
-        """Execute plans until the last stage has executed at least ``num_steps`` in all."""
+        """Execute plans until the last stage has executed ``num_steps`` since the engine started."""
         self.run_until(lambda: self.engine.use[-1].steps_done >= num_steps)
 
     def run_to_end(self, *handles: Handle) -> None:
@@ -97,7 +100,7 @@ class TokenEngine:
 
     def restart(self, error: ClusterError, on_restart: OnRestart) -> TokenStages:
         """Return new stages after ``end_restart``. The engine calls this on a thread of its own."""
-        self.restarts.append(Restart(str(error), len(self.restarts) + 1, 99, 0.0))
+        self.restarts.append(Restart(str(error), number=len(self.restarts) + 1, limit=99, wait_s=0.0))
         on_restart(self.restarts[-1], WAITING)
         self.is_restarting.set()
         assert self.may_restart.wait(WAIT_S), "the test did not call end_restart"

@@ -17,7 +17,7 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 
 pytestmark = pytest.mark.timeout(60)
 
-SHAPE = LayerShape(64, 32, 8, mx.bfloat16)
+SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=8, dtype=mx.bfloat16, num_experts=16)
 
 
 def k2_config() -> ModelConfig:
@@ -25,15 +25,15 @@ def k2_config() -> ModelConfig:
 
 
 def test_routed_experts_use_4_5_bits_per_weight() -> None:
-    stack = random_stack(SHAPE, 4)
+    stack = random_stack(SHAPE, num_experts=4)
     num_words = stack.gate_packed.size + stack.up_packed.size + stack.down_packed.size
     assert sum(array.nbytes for array in stack) * 8 == 4.5 * num_words * CODES_PER_WORD
 
 
 @pytest.mark.parametrize(("compute", "tokens"), [(variants.decode_experts, 1), (variants.batch_experts, 8)])
-def test_routed_experts_launch_two_kernels(compute: Experts, tokens: int) -> None:
-    stack, ids = random_stack(SHAPE, 16), random_expert_ids(tokens, 16, SHAPE.top_k)
-    x, weights = mx.zeros((tokens, 64), mx.bfloat16), mx.zeros((tokens, SHAPE.top_k))
+def test_the_decode_and_the_batch_kernel_launch_twice_for_routed_experts(compute: Experts, tokens: int) -> None:
+    stack, ids = random_stack(SHAPE, SHAPE.num_experts), random_expert_ids(tokens, SHAPE.num_experts, SHAPE.top_k)
+    x, weights = mx.zeros((tokens, SHAPE.hidden_size), mx.bfloat16), mx.zeros((tokens, SHAPE.top_k))
     mx.eval(stack, ids, x, weights)
 
     def layer(x: mx.array) -> mx.array:
@@ -51,7 +51,7 @@ def test_a_decoded_token_needs_at_most_10_dispatches_in_our_moe_block_and_at_lea
     ("dense_bits", "stored_biases", "held_gb", "read_gb"),
     [(None, False, 594.21, 32.99), (None, True, 657.62, 34.31), (8, False, 584.47, 23.25), (4, False, 579.28, 18.06)],
 )
-def test_k2_holds_and_reads_the_published_bytes_with_each_choice_of_dense_bits_and_biases(
+def test_k2_holds_and_reads_the_documented_bytes_with_each_choice_of_dense_bits_and_biases(
     dense_bits: int | None, stored_biases: bool, held_gb: float, read_gb: float
 ) -> None:
     held_and_read = bytes_held_and_read(k2_config(), dense_bits, stored_biases=stored_biases)

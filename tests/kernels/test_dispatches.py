@@ -53,7 +53,7 @@ def test_gate_up_refuses_threadgroup_rows_that_do_not_divide_the_outputs(case: C
 
 
 def test_down_refuses_hidden_rows_of_another_token_count(case: Case) -> None:
-    hidden = mx.zeros((2, 2, 32), mx.bfloat16)
+    hidden = mx.zeros((2, 2, 32), mx.bfloat16)  # of 2 tokens; the case has 3
     with pytest.raises(AssertionError, match="hidden is"):
         decode.down(hidden, case.expert_ids, case.expert_weights, case.stack, rows_per_simdgroup=4)
 
@@ -97,5 +97,5 @@ def test_the_package_has_all_12_kernel_files() -> None:
 def test_a_kernel_run_without_a_gpu_raises(case: Case) -> None:
     if mx.default_device().type == mx.DeviceType.gpu:
         return
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises(RuntimeError):
         mx.eval(run(gate_up(case)))

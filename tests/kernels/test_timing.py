@@ -17,7 +17,7 @@ SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float
 
 
 def test_a_layers_timing_counts_the_bytes_of_its_distinct_experts() -> None:
-    stack = random_stack(SHAPE, 8)
+    stack = random_stack(SHAPE, num_experts=8)
     measured = time_layer(reference.routed_experts, stack, tokens=1, top_k=4, chain=2, repeats=1)
     assert measured.seconds > 0
     assert measured.bytes_needed == 4 * sum(array.nbytes for array in stack) // 8  # 4 of the 8 experts
@@ -36,9 +36,11 @@ def test_without_a_gpu_the_kernel_table_is_empty() -> None:
 
 def test_an_unusable_kernel_is_not_timed_but_the_reference_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_cache, "DEFAULT_DIRECTORY", tmp_path)
-    unusable = KernelCheck(DECODE, False, 0.5, "off by 5e-01 of the largest output, more than 1e-05")
+    unusable = KernelCheck(
+        DECODE, usable=False, error=0.5, reason="off by 5e-01 of the largest output, more than 1e-05"
+    )
     path = check_cache.cache_path(tmp_path, SHAPE, experts.chip())
-    check_cache.store(path, check_cache.CachedChecks([unusable], None))
+    check_cache.store(path, check_cache.CachedChecks([unusable], tuning=None))
     (line,) = timing.kernel_lines(SHAPE, random_stack(SHAPE, SHAPE.num_experts), DEFAULT)
     assert (line.kernel, line.usable, line.reason, line.tokens) == (DECODE, False, unusable.reason, 1)
     assert line.gb_per_s is None
@@ -54,14 +56,14 @@ def test_the_fastest_tuning_is_found_and_cached(tmp_path: Path, monkeypatch: pyt
         return reference.routed_experts
 
     def time_last_tuning(_layer: Layer, _stack: ExpertStack, _tokens: int, _top_k: int) -> Timing:
-        """Return the shortest time for (8, 2); otherwise more rows of gate and up are faster."""
+        """Return the shortest time for 8 rows of gate and up and 2 of down; else prefer more of gate and up."""
         tuning = tried[-1]
         is_best = (tuning.gate_up_rows, tuning.down_rows) == (8, 2)
         return Timing(seconds=1.0 if is_best else 2.0 - tuning.gate_up_rows / 100, bytes_needed=1)
 
     monkeypatch.setattr(experts, "layer_of", layer_of)
     monkeypatch.setattr(
-        timing, "check_kernel", lambda name, _shape, tuning: KernelCheck(name, tuning.batch_rows != 1, 0.0, "")
+        timing, "check_kernel", lambda name, _shape, tuning: KernelCheck(name, usable=tuning.batch_rows != 1)
     )
     monkeypatch.setattr(timing, "time_layer", time_last_tuning)
     best = timing.best_tuning(SHAPE, DEFAULT)
@@ -76,4 +78,4 @@ def test_the_default_tuning_divides_32_rows() -> None:
     assert 32 % (DEFAULT.gate_up_rows * DEFAULT.gate_up_simdgroups) == 0
     assert 32 % (DEFAULT.batch_rows * DEFAULT.gate_up_simdgroups) == 0
     assert 32 % DEFAULT.down_rows == 0
-    assert DEFAULT.batch_simdgroups <= 32
+    assert DEFAULT.batch_simdgroups <= 32  # of 32 threads each: a threadgroup has at most 1024

@@ -29,7 +29,7 @@ from mlx_k2.protocol.messages import (
 from mlx_k2.sampling import SampledToken
 from mlx_k2.stage.ports import HeldPorts
 
-_output = os.fdopen(os.dup(1), "wb")
+_output = os.fdopen(os.dup(1), "wb")  # for frames only: what a library prints to stdout goes to stderr instead
 os.dup2(2, 1)
 
 
@@ -58,17 +58,17 @@ def echo() -> None:
     send(Connected())
     for message in read_messages():
         assert isinstance(message, Step)
-        send(StepDone(message.number, 0.0, 0.0))
+        send(StepDone(message.number, busy_s=0.0))
 
 
 def has_sent() -> None:
-    """Report the phase after step 5, in which its hidden states are sent, then do as ``echo``."""
+    """Report the phase after step 5, whose hidden states were sent, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.IDLE, 5))
     echo()
 
 
 def receives() -> None:
-    """Report the phase in which the hidden states of step 5 are received, then do as ``echo``."""
+    """Report the phase in which a stage waits for the hidden states of step 5, then do as ``echo``."""
     report_phase(PhaseUpdate(Phase.RECEIVING, 5, limit_s=600.0))
     echo()
 
@@ -134,13 +134,14 @@ def repeats_answers() -> None:
     for message in read_messages():
         assert isinstance(message, Step)
         for _ in range(1000):
-            send(StepDone(message.number, 0.0, 0.0))
+            send(StepDone(message.number, busy_s=0.0))
 
 
 def ring() -> None:
-    """Join MLX's ring and send an array from stage to stage. Each adds the step's number; the tokens are the mean.
+    """Join MLX's ring and send an array from stage to stage. Each stage adds the step's number.
 
     The array has Kimi K2's hidden size, 7168: 8 float32 rows for a step without rows, else a bfloat16 row per token.
+    The sampled tokens are the mean of its first 8 rows.
     """
     import mlx.core as mx  # noqa: PLC0415 - without mlx the other stages start in a tenth of the time
 
@@ -171,10 +172,10 @@ def ring() -> None:
             x = x + message.number
             if rank < num_stages - 1:
                 mx.eval(mx.distributed.send(x, rank + 1))
-                send(StepDone(message.number, 0.0, 0.0))
+                send(StepDone(message.number, busy_s=0.0))
             else:
                 tokens = (SampledToken(token_id=int(float(x[:8].mean()))),) * num_sampled
-                send(StepDone(message.number, 0.0, 0.0, tokens=tokens))
+                send(StepDone(message.number, busy_s=0.0, tokens=tokens))
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from mlx_k2.launch.diagnosis import explain_lost_connection, explain_start_failure
-from mlx_k2.launch.ssh import WHEEL
+from mlx_k2.launch.ssh import SSH_EXIT_CODE, WHEEL
 from mlx_k2.launch.stage_location import StageLocation
 
 LOCATION = StageLocation(ssh="mac-2", python="/opt/k2/bin/python")
@@ -64,7 +64,7 @@ def test_a_python_older_than_3_11_is_named_and_another_command_is_tried() -> Non
     ],
 )
 def test_known_ssh_errors_are_explained_and_others_quoted(stderr: str, explanation: str) -> None:
-    failure = explain_start_failure(LOCATION, 255, stderr, PROBLEM)
+    failure = explain_start_failure(LOCATION, SSH_EXIT_CODE, stderr, PROBLEM)
     assert explanation in failure.reason
     assert not failure.another_may_work
 
@@ -76,6 +76,6 @@ def test_the_reason_of_an_unknown_start_failure_is_the_problem_and_the_last_line
 
 
 def test_the_explanation_of_a_lost_connection_names_ssh_or_the_guard() -> None:
-    assert "ssh connection was lost" in explain_lost_connection(LOCATION, 255)
+    assert "ssh connection was lost" in explain_lost_connection(LOCATION, SSH_EXIT_CODE)
     assert explain_lost_connection(StageLocation(), -signal.SIGKILL) == "its guard was ended by signal 9"
     assert explain_lost_connection(StageLocation(), None) == "the connection ended without its guard's last frame"

@@ -42,6 +42,7 @@ def make_group(tmp_path: Path, log: list[str]) -> MakeGroup:
 
 
 def receive(group: StageGroup, count: int) -> list[StageEvent]:
+    """Return the next ``count`` events. Each stage sends Connected first."""
     events: list[StageEvent] = []
     for _ in range(count):
         event = group.receive(RECEIVE_TIMEOUT_S)
@@ -65,12 +66,12 @@ def test_each_stage_answers_in_order_and_no_process_remains_after_the_group(make
         assert {event.rank for event in receive(group, 3) if isinstance(event, StageMessage)} == {0, 1, 2}
         for number in range(50):
             group.send_all(Step(number, ()))
-        events = receive(group, 150)
+        events = receive(group, 3 * 50)
         group.send(1, Step(99, ()))
-        assert receive(group, 1) == [StageMessage(1, StepDone(99, 0.0, 0.0))]
+        assert receive(group, 1) == [StageMessage(1, StepDone(99, busy_s=0.0))]
     for rank in range(3):
         messages = [event.message for event in events if isinstance(event, StageMessage) and event.rank == rank]
-        assert messages == [StepDone(number, 0.0, 0.0) for number in range(50)]
+        assert messages == [StepDone(number, busy_s=0.0) for number in range(50)]
     assert running_children() == []
 
 
@@ -109,7 +110,7 @@ def test_the_end_of_a_failed_stage_has_its_exit_code_and_the_tail_of_its_stderr(
         )
         group.send(1, Step(1, ()))  # sending to an ended stage raises no error
         group.send(0, Step(2, ()))
-        assert receive(group, 1) == [StageMessage(0, StepDone(2, 0.0, 0.0))]
+        assert receive(group, 1) == [StageMessage(0, StepDone(2, busy_s=0.0))]
 
 
 def test_the_end_of_a_stage_whose_guard_was_killed_names_the_signal(make_group: MakeGroup) -> None:
@@ -143,7 +144,9 @@ def test_no_message_is_lost_when_stages_send_faster_than_receive_is_called(make_
         receive(group, 2)
         for number in range(3):
             group.send_all(Step(number, ()))
-        assert all(isinstance(event, StageMessage) for event in receive(group, 6000))
+        assert all(
+            isinstance(event, StageMessage) for event in receive(group, 2 * 3 * 1000)
+        )  # stages x steps x reports of a step
 
 
 @pytest.mark.slow
@@ -199,7 +202,7 @@ def test_an_exception_while_stages_are_started_ends_those_that_were_started(
 
 
 def test_the_end_of_a_stage_whose_python_is_missing_is_a_start_error_with_the_path() -> None:
-    with StageGroup([StageLocation(python="/nowhere/python")], 20.0, lambda _: None) as group:
+    with StageGroup([StageLocation(python="/nowhere/python")], lease_s=20.0, log=lambda _: None) as group:
         error = end_among(receive(group, 1)).as_error()
     assert isinstance(error, StageStartError)
     assert str(error) == (
@@ -228,6 +231,6 @@ def test_messages_that_are_sent_before_a_stage_is_up_are_delivered_later(make_gr
         group.send(0, Step(2, ()))
         assert receive(group, 3) == [
             StageMessage(0, Connected()),
-            StageMessage(0, StepDone(1, 0.0, 0.0)),
-            StageMessage(0, StepDone(2, 0.0, 0.0)),
+            StageMessage(0, StepDone(1, busy_s=0.0)),
+            StageMessage(0, StepDone(2, busy_s=0.0)),
         ]

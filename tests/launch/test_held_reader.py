@@ -75,11 +75,12 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
     locations = [StageLocation(python=stand_in_python(folder, "ring"))] * NUM_STAGES
     with StageGroup(locations, lease_s=20.0, log=lambda _: None) as group:
         for rank in range(NUM_STAGES):
-            group.send(rank, Prepare(rank, NUM_STAGES, ModelSource(path_or_repo=""), ("127.0.0.1",)))
-        prepared = collect(group, Prepared, range(NUM_STAGES), 30, "prepare")
+            model = ModelSource(path_or_repo="")  # the stage program loads none
+            group.send(rank, Prepare(rank, NUM_STAGES, model, listen=("127.0.0.1",)))
+        prepared = collect(group, Prepared, range(NUM_STAGES), silence_s=30, task="prepare")
         links = RingLinks(tuple(answer.addresses for answer in prepared))
-        group.send_all(Connect(links, None, None))
-        collect(group, Connected, range(NUM_STAGES), 30, "connect")
+        group.send_all(Connect(links, to_next=None, from_previous=None))
+        collect(group, Connected, range(NUM_STAGES), silence_s=30, task="connect")
         yield group
 
 
@@ -87,15 +88,15 @@ def connected_stages(folder: Path) -> Iterator[StageGroup]:
 def test_a_prompt_of_200_000_tokens_completes_although_readers_were_blocked(
     reader_block: ReaderBlock, tmp_path: Path
 ) -> None:
-    limits = SchedulerLimits(1, 262_144, CHUNK_TOKENS, NUM_STAGES)
+    limits = SchedulerLimits(num_slots=1, context_tokens=262_144, chunk_tokens=CHUNK_TOKENS, num_stages=NUM_STAGES)
     policy = StepPolicy(k2_stages(NUM_STAGES))
-    prompt = Request(tuple(range(PROMPT_TOKENS)), 3, Sampling(seed=0), frozenset())
+    prompt = Request(tuple(range(PROMPT_TOKENS)), max_tokens=3, sampling=Sampling(seed=0), stop_ids=frozenset())
     with connected_stages(tmp_path) as group:
         scheduler = Scheduler(limits, policy)
         reader_block.start()
-        with Engine(Pipeline(group, scheduler, policy, PROMPT_TOKENS), scheduler) as engine:
+        with Engine(Pipeline(group, scheduler, policy, vocab_size=PROMPT_TOKENS), scheduler) as engine:
             assert len(tokens_of(engine, prompt)[prompt]) == 3
-            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2
+            assert engine.use[-1].num_tokens == PROMPT_TOKENS + 2  # the last token is not computed
     assert reader_block.num_blocked == NUM_STAGES
 
 

@@ -29,7 +29,7 @@ def test_the_wheel_has_all_files_of_the_package_and_records_their_digests(tmp_pa
         assert b"mlx-k2 = mlx_k2.cli.main:main" in archive.read(f"{info}/entry_points.txt")
         record = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
         assert [path for path, _, _ in record] == names
-        for path, digest, size in record[:-1]:
+        for path, digest, size in record[:-1]:  # the last line is that of RECORD itself, without a digest
             data = archive.read(path)
             expected = urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
             assert (digest, int(size)) == (f"sha256={expected}", len(data))
@@ -47,7 +47,7 @@ def test_an_installed_program_writes_a_wheel_and_one_that_runs_from_a_folder_adv
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = write_wheel(tmp_path)
-    monkeypatch.setattr("sys.path", [str(ROOT / "mlx_k2")])
+    monkeypatch.setattr("sys.path", [str(ROOT / "mlx_k2")])  # a folder without the metadata of mlx-k2
     with pytest.raises(SetupError, match="is not installed: install it first"):
         write_wheel(tmp_path)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]

@@ -52,4 +52,6 @@ def test_a_wrong_kernel_is_unusable_and_its_error_is_reported(kernel: str) -> No
 @pytest.mark.parametrize("kernel", [DECODE, BATCH, PREFILL, ROUTER])
 def test_a_kernel_that_does_not_compile_is_unusable_with_a_one_line_reason(kernel: str) -> None:
     reason = "[metal::Device] Unable to build metal library from source"
-    assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == KernelCheck(kernel, False, None, reason)
+    assert check_kernel(kernel, SHAPE, DEFAULT, perform_uncompilable) == KernelCheck(
+        kernel, usable=False, reason=reason
+    )

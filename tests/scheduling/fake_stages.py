@@ -30,11 +30,12 @@ def request(num_prompt: int, max_tokens: int = 1000, first_id: int = 100) -> Req
     return Request(prompt_ids, max_tokens, Sampling(seed=0), frozenset({STOP_ID}))
 
 
+# Half of the prompts begin with 100, so that they share prefixes.
 random_requests = st.builds(request, st.integers(1, 30), st.integers(1, 12), st.sampled_from([100, 100, 101, 300]))
 random_limits = st.builds(
     SchedulerLimits,
     num_slots=st.integers(1, 4),
-    context_tokens=st.integers(31, 40),
+    context_tokens=st.integers(31, 40),  # each prompt of up to 30 tokens can run
     chunk_tokens=st.integers(1, 12),
     num_stages=st.integers(1, 3),
     prompts_first=st.booleans(),
@@ -65,7 +66,8 @@ class FixedStepPolicy(StepPolicy):
 
 
 random_policies = st.builds(FixedStepPolicy, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
-WHOLE_CHUNKS = FixedStepPolicy(1, 1000, 1000)
+WHOLE_CHUNKS = FixedStepPolicy(num_microbatches=1, lone_chunk_tokens=1000, beside_chunk_tokens=1000)
+"""A prompt is one chunk, unless the scheduler's limits are lower."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class SchedulerRun:
     limits: SchedulerLimits
     policy: FixedStepPolicy = WHOLE_CHUNKS
     has_drafts: bool = False
+    """True: with n-gram drafts."""
     vocab_size: int = STOP_ID + 1
     """Number of ids that can be sampled: with 1 only id 0."""
     scheduler: Scheduler = field(init=False)
@@ -92,7 +95,7 @@ class SchedulerRun:
     max_in_flight: int = 0
     """The largest number of microbatches that were in flight at a time."""
     _in_flight: deque[Microbatch] = field(default_factory=deque)
-    _caches: dict[int, list[int]] = field(default_factory=dict)
+    _caches: dict[int, list[int]] = field(default_factory=dict)  # by slot
 
     def __post_init__(self) -> None:
         mode = DraftMode.NGRAM if self.has_drafts else DraftMode.OFF
@@ -127,6 +130,7 @@ class SchedulerRun:
         cache[row.position : row.end] = row.token_ids
         if not row.needs_logits:
             return None
+        # A hash of the last three tokens and of the sum of all. Bytes are below 256, hence the remainders.
         digest = hashlib.blake2b(bytes(token_id % 251 for token_id in cache[max(0, row.end - 3) : row.end]))
         digest.update(bytes([sum(cache[: row.end]) % 7]))
         return digest.digest()[0] % self.vocab_size

@@ -29,7 +29,7 @@ MAX_CHUNK_TOKENS = 8192
 def k2_sizes(num_stages: int) -> list[StageSizes]:
     """Return the sizes of the stages of Kimi K2."""
     return [
-        stage_sizes(CONFIG, first, end, 2, tile_rows=GPU_TILE_ROWS)
+        stage_sizes(CONFIG, first, end, compute_bytes=2, tile_rows=GPU_TILE_ROWS)
         for first, end in itertools.pairwise(STAGE_BOUNDS[num_stages])
     ]
 
@@ -40,7 +40,7 @@ def k2_stages(num_stages: int = 2, speed: StageSpeed = SPEED) -> list[StageCost]
 
 
 class FixedChoices(StepPolicy):
-    """The step policy with a fixed number of microbatches and a fixed length of chunks."""
+    """The step policy with a fixed number of microbatches and, except beside decode rows, a fixed length of chunks."""
 
     def __init__(self, stages: Sequence[StageCost], num_microbatches: int, chunk_tokens: int) -> None:
         super().__init__(stages, TURNAROUND_S)
@@ -56,7 +56,7 @@ class FixedChoices(StepPolicy):
 
 
 def request(num_prompt: int, max_tokens: int, seed: int = 0, *, has_common_prefix: bool = False) -> Request:
-    """Return a request. Prompts of different seeds differ in their first token only, or in their last token only."""
+    """Return a request. Prompts of different seeds differ in one token: the first, or with a common prefix the last."""
     common_ids = tuple(range(1, num_prompt))
     own_id = 1_000_000 + seed
     prompt_ids = (*common_ids, own_id) if has_common_prefix else (own_id, *common_ids)

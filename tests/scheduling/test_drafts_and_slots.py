@@ -1,4 +1,4 @@
-"""Tests of n-gram drafts and of the choice of slots: a cached prefix is used from any slot."""
+"""Tests of n-gram drafts, and of the choice of a slot for a prompt: a cached prefix is used from any slot."""
 
 import math
 from array import array
@@ -13,9 +13,22 @@ from mlx_k2.scheduling.request import Request
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from mlx_k2.scheduling.sequence import INDEX_TOKENS, Sequence, SharedPrefix
 from mlx_k2.scheduling.slots import SlotChoice, SlotPool, common_prefix
-from tests.scheduling.fake_stages import FixedStepPolicy, SchedulerRun, random_requests, request
+from tests.scheduling.fake_stages import WHOLE_CHUNKS, FixedStepPolicy, SchedulerRun, random_requests, request
 
 random_ids = st.lists(st.integers(0, 3), max_size=40)
+
+
+def one_slot_run(
+    *,
+    num_stages: int = 2,
+    context_tokens: int = 200,
+    chunk_tokens: int = 16,
+    has_drafts: bool = True,
+    vocab_size: int = 1,
+) -> SchedulerRun:
+    """Return a run in which one sequence runs at a time. By default every sampled token is 0, so drafts are right."""
+    limits = SchedulerLimits(1, context_tokens, chunk_tokens, num_stages)
+    return SchedulerRun(limits, FixedStepPolicy(1, chunk_tokens, chunk_tokens), has_drafts, vocab_size)
 
 
 def after_longest_match(token_ids: list[int]) -> int | None:
@@ -31,14 +44,14 @@ def after_longest_match(token_ids: list[int]) -> int | None:
 def test_a_draft_follows_the_latest_occurrence_of_the_longest_known_ngram(token_ids: list[int], step: int) -> None:
     drafter = NgramDrafter()
     for end in (*range(step, len(token_ids), step), len(token_ids)):  # the text grows
-        drafter.index(token_ids[:end], 100)
+        drafter.index(token_ids[:end], max_tokens=100)
     assert drafter.draft(token_ids, []) == after_longest_match(token_ids)
 
 
 def test_a_draft_can_follow_earlier_drafts() -> None:
     drafter = NgramDrafter()
     text = [1, 2, 3, 4, 5, 6, 1, 2]
-    drafter.index(text, 100)
+    drafter.index(text, max_tokens=100)
     drafts: list[int] = []
     for expected in (3, 4, 5, 6, 1, 2):
         assert drafter.draft(text, drafts) == expected
@@ -46,13 +59,14 @@ def test_a_draft_can_follow_earlier_drafts() -> None:
 
 
 def test_drafts_of_one_repetitive_sequence_keep_one_plan_per_stage_in_flight() -> None:
-    run = SchedulerRun(SchedulerLimits(1, 200, 16, 3), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
-    run.scheduler.submit(request(4, 60))
+    run = one_slot_run(num_stages=3)
+    run.scheduler.submit(request(num_prompt=4, max_tokens=60))
     run.finish()
     (sequence,) = run.sequences
     assert run.max_in_flight == 3
-    assert sum(count.num_accepted for count in sequence.drafts.counts) > 45
-    assert sum(count.num_drafted - count.num_accepted for count in sequence.drafts.counts) <= 3
+    num_accepted = sum(count.num_accepted for count in sequence.drafts.counts)
+    assert num_accepted > 45  # of 60 tokens: the first ones follow no repetition yet
+    assert sum(count.num_drafted for count in sequence.drafts.counts) - num_accepted <= 3
 
 
 @given(random_ids, random_ids)
@@ -64,7 +78,8 @@ def test_a_common_prefix_ends_at_the_first_difference(left: list[int], right: li
 
 def acquire(pool: SlotPool, slot: int, *token_ids: int) -> None:
     """Acquire ``slot`` for a sequence that has these tokens in its cache."""
-    sequence = Sequence(Request((*token_ids, 0), 5, Sampling(seed=0), frozenset()), 100_000)
+    prompt_ids = (*token_ids, 0)  # the last token of a prompt is not shared
+    sequence = Sequence(Request(prompt_ids, 5, Sampling(seed=0), frozenset()), context_tokens=100)
     pool.acquire(SlotChoice(slot, SharedPrefix()), sequence)
     sequence.num_planned = len(token_ids)
 
@@ -74,7 +89,6 @@ def pool_with(*caches: tuple[int, ...]) -> SlotPool:
     pool = SlotPool(len(caches))
     for slot, token_ids in enumerate(caches):
         acquire(pool, slot, *token_ids)
-    for slot in range(len(caches)):
         pool.release(slot)
     return pool
 
@@ -86,7 +100,11 @@ def check_choice(pool: SlotPool, prompt_ids: Iterable[int], slot: int, shared: S
 
 
 def test_without_a_shared_prefix_the_least_recently_used_slot_is_chosen() -> None:
-    check_choice(pool_with((1, 2), (3, 4), (5, 6)), (7, 8), slot=0, shared=SharedPrefix())
+    pool = pool_with((1, 2), (3, 4), (5, 6))
+    check_choice(pool, (7, 8), slot=0, shared=SharedPrefix())
+    acquire(pool, 0, 1, 2)
+    pool.release(0)
+    check_choice(pool, (7, 8), slot=1, shared=SharedPrefix())
 
 
 def test_a_continued_conversation_reuses_its_own_slot() -> None:
@@ -112,7 +130,8 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
 
 
 def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_computes() -> None:
-    run = SchedulerRun(SchedulerLimits(2, 200, 200, 2), FixedStepPolicy(2, 200, 200), vocab_size=1)
+    limits = SchedulerLimits(num_slots=2, context_tokens=200, chunk_tokens=200, num_stages=2)
+    run = SchedulerRun(limits, WHOLE_CHUNKS, vocab_size=1)
     for last_id in (7, 8):
         run.scheduler.submit(Request((*range(60), last_id), 3, Sampling(seed=0), frozenset()))
     run.finish()
@@ -125,7 +144,7 @@ def test_a_prompt_waits_for_a_long_prefix_that_another_sequence_computes() -> No
 def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
     first_request: Request, has_drafts: bool, vocab_size: int
 ) -> None:
-    run = SchedulerRun(SchedulerLimits(1, 45, 8, 2), FixedStepPolicy(1, 8, 8), has_drafts, vocab_size)
+    run = one_slot_run(context_tokens=45, chunk_tokens=8, has_drafts=has_drafts, vocab_size=vocab_size)
     run.play([first_request], [])
     (first,) = run.sequences
     run.scheduler.submit(Request((*first.token_ids, 0), 1, Sampling(seed=0), frozenset()))
@@ -134,25 +153,27 @@ def test_a_freed_slot_keeps_all_but_the_last_position_with_and_without_drafts(
 
 
 def test_a_conversation_that_continues_in_its_slot_keeps_its_ngram_index() -> None:
-    run = SchedulerRun(SchedulerLimits(1, 200, 16, 2), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
-    run.scheduler.submit(request(60, 5))
+    run = one_slot_run()
+    run.scheduler.submit(request(num_prompt=60, max_tokens=5))
     run.finish()
     (first,) = run.sequences
-    while first.drafter.index(first.token_ids, 16):
+    while first.drafter.index(first.token_ids, INDEX_TOKENS):  # the whole conversation
         pass
     run.scheduler.submit(Request((*first.token_ids, 3, 4), 5, Sampling(seed=0), frozenset()))
     run.finish()
     second = run.sequences[1]
     assert second.drafter is first.drafter
     num_shared = len(first.token_ids) - 1
-    assert not second.drafter.index(second.token_ids[:num_shared], 0), "the shared prefix is indexed again"
+    has_tokens_to_index = second.drafter.index(second.token_ids[:num_shared], max_tokens=0)
+    assert not has_tokens_to_index, "the shared prefix would be indexed again"
 
 
 def test_a_lone_prompt_is_indexed_in_parts_of_index_tokens_while_it_is_computed() -> None:
-    run = SchedulerRun(SchedulerLimits(1, 2000, 16, 2), FixedStepPolicy(1, 16, 16), has_drafts=True, vocab_size=1)
-    run.scheduler.submit(request(1000, 5))
+    num_prompt = 1000
+    run = one_slot_run(context_tokens=2000)
+    run.scheduler.submit(request(num_prompt, max_tokens=5))
     run.send()
-    num_parts = 1
+    num_parts = 1  # the part that the last call indexes
     while run.scheduler.index_drafts():
         num_parts += 1
-    assert num_parts == math.ceil(999 / INDEX_TOKENS)  # no token follows the last one
+    assert num_parts == math.ceil((num_prompt - 1) / INDEX_TOKENS)  # an n-gram ends before each token but the first

@@ -37,7 +37,7 @@ class FixedDrafter(NgramDrafter):
     def index(self, token_ids: object, max_tokens: int) -> bool:
         return False
 
-    def draft(self, token_ids: object, drafts: object, shortest: int = 0) -> int | None:
+    def draft(self, token_ids: object, draft_ids: object, min_tokens: int = 0) -> int | None:
         return self.token_ids.pop(0)
 
     def truncate(self, num_tokens: int) -> None:
@@ -66,7 +66,7 @@ def test_the_bias_of_500_random_answers_with_drafts_and_after_a_restart_is_that_
             expected = reference_bias(sampling, answer_ids + drafts[:num_drafts])
             np.testing.assert_allclose(bias, expected, rtol=2e-7, atol=1e-6)
             if num_drafts < len(drafts):
-                sequence.num_planned = end + num_drafts
+                sequence.num_planned = end + num_drafts  # as if all tokens before were sent: then a draft is next
                 assert sequence.draft() == drafts[num_drafts]
         bias_before = dense(sequence.logit_bias(end))
         sequence.reset(100)
@@ -77,7 +77,8 @@ def test_a_plan_has_the_sum_of_bias_and_penalties_and_not_the_parameters() -> No
     sampling = Sampling(seed=1, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((3, 1.0),))
     sequence = Sequence(Request((1,), 5, sampling, frozenset()), 100)
     assert sequence.sampling == Sampling(seed=1)
-    assert dense(sequence.logit_bias(1))[3] == 1.0
+    sequence.append_sampled(0, SampledToken(3), 1)
+    assert dense(sequence.logit_bias(2))[3] == 1.0 - (1.0 + 0.5)
 
 
 def test_without_bias_and_penalties_a_plan_has_no_bias() -> None:

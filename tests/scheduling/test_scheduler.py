@@ -1,5 +1,7 @@
 """Tests of the scheduler's plans: chunks of prompts, decode rounds, slots, and the ends of sequences."""
 
+from dataclasses import replace
+
 from mlx_k2.scheduling.request import FinishReason
 from mlx_k2.scheduling.scheduler import SchedulerLimits
 from tests.scheduling.fake_stages import STOP_ID, FixedStepPolicy, SchedulerRun, request
@@ -9,7 +11,10 @@ POLICY = FixedStepPolicy(num_microbatches=2, lone_chunk_tokens=8, beside_chunk_t
 
 
 def run_of(*requests: tuple[int, int], limits: SchedulerLimits = LIMITS, vocab_size: int = 1) -> SchedulerRun:
-    """Return a run with requests of (prompt tokens, ``max_tokens``) submitted. No two prompts share a prefix."""
+    """Return a run with requests of (prompt tokens, ``max_tokens``) submitted. No two prompts share a prefix.
+
+    By default every sampled token is 0.
+    """
     run = SchedulerRun(limits, POLICY, vocab_size=vocab_size)
     for index, (num_prompt, max_tokens) in enumerate(requests):
         run.scheduler.submit(request(num_prompt, max_tokens, first_id=100 + 1000 * index))
@@ -47,7 +52,7 @@ def test_a_chunk_is_also_sent_while_the_decode_row_is_in_flight() -> None:
 
 
 def test_with_prompts_first_all_prefill_runs_before_decode() -> None:
-    run = run_of((4, 50), (30, 50), limits=SchedulerLimits(2, 64, 8, 2, prompts_first=True))
+    run = run_of((4, 50), (30, 50), limits=replace(LIMITS, prompts_first=True))
     run.finish()
     is_prompt = [sent.row.is_prompt for sent in run.rows]
     assert is_prompt == sorted(is_prompt, reverse=True)
@@ -60,7 +65,7 @@ def test_short_prompts_are_combined_in_one_microbatch() -> None:
 
 
 def test_four_decoding_sequences_run_as_two_microbatches_of_the_same_two_sequences() -> None:
-    run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=SchedulerLimits(4, 64, 8, 2))
+    run = run_of((1, 50), (1, 50), (1, 50), (1, 50), limits=replace(LIMITS, num_slots=4))
     run.send()
     run.complete()
     assert [run.send() for _ in range(3)] == [True, True, False]
@@ -97,7 +102,7 @@ def test_a_stop_token_ends_a_sequence_and_counts_as_generated() -> None:
 
 
 def test_a_sequence_ends_at_the_context_length() -> None:
-    run = run_of((60, 50))
+    run = run_of((LIMITS.context_tokens - 4, 50))
     run.finish()
     (sequence,) = run.sequences
     assert (sequence.finish_reason, len(sequence.token_ids) - sequence.num_prompt) == (FinishReason.LENGTH, 4)
@@ -114,6 +119,6 @@ def test_the_recent_ids_of_a_row_are_the_last_64_tokens() -> None:
     run = run_of((3, 50))
     run.finish()
     assert run.rows[-1].row.recent_ids == (*range(100, 103), *[0] * 49)  # the prompt and the answer so far
-    run = run_of((100, 3), limits=SchedulerLimits(1, 200, 128, 1))
+    run = run_of((100, 3), limits=replace(LIMITS, context_tokens=200, chunk_tokens=128))
     run.finish()
     assert run.rows[-1].row.recent_ids == (*range(138, 200), 0, 0)

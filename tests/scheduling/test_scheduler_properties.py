@@ -156,10 +156,10 @@ def test_the_finish_reason_is_stop_after_a_stop_token_and_else_length_at_a_limit
 def test_cancelled_sequences_get_no_token_or_plan_and_later_requests_run(
     limits: SchedulerLimits, requests: Sequence[Request], actions: Sequence[str], later_requests: Sequence[Request]
 ) -> None:
-    run = SchedulerRun(replace(limits, num_slots=2), vocab_size=1)
+    run = SchedulerRun(replace(limits, num_slots=2), vocab_size=1)  # some of the requests wait for a slot
     for request in requests:
         run.scheduler.submit(request)
-    for action in actions:
+    for action in actions:  # "submit" has no request left
         if action == "send":
             run.send()
         elif action == "complete":

@@ -11,7 +11,7 @@ from mlx_k2.scheduling.speed_estimator import SpeedEstimator
 from tests.scheduling.simulation import k2_sizes
 
 SIZES = k2_sizes(2)[0]
-EXPECTED_SPEED = StageSpeed(0.003, 600e9, 15e12)
+EXPECTED_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 LOADS = [
     *(row_load(900 * count, 1, is_prompt=False, needs_logits=True) for count in range(1, 9)),
     *(row_load(0, count, is_prompt=True, needs_logits=False) for count in (1, 8, 64, 200, 512, 1000, 2000, 4000)),
