@@ -22,7 +22,7 @@ from mlx_k2.text.tool_call import ToolCall
 
 MAX_TOOL_CALLS = 300
 """The default limit. Kimi K2 Thinking is made for 200 to 300 calls in a row."""
-_NUM_SEEDS = 2**63
+_NUM_SEEDS = 2**63  # Sampling allows seeds from 0 to 2^63 - 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,12 @@ class ChatSession:
         yield from self._answer(request)
 
     def retry(self) -> Generator[Event, None, None]:
-        """Answer the user's last message again, with the next seed; errors are those of ``send_message``."""
+        """Answer the user's last message again, with the next seed.
+
+        Raises:
+            RequestError: the user has sent no message, or as ``send_message``.
+            TokenizerError, RequestFailed, ClusterError: as ``send_message``.
+        """
         self._is_stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
@@ -181,7 +186,7 @@ class ChatSession:
     def prefill_next_prompt(self) -> None:
         """Start to prefill the known part of the next prompt, in the background until the next request."""
         self.cancel_prefill()
-        limit = self._settings.context_tokens - 1
+        limit = self._settings.context_tokens - 1  # a request needs a position for the first token of its reply
         self._next_prompt = NextPrompt(self._source, lambda: self.conversation.next_prompt_prefix()[:limit])
 
     def _request(self) -> Request:

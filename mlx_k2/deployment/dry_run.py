@@ -23,11 +23,12 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     """Return the plan of ``deploy``, as far as it is known before any host is contacted.
 
     Raises:
-        SetupError: the deployment would be rejected. The files of stages on this machine are checked too.
+        SetupError: the deployment would be rejected. If the model is a folder, the files of this machine's stages are
+            checked too.
     """
     hosts = request.hostfile.hosts
-    here = HostMemory(None, psutil.virtual_memory().total)
-    unknown = HostMemory(None, None)
+    here = HostMemory(working_set_bytes=None, ram_bytes=psutil.virtual_memory().total)
+    unknown = HostMemory(working_set_bytes=None, ram_bytes=None)
     all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are assumed to be Macs
     memories = [here if host.is_local else unknown for host in hosts]
     shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
@@ -84,7 +85,7 @@ def _hints(
         changes.append(("leave --draft-model out", replace(request, draft_head=None)))
     hints: dict[str, str] = {}
     for hint, changed_request in changes:
-        option = hint.split()[1]
+        option = hint.split()[1]  # the hints for one option come with the smallest change first
         if option not in hints:
             with suppress(PartitionError, RequestError):
                 _planned(replace(changed_request, num_slots=1), model, memories, all_on_gpu)

@@ -23,7 +23,7 @@ class DeploymentListener:
     """Callbacks for the progress of a deployment. In this base class they do nothing."""
 
     def log(self, line: str) -> None:
-        """Receive a line of a stage's stderr. Called on the stage's own thread."""
+        """Receive the line "[stage 0 host] text", of a stage's stderr or about it, on any thread."""
 
     def notify(self, line: str) -> None:
         """Receive a message for the user, for instance about what is slow or may change the answer."""

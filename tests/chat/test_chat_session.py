@@ -249,7 +249,7 @@ def test_a_reply_that_max_tokens_cuts_inside_a_tool_call_ends_the_turn(tools: To
 def test_a_template_error_removes_the_message_of_the_user() -> None:
     template = ChatTemplate("{% if messages | length > 1 %}{{ messages[7].content }}{% endif %}")  # no message 7
     source = ScriptedSource(tokenizer(), HI_REPLY, HI_REPLY)
-    settings = ReplySettings(Sampling(seed=1), 100, tokenizer().stop_ids, 4096)
+    settings = ReplySettings(Sampling(seed=1), max_tokens=100, stop_ids=tokenizer().stop_ids, context_tokens=4096)
     chat = ChatSession(source, tokenizer(), Conversation(template, tokenizer(), [], "System."), settings)
     with pytest.raises(TokenizerError):
         list(chat.send_message("hello"))

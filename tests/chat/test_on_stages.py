@@ -84,7 +84,9 @@ class Stages:
 
     def settings(self, max_tokens: int = 60, thinking_budget: int | None = None) -> ReplySettings:
         limits = ReplyLimits(thinking_budget=thinking_budget)
-        return ReplySettings(Sampling(seed=3), max_tokens, frozenset(), self.context_tokens, limits=limits)
+        return ReplySettings(
+            Sampling(seed=3), max_tokens, stop_ids=frozenset(), context_tokens=self.context_tokens, limits=limits
+        )
 
 
 @contextlib.contextmanager
@@ -252,7 +254,8 @@ def write_fast_model(folder: Path) -> Path:
         n_routed_experts=4,
         max_position_embeddings=CONTEXT_TOKENS,
     )
-    write_random_checkpoint(folder, fields, 20, tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS).files)
+    vocabulary = tiny_vocabulary(VOCAB_SIZE, CONTEXT_TOKENS)
+    write_random_checkpoint(folder, fields, seed=20, tokenizer_files=vocabulary.files)
     return folder
 
 

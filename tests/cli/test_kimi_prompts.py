@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a random model with K2.5's layout, Kimi's vocabulary and two narrow layers, without a chat template."""
     fields = tiny_config_fields(VOCAB_SIZE, num_hidden_layers=2, hidden_size=64, max_position_embeddings=8192)
     folder = tmp_path_factory.mktemp("kimi") / "model"
-    write_random_checkpoint(folder, as_kimi_k25(fields), 20, vocabulary())
+    write_random_checkpoint(folder, as_kimi_k25(fields), seed=20, tokenizer_files=vocabulary())
     return folder
 
 

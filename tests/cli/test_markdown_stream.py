@@ -26,6 +26,7 @@ WIDTH, HEIGHT = 60, 12
 DEADLINE_S = 60.0
 
 marker_numbers = itertools.count()
+"""Numbers for the marker lines that ``screen_texts`` writes to the pane, which all tests share."""
 
 PYTHON = '''def first(names):
     """Return the first name.

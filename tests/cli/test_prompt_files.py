@@ -27,9 +27,7 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
     assert (second.messages, second.seed) == ([{"role": "user"}], 4)
 
 
-def test_a_line_has_the_values_of_the_options_unless_it_has_its_own_also_if_they_are_the_defaults(
-    tmp_path: Path,
-) -> None:
+def test_a_value_in_a_line_overrides_the_option_even_if_it_is_the_default(tmp_path: Path) -> None:
     options = SamplingOptions(
         top_k=5, stop=("x",), num_answers=3, regex="a", ignore_eos=True, logit_bias={4: 1.0}, seed=9, timeout_s=2.0
     )

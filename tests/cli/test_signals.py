@@ -56,7 +56,7 @@ def start(command_line: CommandLine, endless_model: Path) -> Iterator[Start]:
 
 
 def wait_for_answer(process: subprocess.Popen[bytes], num_stages: int = 1) -> list[psutil.Process]:
-    """Wait for the first 20 bytes of a running answer. Return all processes that the command has started."""
+    """Wait for the first bytes of a running answer. Return all processes that the command has started."""
     assert process.stdout
     assert process.stdout.read(20)
     assert process.poll() is None

@@ -52,7 +52,7 @@ def test_a_user_without_home_and_passwd_entry_can_chat_on_a_terminal(command_lin
     with on_pty(start, env=environment, cwd=tmp_path) as chat:
         chat.wait_for("Ctrl-D leaves")
         chat.wait_for(">")
-        chat.press(b"\x04")
+        chat.press(b"\x04")  # Ctrl-D
         assert chat.end() == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -74,7 +74,7 @@ class DisplayProgram:
     def output_for(self, display: str, parts: list[str]) -> str:
         """Return the output to the terminal for a text in ``parts``. ``display`` is a key of DISPLAYS."""
         line = json.dumps({"display": display, "parts": parts}).encode() + b"\n"
-        writer = threading.Thread(target=os.write, args=(self._texts, line))
+        writer = threading.Thread(target=os.write, args=(self._texts, line))  # blocks if the pipe cannot hold the line
         writer.start()
         output = b""
         while not output.endswith(END.encode()):
