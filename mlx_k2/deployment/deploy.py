@@ -114,7 +114,7 @@ def download(
         listener.phase("downloading")
         messages = [
             DownloadShard(
-                source_on(plan.host, request.source),
+                source_on(plan.host, started.request.source),
                 plan.assignment.first_layer,
                 plan.assignment.end_layer,
                 _draft_head_on(started, plan),
