@@ -96,7 +96,7 @@ def deploy(
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
-            if None in answer.checksums.values():  # None: neither the Hub nor the host has the file's checksum
+            if None in answer.checksums.values():  # None: neither the Hub nor a manifest gives the file's checksum
                 command = request.command_line("doctor --deep")
                 listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run `{command}` once")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
@@ -166,7 +166,7 @@ def _fetch_description(group: StageGroup, request: DeploymentRequest) -> tuple[D
     source, head = source_on(request.hostfile.hosts[0], request.source), request.draft_head
     model_files = _fetch_files(group, source)
     model = describe_model(model_files.files, f"{source.path_or_repo} on {group.host(0)}")
-    if source == request.source:  # else the first host has its own folder, and the others use request.source
+    if source == request.source:  # else the first host has its own folder, and request.source is for the others
         request = replace(request, source=model_files.source)
     if head is not None:
         head_files = _fetch_files(group, head.source)

@@ -32,7 +32,7 @@ def stage_cost(
     config, layers, compute_bytes = model.config, plan.assignment, DTYPE_BYTES[shape.dtype]
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if plan.host.gb_per_s is not None:
-        speed = StageSpeed(speed.fixed_s, plan.host.gb_per_s * 1e9, speed.operations_per_s)
+        speed = replace(speed, bytes_per_s=plan.host.gb_per_s * 1e9)
     tile_rows = GPU_TILE_ROWS if on_gpu else 1
     sizes = stage_sizes(
         config, layers.first_layer, layers.end_layer, compute_bytes, shape.dense_bits, tile_rows=tile_rows

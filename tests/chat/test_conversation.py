@@ -124,7 +124,8 @@ def test_the_prefix_after_an_answered_tool_loop_has_its_reasoning_only_if_the_ne
     assert ("R1" in decode(prefix_ids), "R2" in decode(prefix_ids)) == (keeps_reasoning, keeps_reasoning)
     assert decode(prefix_ids).endswith("<|im_user|>user<|im_middle|>")
     extends_last_prompt = prefix_ids[: len(last_prompt)] == last_prompt
-    assert extends_last_prompt == (keeps_reasoning or mode.thinking is False)  # without thinking, none is dropped
+    # Without thinking, the last prompt has no reasoning that the next one could drop.
+    assert extends_last_prompt == (keeps_reasoning or mode.thinking is False)
     conversation.add_user("more")
     assert conversation.prompt_ids()[: len(prefix_ids)] == prefix_ids
 
