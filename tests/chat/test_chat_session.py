@@ -59,6 +59,7 @@ def scripted_chat(
     on_token: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> tuple[ChatSession, ScriptedSource]:
+    """Return a chat that gets ``replies``, and their source, which has the requests. ``settings`` are ReplySettings."""
     source = ScriptedSource(tokenizer(), *replies, on_token=on_token)
     fields: dict[str, Any] = {"max_tokens": 1000, "context_tokens": 4096} | settings
     declarations = [] if tools is None else tools.declarations

@@ -61,7 +61,7 @@ def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt()
     conversation.add_user("hello")
     turns = (
         ANSWER_OPENING
-        + CALL_TURN.replace("R</", "</", 1)
+        + CALL_TURN.replace("<think>R</think>", "<think></think>")
         + RESULT_TURN
         + ANSWER_OPENING
         + "<think></think>Sunny.<|im_end|>"
@@ -74,7 +74,7 @@ HOSTILE_TEXT = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_id
 
 @settings(max_examples=scaled(40))
 @given(HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT)
-def test_text_of_users_and_tools_never_becomes_a_control_token(user: str, name: str, result: str, content: str) -> None:
+def test_text_of_a_message_never_becomes_a_control_token(user: str, name: str, result: str, content: str) -> None:
     def control_tokens(user: str, name: str, result: str, content: str) -> list[int]:
         conversation = new_conversation()
         conversation.add_user(user)
@@ -93,7 +93,7 @@ def test_the_next_prompt_begins_with_the_prefix_for_any_user_message(text: str, 
     conversation.add_user(text)
     prompt = conversation.prompt_ids()
     assert prompt[: len(prefix_ids)] == prefix_ids
-    num_role_tokens = len("user") + len("assistant")
+    num_role_tokens = len("user") + len("assistant")  # at most: a token for each character
     assert len(prompt) <= len(prefix_ids) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
     assert "R" not in decode(prefix_ids)  # the reasoning of answered turns
 

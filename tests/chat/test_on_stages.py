@@ -168,7 +168,7 @@ def test_a_stopped_answer_ends_within_two_tokens_and_a_retry_reuses_its_cached_p
         chat.stop()
         retry_events.append(event)
     retry = summary_in(retry_events)
-    assert retry.cached_tokens == retry.prompt_tokens - 1
+    assert retry.cached_tokens == retry.prompt_tokens - 1  # the last token is always computed
 
 
 def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_the_cache(stages: Stages) -> None:

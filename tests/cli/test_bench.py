@@ -1,4 +1,4 @@
-"""Tests of `mlx-k2 bench`: its JSON document, CSV file, trace and plot, with one row per combination of options."""
+"""Tests of `mlx-k2 bench`: its JSON document, CSV file, trace and plot, with a row for each length and stream count."""
 
 import csv
 import json

@@ -68,6 +68,7 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(m
     logged: list[str] = []
 
     def measure(measurement: str, _result_type: type[Any], environment: Mapping[str, str] | None = None) -> Any:
+        """Return the measurements of a Mac."""
         if measurement == "report":
             return REPORT
         return DecodeTime(0.010 if environment == fastest.environment() else 0.011)

@@ -46,7 +46,7 @@ def test_a_run_of_many_prompts_computes_the_ids_of_the_checkpoints_tokenizer(
     folder = link_model(weights, tmp_path / model)
     (folder / "chat_template.jinja").write_text(template_source(model))
     known_flags = {"thinking", "preserve_thinking"} & template(model).variables
-    prompts = [
+    prompts = [  # without images, and with flags that a line of a file of prompts can have
         prompt
         for prompt in golden_prompts(model)
         if "ids_sha256" in prompt and prompt["group"] != "vision" and prompt["flags"].keys() <= known_flags

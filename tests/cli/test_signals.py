@@ -129,7 +129,7 @@ def test_killing_the_command_leaves_no_process(start: Start) -> None:
 
 @pytest.mark.slow
 def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_wait(start: Start) -> None:
-    process = start("--lease", "2")
+    process = start("--lease", "2")  # a watchdog ends the stage of a guard that has been suspended for this time
     descendants = wait_for_answer(process)
     guards = psutil.Process(process.pid).children()
     for guard in guards:

@@ -73,7 +73,7 @@ def test_on_a_terminal_of_80_columns_long_cells_are_folded_and_the_others_are_on
     lines = output_lines(show_table, monkeypatch, is_terminal=True)
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
-    long_cells = [cell for cell in cells if len(cell) > 30]
+    long_cells = [cell for cell in cells if len(cell) > 30]  # host names, and findings that contain one
     assert all(any(cell in line for line in lines) for cell in cells if cell not in long_cells)
     # A column starts where all lines have a space. The parts of a folded cell are below each other in its column.
     starts = [0, *(index for index in range(1, 80) if all(line[index - 1 : index] in ("", " ") for line in lines))]

@@ -57,7 +57,8 @@ def test_a_stage_whose_layers_the_head_does_not_read_starts_without_the_files_of
     monkeypatch.setenv("HOME", str(tmp_path / "first"))
     hosts = [host_with_home(tmp_path / name) for name in ("first", "without", "first")]
     head = DraftHead(source=ModelSource(path_or_repo="~/head"))
-    request = replace(local_request(model, hosts), draft_head=head).with_options(split=(4, 1, 2))
+    request = replace(local_request(model, hosts), draft_head=head)
+    request = request.with_options(split=(4, 1, 2))  # the head reads layers 1 to 3, and the last stage drafts
     with (
         deploy(*open_source(request), DeploymentListener()) as deployment,
         engine_on(deployment, draft_mode=DraftMode.MODEL) as engine,

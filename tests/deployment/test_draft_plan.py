@@ -31,6 +31,7 @@ def k2_with_head() -> ModelDescription:
     """Return Kimi K2 Thinking with a head that uses the target's embedding and reads the layers 1, 29 and 57."""
     eagle_config = {"eagle_aux_hidden_state_layer_ids": [1, 29, 57]}
     fields = draft_config_fields(thinking_config_fields(), eagle_config=eagle_config)
+    # The index says only where the layer is, and that the head has its own output projection.
     weight_map = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
     files = {CONFIG_NAME: json.dumps(fields).encode(), INDEX_NAME: json.dumps({"weight_map": weight_map}).encode()}
     return replace(K2_THINKING, draft=describe_draft(files, HEAD, K2_THINKING.config, check_names=False))

@@ -85,7 +85,8 @@ def test_a_server_is_named_with_the_address_for_connect(user: CommandLine, model
 def test_the_address_of_a_server_is_named_unless_it_is_the_loopback_of_another_host(
     host: str, address: str | None, is_named: bool
 ) -> None:
-    own, other = Command("mac1", 1, "mlx-k2 chat", 0.0), Command(host, 2, "mlx-k2 serve", 0.0, address)
+    own = Command("mac1", pid=1, name="mlx-k2 chat", began_unix_s=0.0)
+    other = Command(host, pid=2, name="mlx-k2 serve", began_unix_s=0.0, address=address)
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",

@@ -44,7 +44,10 @@ def expected_answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 def restarting_engine(
     model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
 ) -> Iterator[tuple[Engine, list[Restart]]]:
-    """Yield an engine over marked stages that start again after a fault, and the list of restarts so far."""
+    """Yield an engine over stages that start again after a fault, and the list of restarts so far.
+
+    ``stage_process`` finds the stages by the marks of their hosts. A stopped stage is a fault after 1.5 s.
+    """
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
     restarts: list[Restart] = []
 
@@ -96,7 +99,7 @@ def test_two_answers_continue_with_the_same_tokens_after_three_stages_were_kille
 
 
 @pytest.mark.slow
-def test_with_a_limit_of_no_restart_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
+def test_with_a_limit_of_0_the_first_fault_is_raised(model: Path, tmp_path: Path) -> None:
     with (
         restarting_engine(model, tmp_path, 2, limit=0) as (engine, restarts),
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
