@@ -34,7 +34,7 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
     for plan in plans:
         source = source_on(plan.host, request.source)
-        if plan.host.is_local and not is_repo(source):
+        if plan.host.is_local and not is_repo(source):  # locate_tensors raises if a tensor is missing
             layers = plan.assignment.first_layer, plan.assignment.end_layer
             locate_tensors(model_folder(source), model.index, stage_specs(model.config, *layers, model.draft))
     return shape, plans
@@ -69,7 +69,7 @@ def _planned(
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
-    """Return the changes of one option that make the model fit. For each option it is the smallest such change."""
+    """Return the changes that make the model fit, each of one option: for each option the smallest such change."""
     options, head = request.options, request.draft_head
     context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
     changes: list[tuple[str, DeploymentRequest]] = []

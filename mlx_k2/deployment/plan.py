@@ -119,6 +119,7 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     few_bits = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
     warnings = [few_bits] if dense_bits < CAREFUL_BITS else []
     specs = [spec for part in _distinct_parts(config) for spec in part]
+    # A matrix has the name of its module: of "model.layers.0.self_attn.q_a_proj.weight" it is q_a_proj.
     matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
     for group, description in ((32, "in groups of 32"), (None, "unquantized")):
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
@@ -154,17 +155,18 @@ def plan_stages(
     capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
     assignments = divide_layers(costs, capacities) if split is None else divide_as_requested(costs, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
+    draft_cache_bytes = 0 if draft is None else _draft_cache_bytes(draft, shape, compute_bytes)
     plans = []
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
         spare_bytes = 0 if capacity.memory_bytes is None else capacity.memory_bytes - assignment.held_bytes
         added_bytes = added_block_bytes(block_bytes, spare_bytes) if shape.on_gpu else 0
-        is_drafting = draft is not None and assignment.end_layer == config.num_hidden_layers
-        num_caches = assignment.num_layers + (1 if is_drafting else 0)
+        is_last = assignment.end_layer == config.num_hidden_layers
+        caches_bytes = assignment.num_layers * cache_bytes + (draft_cache_bytes if is_last else 0)
         plan = StagePlan(
             rank=rank,
             host=host,
             assignment=assignment,
-            shard_bytes=assignment.held_bytes - num_caches * cache_bytes,
+            shard_bytes=assignment.held_bytes - caches_bytes,
             needed_bytes=assignment.held_bytes + temporary_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
             files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
@@ -225,10 +227,14 @@ def _add_draft(
     for layer in draft.aux_layers:
         layers[layer] += LayerCost(slice_bytes, slice_bytes)
     layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
-    cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
+    cache_bytes = _draft_cache_bytes(draft, shape, compute_bytes)
     held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
     read = layer_bytes + (projection_bytes or costs.head.read_bytes)  # 0: the draft head uses the target's projection
     return msgspec.structs.replace(costs, layers=tuple(layers), head=costs.head + LayerCost(held, read))
+
+
+def _draft_cache_bytes(draft: DraftDescription, shape: RunShape, compute_bytes: int) -> int:
+    return layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:

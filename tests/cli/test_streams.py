@@ -32,7 +32,7 @@ ENCODINGS = st.sampled_from(["utf-8", "ascii", "latin-1", "cp1252", "shift_jis"]
 def replaced_stream(name: str, data: bytes, encoding: str, errors: str) -> Iterator[io.BytesIO]:
     """Replace ``sys.stdin`` or ``sys.stdout`` by a text stream over a buffer of ``data``. Yield the buffer.
 
-    prepare_streams has been called then. ``encoding`` and ``errors`` stand for those of the user's locale.
+    prepare_streams has prepared the stream, which Python has opened with the ``encoding`` and ``errors`` of a locale.
     """
     raw = io.BytesIO(data)
     stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline="\n")

@@ -46,6 +46,7 @@ PAYLOADS = (
     "[/x] [bold]",
     "| a | b |\n|---|---|\n| \x1b[2J | \x9b2J |\n",
 )
+"""Texts with control sequences, also percent-encoded in links, as HTML entities and in code; and with rich's markup."""
 TEXTS = st.one_of(st.sampled_from(PAYLOADS), st.text(st.characters(max_codepoint=0xFF), max_size=8), st.text())
 
 

@@ -27,10 +27,13 @@ STUDIOS = [STUDIO] * 2
 SPLIT = (32, 29)
 
 
-def k2_with_head() -> ModelDescription:
-    """Return Kimi K2 Thinking with a head that uses the target's embedding and reads the layers 1, 29 and 57."""
+def k2_with_head(**changes: int) -> ModelDescription:
+    """Return Kimi K2 Thinking with a head that uses the target's embedding and reads the layers 1, 29 and 57.
+
+    ``changes`` are fields of the head's config.
+    """
     eagle_config = {"eagle_aux_hidden_state_layer_ids": [1, 29, 57]}
-    fields = draft_config_fields(thinking_config_fields(), eagle_config=eagle_config)
+    fields = draft_config_fields(thinking_config_fields(), eagle_config=eagle_config, **changes)
     # The index says only where the layer is, and that the head has its own output projection.
     weight_map = dict.fromkeys((LM_HEAD, "layers.0.hidden_norm.weight"), SINGLE_FILE_NAME)
     files = {CONFIG_NAME: json.dumps(fields).encode(), INDEX_NAME: json.dumps({"weight_map": weight_map}).encode()}
@@ -60,6 +63,15 @@ def test_the_slices_of_a_head_are_on_the_stages_of_their_layers_and_the_rest_on_
     cache_bytes = 576 * compute_bytes * SHAPE.context_tokens  # 576 values for each position of the head's only layer
     assert needed_bytes == [shard_bytes[0], shard_bytes[1] + cache_bytes]
     assert "ends.safetensors" in stages_with[1].files  # the target's embedding
+
+
+def test_the_cache_of_a_head_is_no_part_of_its_shard_if_it_is_smaller_than_the_cache_of_a_layer() -> None:
+    model = k2_with_head(kv_lora_rank=256)
+    short, long = (
+        plan_stages(model, studios(2), STUDIOS, SPLIT, replace(SHAPE, context_tokens=context_tokens), HEAD)[1]
+        for context_tokens in (4096, 8192)
+    )
+    assert short.shard_bytes == long.shard_bytes
 
 
 def test_with_a_head_the_first_stage_gets_more_layers() -> None:

@@ -107,7 +107,7 @@ def test_the_error_about_a_model_that_does_not_fit_names_the_sizes() -> None:
 
 def test_stages_on_one_machine_divide_its_memory() -> None:
     memory = HostMemory(working_set_bytes=None, ram_bytes=600 * GB)
-    plan(K2_THINKING, studios(2), memory)
+    plan(K2_THINKING, studios(2), memory)  # fits
     with pytest.raises(PartitionError, match="does not fit"):
         plan(K2_THINKING, local_hostfile(2), memory)
 
@@ -191,6 +191,7 @@ def test_4_bits_and_matrices_whose_inputs_are_not_divisible_by_64_cause_warnings
     assert quantization_warnings(K2_THINKING.config, 4) == (
         "--dense-bits 4 may show in the answers: 8 stays closer to the checkpoint",
     )
+    # Of these numbers of inputs, only the first is divisible by 32.
     config = msgspec.structs.replace(K2_THINKING.config, qk_nope_head_dim=96, q_lora_rank=1520)
     assert quantization_warnings(config, 8) == (
         "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",
