@@ -1,6 +1,7 @@
-"""Bring-up of started processes to ready stages: handshake, prepare, connect, load. A phase without messages ends.
+"""Bring-up of started processes to ready stages: handshake, prepare, connect, load.
 
-Knows no layers: the caller passes the messages that define what each stage loads.
+A phase fails when no stage has sent a message for its limit. Knows no layers: the caller passes the messages that
+define what each stage loads.
 """
 
 import secrets

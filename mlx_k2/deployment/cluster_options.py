@@ -66,7 +66,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
         has_draft_options = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
-        if has_draft_options and self.draft_model is None and self.model is not None:
+        has_no_head = self.draft_model is None and self.model is not None  # the built-in model has a draft head
+        if has_draft_options and has_no_head:
             raise RequestError("--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(

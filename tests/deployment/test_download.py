@@ -24,7 +24,7 @@ def test_all_hosts_download_the_commit_that_the_first_host_found(tmp_path: Path)
         )
         source = ModelSource(path_or_repo="someone/model")
         request = DeploymentRequest(ClusterOptions(), Hostfile(hosts=hosts, backend=Backend.RING), source)
-        downloads = download(request, None, DeploymentListener())
+        downloads = download(request, model=None, listener=DeploymentListener())
     assert [Path(answer.folder).name for _, answer in downloads] == [COMMIT] * 2
     paths = [request.path for request in hub.requests]
     assert paths.count("/api/models/someone/model") == 1, "a host asked for the present commit again"
