@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## Stream an answer from two stages on this machine
-	$(BIN)/mlx-k2 generate "What is mlx-k2?" </dev/null
+	$(BIN)/mlx-k2 generate --stages 2 --model built-in "What is mlx-k2?" </dev/null
 
 test: $(INSTALLED)  ## Run all but the slow tests, in less than 5 minutes
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow"

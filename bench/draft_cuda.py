@@ -29,24 +29,25 @@ from mlx_k2.sampling import Sampling
 from mlx_k2.weights.inventory import attention_specs, mlp_specs
 from mlx_k2.weights.known_layout import thinking_config_fields
 
-DRAFTED_IDS = 8192
+NUM_DRAFTED_IDS = 8192
 INTERMEDIATE = 4608
 NUM_TOKENS = 12
 NUM_SAMPLES = 400
 ID_STEP = 20
-"""Every 20th token of K2's vocabulary is drafted."""
+"""The head can draft every 20th token of K2's vocabulary."""
 MAX_ERROR = {"float32": 3e-3, "bfloat16, 8 bits": 0.04}
 """Largest allowed difference, as a fraction of the largest logit. TF32 on a GPU has an error of 1e-3."""
 MIN_EQUAL_FRACTION = 0.99
 """Fraction of samples that must be equal: rounding of the logits may decide between equally likely tokens."""
-TIMED_DRAFTS = 20
-WARM_DRAFTS = 3
+NUM_DRAFTS = 20
+NUM_WARM_UP_DRAFTS = 3
+"""The first drafts, which the median leaves out."""
 
 CONFIG = ModelConfig.from_json(msgspec.json.encode(thinking_config_fields()), "Kimi K2")
 
 
 def random_tensors() -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of a head by name. With 8192 drafted tokens it runs in seconds on a CPU."""
+    """Return the tensors of a head by name. It has few drafted ids, so that a CPU runs it in seconds."""
     generator = np.random.default_rng(3)
     hidden = CONFIG.hidden_size
     specs = (*attention_specs(CONFIG, "self_attn", 2 * hidden), *mlp_specs("mlp", hidden, INTERMEDIATE))
@@ -56,8 +57,9 @@ def random_tensors() -> dict[str, NDArray[np.float32]]:
             tensors[spec.name] = np.ones(spec.shape, np.float32)
         else:
             tensors[spec.name] = 1.2 / spec.shape[-1] ** 0.5 * generator.standard_normal(spec.shape, np.float32)
-    tensors["lm_head"] = 3 * hidden**-0.5 * generator.standard_normal((DRAFTED_IDS, hidden), np.float32)
-    tensors["embedding"] = generator.standard_normal((DRAFTED_IDS, hidden), np.float32)
+    tensors["lm_head"] = 3 * hidden**-0.5 * generator.standard_normal((NUM_DRAFTED_IDS, hidden), np.float32)
+    # no more rows than the projection, so the text has token ids below NUM_DRAFTED_IDS only
+    tensors["embedding"] = generator.standard_normal((NUM_DRAFTED_IDS, hidden), np.float32)
     return tensors
 
 
@@ -74,20 +76,21 @@ def make_model(tensors: Mapping[str, NDArray[np.float32]], dtype: mx.Dtype, bits
         feed_forward=assemble_dense(arrays, "mlp", bits),
         norm=ones,
         projection=make_matrix(arrays["lm_head"], bits),
-        target_ids=mx.arange(DRAFTED_IDS) * ID_STEP,
+        target_ids=mx.arange(NUM_DRAFTED_IDS) * ID_STEP,
     )
     mx.eval(weights)
     return DraftModel(CONFIG, weights, LatentCache(1, 1, 256, CONFIG.cache_row_dim, dtype), norms_output=False)
 
 
 def run_text(model: DraftModel) -> NDArray[np.float32]:
-    """Return the logits of the drafted ids after each token of a fixed text, shape (NUM_TOKENS, DRAFTED_IDS)."""
+    """Return the logits of the drafted ids after each token of a fixed text, shape (NUM_TOKENS, NUM_DRAFTED_IDS)."""
     hidden_states = np.random.default_rng(4).standard_normal((NUM_TOKENS, CONFIG.hidden_size), np.float32)
     features = mx.array(hidden_states).astype(model.cache.dtype)
     rows = []
     for index in range(NUM_TOKENS):
-        output = model.run(97 * index % DRAFTED_IDS, features[index : index + 1], 0, index + 1)
-        rows.append(np.array(model.logits(output))[0, : ID_STEP * DRAFTED_IDS : ID_STEP])
+        token_id = 97 * index % NUM_DRAFTED_IDS
+        output = model.run(token_id, features[index : index + 1], slot=0, position=index + 1)
+        rows.append(np.array(model.logits(output))[0, : ID_STEP * NUM_DRAFTED_IDS : ID_STEP])
     return np.stack(rows)
 
 
@@ -95,12 +98,12 @@ def median_draft_s(model: DraftModel) -> float:
     """Return the median seconds of a draft: run the head, compute its logits, sample a token."""
     features = mx.zeros((1, CONFIG.hidden_size), model.cache.dtype)
     seconds = []
-    for position in range(1, TIMED_DRAFTS + 1):
+    for position in range(1, NUM_DRAFTS + 1):
         started_at = time.perf_counter()
         logits = model.logits(model.run(5, features, 0, position))
         sample_draft(logits, SamplingRequest(Sampling(seed=1), position, ()))
         seconds.append(time.perf_counter() - started_at)
-    return statistics.median(seconds[WARM_DRAFTS:])
+    return statistics.median(seconds[NUM_WARM_UP_DRAFTS:])
 
 
 def sample_all() -> list[int]:
@@ -120,9 +123,10 @@ def main() -> int:
         return 2
     tensors = random_tensors()
     mx.set_default_device(mx.cpu)
-    mx.disable_compile()
+    mx.disable_compile()  # on a CPU it runs a C++ compiler, which may be missing
     cpu_logits, cpu_samples = run_text(make_model(tensors, mx.float32, None)), np.array(sample_all())
     mx.set_default_device(mx.gpu)
+    mx.enable_compile()
     passed = True
     for name, dtype, bits in (("float32", mx.float32, None), ("bfloat16, 8 bits", mx.bfloat16, 8)):
         model = make_model(tensors, dtype, bits)

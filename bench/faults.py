@@ -23,6 +23,7 @@ from tests.local_cluster import write_model
 
 PAGE = ROOT / "docs" / "reliability.md"
 MIN_SHOWN_S = 0.1
+DIFFERS = " (the plus means that files differed from it)"
 
 
 def main() -> int:
@@ -62,7 +63,7 @@ def main() -> int:
 def write_table(findings: list[Finding]) -> None:
     """Write the table of docs/reliability.md."""
     rows = [f"| {finding.fault.name} | {_seconds(finding)} | {finding.fault.outcome} |" for finding in findings]
-    heading = f"Tried on {date.today().isoformat()} at commit {commit()}; a plus means that files differed from it."
+    heading = f"Tried on {date.today().isoformat()} at commit {commit()}{DIFFERS if commit().endswith('+') else ''}."
     table = "\n".join([heading, "", "| fault | noticed after | then |", "|---|---|---|", *rows])
     PAGE.write_text(replace_generated(PAGE.read_text(), "python -m bench.faults", table))
 
@@ -80,7 +81,7 @@ def _line(finding: Finding) -> str:
 
 def _seconds(finding: Finding) -> str:
     if finding.detected_s is None:
-        return ""
+        return "not reported"
     return f"under {MIN_SHOWN_S} s" if finding.detected_s < MIN_SHOWN_S else f"{finding.detected_s:.1f} s"
 
 

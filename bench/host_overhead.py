@@ -69,8 +69,8 @@ def main() -> None:
 
 def measure(num_pairs: int) -> PythonTimes:
     """Measure both programs in turn. The first NUM_WARM_STEPS pairs are not counted."""
-    num_layers, ours = mlx_k2_steps()
-    theirs = mlx_lm_steps()
+    num_layers, ours = mlx_k2_graph_builder()
+    theirs = mlx_lm_graph_builder()
     pairs = alternate(lambda: graph_us(ours), lambda: graph_us(theirs), NUM_WARM_STEPS + num_pairs)
     return PythonTimes(num_layers, pairs[NUM_WARM_STEPS:], [plan_us() for _ in range(num_pairs)])
 
@@ -84,7 +84,7 @@ def graph_us(build: BuildGraph) -> float:
     return elapsed_s * 1e6
 
 
-def mlx_k2_steps() -> tuple[int, BuildGraph]:
+def mlx_k2_graph_builder() -> tuple[int, BuildGraph]:
     """Return the number of layers, and a function that builds the graph of the next decode step in mlx-k2."""
     folder = bench_checkpoint("deep")
     config = ModelConfig.from_json((folder / "config.json").read_bytes(), "config.json")
@@ -105,7 +105,7 @@ def mlx_k2_steps() -> tuple[int, BuildGraph]:
     return len(layers), lambda: run(PROMPT[:1], is_prompt=False)
 
 
-def mlx_lm_steps() -> BuildGraph:
+def mlx_lm_graph_builder() -> BuildGraph:
     """Return a function that builds the graph of the next decode step in mlx-lm."""
     model = load_oracle(bench_checkpoint("deep"))
     cache = make_prompt_cache(model)
@@ -121,7 +121,8 @@ def mlx_lm_steps() -> BuildGraph:
 def plan_us() -> float:
     """Return the microseconds in which a stage decodes one plan and encodes its answer."""
     sampling = Sampling(seed=1, temperature=0.6, repetition_penalty=1.1)
-    row = Row(0, 4000, (17,), False, sampling, tuple(prompt_ids(REPETITION_WINDOW)))
+    window = tuple(prompt_ids(REPETITION_WINDOW))
+    row = Row(slot=0, position=4000, token_ids=(17,), is_prompt=False, sampling=sampling, recent_ids=window)
     plan = encode_frame(Kind.MESSAGE, encode_message(Step(1, (row,))))
     answer = StepDone(1, 0.02, 0.001, tokens=(SampledToken(17),))
     pipe = io.BytesIO(plan * NUM_PLANS)
@@ -144,8 +145,8 @@ def print_table(times: PythonTimes) -> None:
     table = Table(title="microseconds of Python for one decoded token: median (quartiles)")
     for heading in ("", "mlx-k2", "mlx-lm", "ratio"):
         table.add_column(heading)
-    table.add_row("building the graph, a layer", ours_per_layer, theirs_per_layer, ratio)
-    table.add_row("building the graph, a step", summarize(ours_us), summarize(theirs_us), ratio)
+    table.add_row("building the graph, per layer", ours_per_layer, theirs_per_layer, ratio)
+    table.add_row("building the graph, per step", summarize(ours_us), summarize(theirs_us), ratio)
     table.add_row("decoding the plan, encoding the answer", summarize(times.plan_us), "-", "")
     Console().print(table)
 

@@ -1,18 +1,20 @@
-"""Recorder of the lines of one package that a process runs, and of the frames that the process reads and writes.
+"""Recorder of the source lines of one package that run in a process, and of the frames that it reads and writes.
 
 `bench.token_path` copies this file to ``sitecustomize.py`` in a folder on PYTHONPATH, so that Python runs it first in
-each process of the measured program. It imports only the standard library, and knows one name of the program:
-``read_frame``, the function that returns the next frame of a stream.
+each process of the measured program. It imports only the standard library. Of the program it knows
+``read_frame``, which returns the next frame of a stream as an object with a ``payload``, the messages whose type begins
+with Step, and the threads named heartbeat.
 
 Each process writes ``PID.json`` when it ends: a list of events ``[kind, thread, detail]`` in the order in which they
-happened. Recording begins with the first frame that holds a step plan or a StepDone. The kinds:
+happened. Recording begins with the first frame that is read and holds a step plan or a StepDone. The kinds:
 
-- ``line``: a line of the package ran; the detail is its file. An event equal to the previous one is left out.
+- ``line``: a line of the package ran; the detail is its file. An event equal to the previous one is left out, and so
+  are the lines of heartbeat threads, which run on a timer.
 - ``enter``: ``read_frame`` was called.
-- ``read``: a C function that reads returned to a function of the package.
+- ``read``: a call of ``read`` or ``readinto``, functions in C, returned to a function of the package.
 - ``frame``: ``read_frame`` returned a step plan or a StepDone; the detail is the payload in hexadecimal.
 - ``write``: a C function wrote StepDone frames; the detail is their number.
-- ``flush``: a C function that flushes a stream returned to a function of the package.
+- ``flush``: a call of ``flush``, a function in C, returned to a function of the package.
 - ``stdout``: text was written to sys.stdout and flushed.
 """
 
@@ -35,7 +37,9 @@ PACKAGE_VARIABLE = "TOKEN_PATH_PACKAGE"
 FOLDER_VARIABLE = "TOKEN_PATH_FOLDER"
 """Environment variable: the folder for ``PID.json``."""
 
-_STEP_MESSAGE = re.compile(rb"type[\xa0-\xbf]Step")  # msgpack: the key, the header of a short string, the tag
+_STEP_MESSAGE = re.compile(
+    rb"type[\xa0-\xbf]Step"
+)  # Step or StepDone in msgpack: the key, the header of a short string, the tag
 _STEP_DONE_TAG = b"StepDone"
 _READ_FUNCTIONS = ("read", "readinto")
 
@@ -49,7 +53,7 @@ class LineRecorder:
         self._events: list[tuple[str, int, str]] = []
         self._recording = False
         self._save_lock = threading.Lock()
-        self._threads = threading.local()
+        self._this_thread = threading.local()
         self._real_exit = os._exit
 
     def install(self) -> None:
@@ -93,7 +97,7 @@ class LineRecorder:
     def _on_line(self, frame: FrameType, event: str, _arg: object) -> "TraceFunction":
         if self._recording and event == "line":
             self._profile_thread()
-            if self._threads.counts:
+            if self._this_thread.records_lines:
                 self.add("line", frame.f_code.co_filename)
         return self._on_line
 
@@ -108,12 +112,12 @@ class LineRecorder:
         return self._on_line_of_read_frame
 
     def _profile_thread(self) -> None:
-        """In a new thread, record C functions too, and decide whether its lines count.
+        """In a new thread, record C functions too, and decide whether its lines are recorded.
 
         A thread is not profiled before recording begins, because that would slow down the start of the program.
         """
-        if not hasattr(self._threads, "counts"):
-            self._threads.counts = "heartbeat" not in threading.current_thread().name
+        if not hasattr(self._this_thread, "records_lines"):
+            self._this_thread.records_lines = "heartbeat" not in threading.current_thread().name
             sys.setprofile(self._on_c_function)
 
     def _on_c_function(self, frame: FrameType, event: str, arg: object) -> None:
@@ -125,6 +129,7 @@ class LineRecorder:
         elif name == "flush":
             self.add("flush")
         elif name == "write":
+            # A profile function does not get the arguments: what was written is one of the caller's local variables.
             counts = [value.count(_STEP_DONE_TAG) for value in frame.f_locals.values() if isinstance(value, bytes)]
             if count := max(counts, default=0):
                 self.add("write", str(count))
@@ -134,7 +139,7 @@ class RecordedStdout(io.TextIOWrapper):
     """Replacement of sys.stdout, with its buffer, that records each flush after a write."""
 
     def __init__(self, recorder: LineRecorder) -> None:
-        original = sys.stdout  # not garbage-collected, which would close the buffer: sys.__stdout__ refers to it
+        original = sys.stdout  # sys.__stdout__ keeps it alive: its garbage collection would close the buffer
         assert isinstance(original, io.TextIOWrapper)
         super().__init__(original.buffer, original.encoding, original.errors, line_buffering=original.line_buffering)
         self._recorder = recorder

@@ -17,7 +17,9 @@ class Constant(NamedTuple):
 
 
 CONSTANTS = {
-    "dense bandwidth": Constant(650e9, "B/s", "published", "94% of 692 GB/s sustained, M3 Ultra: jundot/omlx#2238"),
+    "dense bandwidth": Constant(
+        650e9, "B/s", "published", "94% of the 692 GB/s that an M3 Ultra sustains: jundot/omlx#2238"
+    ),
     "expert bandwidth": Constant(387e9, "B/s", "published", "gather_qmm of one token, chained, M3 Ultra: mlx#4509"),
     "own expert bandwidth": Constant(
         500e9,
@@ -29,21 +31,27 @@ CONSTANTS = {
     "command buffer": Constant(20e-6, "s", "published", "M3 Ultra, mlx 0.32.2: mlx#4521"),
     "dense operations": Constant(20.5e12, "1/s", "published", "quantized_matmul, M3 Ultra: mlx#4246"),
     "expert operations": Constant(
-        16.7e12, "1/s", "published", "14.2e12 / 0.85, since 43 rows per expert fill tiles of 16 rows to 85%: mlx#4246"
+        16.7e12,
+        "1/s",
+        "published",
+        "14.2e12 / 0.85: with 43 rows per expert on average, 85% of the tiles' rows are used: mlx#4246",
     ),
     "score traffic": Constant(
         14, "B", "estimated", "per query, key and head, to write, mask, normalize and read a score"
     ),
     "fused attention": Constant(
-        9e12, "1/s", "estimated", "for head dimension 192 MLX's source calls it slower than unfused (0.32.4)"
+        9e12,
+        "1/s",
+        "estimated",
+        "a guess below the dense operations: MLX 0.32.4's source calls it slow for head dimension 192",
     ),
-    "own prompt kernel": Constant(
-        0.65, "", "estimated", "speed over that of MLX's kernel, from a count of cycles for 32 rows"
+    "former prompt kernel": Constant(
+        0.65, "", "estimated", "mlx-k2's former kernel for experts over MLX's, from a count of cycles for 32 rows"
     ),
     "hop": Constant(450e-6, "s", "published", "300 us over Thunderbolt (Geerling; exo#2173), and two wake-ups"),
     "all-reduce": Constant(50e-6, "s", "published", "RDMA over Thunderbolt 5: under 50 us (Geerling, Dec 2025)"),
-    "host": Constant(
-        1e-3, "s", "estimated", "Python time of a token, not overlapped; measured here at half of a Mac's speed"
+    "Python": Constant(
+        1e-3, "s", "estimated", "for a token, overlapped by nothing; measured on Linux at about half of a Mac's speed"
     ),
     "M5 bandwidth": Constant(
         1200 / 819, "", "stated", "memory bandwidth of an M5 Ultra over an M3 Ultra (Apple, Aug 2026)"
@@ -73,6 +81,7 @@ class Published(NamedTuple):
     first: int = 0
 
 
+# model, bits of an expert weight and of a dense one, with their scales, and number of Macs
 _DSV3 = ("DeepSeek-V3", 4.5, 4.5, 1)
 _PR839 = "mlx-lm#839, 4 bits, M3 Ultra"
 _K25 = ("K2", 3.5, 3.5, 1)

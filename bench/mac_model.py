@@ -54,7 +54,7 @@ def before(dense_bits: float) -> Program:
         buffers,
         "own expert bandwidth",
         tile_rows=32,
-        prompt_factor=constant("own prompt kernel"),
+        prompt_factor=constant("former prompt kernel"),
         fused="all",
     )
 

@@ -86,11 +86,11 @@ def token_s(program: Program, model: str, num_macs: int, context: int, mac: Mac 
     reading_s = weights_s(program, model, mac) + attention_s(program, model, context, mac)
     fixed_s = layers * program.launches_per_layer * constant("launch") + program.buffers * constant("command buffer")
     if not program.all_reduces:
-        return reading_s + fixed_s + (num_macs - 1) * constant("hop") + constant("host")
+        return reading_s + fixed_s + (num_macs - 1) * constant("hop") + constant("Python")
     unsharded_bytes = (sizes(model).head_bytes + UNSHARDED_BYTES) * program.dense_bits / 16
     unsharded_s = unsharded_bytes / constant("dense bandwidth") / mac.bandwidth
     sharded_s = (reading_s - unsharded_s) / num_macs
-    return unsharded_s + sharded_s + fixed_s + 2 * layers * constant("all-reduce") + constant("host")
+    return unsharded_s + sharded_s + fixed_s + 2 * layers * constant("all-reduce") + constant("Python")
 
 
 def weights_s(program: Program, model: str, mac: Mac) -> float:

@@ -76,7 +76,7 @@ def mlx_lm_ranks(folder: Path, num_ranks: int) -> Iterator[MlxLmRanks]:
 
 
 def end_rank(process: "subprocess.Popen[str]") -> None:
-    """Close a rank's stdin, which ends it. Kill it after 10 s: it hangs if another rank has ended during a run."""
+    """Close a rank's stdin, which ends it. Kill it after 10 s if another rank ended in a run and this one hangs."""
     assert process.stdin is not None
     process.stdin.close()
     try:

@@ -17,7 +17,7 @@ from bench.measure import ROOT, replace_generated
 README = ROOT / "README.md"
 MADE_BY = "python -m bench.recorded_output"
 MLX_K2 = str(Path(sys.executable).with_name("mlx-k2"))
-DEMO_ARGUMENTS = ("generate", "What is mlx-k2?")
+DEMO_ARGUMENTS = ("generate", "--stages", "2", "--model", "built-in", "What is mlx-k2?")
 KILL_ARGUMENTS = ("generate", "--hide-thinking", "Count from 1 to 20.")
 KILL_AFTER = "5,"
 """The stage that started last is killed when the answer has reached this text."""
@@ -80,10 +80,12 @@ def readme_part() -> str:
     """Run both commands; return the generated part of README.md."""
     return "\n\n".join(
         (
-            "The output of `make demo`. On stderr: three lines about the built-in model, its reasoning, and a line of "
-            "counts. On\nstdout: the answer.",
+            "The output of `make demo`: first what it writes to stderr (three lines about the built-in model, its "
+            "reasoning, a line\nof counts), then the answer, which is on stdout. In a terminal the answer comes before "
+            "the counts.",
             _block(DEMO_ARGUMENTS, run(DEMO_ARGUMENTS)),
-            f'Another prompt. A stage is killed (`kill -9`) as soon as the answer has reached "{KILL_AFTER}".',
+            f'Another prompt, during whose answer a stage is killed (`kill -9`) as soon as "{KILL_AFTER}" has been '
+            "written. A step is one pass\nof tokens through all stages.",
             _block(KILL_ARGUMENTS, run(KILL_ARGUMENTS, KILL_AFTER)),
         )
     )

@@ -3,8 +3,8 @@
 python -m bench.scheduler_cost [--save]
 
 No stage runs: each step is answered at once with fixed tokens. The sizes of the layers are Kimi K2's. The cost is the
-time of planning the step, encoding its message and processing its tokens, in microseconds.
---save appends the rows to results/scheduler_cost.csv.
+time of planning the step, encoding its message, learning from the stages' times and processing the tokens, in
+microseconds. --save appends the rows to bench/results/scheduler_cost.csv.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from mlx_k2.weights.known_layout import thinking_config_fields
 
 NUM_STEPS = 300
 MAX_CONTEXT = 131072
+FAKE_STAGE_S = 0.05
+"""Reported as the time of each step in each stage."""
 BY_SEQUENCES = [(num_sequences, 1024) for num_sequences in (1, 2, 4, 8, 16, 32, 64)]
 BY_CONTEXT = [(8, context) for context in (4096, 16384, 65536)]
 
@@ -47,7 +49,7 @@ def main() -> None:
 def step_cost_s(num_sequences: int, context: int) -> float:
     """Return the median seconds per step, over NUM_STEPS decode steps."""
     config = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "Kimi K2 Thinking")
-    stages = (stage_sizes(config, 0, 32, 2), stage_sizes(config, 32, 61, 2))
+    stages = (stage_sizes(config, 0, 32, compute_bytes=2), stage_sizes(config, 32, 61, compute_bytes=2))
     policy = StepPolicy([StageCost(sizes, GPU_SPEED) for sizes in stages])
     limits = SchedulerLimits(num_sequences, MAX_CONTEXT, chunk_tokens=2048, num_stages=2, prompts_first=True)
     scheduler = Scheduler(limits, policy)
@@ -62,7 +64,7 @@ def step_cost_s(num_sequences: int, context: int) -> float:
             in_flight.append(microbatch)
         done = in_flight.pop(0)
         for rank in (0, 1):
-            policy.observe(rank, done.load, 0.05)
+            policy.observe(rank, done.load, FAKE_STAGE_S)
         scheduler.complete(done.number, [SampledToken(1) for planned in done.rows if planned.row.needs_logits])
         if done.decodes:
             times_s.append(time.perf_counter() - started_at)

@@ -29,7 +29,7 @@ QUESTION = "What is mlx-k2?"
 ANSWER = "mlx-k2 runs Kimi K2 models over several Macs: each Mac holds some of the layers."
 TIMEOUT_S = 300.0
 MAX_ERROR = max(TOLERANCE.values())
-"""Largest allowed relative error of a kernel. The checks at K2's shape run in bfloat16."""
+"""Largest allowed relative error of a kernel: that of bfloat16, in which the checks at K2's shape run."""
 
 
 class ProgramResult(msgspec.Struct, frozen=True):
@@ -39,8 +39,8 @@ class ProgramResult(msgspec.Struct, frozen=True):
     stdout: str
     stderr: str
 
-    def problem(self, name: str) -> list[str]:
-        """Return one line about the program ``name`` if it hung, crashed or failed; an empty list if it succeeded."""
+    def problems(self, name: str) -> list[str]:
+        """Return one line about the program ``name`` if it hung, crashed or failed; no line if it succeeded."""
         if self.exit_code == 0:
             return []
         ending = f"ended with exit code {self.exit_code}"
@@ -58,6 +58,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     memory_gb: float
     needs_gpu: bool
+    """Whether it is a problem if MLX finds no GPU."""
     kernels_run: ProgramResult
     kernels: KernelReport | None
     """None if `mlx-k2 kernels --check` printed no report."""
@@ -72,19 +73,22 @@ class _KernelsOutput(msgspec.Struct, frozen=True):
 def problems(report: Report) -> list[str]:
     """Return one line for each crash, hang, wrong number and wrong answer. A refused kernel is no problem."""
     lines = [
-        *report.kernels_run.problem("mlx-k2 kernels"),
-        *report.generate.problem("mlx-k2 generate"),
-        *report.bit_identity.problem("the tests of bit-identity"),
+        *report.kernels_run.problems("mlx-k2 kernels"),
+        *report.generate.problems("mlx-k2 generate"),
+        *report.bit_identity.problems("the tests of bit-identity"),
     ]
     lines += [
         f"the {kernel.kernel} kernel computes wrong numbers: {kernel.reason or kernel.error}"
         for kernel in (report.kernels.kernels if report.kernels else ())
-        if kernel.ran and (kernel.error is None or not kernel.error <= MAX_ERROR)  # an error of NaN is too large
+        if kernel.ran
+        and (kernel.error is None or not kernel.error <= MAX_ERROR)  # None: JSON has null for NaN and infinity
     ]
     if report.generate.exit_code == 0 and report.generate.stdout.strip() != ANSWER:
         lines.append(f"two stages answered {report.generate.stdout.strip()!r}")
-    if report.needs_gpu and not (report.kernels and report.kernels.chip):
-        lines.append("MLX found no GPU on this machine: add --without-gpu if it has none")
+    if report.kernels is None and report.kernels_run.exit_code == 0:
+        lines.append("mlx-k2 kernels printed no report")
+    if report.needs_gpu and report.kernels and report.kernels.chip is None:
+        lines.append("MLX found no GPU on the machine of this report: run .ci/mac --without-gpu if it has none")
     return lines
 
 
@@ -129,7 +133,7 @@ def _kernel_report(stdout: str) -> KernelReport | None:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report that `run` wrote. Exit with a message if the file is another one."""
+    """Read a report that `run` wrote. Exit with a message if it is no such report."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
     except msgspec.DecodeError as error:

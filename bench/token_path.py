@@ -9,7 +9,7 @@ answer as Markdown.
 
 A file counts for a process if lines of it run in at least a quarter of the process's windows. A window is
 
-- in the coordinator: from the arrival of a StepDone with a token to the next flush of stdout that has text to write,
+- in the coordinator: from the last StepDone with a token before a flush of stdout with text to that flush,
 - in a stage and in its guard: from the arrival of a step plan to the write of its StepDone.
 
 The first window of a process belongs to the prompt and is not counted. Neither are threads named "heartbeat", nor the
@@ -100,7 +100,10 @@ class Arrival:
 
     @property
     def has_token(self) -> bool:
-        """True for a StepDone with a sampled token, which only the last stage sends."""
+        """True for a StepDone with a sampled token, which only the last stage sends.
+
+        Its tokens are the only list in it. The name of that field differs between commits.
+        """
         return self.is_answer and any(isinstance(value, list) and value for value in self.message.values())
 
 
@@ -109,7 +112,7 @@ class Process:
     """One process of the measured program, with the files that ran in each of its windows."""
 
     role: Role
-    files: list[set[str]]
+    files_by_window: list[set[str]]
 
 
 def main() -> None:
@@ -218,7 +221,7 @@ def wait_or_stop(process: subprocess.Popen[bytes]) -> int:
 def check(processes: Sequence[Process], output: str) -> None:
     """Exit with a message unless all processes were recorded, each with enough windows."""
     for role, expected in NUM_PROCESSES.items():
-        counts = [len(process.files) for process in processes if process.role is role]
+        counts = [len(process.files_by_window) for process in processes if process.role is role]
         if len(counts) != expected or min(counts) < MIN_WINDOWS:
             sys.exit(
                 f"expected {expected} x {role.name.lower()} with {MIN_WINDOWS} windows or more, recorded {counts}: "
@@ -255,7 +258,7 @@ def find_arrivals(events: Sequence[Event]) -> Iterator[Arrival]:
     first_reads: dict[int, int] = {}
     for index, event in enumerate(events):
         match event.kind:
-            case "enter":
+            case "enter":  # read_frame was called: the next read is the first of a frame
                 first_reads.pop(event.thread, None)
             case "read":
                 first_reads.setdefault(event.thread, index)
@@ -285,7 +288,10 @@ def plan_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[W
 
 
 def answer_writes(events: Sequence[Event]) -> Iterator[int]:
-    """Yield for each written StepDone the index of the flush after it, or of the write if no flush follows it."""
+    """Yield for each StepDone the index of its write, or of the flush in that thread before its next write.
+
+    A write may have several; its detail is their number.
+    """
     for index, event in enumerate(events):
         if event.kind == "write":
             written_at = index
@@ -310,14 +316,17 @@ def files_in(events: Sequence[Event], threads: set[int]) -> set[str]:
 
 
 def print_files(role: Role, processes: Sequence[Process]) -> None:
-    """Print the number and the names of the files that count for a role, then the files that run less often."""
+    """Print the number and the names of the files that count for a role, then the files that run less often.
+
+    Each percentage is the largest among the processes.
+    """
     fractions: dict[str, float] = {}
     for process in processes:
-        counts = Counter(file for files in process.files for file in files)
+        counts = Counter(file for files in process.files_by_window for file in files)
         for file, count in counts.items():
-            fractions[file] = max(fractions.get(file, 0.0), count / len(process.files))
+            fractions[file] = max(fractions.get(file, 0.0), count / len(process.files_by_window))
     counted = sorted(file for file, fraction in fractions.items() if fraction >= MIN_FRACTION)
-    windows = ", ".join(str(len(process.files)) for process in processes)
+    windows = ", ".join(str(len(process.files_by_window)) for process in processes)
     print(f"\n{role.name.lower():12}{len(counted):4} files   {role.value}; windows: {windows}")
     for file in counted:
         print(f"    {file}  {fractions[file]:.0%}")

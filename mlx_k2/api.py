@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from mlx_k2.chat.completion import Completion, completion_of, encode_prompt, submissions_for
-from mlx_k2.chat.sampling_options import SamplingOptions as Sampling
+from mlx_k2.chat.sampling_options import SamplingOptions as Sampling  # the API's name; not mlx_k2.sampling.Sampling
 from mlx_k2.chat.sampling_options import reply_settings
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.batch_results import answer_all
@@ -59,8 +59,8 @@ _LOG = logging.getLogger("mlx_k2")
 _DEFAULTS = Sampling()
 
 
-class _EngineOptions(msgspec.Struct, frozen=True):
-    """Options of the engine that runs requests on the stages."""
+class _RunOptions(msgspec.Struct, frozen=True):
+    """The arguments of a cluster that ClusterOptions does not have: slots, drafts and restarts."""
 
     num_sequences: Annotated[int, msgspec.Meta(ge=1, le=256)]
     draft: DraftMode
@@ -106,7 +106,9 @@ class _Reply:
     def completion(self) -> Completion:
         """The complete reply."""
         if self._summary is None:
-            raise RequestError("the reply is not complete: read the stream to its end first")
+            raise RequestError(
+                "the reply is not complete, because its stream was closed or has failed: send the prompt again"
+            )
         return completion_of(whole_reply(self._parts), self._summary, self.num_calls_before)
 
 
@@ -172,12 +174,13 @@ class _Cluster:
         """
         arguments = {name: _struct_value(value) for name, value in locals().items() if name != "self"}
         try:
+            # each struct takes the arguments of its own fields
             self._options = convert(arguments, ClusterOptions)
-            self._engine_options = convert(arguments, _EngineOptions)
+            self._run_options = convert(arguments, _RunOptions)
         except JsonError as error:
             raise RequestError(str(error)) from None
         self._stack = ExitStack()
-        self._stages: RestartingDeployment | None = None
+        self._restarting: RestartingDeployment | None = None
         self._is_start_cancelled = threading.Event()
         self._engine: Engine | None = None
 
@@ -190,25 +193,25 @@ class _Cluster:
         """
         if self._engine is not None:
             raise ClusterError("the cluster is open already: close it first, or make another one")
-        request = deployment_request(self._options, self._engine_options.num_sequences, self._engine_options.draft)
+        request = deployment_request(self._options, self._run_options.num_sequences, self._run_options.draft)
         for line in request.hostfile.warnings:
             _LOG.warning("%s", line)
         request, model = open_source(request)
-        if model is not None:
+        if model is not None:  # else only the first host, which is another machine, has the model
             preview(request, model)  # raises SetupError before any stage is started
         with ExitStack() as stack:
-            stack.callback(template_process().close)
-            self._stages = RestartingDeployment(request, model, _Listener(), self._engine_options.restarts)
+            stack.callback(template_process().close)  # other clusters of this program start it again
+            self._restarting = RestartingDeployment(request, model, _Listener(), self._run_options.restarts)
             if self._is_start_cancelled.is_set():
-                self._stages.cancel()
-            stack.enter_context(self._stages)
-            deployment = self._stages.deployment
+                self._restarting.cancel()
+            stack.enter_context(self._restarting)
+            deployment = self._restarting.deployment
             engine = engine_on(
                 deployment,
-                draft_mode=self._engine_options.draft,
-                restarts=self._stages,
+                draft_mode=self._run_options.draft,
+                restarts=self._restarting,
                 on_restart=_log_restart,
-                max_queued=max(MAX_QUEUED, 4 * self._engine_options.num_sequences),
+                max_queued=max(MAX_QUEUED, 4 * self._run_options.num_sequences),
             )
             self._engine = stack.enter_context(engine)
             self._frontend = ModelFrontend(deployment.model, deployment.shape.context_tokens)
@@ -226,13 +229,16 @@ class _Cluster:
 
     def _submission(self, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations) -> tuple[Submission, int]:
         """Return the request for a reply, and the number of tool calls in ``prompt``. Long prompts take seconds."""
-        self._running_engine()
+        self._running_engine()  # raises ClusterError if the cluster is not open
         if isinstance(prompt, str):
             messages = [Message(role="user", content=prompt)]
         else:
             messages = read_history(prompt, self._frontend.template.fields, normal_ids=True).messages
         if sampling.num_answers > 1:
-            raise RequestError(f"{sampling.num_answers} answers were requested, but this call returns one: leave n out")
+            raise RequestError(
+                f"{sampling.num_answers} answers were requested, but this call returns one: "
+                "repeat the prompt in the list for generate"
+            )
         settings = reply_settings(sampling, self._frontend, tools)
         for line in settings.warnings:
             _LOG.warning("%s", line)
@@ -283,7 +289,7 @@ class Cluster(_Cluster):
         Raises:
             RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
         """
-        _refuse_text(prompts)
+        _refuse_lone_prompt(prompts)
         num_calls_before: dict[int, int] = {}
 
         def submissions_by_index() -> Iterator[tuple[int, Submission]]:
@@ -302,7 +308,8 @@ class Cluster(_Cluster):
 class AsyncStream(AsyncIterator[Reasoning | Content]):
     """The text of a reply in parts, for ``async for``. Cancelling the task that reads it cancels the request.
 
-    The first read submits the request, and raises the errors of ``Cluster.stream``.
+    The first read submits the request, and raises the errors of ``Cluster.stream``. Later reads raise those of
+    ``Stream``.
     """
 
     def __init__(self, parts: AsyncGenerator[Reasoning | Content, None], reply: _Reply) -> None:
@@ -355,7 +362,7 @@ class AsyncCluster(_Cluster):
         self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. The first error cancels the others."""
-        _refuse_text(prompts)
+        _refuse_lone_prompt(prompts)
         # two requests for each slot: one runs, the other is ready when it ends
         limit = asyncio.Semaphore(2 * self._running_engine().num_slots)
 
@@ -394,8 +401,8 @@ class AsyncCluster(_Cluster):
 
     def _cancel_start(self) -> None:
         self._is_start_cancelled.set()
-        if self._stages is not None:
-            self._stages.cancel()
+        if self._restarting is not None:
+            self._restarting.cancel()
 
 
 async def _run_in_thread(function: Callable[[], None], on_cancel: Callable[[], None] = lambda: None) -> None:
@@ -425,8 +432,8 @@ def _struct_value(value: object) -> object:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _refuse_text(prompts: Iterable[Prompt]) -> None:
-    if isinstance(prompts, str):  # an iterable of one-letter prompts
+def _refuse_lone_prompt(prompts: Iterable[Prompt]) -> None:
+    if isinstance(prompts, str):  # else each letter would be a prompt
         raise RequestError("one prompt was given: give a list of prompts, or use chat")
 
 

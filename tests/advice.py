@@ -62,7 +62,11 @@ class Advice(NamedTuple):
 
 
 def follows_advice(*messages: str) -> Callable[[Test], Test]:
-    """Mark a test that follows the advice of ``messages``: string literals, because they are read from the source."""
+    """Mark a test that follows the advice of ``messages``, which are string literals, because the source is read.
+
+    Each is an example of a printed message: it matches the package's string with any values in place of the inserted
+    ones, such as "a" for a host.
+    """
     return lambda test: test
 
 

@@ -101,7 +101,7 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
 @follows_advice(
     "the cluster is open already: close it first, or make another one",
     "one prompt was given: give a list of prompts, or use chat",
-    "2 answers were requested, but this call returns one: leave n out",
+    "2 answers were requested, but this call returns one: repeat the prompt in the list for generate",
     "the cluster is not open: use it as a context, in a with block",
 )
 def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> None:
@@ -111,7 +111,7 @@ def test_a_cluster_opens_once_and_one_prompt_is_not_a_list(cluster: Cluster) -> 
     assert started_processes() == processes
     with pytest.raises(RequestError, match="give a list of prompts, or use chat"):
         cluster.generate("hi")
-    with pytest.raises(RequestError, match="this call returns one: leave n out"):
+    with pytest.raises(RequestError, match="this call returns one: repeat the prompt in the list for generate"):
         cluster.chat("hi", Sampling(num_answers=2))
     with pytest.raises(ClusterError, match="use it as a context, in a with block"):
         Cluster().chat("hi")

@@ -24,11 +24,11 @@ SHAPE = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.bfloa
 SUCCESS = ProgramResult(0, "", "")
 
 
+NO_KERNELS = KernelReport(mlx_k2_version="0.1.0", mlx_version="0.32.4", system="macOS 15", chip="Apple M9", kernels=())
+
+
 def report_of(lines: Sequence[KernelLine]) -> Report:
     """Return the report of a Mac with these kernels, on which all commands succeeded."""
-    kernels = KernelReport(
-        mlx_k2_version="0.1.0", mlx_version="0.32.4", system="macOS 15", chip="Apple M9", kernels=tuple(lines)
-    )
     return Report(
         commit="0123456",
         system="macOS 15",
@@ -36,7 +36,7 @@ def report_of(lines: Sequence[KernelLine]) -> Report:
         memory_gb=8.0,
         needs_gpu=True,
         kernels_run=SUCCESS,
-        kernels=kernels,
+        kernels=msgspec.structs.replace(NO_KERNELS, kernels=tuple(lines)),
         generate=ProgramResult(0, f"{ANSWER}\n", ""),
         bit_identity=SUCCESS,
     )
@@ -109,9 +109,10 @@ FAILURES: dict[str, tuple[Report, str]] = {
         msgspec.structs.replace(GOOD_REPORT, bit_identity=ProgramResult(1, "1 failed", "")),
         "the tests of bit-identity ended with exit code 1: 1 failed",
     ),
+    "no report": (msgspec.structs.replace(report_of([]), kernels=None), "mlx-k2 kernels printed no report"),
     "no GPU": (
-        msgspec.structs.replace(report_of([]), kernels=None),
-        "MLX found no GPU on this machine: add --without-gpu if it has none",
+        msgspec.structs.replace(report_of([]), kernels=msgspec.structs.replace(NO_KERNELS, chip=None)),
+        "MLX found no GPU on the machine of this report: run .ci/mac --without-gpu if it has none",
     ),
 }
 

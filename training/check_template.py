@@ -28,7 +28,7 @@ def load_template(path: Path) -> Template:
 
 
 def is_same(template: Template, conversation: Conversation) -> bool:
-    """Return whether every prompt of the last exchange equals the template's rendering."""
+    """Return whether each prompt of the last exchange, one for each reply, equals the template's rendering."""
     tools = [tool.schema() for tool in conversation.tools]
     return all(
         template.render(messages=conversation.messages(num_steps), tools=tools, add_generation_prompt=True)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, required=True, help="number to compare")
     options = parser.parse_args()
     template = load_template(options.template)
-    stream = conversations(TRAINING_SEED, held_out().keys)
+    stream = conversations(TRAINING_SEED, excluded_keys=held_out().keys)
     num_same = sum(is_same(template, each) for each in itertools.islice(stream, options.conversations))
     print(f"{num_same} of {options.conversations} conversations are rendered alike")
     sys.exit(num_same != options.conversations)

@@ -19,8 +19,8 @@ from mlx_k2.text.tokenizer import Tokenizer
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 
-class CalledTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A tool call of the model, which nothing has run. ``arguments`` is the exact text that the model wrote."""
+class RequestedCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that the model wrote and nothing has run. ``arguments`` is the exact text that the model wrote."""
 
     id: str
     name: str
@@ -34,7 +34,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
     content: str = msgspec.field(name="text")
     reasoning: str
-    tool_calls: tuple[CalledTool, ...]
+    tool_calls: tuple[RequestedCall, ...]
     finish_reason: str
     """``stop``, ``length`` (max_tokens, or the context is full), ``timeout`` or ``cancelled``."""
     seed: int
@@ -74,10 +74,12 @@ def submissions_for(
     *,
     is_raw: bool = False,
 ) -> list[Submission]:
-    """Return the requests for several replies to one prompt, each with its own seed.
+    """Return ``num_answers`` submissions for one prompt, each with its own seed; the first has that of the settings.
 
-    The first request has the seed of the settings. Requests that are submitted together compute the prompt once.
-    ``is_raw`` is that of ``ReplySettings.policy``. Errors are those of ``ReplySettings.request``.
+    Submissions that are made together compute the prompt once. With ``is_raw`` the prompt has no chat template.
+
+    Raises:
+        RequestError: the prompt is empty, has an invalid token id, or does not fit into the context.
     """
     tokenizer = frontend.tokenizer
     requests = [
@@ -115,13 +117,16 @@ def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
 
 
 def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 0) -> Completion:
-    """Return a reply with its counts. The ids of its calls continue those of the ``num_calls_before`` earlier calls."""
+    """Return a reply with the finish reason, seed and usage of its summary.
+
+    The ids of its calls continue those of the ``num_calls_before`` earlier calls.
+    """
     message_calls = assistant_message(reply, num_calls_before).tool_calls
     return Completion(
         content=reply.content,
         reasoning=reply.reasoning,
         tool_calls=tuple(
-            CalledTool(id=message_call.id, name=call.name, arguments=call.arguments, error=call.error)
+            RequestedCall(id=message_call.id, name=call.name, arguments=call.arguments, error=call.error)
             for call, message_call in zip(reply.calls, message_calls, strict=True)
         ),
         finish_reason=summary.finish_reason.value,

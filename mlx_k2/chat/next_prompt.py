@@ -1,4 +1,4 @@
-"""Prefill of the next prompt: computes its known part in idle time. Knows no messages."""
+"""Prefill, while the stages are idle, of the part of the next prompt that is known before the user's message."""
 
 import threading
 from collections.abc import Callable, Sequence

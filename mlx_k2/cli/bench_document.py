@@ -41,7 +41,11 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """All results, with model, hosts and versions. A row has the fields of Workload and WorkloadResult."""
+    """All results, with model, hosts and versions. ``made`` is a UTC time.
+
+    A row has the number of stages, the fields of Workload, and those of WorkloadResult, whose ``stages`` is
+    ``stage_times`` here.
+    """
 
     rows: list[dict[str, Any]]
     made: str
@@ -56,9 +60,10 @@ class BenchDocument(msgspec.Struct, frozen=True, kw_only=True):
 # The columns of the CSV file are fields of the document, of its versions, of a row, and of the stages in a row.
 _DOCUMENT_COLUMNS = ("made", "model", "dtype", "draft")
 _STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageTimes))
-_NOT_IN_CSV = ("workload", "stages", "drafts", "draft_times")
+# fields without a column: workload and stages have one for each of their fields
+_WITHOUT_COLUMN = ("workload", "stages", "drafts", "draft_times")
 _WORKLOAD_FIELDS = tuple(field.name for field in dataclasses.fields(Workload))
-_RESULT_FIELDS = tuple(field.name for field in dataclasses.fields(WorkloadResult) if field.name not in _NOT_IN_CSV)
+_RESULT_FIELDS = tuple(field.name for field in dataclasses.fields(WorkloadResult) if field.name not in _WITHOUT_COLUMN)
 _ROW_COLUMNS = ("stages", *_WORKLOAD_FIELDS, *_DERIVED_FIELDS, *_RESULT_FIELDS)
 _STAGE_COLUMNS = tuple(f"stage_{name}" for name in _STAGE_FIELDS)
 CSV_COLUMNS = (*_DOCUMENT_COLUMNS, *Versions.__struct_fields__, *_ROW_COLUMNS, *_STAGE_COLUMNS)
@@ -101,7 +106,7 @@ def _document_row(result: WorkloadResult, num_stages: int) -> dict[str, Any]:
 
 
 def checkout_commit(package: Path) -> str | None:
-    """Return the commit of the git checkout of this project that has the folder ``package``.
+    """Return the commit that is checked out in the git checkout of this project around the folder ``package``.
 
     None if the folder is in no checkout, or in another project's, or if git is not installed.
     """

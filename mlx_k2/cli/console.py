@@ -36,7 +36,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 _PIPE_COLUMNS = 10_000
 """Width of the console for pipes and files, on which no table is folded."""
 M3_ULTRA_GB_PER_S = 692.0
-"""Published sustained memory bandwidth of an M3 Ultra. Apple specifies 819 GB/s."""
+"""Memory bandwidth of an M3 Ultra that others measured over a long time. Apple specifies 819 GB/s."""
 
 console = SafeConsole(
     stderr=True,
@@ -55,15 +55,12 @@ def log(line: str) -> None:
 def log_restart(restart: Restart, phase: str = WAITING) -> None:
     """Log a restart in the phase ``WAITING``, which is the first; do nothing in later phases."""
     if phase == WAITING:
-        log(f"{restart_line(restart)}; the answer then continues")
+        log(f"{restart_lines(restart)}; the answer then continues")
 
 
-def restart_line(restart: Restart) -> str:
-    """Return two lines: the reason of a restart; the wait before it and its number."""
-    return (
-        f"{restart.reason}\nall stages start again in {restart.wait_s:g} s ({restart.count} within 10 minutes of "
-        "each other)"
-    )
+def restart_lines(restart: Restart) -> str:
+    """Return the text about a restart on two lines: its reason; the wait before it and its number."""
+    return f"{restart.reason}\nall stages start again in {restart.wait_s:g} s (restart {restart.count})"
 
 
 def opening_lines(cluster: ClusterOptions, frontend: ModelFrontend, *, is_raw: bool = False) -> tuple[str, ...]:
@@ -127,7 +124,7 @@ class ConsoleListener(DeploymentListener):
         self._write(line)
 
     def hide_progress(self) -> None:
-        """Remove spinner and bars, and show no further phases, because the terminal now shows a conversation."""
+        """Remove spinner and bars, and show no spinner again: the model is ready. With --verbose phases stay lines."""
         self.stop_progress()
         self._hides_progress = True
 
@@ -142,8 +139,8 @@ class ConsoleListener(DeploymentListener):
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
         """Add a bar for each stage; the bars appear at the first progress."""
-        if model.unread_tensors:
-            self._write(model.unread_tensors)
+        if model.unread_tensors_line:
+            self._write(model.unread_tensors_line)
         for plan in plans:
             description = f"stage {plan.rank}  {plan.host.ssh}  layers {layer_range(plan)}"
             self._tasks.append(self._bars.add_task(description, total=None))
@@ -198,8 +195,8 @@ def show_dry_run(
     request: DeploymentRequest, model: ModelDescription, shape: RunShape, plans: Sequence[StagePlan]
 ) -> None:
     """Show each stage's host and layers, memory, bytes read per token, and files. Nothing was started."""
-    if model.unread_tensors:
-        log(model.unread_tensors)
+    if model.unread_tensors_line:
+        log(model.unread_tensors_line)
     rows = [
         (
             gigabytes(plan.needed_bytes) + ("" if plan.limit_bytes is None else f" of {gigabytes(plan.limit_bytes)}"),
@@ -208,11 +205,11 @@ def show_dry_run(
         )
         for plan in plans
     ]
-    show_plan(plans, rows, ("memory", "read a token", "files"))
+    show_plan(plans, rows, ("memory", "read per token", "files"))
     for plan in plans:
         log(f"stage {plan.rank} opens {file_ranges(plan.files)}")
     log(_fit_line(request, plans))
-    # without gb_per_s the bandwidth is that of a Mac, which another machine alone does not have
+    # without gb_per_s the default is a Mac's bandwidth: left out if the only host is this machine and no Mac
     if sys.platform == "darwin" or any(not plan.host.is_local or plan.host.gb_per_s for plan in plans):
         log(_speed_limit_line(plans))
     for line in quantization_warnings(model.config, shape.dense_bits):
@@ -222,7 +219,7 @@ def show_dry_run(
 
 
 def _fit_line(request: DeploymentRequest, plans: Sequence[StagePlan]) -> str:
-    """Return the line that states whether the plans fit into memory."""
+    """Return the line about memory. Plans that do not fit have already raised an error where limits are known."""
     needed_bytes = sum(plan.needed_bytes for plan in plans)
     limits_bytes = [plan.limit_bytes for plan in plans if plan.limit_bytes is not None]
     if len(limits_bytes) < len(plans):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from mlx_k2.cli.console import ConsoleListener, opening_lines, restart_line
+from mlx_k2.cli.console import ConsoleListener, opening_lines, restart_lines
 from mlx_k2.cli.main import Interrupted
 from mlx_k2.cli.serve_options import ServeOptions
 from mlx_k2.coordinator.engine import Engine, engine_on
@@ -88,7 +88,7 @@ class ModelService:
     def _on_restart(self, restart: Restart, phase: str) -> None:
         self._state.activity.phase = phase
         if phase == WAITING:
-            self._write(f"{restart_line(restart)}; running answers then continue")
+            self._write(f"{restart_lines(restart)}; running answers then continue")
 
     def _on_failure(self, error: MlxK2Error) -> None:
         if self._failure is None:

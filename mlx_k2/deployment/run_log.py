@@ -1,4 +1,4 @@
-"""Run log: the stages' stderr lines and the last steps in bounded files, and a report for each fault.
+"""Run log: log lines and steps in files of bounded size, and for each fault a report with the last of them.
 
 A step's entry holds each row's slot, position and number of tokens. It holds the token ids only on request.
 """
@@ -26,7 +26,7 @@ MAX_REPORTS = 20
 
 
 class RunLog(DeploymentListener):
-    """Listener that forwards everything to ``listener`` and logs it in ``folder``. A full disk does not stop the run.
+    """Listener that forwards its calls to ``listener`` and logs them in ``folder``. A full disk does not stop the run.
 
     ``log_tokens`` also logs the token ids of prompts and answers.
 
@@ -50,21 +50,18 @@ class RunLog(DeploymentListener):
         self._model = ""
 
     def log(self, line: str) -> None:
-        """Log and forward a line of a stage's stderr."""
+        """Log and forward a line of a stage's stderr, which begins with the stage and its host in brackets."""
+        self._record(line.partition("]")[0].strip("["), line)
         self._listener.log(line)
-        stamped = f"{_now()} {line}"
-        with self._lock:
-            self._lines[line.partition("]")[0].strip("[")].append(stamped)
-            self._append("stages.log", stamped)
 
     def notify(self, line: str) -> None:
         """Log and forward a message for the user."""
-        self.log(f"[coordinator] {line}")
+        self._record("coordinator", f"[coordinator] {line}")
         self._listener.notify(line)
 
     def phase(self, what: str) -> None:
         """Log and forward the next phase of all stages."""
-        self.log(f"[coordinator] {what}")
+        self._record("coordinator", f"[coordinator] {what}")
         self._listener.phase(what)
 
     def planned(self, model: ModelDescription, plans: Sequence[StagePlan]) -> None:
@@ -102,7 +99,7 @@ class RunLog(DeploymentListener):
     def write_report(self, reason: str, status: Sequence[str]) -> Path | None:
         """Write one file to attach to an issue; return its path, None if it cannot be written.
 
-        ``status`` describes each stage's status at the time of the fault. The log lines show how each stage ended.
+        ``status`` has a line for each stage, made before the stages were ended. The log lines show how each ended.
         """
         self._num_reports += 1
         path = self._folder / f"report-{time.strftime('%Y%m%d-%H%M%S')}-{self._num_reports}.txt"
@@ -126,6 +123,12 @@ class RunLog(DeploymentListener):
             self._listener.notify(f"no report could be written: {path}: {error.strerror}")
             return None
         return path
+
+    def _record(self, writer: str, line: str) -> None:
+        stamped = f"{_now()} {line}"
+        with self._lock:
+            self._lines[writer].append(stamped)
+            self._append("stages.log", stamped)
 
     def _append(self, name: str, line: str) -> None:
         path = self._folder / name

@@ -1,7 +1,7 @@
 """Escaping of message text while a template renders it, so that message text cannot spell a control token.
 
 Each character that occurs in a control token's name is replaced by one character that occurs nowhere in the rendering.
-The template may change message text or join it with its own text: a control token's name in the rendering is always
+Even if the template changes message text or joins it with its own, a control token's name in the rendering is always
 text of the template. Knows neither messages nor templates.
 """
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from mlx_k2.errors import RequestError
 
-# The private-use planes come first. Lower planes follow, for a prompt that uses all private-use characters.
+# The private-use planes come first. Planes down to 4 follow, which have no assigned characters, for a prompt
+# that uses all private-use ones.
 _CANDIDATES = range(0x10FFFD, 0x3FFFF, -1)
 _CHUNK_CHARS = 4096
 
@@ -41,7 +42,7 @@ class Escaping:
         return value
 
     def wrap(self, value: object) -> Any:
-        """Return the result of an operation on escaped characters with each str in it as EscapedText."""
+        """Return ``value``, the result of an operation on escaped text, with each str in it as EscapedText."""
         match value:
             case str():
                 return EscapedText(value, self)
@@ -74,20 +75,21 @@ class EscapedText(str):
     """Escaped text whose methods compare, search and split like those of the original text.
 
     It is a str, because templates test for str and join it with other text; its characters then stay escaped. An
-    operation that this class does not handle can make the rendering differ from that of plain text, which is detected,
-    but cannot make a control token.
+    operation that this class does not handle cannot make a control token. It can make the rendering differ from that of
+    plain text; `prompt.py` compares the two and refuses the prompt.
     """
 
     __slots__ = ("_escaping",)
     _escaping: Escaping
 
     def __new__(cls, escaped: str, escaping: Escaping) -> "EscapedText":
-        """Return ``escaped``, whose characters are escaped already, as EscapedText."""
+        """Return ``escaped`` as EscapedText: its message text is escaped, text of the template in it is not."""
         text = super().__new__(cls, escaped)
         text._escaping = escaping
         return text
 
     def __getnewargs__(self) -> tuple[str, Escaping]:  # type: ignore[override]
+        # For pickle, which sends the text to the process that renders. join makes a plain str; str() would return self.
         return "".join((self,)), self._escaping
 
     def __str__(self) -> str:

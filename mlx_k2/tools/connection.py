@@ -1,4 +1,4 @@
-"""Connections to tool servers: connect, call, connect again after a loss. For one event loop; knows no model."""
+"""Connections to tool servers: connect, call, connect again after a loss. Used from one event loop."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ _NO_INITIALIZE_CODES = (METHOD_NOT_FOUND, INVALID_REQUEST, UNSUPPORTED_PROTOCOL_
 
 
 class ServerLost(Exception):
-    """The error for a server that ended. Its text is the reason, with the last lines of the server's stderr."""
+    """The error for a server that ended. Its text is the reason, and the last lines of its stderr if there are any."""
 
 
 class NotStarted(ServerLost):
@@ -63,7 +63,7 @@ class _Link:
 
 
 class Connection:
-    """A server's tools, and calls to them. A task in ``tasks`` keeps each link open until the task group ends."""
+    """A server's tools, and calls to them. A task in ``tasks`` keeps a link open until the link or the group ends."""
 
     def __init__(self, server: Server, tasks: TaskGroup, start_timeout_s: float) -> None:
         self.server = server
@@ -73,7 +73,7 @@ class Connection:
         self._link: _Link | None = None
 
     async def tools(self) -> tuple[list[types.Tool], list[str]]:
-        """Return the server's tools, and lines for the user about those that cannot be used.
+        """Return the server's tools, and lines for the user about what is wrong with them.
 
         Raises:
             NotStarted: the server does not start, or not within ``start_timeout_s``.
@@ -101,7 +101,9 @@ class Connection:
         except Exception as error:
             if not (link.ended.is_set() or _is_closed_error(error)):
                 raise _with_http_status(error, link.output) from error
-            reason = error.message if isinstance(error, MCPError) and error.message not in _CLOSED_MESSAGES else None
+            reason = None
+            if isinstance(error, MCPError) and error.message not in _CLOSED_MESSAGES:
+                reason = error.message  # it says more than the reason why the link ended
         link.close_requested.set()
         await link.ended.wait()
         raise ServerLost(reason or link.end_reason)
@@ -120,13 +122,13 @@ class Connection:
     async def _keep_link_open(self, *, task_status: TaskStatus[_Link]) -> None:
         """Connect, and keep the link open until ``close_requested`` is set or the link breaks.
 
-        The handshake is `initialize` if the server knows it: older servers end at any other first request.
+        `initialize` is tried before the newer handshake, because an older server exits at any other first request.
         """
         if not await self._connect("legacy", task_status):
             await self._connect("auto", task_status)
 
     async def _connect(self, mode: str, task_status: TaskStatus[_Link]) -> bool:
-        """Connect with mcp's handshake ``mode``, and keep the link open. Return False if the server refuses "legacy".
+        """Connect with mcp's handshake ``mode``, and keep the link open. Return False if "legacy" is refused.
 
         Raises:
             NotStarted: the server does not start.

@@ -32,15 +32,15 @@ TOKENIZER_NAMES = (
 class ModelDescription:
     """A model's small files (config, index, tokenizer, chat template), parsed; ``draft`` is its draft head, if any.
 
-    ``digest`` identifies config and index (`model_digest`). ``unread_tensors`` is a line for the user about tensors in
-    the index that are not read; None if there are none.
+    ``digest`` identifies config and index (`model_digest`). ``unread_tensors_line`` tells the user which tensors in the
+    index are not read; None if all are.
     """
 
     files: Mapping[str, bytes]
     config: ModelConfig
     index: CheckpointIndex
     digest: str
-    unread_tensors: str | None
+    unread_tensors_line: str | None
     draft: DraftDescription | None = None
 
 

@@ -1,4 +1,4 @@
-"""Tests of `--dense-bits`: the tokens are those of the quantized weights, and held bytes are the inventory's."""
+"""Tests of `--dense-bits`: the tokens are those of quantized weights, and stages hold as many bytes as predicted."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_tokens_come_from_the_quantized_weights_and_held_bytes_match_the_invento
         assert expected != Chain(endless_model, 1).greedy(PROMPT, NUM_TOKENS)
     assert [line["token"] for line in tokens] == expected
     reported_bytes = sum(stage["held_bytes"] for stage in summary["summary"]["stages"])
-    assert reported_bytes == held_bytes(model_specs(read_config(endless_model)), 4, 8)
+    assert reported_bytes == held_bytes(model_specs(read_config(endless_model)), compute_bytes=4, dense_bits=8)
 
 
 def test_dense_bits_4_is_warned_about_and_3_is_refused(endless_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

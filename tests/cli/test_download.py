@@ -83,7 +83,7 @@ def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_corrupted_file_of_a_download_is_refused_by_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_the_error_about_a_corrupted_download_names_the_file(hub: Hub, folder: Path, tmp_path: Path) -> None:
     name = "model-00003-of-000008.safetensors"
     hub.wrong_contents[name] = bytes(len(hub.files[name]))
     result = run(hub, tmp_path, "download", "--stages", "2", "--model", REPO)

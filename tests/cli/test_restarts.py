@@ -36,7 +36,7 @@ def test_json_output_continues_after_a_restart_and_reports_the_restart_in_one_li
     assert restart["number"] == 1
     assert "ended with signal 9: it was killed, possibly by the out-of-memory killer" in restart["reason"]
     assert [line for line in lines if "token" in line] == [line for line in undisturbed if "token" in line]
-    assert b"all stages start again in 1 s (1 of at most 3 within 10 minutes of each other)" in errors
+    assert b"all stages start again in 1 s (restart 1 of at most 3)" in errors
     assert wait_until_gone(descendants, 0) == []
 
 

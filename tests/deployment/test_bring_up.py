@@ -1,4 +1,4 @@
-"""Tests of the handshake with stages that have another version or send nothing."""
+"""Tests of the start of stages that have another version or send nothing."""
 
 import re
 import sys
@@ -34,9 +34,7 @@ def ignore(line: str) -> None:
     ],
     ids=["mlx-k2", "mlx"],
 )
-def test_a_stage_whose_versions_are_not_those_of_this_machine_is_refused(
-    versions: tuple[str, str], problem: str
-) -> None:
+def test_a_stage_with_another_version_of_mlx_k2_or_mlx_is_refused(versions: tuple[str, str], problem: str) -> None:
     with (
         StageGroup([StageLocation()], 20.0, ignore) as group,
         pytest.raises(StageStartError, match=f"stage 0 on this machine {problem}"),
@@ -44,7 +42,7 @@ def test_a_stage_whose_versions_are_not_those_of_this_machine_is_refused(
         handshake(group, versions)
 
 
-def test_the_error_about_a_guard_of_another_version_names_its_host_and_both_versions(tmp_path: Path) -> None:
+def test_the_error_about_a_guard_of_another_version_names_its_stage_and_both_versions(tmp_path: Path) -> None:
     python = tmp_path / "python"
     program = "import mlx_k2, runpy; mlx_k2.__version__ = '0.0.9'; runpy.run_module('mlx_k2.stage', None, '__main__')"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
@@ -60,7 +58,7 @@ def test_the_error_about_a_guard_of_another_version_names_its_host_and_both_vers
 def test_the_error_about_a_stage_that_sends_nothing_in_time_names_what_it_had_to_do(tmp_path: Path) -> None:
     locations = [StageLocation(python=stand_in_python(tmp_path, "reads_nothing")) for _ in range(2)]
     with StageGroup(locations, 20.0, ignore) as group:
-        assert None not in [group.receive(20), group.receive(20)]
-        pattern = r"no message for 0 s from stage 1 on this machine \(starting for \d s\), which had to start"
+        assert None not in [group.receive(20), group.receive(20)]  # Connected, the only message of each program
+        pattern = r"no message for 1 s from stage 1 on this machine \(starting for \d s\), which had to start"
         with pytest.raises(StageSilent, match=pattern):
-            collect(group, Hello, [1], 0.2, "start")
+            collect(group, Hello, [1], 1.0, "start")

@@ -29,14 +29,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("last stage killed", actions.kill(2), RESTARTED, (KILLED_AT_STEP[2],), within_s=1.0),
     Fault("stage killed in prefill", actions.kill(1), RESTARTED, (KILLED_AT_STEP[1],), within_s=1.0, phase="prefill"),
     Fault(
-        "stage killed while it starts",
+        "stage killed while it starts again",
         actions.kill_in_restart(1, "starting"),
         RESTARTED,
         (KILLED_AT_STEP[0], MIDDLE_KILLED_IN_START),
         halts={"starting": 2},
     ),
     Fault(
-        "stage killed while all connect",
+        "stage killed while all connect again",
         actions.kill_in_restart(1, "connecting"),
         RESTARTED,
         (KILLED_AT_STEP[0], MIDDLE_KILLED),
@@ -44,7 +44,7 @@ FAULTS: tuple[Fault, ...] = (
         halts={"connecting": 2},
     ),
     Fault(
-        "stage killed while it loads",
+        "stage killed while it loads again",
         actions.kill_in_restart(1, "loading"),
         RESTARTED,
         (KILLED_AT_STEP[0], MIDDLE_KILLED),
@@ -52,7 +52,7 @@ FAULTS: tuple[Fault, ...] = (
         halts={"loading": 2},
     ),
     Fault(
-        "stage killed at the very first start",
+        "stage killed at the first start",
         actions.kill_and_resume(1),
         ENDED,
         (MIDDLE_KILLED_IN_START,),
@@ -60,7 +60,7 @@ FAULTS: tuple[Fault, ...] = (
         halts={"starting": 1},
     ),
     Fault(
-        "one stage killed and one stopped while all end",
+        "one stage killed and one suspended while the command ends",
         actions.kill_one_and_suspend_one,
         UNNOTICED,
         phase="stopping",
@@ -68,7 +68,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("guard killed", actions.kill_guard, RESTARTED, (MIDDLE_LOST,), within_s=1.0),
     Fault(
-        "stage stopped",
+        "stage suspended (SIGSTOP)",
         actions.suspend_stage,
         RESTARTED,
         (rf"stage 1 on host-1 {AT_STEP} is stopped: its process was suspended",),
@@ -83,7 +83,7 @@ FAULTS: tuple[Fault, ...] = (
         prepare=actions.use_faulty_stage,
     ),
     Fault(
-        "stage out of memory while it loads",
+        "stage out of memory while it loads again",
         actions.limit_memory_in_restart,
         RESTARTED,
         (KILLED_AT_STEP[0], r"stage 1 on host-1: .*out of memory|stage 1 on host-1 \(.*\) ended with"),
@@ -91,7 +91,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("cable pulled for 2 s", actions.pull_cable_for_two_seconds, UNNOTICED),
     Fault(
-        "cable pulled, and plugged in later",
+        "cable pulled, and plugged in later (--lease 4)",
         actions.pull_cable_until_detected,
         RESTARTED,
         (MIDDLE_AWAY,),
@@ -99,7 +99,7 @@ FAULTS: tuple[Fault, ...] = (
         options={"lease_s": 4.0},
     ),
     Fault(
-        "cable pulled and not plugged in again",
+        "cable pulled and not plugged in again (--lease 4 --restarts 1)",
         actions.pull_cable,
         ENDED,
         (MIDDLE_AWAY, r"stage 1 on host-1 did not start: it cannot be reached"),
@@ -117,7 +117,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("link at 1 Mbit/s", actions.slow_down_link, UNNOTICED, phase="starting", after=actions.check_was_slow),
     Fault("host's sshd killed, with its sessions", actions.end_sshd, RESTARTED, (MIDDLE_LOST,), within_s=1.0),
     Fault(
-        "login shell prints",
+        "login shell prints text at each ssh login",
         actions.do_nothing,
         UNNOTICED,
         prepare=actions.use_printing_shell,
@@ -125,7 +125,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("stage prints on stdout", actions.cause_inside_stage("print"), UNNOTICED, prepare=actions.use_faulty_stage),
     Fault(
-        "rubbish among the frames",
+        "arbitrary bytes between a stage's messages",
         actions.cause_inside_stage("rubbish"),
         RESTARTED,
         (r"stage 1 on host-1 \(.*\) ended .*bytes that are not frames",),
@@ -133,7 +133,7 @@ FAULTS: tuple[Fault, ...] = (
         prepare=actions.use_faulty_stage,
     ),
     Fault(
-        "frame cut in the middle",
+        "a stage's message cut in the middle",
         actions.cause_inside_stage("half-frame"),
         RESTARTED,
         (r"stage 1 on host-1 \(.*\) ended .*in the middle of a frame",),
@@ -150,7 +150,7 @@ FAULTS: tuple[Fault, ...] = (
         after=actions.check_full_disk,
     ),
     Fault(
-        "weights file cut off on one host",
+        "weights file cut off on one host, at the first start",
         actions.do_nothing,
         ENDED,
         (r"stage 1 on host-1: .*safetensors",),
@@ -158,7 +158,7 @@ FAULTS: tuple[Fault, ...] = (
         prepare=actions.use_truncated_model,
     ),
     Fault(
-        "weights file cut off while its stage starts again",
+        "weights file cut off while its stage starts again (--restarts 2)",
         actions.truncate_and_kill,
         ENDED,
         (KILLED_AT_STEP[1], r"stage 1 on host-1: .*safetensors", r"stage 1 on host-1: .*safetensors.*given up after 2"),
@@ -167,7 +167,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("two runs at once on the same hosts", actions.run_twice, UNNOTICED, phase="prefill"),
     Fault(
-        "unknown process at a ring port",
+        "unknown process connects to a stage's port",
         actions.connect_unknown_process,
         RESTARTED,
         (KILLED_AT_STEP[0], r"stage 1 on host-1: an unknown process is connected as the previous stage"),
@@ -177,7 +177,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("coordinator killed", actions.kill_coordinator, Outcome.GONE, end_timeout_s=5.0),
     Fault(
-        "coordinator stopped for 30 s",
+        "coordinator suspended for 30 s",
         actions.suspend_coordinator,
         RESTARTED,
         ("|".join(rf"stage {rank} on host-{rank} \(.*\) ended .*{COORDINATOR_SILENT}" for rank in range(3)),),

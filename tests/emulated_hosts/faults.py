@@ -14,9 +14,9 @@ Tokens = tuple[list[int], ...]
 class Outcome:
     """The expected outcomes of a run, as docs/reliability.md shows them."""
 
-    UNNOTICED = "goes on, no restart"
+    UNNOTICED = "no restart, same tokens"
     RESTARTED = "same tokens after a restart"
-    ENDED = "fails and names the host; the tokens so far are right"
+    ENDED = "fails and names the host; no wrong token"
     GONE = "no process is left on any host after 5 s"
 
 

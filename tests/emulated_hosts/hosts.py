@@ -1,7 +1,7 @@
 """Several hosts on one Linux machine: a network namespace, two addresses, a name, a home and an sshd for each.
 
-They share only the file system and the user. Their files are in a folder of the test, and the names of their namespaces
-contain the pid of this process, so that several test runs do not collide. Needs root.
+They share the file system, the user and the process ids. Their files are in a folder of the test, and the names of
+their namespaces contain the pid of this process, so that several test runs do not collide. Needs root.
 """
 
 import json

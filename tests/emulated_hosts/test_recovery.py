@@ -37,7 +37,9 @@ def expected(hosts: EmulatedHosts, model: Path, tmp_path_factory: pytest.TempPat
     return undisturbed(hosts, model, tmp_path_factory.mktemp("undisturbed") / "setup")
 
 
-@pytest.mark.parametrize("name", ["data cable pulled, ssh goes another way", "unknown process at a ring port"])
+@pytest.mark.parametrize(
+    "name", ["data cable pulled, ssh goes another way", "unknown process connects to a stage's port"]
+)
 def test_a_fault_has_the_outcome_of_its_row_and_only_stages_of_the_row_are_named(
     hosts: EmulatedHosts, model: Path, expected: Tokens, tmp_path: Path, name: str
 ) -> None:

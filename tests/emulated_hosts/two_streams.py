@@ -1,8 +1,9 @@
-"""Program that runs two streams over the hosts of a hostfile and reports every event. The fault matrix tests it.
+"""Program that runs two streams over the hosts of a hostfile and reports events, while `fault_run.py` causes faults.
 
 Run as: two_streams.py OPTIONS, where OPTIONS is a JSON object. It writes one JSON object a line to stdout:
-{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``time`` counts the
-starts of a phase from 1. ``halts`` maps phases to such numbers: at that start the program waits for a line on stdin.
+{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``time`` is 1 at the
+first start of a phase, 2 at the second. ``halts`` maps phases to such numbers: at that start the program waits for a
+line on stdin.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from tests.local_cluster import CONTEXT_TOKENS, request, together
 
 STREAMS = (request(400, 100, seed=5), request(7, 130, temperature=0))
 NUM_TOKENS_BEFORE_DECODE = 10
-"""The phase decode is reported after this number of tokens of both streams."""
+"""The phase decode is reported after this number of tokens, both streams counted together."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,8 +60,8 @@ class EventWriter(DeploymentListener):
     def notify(self, line: str) -> None:
         write_event(notify=line)
 
-    def step(self, report: StageReport) -> None:
-        """Report the phase prefill at the first step report."""
+    def step_done(self, report: StageReport) -> None:
+        """Report the phase prefill at the first step that a stage has finished. Called by `run_streams`."""
         if not self._num_starts["prefill"]:
             self.phase("prefill")
 
@@ -71,6 +72,7 @@ def write_event(**fields: object) -> None:
 
 
 def report_restart(restart: Restart, phase: str) -> None:
+    """Report a restart once, in its first phase."""
     if phase == WAITING:
         write_event(restart=dataclasses.asdict(restart))
 
@@ -104,7 +106,7 @@ def run_streams(restarting: RestartingDeployment, writer: EventWriter) -> None:
 
     def on_report(report: StageReport) -> None:
         log_report(report)
-        writer.step(report)
+        writer.step_done(report)
 
     with engine_on(
         restarting.deployment,
@@ -113,7 +115,7 @@ def run_streams(restarting: RestartingDeployment, writer: EventWriter) -> None:
         restarts=restarting,
         on_restart=report_restart,
     ) as engine:
-        for num_tokens, (stream, token) in enumerate(together(engine, *STREAMS)):
+        for num_tokens, (stream, token) in enumerate(together(engine, *STREAMS), start=1):
             write_event(stream=STREAMS.index(stream), token=token.token_id)
             if num_tokens == NUM_TOKENS_BEFORE_DECODE:
                 writer.phase("decode")

@@ -86,16 +86,16 @@ def request_cases(seed: int, count: int) -> list[RequestCase]:
 
 @dataclass
 class PipelinedStages:
-    """Stages that run different plans at the same time, so that drafts are in flight before their token is sampled.
+    """Stages that take turns, each with another plan: a draft is in flight before the token of its position is sampled.
 
-    ``answers`` holds the token ids of known answers. With probability ``acceptance`` the head's drafts are replaced by
+    ``answers`` holds the token ids of known answers. With ``right_draft_probability`` the head's drafts are replaced by
     tokens of the answer.
     """
 
     pipeline: Pipeline
     scheduler: Scheduler
     answers: dict[Request, list[int]] = field(default_factory=dict)
-    acceptance: float = 0.0
+    right_draft_probability: float = 0.0
     num_skipped: int = 0
     num_accepted: int = 0
     chance: random.Random = field(default_factory=lambda: random.Random(2))
@@ -147,29 +147,37 @@ class PipelinedStages:
         self.num_skipped += done.is_skipped
         completed = self.scheduler.complete(done.number, done.tokens, is_skipped=done.is_skipped)
         drafted = self.pipeline.runners[-1].draft()
-        request = microbatch.rows[0].row.draft
-        assert (drafted is not None) == (request is not None and not done.is_skipped and self.pipeline.head is not None)
+        draft_request = microbatch.rows[0].row.draft
+        assert (drafted is not None) == (
+            draft_request is not None and not done.is_skipped and self.pipeline.head is not None
+        )
         if drafted is not None:
             self.scheduler.propose(microbatch, self._replace_drafts(microbatch, drafted.token_ids))
         for result in completed:
             yield result.sequence, [appended.token for appended in result.tokens]
 
     def _replace_drafts(self, microbatch: Microbatch, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the head's drafts, or with ``right_draft_probability`` the answer's tokens in their place."""
         (planned,) = microbatch.rows
+        # the step samples the token at position row.end, and the drafts follow it
         start = planned.row.end + 1 - planned.sequence.num_prompt
         right_ids = self.answers.get(planned.sequence.request, [])[start : start + len(token_ids)]
-        if len(right_ids) < len(token_ids) or self.chance.random() >= self.acceptance:
+        if len(right_ids) < len(token_ids) or self.chance.random() >= self.right_draft_probability:
             return token_ids
         return tuple(right_ids)
 
 
 def make_stages(
-    checkpoint: Checkpoint, head: Path | None, num_stages: int, mode: DraftMode, acceptance: float = 0.0
+    checkpoint: Checkpoint, head: Path | None, num_stages: int, mode: DraftMode, right_draft_probability: float = 0.0
 ) -> PipelinedStages:
     """Return stages with a scheduler of 3 slots."""
     limits = SchedulerLimits(3, CONTEXT_TOKENS, CHUNK_TOKENS, num_stages)
     scheduler = Scheduler(limits, FixedStepPolicy(2, CHUNK_TOKENS, CHUNK_TOKENS // 4), draft_mode=mode)
-    return PipelinedStages(Pipeline(checkpoint("thinking"), num_stages, 3, head), scheduler, acceptance=acceptance)
+    return PipelinedStages(
+        Pipeline(checkpoint("thinking"), num_stages, 3, head),
+        scheduler,
+        right_draft_probability=right_draft_probability,
+    )
 
 
 def head_cache_rows(stages: PipelinedStages, count: int) -> list[mx.array]:
@@ -183,10 +191,13 @@ def head_cache_rows(stages: PipelinedStages, count: int) -> list[mx.array]:
 def test_a_head_changes_no_token_and_no_logprob_of_any_request(
     checkpoint: Checkpoint, head: Path, num_stages: int
 ) -> None:
-    """The drafts are right, wrong, in flight when a request ends, undone, or part of a prefix that is used again."""
+    """Drafts are right, wrong, in flight when a request ends, undone, or part of a prefix that is used again.
+
+    With one stage no draft is in flight.
+    """
     plain = make_stages(checkpoint, None, num_stages, DraftMode.OFF)
     with_head = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
-    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.6)
+    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, right_draft_probability=0.6)
     for case in request_cases(num_stages, NUM_CASES):
         expected = plain.run(case)
         drafting.answers = {
@@ -203,21 +214,22 @@ def test_a_head_changes_no_token_and_no_logprob_of_any_request(
 
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cache_rows_after_wrong_and_right_drafts_are_those_of_a_fresh_run(
+def test_cache_rows_after_wrong_and_right_drafts_equal_those_of_a_run_without_drafts(
     checkpoint: Checkpoint, head: Path, num_stages: int, temperature: float
 ) -> None:
     prompt = prompt_of(50)
-    case = RequestCase(Request(prompt, 14, Sampling(seed=3, temperature=temperature), frozenset()))
-    fresh = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
-    (expected,) = fresh.run(case)
-    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, acceptance=0.5)
+    num_tokens = 14
+    case = RequestCase(Request(prompt, num_tokens, Sampling(seed=3, temperature=temperature), frozenset()))
+    undrafted = make_stages(checkpoint, head, num_stages, DraftMode.OFF)
+    (expected,) = undrafted.run(case)
+    drafting = make_stages(checkpoint, head, num_stages, DraftMode.MODEL, right_draft_probability=0.5)
     drafting.answers = {case.request: [token.token_id for token in expected]}
     assert drafting.run(case) == [expected]
     assert drafting.num_skipped > 2  # several drafts were wrong ...
     assert drafting.num_accepted > 2  # ... and several were right
-    num_computed = len(prompt) + 13  # without drafts the position of the last of 14 tokens is not computed
-    (rows,), (fresh_rows,) = head_cache_rows(drafting, num_computed), head_cache_rows(fresh, num_computed)
-    assert mx.array_equal(rows, fresh_rows)
+    num_computed = len(prompt) + num_tokens - 1  # without drafts the last token's position is not computed
+    (rows,), (undrafted_rows,) = head_cache_rows(drafting, num_computed), head_cache_rows(undrafted, num_computed)
+    assert mx.array_equal(rows, undrafted_rows)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
@@ -258,13 +270,14 @@ def test_the_first_draft_is_the_draft_token_that_is_in_flight(checkpoint: Checkp
     pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
     pipeline.expect(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
     pipeline.expect(Step(2, (Row(0, 31, (other_id,), False, sampling, is_draft=True),)))
-    pipeline.step(first)
+    (done,) = pipeline.step(first)
+    assert done.number == 1
     drafted = pipeline.runners[0].draft()
     assert drafted is not None
-    assert drafted.token_ids[0] == other_id
+    assert drafted.token_ids[0] == other_id  # without a plan in flight the head drafts another token
 
 
-def test_a_wrong_draft_is_skipped_by_the_last_stage_and_one_that_a_later_plan_replaces_by_all_stages(
+def test_the_last_stage_skips_a_wrong_draft_and_all_stages_skip_a_draft_that_a_later_plan_undoes(
     checkpoint: Checkpoint, head: Path
 ) -> None:
     prompt = prompt_of(30)
