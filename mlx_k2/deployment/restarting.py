@@ -168,7 +168,8 @@ class RestartingDeployment:
 class _RestartListener(DeploymentListener):
     """Listener of a restart. It forwards log lines and messages for the user, and phases also to ``on_phase``.
 
-    Instead of the stages' progress, ``on_phase`` gets the percents of the ``plans`` that are loaded.
+    It does not forward the plan, which is the one before, nor progress: ``on_phase`` gets the loaded percentage of the
+    shards of ``plans``.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {  # arguments of generate, and the
     "token ids with a word": (["--token-ids", "3,x"], "--token-ids: 'x' is not a whole number from 0"),
     "token ids with a gap": (["--token-ids", "3,,4"], "--token-ids: '' is not a whole number from 0"),
     "negative token id": (["--token-ids", "-3"], "--token-ids: '-3' is not a whole number from 0"),
-    "token id of a thousand digits": (
+    "token id of 5000 digits": (
         ["--token-ids", "9" * 5000],
         "--token-ids: '9999999999' is not a whole number from 0",
     ),

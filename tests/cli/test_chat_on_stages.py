@@ -21,6 +21,7 @@ def get_weather(city: str) -> dict:
 WEATHER_QUESTION = "What is the weather in Paris?"
 WEATHER_ANSWER = "In Paris it is sunny and 21 degrees."
 FIRST_ANSWER = "mlx-k2 runs Kimi K2 models over several Macs"
+"""Beginning of the built-in model's answer to "What is mlx-k2?"."""
 ENDLESS_MODEL_TEXT = "reserved_token"
 """Text that the endless model, which has random weights, generates within a few tokens."""
 

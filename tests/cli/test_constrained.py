@@ -78,7 +78,8 @@ def test_each_line_of_prompts_has_its_own_sampling_values_and_form(command_line:
         base | {"tools": [CLOCK], "tool_choice": "required"},
         base | {"min_tokens": 30, "max_tokens": 30},
         base | {"ignore_eos": True, "max_tokens": 40},
-        base | {"logit_bias": {str(ord("z")): 100}, "max_tokens": 12, "thinking_budget": 0},
+        base
+        | {"logit_bias": {str(ord("z")): 100}, "max_tokens": 12, "thinking_budget": 0},  # a byte's token has its id
     ]
     results = results_of(command_line, tmp_path, lines, "--logprobs", "2")
     free, two_answers, stopped, call, longer, ignoring_eos, biased = results

@@ -115,7 +115,7 @@ def test_a_command_that_holds_less_than_1_gb_or_has_ended_is_not_named(user: Com
 def test_memory_of_another_command_is_not_planned_again_and_the_error_names_it(user: CommandLine, model: Path) -> None:
     with deployment_of(model, num_slots=1) as deployment:
         hello, (plan,) = deployment.hellos[0], deployment.plans
-    available_bytes = memory_bound_bytes(None, hello.working_set_bytes, hello.memory_bytes)
+    available_bytes = memory_bound_bytes(None, hello.working_set_bytes, hello.memory_bytes)  # no limit in a hostfile
     assert available_bytes is not None
     slot_bytes = plan.assignment.held_bytes - plan.shard_bytes
     num_slots = 1 + (available_bytes - plan.needed_bytes) // slot_bytes  # another slot does not fit
