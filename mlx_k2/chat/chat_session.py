@@ -71,7 +71,7 @@ class ReplySettings:
 
 @dataclass
 class _SampledReply:
-    """A reply during sampling: its tokens and parts so far, and its finish reason once it has ended."""
+    """A reply during sampling: its tokens and parts so far, and its finish reason; until it has ended CANCELLED."""
 
     token_ids: list[int]
     parts: list[Part]
@@ -193,7 +193,7 @@ class ChatSession:
         return self._settings.request(self._tokenizer, self.conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
-        """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
+        """Yield the events of replies and rounds of tool calls, until a reply calls no tool or the user stops it."""
         calls_left = self._settings.max_tool_calls
         may_call = self._tools is not None
         is_after_calls = False
@@ -224,7 +224,7 @@ class ChatSession:
         policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
-            if self._is_stopped:
+            if self._is_stopped:  # ``stop`` was called before it could see the handle
                 handle.cancel()
             for event in reply_events(handle):
                 match event:
@@ -240,7 +240,7 @@ class ChatSession:
             raise
         finally:
             self._handle = None
-            handle.cancel()
+            handle.cancel()  # the caller may have closed this generator
         return sampled_reply
 
     def _keep_content(self, sampled_reply: _SampledReply) -> Generator[Event, None, None]:

@@ -125,7 +125,8 @@ def test_a_second_turn_computes_only_the_new_message_after_idle_prefill_of_the_a
     num_answer = num_known - first.prompt_tokens
 
     chat.prefill_next_prompt()
-    assert stages.prompt_tokens.count_and_reset(at_least=num_answer - 1) <= num_answer + 1
+    num_prefilled = stages.prompt_tokens.count_and_reset(at_least=num_answer - 1)
+    assert num_prefilled <= num_answer + 1  # a token more or less may come from the cache
 
     message = "And the sun?"
     second = summary_in(chat.send_message(message))
@@ -187,7 +188,8 @@ def test_the_thinking_budget_ends_the_reasoning_and_the_answer_continues_from_th
     assert any(isinstance(event, Content) for event in events)
     summary = summary_in(events)
     assert summary.generated_tokens == 30 == len(ids)
-    assert stages.prompt_tokens.count_and_reset() <= summary.prompt_tokens - summary.cached_tokens + 2
+    num_computed = stages.prompt_tokens.count_and_reset()
+    assert num_computed <= summary.prompt_tokens - summary.cached_tokens + 2  # the reasoning is not computed again
 
 
 @contextlib.contextmanager

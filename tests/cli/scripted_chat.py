@@ -61,7 +61,7 @@ def main(script: str, transcript_path: str) -> None:
     with ExitStack() as stack:
         transcript = stack.enter_context(Transcript(Path(transcript_path), screen.log))
         tools = None
-        if script != "talk":
+        if script in ("tools", "late call"):
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
             tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
         keyboard = choose_keyboard(list(HELP), usage.status_line)
@@ -79,7 +79,15 @@ def main(script: str, transcript_path: str) -> None:
         approval.session = session
         show_stats = partial(screen.log, "no stages")
         commands = Commands(
-            session, "a script", "0", screen, usage, tools, approval, show_stats, temperature=lambda thinking: 1.0
+            session,
+            model_name="a script",
+            model_digest="0",
+            screen=screen,
+            usage=usage,
+            tools=tools,
+            approval=approval,
+            show_stats=show_stats,
+            temperature=lambda thinking: 1.0,
         )
         Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")
