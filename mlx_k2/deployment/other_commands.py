@@ -20,7 +20,10 @@ _LOOPBACK_STARTS = tuple(
 
 
 def this_command(address: str | None = None) -> Command:
-    """Return this process as a command that serves at ``address``. Its name has the subcommand and no arguments."""
+    """Return this process as a command that serves at ``address``.
+
+    Its name has the subcommand, and no other arguments, which may hold a prompt.
+    """
     name = Path(sys.argv[0]).name
     if name == "mlx-k2":
         name = " ".join([name, *sys.argv[1:2]])

@@ -102,7 +102,7 @@ def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) 
     for document in ([USER], training_example):  # without a digest, they are for any model
         path.write_text(json.dumps(document))
         assert load_chat(path, "another") == [USER]
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [path]  # save_chat leaves no temporary file
 
 
 def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_an_empty_and_a_missing_prompt_file_are_refused(tmp_path: Path) -> None:
         read_prompt_lines(str(tmp_path / "none.jsonl"))
 
 
-def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
+def test_derived_seeds_differ_by_index_and_base_seed_and_are_the_same_again() -> None:
     seeds = [derived_seed(5, index) for index in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)
