@@ -54,7 +54,11 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """Result of one run of a workload. Rates are totals over all streams; inter-token times are within a stream."""
+    """Result of one run of a workload.
+
+    ``repeat`` is the number of the run, from 0. The time to the first token is the median of the streams, rates are
+    totals over all streams, and inter-token times are between tokens of one stream. ``wall_s`` is the time of the run.
+    """
 
     workload: Workload
     repeat: int
@@ -67,7 +71,7 @@ class WorkloadResult:
     wall_s: float
     stages: tuple[StageTimes, ...] = ()
     draft_times: DraftTimes | None = None
-    """Times of steps with a draft head; None without runs of the head, or without both right and wrong drafts."""
+    """Times of steps with a draft head; None without one, on a single stage, or if all or no tokens were its drafts."""
 
     @property
     def decode_tokens_per_s_per_stream(self) -> float | None:
@@ -99,7 +103,7 @@ class _Stream:
 
 
 class ServerBenchmark:
-    """Benchmark whose requests go to ``submit``, for instance to a running server. Results have no stage times."""
+    """Benchmark whose requests go to ``submit``, for instance to a running server. Stages are not timed."""
 
     def __init__(self, submit: Callable[[Request], Handle], vocab_size: int) -> None:
         self._submit = submit
@@ -140,6 +144,7 @@ class Benchmark(ServerBenchmark):
         self._on_report = on_report
         self._is_warming_up = False
         self._timer = DraftTimer(deployment.group.size)
+        # prompts first: all streams decode at the same time, while the decode rate is measured
         self._engine = engine_on(deployment, draft_mode=draft_mode, prompts_first=True, on_report=self._report)
         super().__init__(self._engine.submit, deployment.model.config.vocab_size)
         self._last_seed = 0  # fixed, because new stages have nothing cached: every benchmark has the same prompts
@@ -159,7 +164,7 @@ class Benchmark(ServerBenchmark):
 
     def measure(self, workload: Workload, repeat: int = 0) -> WorkloadResult:
         """Run ``workload`` once, as the base class does, and measure the stages and the draft head, too."""
-        use_before = [replace(use) for use in self._engine.use]
+        use_before = [replace(use) for use in self._engine.use]  # copies: the engine adds to its own
         self._timer = DraftTimer(len(use_before))
         result = super().measure(workload, repeat)
         num_head_runs = self._engine.use[-1].draft_runs - use_before[-1].draft_runs
@@ -207,10 +212,15 @@ class Benchmark(ServerBenchmark):
 
 
 def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
-    """Return a request with a prompt of random tokens. The prompts of two seeds share no prefix."""
+    """Return a request with a prompt of random tokens; prompts of different seeds almost never begin alike."""
     generator = random.Random(seed)  # noqa: S311  # not for security
     prompt_ids = tuple(generator.randrange(vocab_size) for _ in range(workload.prompt_tokens))
-    return Request(prompt_ids, workload.generate_tokens, Sampling(seed=0, temperature=0), frozenset())
+    return Request(
+        prompt_ids,
+        max_tokens=workload.generate_tokens,
+        sampling=Sampling(seed=0, temperature=0),
+        stop_ids=frozenset(),  # no token ends a stream
+    )
 
 
 def _read_stream(handle: Handle) -> _Stream:

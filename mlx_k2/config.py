@@ -36,7 +36,7 @@ _Factor: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """YaRN's parameters, named as in config.json."""
+    """YaRN's parameters, named as in config.json, except that ``theta`` is rope_theta there."""
 
     theta: Annotated[float, msgspec.Meta(ge=1.001, le=1e12)]
     factor: _Factor
@@ -52,7 +52,7 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of one Kimi K2 model; field names are those of config.json."""
+    """The shape of one Kimi K2 model. Names are config.json's, except ``family``, ``rope`` and ``eos_token_ids``."""
 
     family: Family
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=_MAX_VOCAB)]
@@ -118,7 +118,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{source} is not a JSON object: {error}") from None
         family = _family(root, source)
         fields = dict(root["text_config"]) if family is Family.KIMI_K25 else dict(root)
-        for name in ("quantization", "quantization_config"):
+        for name in ("quantization", "quantization_config"):  # a kimi_k25 file may have them beside text_config
             if name in root:
                 fields.setdefault(name, root[name])
         _check_supported(root, fields, source)
@@ -193,7 +193,8 @@ SUPPORTED_VALUES: Mapping[str, tuple[object, ...]] = {
     "index_n_heads": (),
     "index_head_dim": (),
 }
-# The same for rope_scaling and for the objects in quantization_config. Fields that are in no table are refused there.
+# The same for rope_scaling, and for quantization_config and the objects in it. There, a field with a value is refused
+# if it is neither listed here nor in _IGNORED_QUANTIZATION_FIELDS nor a field of RopeConfig.
 _SUPPORTED_NESTED_VALUES: Mapping[str, tuple[object, ...]] = {
     "truncate": (True,),
     "partial_rotary_factor": (1,),
@@ -226,7 +227,10 @@ def _check_supported(root: Mapping[str, Any], fields: Mapping[str, Any], source:
 
 
 def check_listed_fields(fields: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]], where: str) -> None:
-    """Refuse other values of the fields that ``supported`` lists. ``where`` names the object in errors."""
+    """Refuse nonempty values that ``supported`` does not list for a field; other fields may have any value.
+
+    ``where`` names the object in errors.
+    """
     _check_all_fields({name: fields[name] for name in supported.keys() & fields.keys()}, supported, where)
 
 
@@ -271,7 +275,11 @@ def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def read_rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the fields of a RopeConfig from rope_scaling and rope_theta, or from transformers 5's rope_parameters."""
+    """Return the fields of a RopeConfig from rope_scaling and rope_theta, or from transformers 5's rope_parameters.
+
+    Raises:
+        ConfigError: both are missing, they contradict each other, or a value is not implemented.
+    """
     objects = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name)}
     if not objects:
         raise ConfigError(f"{source}: rope_scaling is missing")
@@ -302,7 +310,7 @@ def _yarn_fields(scaling: object, source: str, object_name: str) -> dict[str, An
 
 
 def _eos_token_ids(root: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Any]:
-    """Return the ids as a list. The text model's ``fields`` precede the file's ``root``."""
+    """Return the ids as a list. Ids in ``fields``, of the text model, override those in ``root``, of the whole file."""
     token_ids = root.get("eos_token_id") if fields.get("eos_token_id") is None else fields["eos_token_id"]
     if token_ids is None:
         return []

@@ -9,7 +9,7 @@ MlxK2Error
 │   ├── HostfileError     the hostfile is missing, malformed or contradictory
 │   ├── PartitionError    the layers cannot be divided, or do not fit
 │   ├── ToolsError        an MCP file or a tools module cannot be used, or a tool server does not start
-│   └── RequestError      the prompt or a sampling value is invalid
+│   └── RequestError      a prompt, an option or a file that the user names is invalid
 ├── Cancelled             the caller cancelled the operation; exit code 1
 ├── RequestFailed         one request failed; others continue; exit code 1
 ├── EngineBusy            the queue of requests is full; exit code 1
@@ -64,7 +64,7 @@ class ToolsError(SetupError):
 
 
 class RequestError(SetupError):
-    """Invalid prompt or sampling parameters."""
+    """Invalid prompt, option or file that the user names."""
 
 
 class Cancelled(MlxK2Error):

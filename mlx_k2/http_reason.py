@@ -15,7 +15,7 @@ def http_reason(error: BaseException) -> str:
     A proxy's address is not shown, because it can hold a password.
     """
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError):  # as raised where the file with the certificates cannot be opened
         for name in _CERTIFICATE_VARIABLES:
             if (path := os.environ.get(name)) and not Path(path).exists():
                 return f"{name} names {path}, which does not exist: correct {name}, or unset it"

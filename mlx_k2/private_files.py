@@ -1,4 +1,4 @@
-"""Files that only their owner can read, such as conversations, results and logs. Knows no content."""
+"""Files that only their owner can read, such as conversations, results and logs; atomic writes. Knows no content."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import platformdirs
 
 _OWNER_ONLY_MODE = 0o600
+_NUM_KEPT_CHARS = 50  # of a name in its temporary file: at most 200 of the 255 bytes that a name may have
 
 
 def home_folder() -> Path:
@@ -50,7 +51,7 @@ def write_atomically(path: Path, data: bytes, mode: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
+    temporary_path = path.with_name(f".{path.name[:_NUM_KEPT_CHARS]}.{secrets.token_hex(8)}.part")
     try:
         with open(temporary_path, "xb", opener=open_private_no_symlink) as file:
             file.write(data)

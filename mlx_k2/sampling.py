@@ -1,4 +1,4 @@
-"""Sampling parameters, logit biases and sampled tokens. Knows neither logits nor requests."""
+"""Sampling parameters, those that a checkpoint recommends, and sampled tokens. Knows neither logits nor requests."""
 
 import hashlib
 from array import array
@@ -20,10 +20,10 @@ MAX_BIASES = 1024
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The parameters of one sequence's sampler.
 
-    ``temperature`` 0 selects the most likely token. ``top_k`` None keeps all tokens. Filters apply in the order top-p,
-    min-p, top-k, as in mlx-lm; the logits are divided by the temperature after them. After the repetition penalty, the
-    presence penalty is subtracted from the logit of each token that the answer contains, the frequency penalty as many
-    times as the answer contains the token, and ``logit_bias`` is added.
+    The repetition penalty applies first. Then the presence penalty is subtracted from the logit of each token that the
+    answer contains, the frequency penalty as many times as the answer contains the token, and ``logit_bias`` is added.
+    Then the filters apply in the order top-p, min-p, top-k, as in mlx-lm; ``top_k`` None keeps all tokens. Last, the
+    logits are divided by the temperature; ``temperature`` 0 selects the most likely token.
     """
 
     seed: int
@@ -102,7 +102,10 @@ class LogitBias(msgspec.Struct, frozen=True):
 
 
 class SampledToken(msgspec.Struct, frozen=True):
-    """A token sampled for one row. ``top`` holds (token id, log-probability) of the most likely tokens."""
+    """A token sampled for one row. ``top`` holds (token id, log-probability) of the most likely tokens.
+
+    Without a request for log-probabilities ``logprob`` is None and ``top`` is empty.
+    """
 
     token_id: int
     logprob: float | None = None

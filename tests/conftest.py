@@ -59,6 +59,7 @@ KINDS = frozenset(
         "Linux",
         "/dev/full",
         "no Metal GPU",
+        "no CUDA back end",
         "Kimi's vocabulary",
         "OpenAI's client 1.x",
     }

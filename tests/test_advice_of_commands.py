@@ -62,7 +62,7 @@ COMMAND_LINES = (  # a message with advice, a command line that it refuses, and 
         f"bench --streams 1,2,4 {NO_MODEL}",
     ),
     (
-        "--json, --csv, --plot and --trace are for own stages: leave them out with --connect",
+        "--json, --csv, --plot and --trace are about stages that this command starts: leave them out with --connect",
         f"bench --json --connect {NO_SERVER}",
         f"bench --connect {NO_SERVER}",
     ),

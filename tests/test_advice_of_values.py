@@ -37,7 +37,7 @@ HOSTFILES = (  # a message with advice, a hostfile that it refuses, and one that
         two_hosts(IPS[0] + ', "model": "/k2"', IPS[1]),
     ),
     (
-        "memory_gb is 0: leave the key out, or give a number above 0",
+        "memory_gb is 0: leave the key out, or give a number above 0 and below 1e9",
         two_hosts(IPS[0] + ', "memory_gb": 0', IPS[1]),
         two_hosts(IPS[0] + ', "memory_gb": 0.5', IPS[1]),
     ),

@@ -1,4 +1,4 @@
-"""Tests of measured rows: those of a working tree with uncommitted changes are neither saved nor shown."""
+"""Tests of measured rows: rows of a working tree with uncommitted changes are neither saved nor shown."""
 
 import sys
 from pathlib import Path
@@ -13,17 +13,17 @@ HEADER = "date,machine,mlx_k2,mlx,mlx_lm,commit,script,claim,first,second,ratio,
 def test_a_changed_tree_may_not_save_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(claims, "commit", lambda: "0123456+")  # + marks a tree with changes
     monkeypatch.setattr(sys, "argv", ["bench.overlap"])
-    assert not claims.read_options(None).save
+    assert not claims.read_options(description=None).save
     monkeypatch.setattr(sys, "argv", ["bench.overlap", "--save"])
     with pytest.raises(SystemExit):
-        claims.read_options(None)
+        claims.read_options(description=None)
     assert "--save needs a working tree without changes" in capsys.readouterr().err
 
 
 def test_a_clean_tree_may_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "commit", lambda: "0123456")
     monkeypatch.setattr(sys, "argv", ["bench.overlap", "--save"])
-    assert claims.read_options(None).save
+    assert claims.read_options(description=None).save
 
 
 def test_the_table_shows_the_newest_rows_of_a_clean_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

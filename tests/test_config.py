@@ -44,6 +44,7 @@ def test_kimi_k2_thinking_is_read() -> None:
 
 
 def test_the_softmax_scale_includes_the_squared_yarn_temperature() -> None:
+    # 192**-0.5 * (0.1 * ln(factor) + 1)**2, and a factor of at most 1 changes nothing; Thinking's factor is 64.
     assert read_config(thinking_config_fields()).softmax_scale == pytest.approx(0.14467963, abs=1e-8)
     rope = thinking_config_fields()["rope_scaling"]
     assert read_config(thinking_config_fields(rope_scaling=rope | {"factor": 32.0})).softmax_scale == pytest.approx(
@@ -94,7 +95,9 @@ def test_a_config_that_is_not_a_json_object_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted((set(ModelConfig.__struct_fields__) & set(thinking_config_fields())) - {"q_lora_rank"})
+    "name",
+    # q_lora_rank is optional: a model without it has one query matrix.
+    sorted((set(ModelConfig.__struct_fields__) & set(thinking_config_fields())) - {"q_lora_rank"}),
 )
 def test_a_missing_required_field_is_named(name: str) -> None:
     fields = thinking_config_fields()
@@ -187,12 +190,12 @@ def test_any_value_in_a_rope_field_is_read_or_refused(name: str, value: Any) -> 
 
 STRICT_OBJECTS = st.sampled_from(["rope", "quantization", "group", "weights"])
 EMPTY_VALUES: st.SearchStrategy[Any] = st.sampled_from([None, {}, []])
-UNKNOWN_NAMES = st.text("abcdefghij_", min_size=1, max_size=8)
+UNKNOWN_NAMES = st.text("abcdefghij_", min_size=1, max_size=8)  # no field of these objects has only these letters
 OTHER_VALUES = JSON_VALUES.filter(lambda value: value not in (None, {}, []))
 
 
 def strict_objects(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the objects of a config in which every field can change the computation, by their names in this file."""
+    """Return the objects of a config in which every field can change the computation, by the names STRICT_OBJECTS."""
     quantization = fields["quantization_config"]
     (group,) = quantization["config_groups"].values()
     return {

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.slow
 in_one_process_and_in_workers = pytest.mark.parametrize("workers", ["0", "2"])
 
 
-def run_suite(folder: Path, reason: str, workers: str, ci: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_suite(folder: Path, reason: str, *arguments: str, workers: str, ci: str) -> subprocess.CompletedProcess[str]:
     """Run a suite of four tests that skip with ``reason`` and one that passes.
 
-    ``ci`` is the value of the environment variable CI, and ``arguments`` are pytest's.
+    ``arguments`` are pytest's, and ``ci`` is the value of the environment variable CI ('': not on CI).
     """
     tests = folder / "tests"
     tests.mkdir()
@@ -38,8 +38,8 @@ def run_suite(folder: Path, reason: str, workers: str, ci: str, *arguments: str)
 
 
 @in_one_process_and_in_workers
-def test_each_kind_of_skipped_test_is_one_line_before_the_summary(tmp_path: Path, workers: str) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, workers, ci="")
+def test_four_tests_skipped_for_one_reason_are_one_line_before_the_summary(tmp_path: Path, workers: str) -> None:
+    result = run_suite(tmp_path, NEEDS_TMUX, workers=workers, ci="")
     assert result.returncode == 0, result.stdout
     *_, line, summary = result.stdout.splitlines()
     assert line == f"not run here: 4 tests: {NEEDS_TMUX}"
@@ -48,7 +48,7 @@ def test_each_kind_of_skipped_test_is_one_line_before_the_summary(tmp_path: Path
 
 @in_one_process_and_in_workers
 def test_on_ci_a_run_fails_when_a_test_is_skipped(tmp_path: Path, workers: str) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, workers, ci="true")
+    result = run_suite(tmp_path, NEEDS_TMUX, workers=workers, ci="true")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
     assert f"not run here: 4 tests: {NEEDS_TMUX}" in result.stdout
 
@@ -56,29 +56,29 @@ def test_on_ci_a_run_fails_when_a_test_is_skipped(tmp_path: Path, workers: str) 
 @in_one_process_and_in_workers
 @pytest.mark.parametrize("reason", ["not today", "needs patience: wait"])
 def test_a_skip_that_names_no_known_kind_is_a_failure(tmp_path: Path, workers: str, reason: str) -> None:
-    result = run_suite(tmp_path, reason, workers, ci="")
+    result = run_suite(tmp_path, reason, workers=workers, ci="")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert f"a skip names no known kind: {reason}" in result.stdout
 
 
 @in_one_process_and_in_workers
 def test_on_ci_a_run_passes_when_the_skipped_kind_is_in_may_lack(tmp_path: Path, workers: str) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, workers, "true", "--may-lack", "tmux")
+    result = run_suite(tmp_path, NEEDS_TMUX, "--may-lack", "tmux", workers=workers, ci="true")
     assert result.returncode == 0, result.stdout
 
 
 def test_a_kind_in_may_lack_that_the_machine_has_is_a_failure(tmp_path: Path) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, "2", "true", "--may-lack", "tmux, g++")
+    result = run_suite(tmp_path, NEEDS_TMUX, "--may-lack", "tmux, g++", workers="2", ci="true")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "--may-lack names what this machine has: g++" in result.stdout
 
 
 def test_an_unknown_kind_in_may_lack_is_refused(tmp_path: Path) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, "0", "true", "--may-lack", "emulated-hosts")
+    result = run_suite(tmp_path, NEEDS_TMUX, "--may-lack", "emulated-hosts", workers="0", ci="true")
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--may-lack emulated-hosts: the kinds are /dev/full, " in result.stderr
 
 
 def test_a_selection_of_tests_passes_when_the_machine_has_a_kind_in_may_lack(tmp_path: Path) -> None:
-    result = run_suite(tmp_path, NEEDS_TMUX, "0", "true", "--may-lack", "tmux,g++", "-k", "test_skipped")
+    result = run_suite(tmp_path, NEEDS_TMUX, "--may-lack", "tmux,g++", "-k", "test_skipped", workers="0", ci="true")
     assert result.returncode == 0, result.stdout

@@ -28,19 +28,22 @@ def test_without_cuda_the_script_reports_it_and_measures_nothing() -> None:
     assert "MLX has no CUDA back end on this machine" in result.stdout
 
 
-def test_each_speed_is_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_number_of_tokens_has_a_row_with_its_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def reference_layer(_tokens: int, _tuning: Tuning) -> Layer:
         return reference.routed_experts
 
-    monkeypatch.setattr(cuda_run, "SHAPE", LayerShape(64, 32, 4, mx.float32, 16))
-    monkeypatch.setattr(cuda_run, "NUM_EXPERTS", 16)
-    monkeypatch.setattr(cuda_run, "TOP_K", 4)
+    shape = LayerShape(hidden_size=64, intermediate_size=32, top_k=4, dtype=mx.float32, num_experts=16)
+    monkeypatch.setattr(cuda_run, "SHAPE", shape)
+    monkeypatch.setattr(cuda_run, "NUM_EXPERTS", shape.num_experts)
+    monkeypatch.setattr(cuda_run, "TOP_K", shape.top_k)
     monkeypatch.setattr(cuda_run, "COPY_BYTES", 2**20)
     monkeypatch.setattr(experts, "layer_of", reference_layer)
     rows = list(cuda_run.speed_rows())
     assert {len(row) for row in rows} == {len(HEADER)}
     assert [row[HEADER.index("tokens")] for row in rows] == list(cuda_run.TOKENS)
-    assert rows[0][HEADER.index("experts chosen")] == 4
+    assert rows[0][HEADER.index("experts chosen")] == shape.top_k
     assert "of a copy's" in capsys.readouterr().out
 
 

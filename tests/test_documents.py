@@ -29,7 +29,7 @@ def test_links_between_documents_have_existing_targets(page: Path) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_the_index_lists_every_page() -> None:
+def test_the_index_lists_every_page_of_docs_and_of_docs_dev() -> None:
     index = ROOT / "docs" / "index.md"
     targets = re.findall(r"\]\(([^)]+)\)", index.read_text())
     listed = {(index.parent / target).resolve() for target in targets}
@@ -46,7 +46,7 @@ def test_the_table_of_claims_in_bench_equals_the_measured_rows() -> None:
 def test_the_kinds_of_tests_that_the_workflows_job_on_a_mac_may_lack_are_known() -> None:
     workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
     (kinds,) = re.findall(r'MAY_LACK="([^"]+)"', workflow)
-    assert set(kinds.split(",")) < KINDS
+    assert set(kinds.split(",")) <= KINDS
 
 
 def test_every_design_page_has_a_unique_number() -> None:

@@ -51,13 +51,14 @@ JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
+STEP = Step(3, (Row(slot=0, position=5, token_ids=(1, 2, 3), is_prompt=True, sampling=Sampling(seed=1)),))
 ENCODED_VALUES = (
-    PhaseUpdate(Phase.RECEIVING, 7, 60.0).to_json(),
-    StageStatus(PhaseUpdate(Phase.IDLE), 1.5).to_json(),
-    GuardSettings(20.0, 10).to_json(),
-    StageExit(None, 9, "why").to_json(),
-    encode_message(Step(3, (Row(0, 5, (1, 2, 3), True, Sampling(seed=1)),))),
-    encode_message(StepDone(3, 0.1)),
+    PhaseUpdate(Phase.RECEIVING, step=7, limit_s=60.0).to_json(),
+    StageStatus(PhaseUpdate(Phase.IDLE), for_s=1.5).to_json(),
+    GuardSettings(lease_s=20.0, held_bytes=10).to_json(),
+    StageExit(exit_code=None, signal=9, reason="why").to_json(),
+    encode_message(STEP),
+    encode_message(StepDone(3, busy_s=0.1)),
 )
 DECODERS: tuple[Callable[[bytes], object], ...] = (
     PhaseUpdate.from_json,
@@ -71,7 +72,7 @@ DECODERS: tuple[Callable[[bytes], object], ...] = (
 
 def step_with_top_p_0() -> bytes:
     """Return an encoded Step with a top_p of 0, which Sampling refuses. The value is set in the encoded fields."""
-    fields = msgspec.msgpack.decode(encode_message(Step(3, (Row(0, 5, (1,), True, Sampling(seed=1)),))))
+    fields = msgspec.msgpack.decode(encode_message(STEP))
     fields["rows"][0]["sampling"]["top_p"] = 0.0
     return msgspec.msgpack.encode(fields)
 
@@ -87,6 +88,7 @@ def damaged(sample: st.DrawFn, intact: st.SearchStrategy[bytes]) -> bytes:
 
 
 def assert_only_raises(error_type: type[MlxK2Error], read: Callable[[bytes], object], data: bytes) -> None:
+    """Read ``data``. An error of another type fails the test."""
     with contextlib.suppress(error_type):
         read(data)
 
@@ -111,7 +113,7 @@ def test_a_step_with_a_sampling_value_out_of_range_is_a_protocol_error_that_name
 
 @pytest.mark.parametrize("began_unix_s", [1e300, -1.0, math.nan, math.inf])
 def test_a_command_that_began_outside_the_range_of_datetime_is_a_protocol_error(began_unix_s: float) -> None:
-    stage_of_another = RunningStage(Command("mac-1", 1, "mlx-k2 chat", began_unix_s), 10**10)
+    command = Command(host="mac-1", pid=1, name="mlx-k2 chat", began_unix_s=began_unix_s)
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",
@@ -119,7 +121,7 @@ def test_a_command_that_began_outside_the_range_of_datetime_is_a_protocol_error(
         system="macOS",
         memory_bytes=1,
         working_set_bytes=None,
-        running_stages=(stage_of_another,),
+        running_stages=(RunningStage(command, held_bytes=10**10),),
     )
     with pytest.raises(ProtocolError, match=r"not a message from a stage: .*began_unix_s"):
         decode_from_stage(encode_message(hello))
@@ -148,7 +150,8 @@ def test_any_stream_is_read_as_frames_or_raises_a_protocol_error(data: bytes) ->
 @given(st.binary(max_size=100), st.binary(max_size=40))
 def test_any_bytes_before_the_opening_mark_are_skipped(shell_output: bytes, rest: bytes) -> None:
     stream = io.BytesIO(shell_output + MARK + rest)
-    if MARK_START not in shell_output + MARK_START[:-1]:  # otherwise the bytes are those of another version's stage
+    # With an earlier start of a mark, also one that ends inside the mark, the bytes are another version's mark.
+    if MARK_START not in shell_output + MARK_START[:-1]:
         assert skip_to_mark(stream) == shell_output
         assert stream.read() == rest
 
@@ -194,7 +197,7 @@ def on_disk(read: Callable[[Path], object]) -> Callable[[bytes], object]:
     """Return a reader of bytes that writes them to a temporary file and calls ``read`` with its path."""
 
     def read_bytes(data: bytes) -> object:
-        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
             return read(Path(file.name))
@@ -210,6 +213,7 @@ def test_any_safetensors_file_is_read_or_is_a_checkpoint_error(data: bytes, head
 
 
 def resume(path: Path) -> None:
+    """Read the results in a file, of a run with one prompt."""
     with ResultFile(path) as results:
         results.resume({"digest": 1})
 

@@ -76,9 +76,13 @@ def use_graph_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_has_the_nodes_of_a_layers_graph_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_graph_of_a_gpu(monkeypatch)
-    cache = LatentCache(1, 1, 256, CONFIG.cache_row_dim, mx.bfloat16)
-    cache.write(0, Span(0, 0, 255, is_prompt=True), zeros((255, CONFIG.cache_row_dim)))
-    batch = Batch([Span(0, 255, 1, is_prompt=False)])
+    num_cached = 255
+    cache = LatentCache(
+        num_layers=1, num_slots=1, context_tokens=num_cached + 1, row_dim=CONFIG.cache_row_dim, dtype=mx.bfloat16
+    )
+    prompt = Span(slot=0, position=0, count=num_cached, is_prompt=True)
+    cache.write(0, prompt, zeros((num_cached, CONFIG.cache_row_dim)))
+    batch = Batch([Span(slot=0, position=num_cached, count=1, is_prompt=False)])
     mx.eval(cache.arrays, batch.positions)
     mx.enable_compile()  # an earlier test of this process may have disabled it, as a stage on a CPU does
     layer = decoder_layer.DecoderLayer(CONFIG)
@@ -107,5 +111,6 @@ def test_long_buffers_and_quantized_dense_matrices_reduce_the_command_buffers_of
 
 
 def test_a_command_buffer_ends_after_the_operation_that_passes_a_limit() -> None:
-    assert command_buffers([0] * 303, BufferLimits(100, 50)) == 3
-    assert command_buffers([51 << 20, 0, 50 << 20, 1 << 20, 0], BufferLimits(100, 50)) == 2
+    limits = BufferLimits(operations=100, megabytes=50)
+    assert command_buffers([0] * 303, limits) == 3  # of 101 operations each
+    assert command_buffers([51 << 20, 0, 50 << 20, 1 << 20, 0], limits) == 2

@@ -1,4 +1,8 @@
-"""Tests of bench.mac_model, which computes rates of a Mac: it is close to published rates, and README has its table."""
+"""Tests of bench.mac_model, which computes rates of Macs.
+
+It is close to published rates, and bench/README.md has its table. ``before`` and ``after`` are mlx-k2 with MLX's own
+settings, and with the settings of a stage.
+"""
 
 import statistics
 
@@ -22,6 +26,8 @@ from bench.mac_times import M3_ULTRA, M5_ULTRA
 from bench.measure import ROOT, replace_generated
 
 pytestmark = pytest.mark.timeout(60)
+
+NUM_MACS = 2
 
 
 def test_at_least_70_percent_of_the_published_rows_are_within_20_percent() -> None:
@@ -51,24 +57,32 @@ def test_the_table_in_benchs_readme_equals_the_computed_one() -> None:
 @pytest.mark.parametrize("bits", [16, 8.5])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_each_rate_is_higher_after_the_settings_than_before(bits: float, context: int) -> None:
-    assert decode_rate(after(bits), 2, context) > decode_rate(before(bits), 2, context)
-    assert prefill_rate(after(bits), 2, context) > prefill_rate(before(bits), 2, context)
+    assert decode_rate(after(bits), NUM_MACS, context) > decode_rate(before(bits), NUM_MACS, context)
+    assert prefill_rate(after(bits), NUM_MACS, context) > prefill_rate(before(bits), NUM_MACS, context)
 
 
 def test_draft_tokens_that_are_never_accepted_change_nothing_and_accepted_ones_fill_every_stage() -> None:
-    without_drafts = decode_rate(after(16), 3, 4096)
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=0.0) == without_drafts
-    assert decode_rate(after(16), 3, 4096, acceptance_rate=1.0) == pytest.approx(3 * without_drafts)
+    without_drafts = decode_rate(after(16), num_macs=3, context=4096)
+    assert decode_rate(after(16), num_macs=3, context=4096, acceptance_rate=0.0) == without_drafts
+    assert decode_rate(after(16), num_macs=3, context=4096, acceptance_rate=1.0) == pytest.approx(3 * without_drafts)
 
 
 def test_a_draft_head_raises_the_rate_with_its_acceptance_towards_one_cycle_a_token() -> None:
-    rates = [head_rate(after(8.5), 2, 1024, M3_ULTRA, rate) for rate in (0.0, 0.5, 0.8, 1.0)]
+    rates = [
+        head_rate(after(8.5), NUM_MACS, context=1024, mac=M3_ULTRA, acceptance_rate=acceptance_rate)
+        for acceptance_rate in (0.0, 0.5, 0.8, 1.0)
+    ]
     assert rates == sorted(rates)
-    assert rates[0] == pytest.approx(decode_rate(after(8.5), 2, 1024))
-    assert 1.8 < rates[-1] / rates[0] < 2.0
+    assert rates[0] == pytest.approx(decode_rate(after(8.5), NUM_MACS, context=1024))
+    assert 1.8 < rates[-1] / rates[0] < 2.0, "two stages compute at once, less the time of the draft head"
 
 
-def test_a_faster_chip_and_more_macs_shorten_a_prompt_but_more_macs_do_not_raise_one_streams_rate() -> None:
-    assert prefill_rate(after(16), 4, 32768) > prefill_rate(after(16), 2, 32768)
-    assert decode_rate(after(16), 4, 4096) < decode_rate(after(16), 2, 4096)
-    assert decode_rate(after(16, M5_ULTRA), 2, 4096, M5_ULTRA) > decode_rate(after(16), 2, 4096, M3_ULTRA)
+def test_more_macs_shorten_a_prompt_but_do_not_raise_one_streams_decode_rate() -> None:
+    assert prefill_rate(after(16), num_macs=4, tokens=32768) > prefill_rate(after(16), NUM_MACS, tokens=32768)
+    assert decode_rate(after(16), num_macs=4, context=4096) < decode_rate(after(16), NUM_MACS, context=4096)
+
+
+def test_a_faster_chip_raises_the_rates_of_prefill_and_decode() -> None:
+    on_m3, on_m5 = after(16, M3_ULTRA), after(16, M5_ULTRA)
+    assert prefill_rate(on_m5, NUM_MACS, 32768, M5_ULTRA) > prefill_rate(on_m3, NUM_MACS, 32768, M3_ULTRA)
+    assert decode_rate(on_m5, NUM_MACS, 4096, M5_ULTRA) > decode_rate(on_m3, NUM_MACS, 4096, M3_ULTRA)

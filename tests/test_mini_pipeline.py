@@ -45,8 +45,8 @@ def write_thinking(folder: Path) -> Path:
 
 def write_k25(folder: Path) -> Path:
     fields = tiny_config_fields(VOCAB_SIZE, max_position_embeddings=2048)
-    fields["rope_scaling"] = {**fields["rope_scaling"], "beta_fast": 32.0}
-    return write_model(folder, as_kimi_k25(fields), seed=21)  # which samples no stop token in MAX_TOKENS
+    fields["rope_scaling"] = {**fields["rope_scaling"], "beta_fast": 32.0}  # as in K2.5's config.json
+    return write_model(folder, as_kimi_k25(fields), seed=21)  # the weights of this seed sample no stop token
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {  # a writer of the checkpoint, and token ids of a prompt

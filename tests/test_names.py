@@ -1,4 +1,4 @@
-"""Check of names: none has a word that the project has replaced by a plain term, or by the field's."""
+"""Check of names: none has a word that the project has replaced by a plain word or by the field's term."""
 
 import ast
 import re
@@ -62,7 +62,7 @@ _OPTION_CALLS = ("option", "argument", "Option", "Argument", "add_argument")
 
 
 class DefinedName(NamedTuple):
-    """The name of a function, option, key etc. (its kind), and the line of its definition."""
+    """A name, its kind (such as function, option or key), and the line of its definition."""
 
     kind: str
     name: str

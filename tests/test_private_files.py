@@ -16,6 +16,7 @@ from mlx_k2.private_files import open_private, open_private_no_symlink, write_pr
 
 @pytest.fixture(autouse=True)
 def umask_022() -> Iterator[None]:
+    """Set the usual umask, with which other users can read a new file that is not made private."""
     old_umask = os.umask(0o022)
     yield
     os.umask(old_umask)
@@ -31,6 +32,12 @@ def test_a_written_file_is_private_also_where_it_replaces_one_that_is_not(tmp_pa
     assert mode(path) == 0o644
     write_private(path, b"new")
     assert (mode(path), path.read_bytes()) == (0o600, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_can_have_the_longest_name_that_the_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / (85 * "谈")  # 255 bytes
+    write_private(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -54,7 +61,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_under_a_name_that_the_program_chose_is_refused(tmp_path: Path) -> None:
+def test_a_link_is_refused_under_a_name_of_the_programs_choice_and_followed_under_the_users(tmp_path: Path) -> None:
     (tmp_path / "stages.log").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match="symbolic"), open(tmp_path / "stages.log", "ab", opener=open_private_no_symlink):
         pass
@@ -64,9 +71,9 @@ def test_a_link_under_a_name_that_the_program_chose_is_refused(tmp_path: Path) -
 
 
 def test_transcripts_saved_chats_and_logs_are_private(tmp_path: Path) -> None:
-    with Transcript(tmp_path / "transcript", print) as transcript:
+    with Transcript(tmp_path / "transcript", notify=print) as transcript:
         transcript.write({"command": "/help"})
-    save_chat(tmp_path / "chat", SavedChat("model", "digest", []))
+    save_chat(tmp_path / "chat", SavedChat("model", "digest", messages=[]))
     log = RunLog(tmp_path / "logs", DeploymentListener())
     log.log("[stage 0 here] a line")
     report = log.write_report("a fault", ())

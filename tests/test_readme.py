@@ -1,4 +1,4 @@
-"""Tests of the commands in README.md and docs/: the program parses each, and those of README.md run unchanged."""
+"""Tests of commands: the program parses each one of README.md, docs/ and hostfiles/, and README.md's run unchanged."""
 
 import os
 import re
@@ -78,6 +78,7 @@ LINES_RUN_HERE = {
 
 
 def test_each_line_of_readme_is_run_by_a_test() -> None:
+    # tests/emulated_hosts/test_first_hour.py runs README's curl.
     lines = [line for line in command_lines(README) if not line.startswith("curl ")]
     assert set(lines) == LINES_RUN_ELSEWHERE.keys() | LINES_RUN_HERE.keys()
 

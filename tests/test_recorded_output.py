@@ -1,4 +1,4 @@
-"""Tests of README's recorded output: it equals the commands' present output, except for times, seeds and steps."""
+"""Tests of README's recorded output: it equals the commands' present output, except for what `masked` replaces."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_the_readme_shows_what_the_commands_print() -> None:
     assert masked(recorded) == masked(present), f"run {MADE_BY}"
 
 
-def test_only_times_rates_seeds_and_steps_are_masked() -> None:
+def test_only_times_rates_seeds_and_the_killed_stage_with_its_step_are_masked() -> None:
     line = "35 tokens · 27.7 tok/s · first token after 0.06 s · seed 19319977"
     assert masked(line) == "35 tokens · # tok/s · first token after # s · seed #"
     assert masked("stage 1 on this machine (at step 4) ended") == "stage # on this machine (#) ended"

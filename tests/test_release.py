@@ -30,7 +30,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def build(folder: Path, *options: str) -> None:
-    """Build the package into ``folder``. ``options`` are those of `python -m build`."""
+    """Build the package into ``folder`` with further ``options`` of `python -m build`."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), *options, str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -48,7 +48,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel_bin(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bin folder of a new environment that has the wheel. It imports other packages from this environment.
 
-    The editable mlx-k2 of this environment cannot be imported there, because the import hook of it is not active.
+    It cannot import this environment's editable mlx-k2, whose import hook is not active there.
     """
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
@@ -156,5 +156,5 @@ def test_the_constraints_pin_every_package_that_make_installs() -> None:
 def test_the_actions_of_the_workflows_are_pinned_by_commit() -> None:
     workflows = list((ROOT / ".github" / "workflows").glob("*.yml"))
     lines = [line for path in workflows for line in path.read_text().splitlines() if "uses:" in line]
-    assert len(lines) >= 7
+    assert len(lines) >= 7, "the workflows use some actions, each on a line of its own"
     assert [line for line in lines if not re.search(r"uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line)] == []

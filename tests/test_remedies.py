@@ -1,4 +1,4 @@
-"""Tests of the commands and options that errors propose: each works as printed, or its tool can parse it."""
+"""Tests of the commands and options that errors propose: each one works, or has the arguments that its tool expects."""
 
 import re
 import shlex
@@ -27,6 +27,8 @@ from tests.weights.tiny_checkpoints import config_of
 
 pytestmark = pytest.mark.timeout(60)
 THINKING = "moonshotai/Kimi-K2-Thinking"
+NOT_KNOWN = HostMemory(working_set_bytes=None, ram_bytes=None)
+"""The measured memory of a host before it is measured: plans use the hostfile's ``memory_gb``."""
 FAILURES = (
     "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!",
     "Host key verification failed.",
@@ -151,9 +153,9 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
     model: ModelDescription, memory_gb: list[int], context: int | None, is_split: bool
 ) -> None:
     num_others = len(memory_gb) - 1
-    split = (61 - num_others, *[1] * num_others) if is_split else None
+    split = (model.config.num_hidden_layers - num_others, *[1] * num_others) if is_split else None
     request = request_on(*memory_gb, context=context, split=split)
-    memories = [HostMemory(None, None)] * len(memory_gb)
+    memories = [NOT_KNOWN] * len(memory_gb)
     try:
         plan_for(request, model, memories, all_on_gpu=True)
     except PartitionError as error:
@@ -165,8 +167,8 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
                     changed = request.with_options(split=None)
                 case ["give", "--context", tokens]:
                     changed = request.with_options(context_tokens=int(tokens))
-                case _:
-                    changed = request.with_options(dense_bits=int(hint.split()[-1]))
+                case [*_, bits]:  # give --dense-bits
+                    changed = request.with_options(dense_bits=int(bits))
             plan_for(changed, model, memories, all_on_gpu=True)
 
 
@@ -176,14 +178,15 @@ def test_each_option_that_an_error_of_memory_proposes_makes_the_model_fit(
 )
 def test_without_an_option_that_helps_none_is_proposed(model: ModelDescription) -> None:
     with pytest.raises(PartitionError, match=r"add a host or memory$"):
-        plan_for(request_on(5, 5), model, [HostMemory(None, None)] * 2, all_on_gpu=True)
+        plan_for(request_on(5, 5), model, [NOT_KNOWN] * 2, all_on_gpu=True)
 
 
 @follows_advice(
     "give --context 150",
 )
 def test_a_context_beyond_the_models_own_is_never_proposed() -> None:
+    workload = Workload(prompt_tokens=100, generate_tokens=50, streams=1)
     with pytest.raises(RequestError, match=r"do not fit into a context of 100 tokens: give --context 150$"):
-        check_workloads([Workload(100, 50, 1)], 100, 200)
+        check_workloads([workload], context_tokens=100, max_context_tokens=200)
     with pytest.raises(RequestError, match=r"do not fit into a context of 100 tokens: at most 120 are possible$"):
-        check_workloads([Workload(100, 50, 1)], 100, 120)
+        check_workloads([workload], context_tokens=100, max_context_tokens=120)

@@ -1,4 +1,4 @@
-"""Test of the soak up to its third restart. .ci/run also runs it for two minutes, and `make long` for an hour."""
+"""Test of the soak up to its third restart. .ci/run also runs the soak for two minutes, and `make long` for an hour."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ NUM_RESTARTS = 3
 def test_streams_continue_through_random_faults_and_no_resource_is_leaked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    temporary_folder = tmp_path / "temporary"  # in which the soak counts the files that are left
+    temporary_folder = tmp_path / "temporary"  # the soak counts the files that are left in it
     temporary_folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary_folder))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary_folder))

@@ -79,7 +79,7 @@ def test_a_kernel_whose_numbers_are_not_finite_makes_the_report_fail(tmp_path: P
 def test_a_refused_kernel_is_recorded_and_is_no_problem(tmp_path: Path) -> None:
     result = run_read_command(report_of_device(perform_uncompilable), tmp_path / "report.json")
     assert result.returncode == 0, result.stdout
-    assert "| none | decode, router | none |" in result.stdout
+    assert "| none | decode, router | none |" in result.stdout  # usable kernels, refused kernels, problems
 
 
 def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_command_that_hangs_is_killed_and_reported(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tested_on, "TIMEOUT_S", 0.2)
     ended = tested_on._run(["/bin/sh", "-c", "echo started; sleep 60 & wait"], tmp_path)
     assert ended.exit_code is None
-    assert ended.stdout == "started\n"
+    assert ended.stdout == "started\n"  # read to its end: `sleep`, which inherited it, was killed, too
 
 
 @pytest.mark.slow

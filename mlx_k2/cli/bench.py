@@ -16,10 +16,11 @@ from mlx_k2.cli.console import ConsoleListener, console, log, show_table
 from mlx_k2.cli.option_values import Numbers, with_struct
 from mlx_k2.cli.options import cluster_options, draft_option
 from mlx_k2.cli.program_command import ProgramCommand
+from mlx_k2.cli.started_cluster import prepare_request
 from mlx_k2.cli.streams import write_utf8
 from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.cli.trace import Trace
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
@@ -49,7 +50,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         paths = {"csv": self.csv_path, "trace": self.trace_path, "plot": self.plot_path}
         if self.connect is not None and (self.as_json or any(path is not None for path in paths.values())):
             raise click.UsageError(
-                "--json, --csv, --plot and --trace are for own stages: leave them out with --connect"
+                "--json, --csv, --plot and --trace are about stages that this command starts: leave them out with "
+                "--connect"
             )
         if max(self.streams) > _MAX_STREAMS:
             raise click.UsageError(f"--streams: at most {_MAX_STREAMS} sequences at once")
@@ -114,19 +116,21 @@ def command(options: BenchOptions) -> None:
 def _measure_server(url: str, workloads: Sequence[Workload], repeat: int) -> None:
     """Measure a running server and show the results."""
     engine = remote_engine(url)
-    check_workloads(workloads, engine.frontend.context_tokens, engine.frontend.context_tokens)
+    context_tokens = engine.frontend.context_tokens
+    check_workloads(workloads, context_tokens, max_context_tokens=context_tokens)  # a client cannot set it
     benchmark = ServerBenchmark(engine.submit, engine.frontend.tokenizer.vocab_size)
     _show_results(list(_results(benchmark, workloads, repeat)))
 
 
 def _measure_stages(options: BenchOptions, workloads: Sequence[Workload]) -> None:
     """Start stages, measure them, and write the results."""
-    request, model = open_source(deployment_request(options.cluster, max(options.streams), options.draft_mode))
+    request, model = open_source(prepare_request(options.cluster, options.draft_mode, max(options.streams)))
     if model is not None:
         check_workloads(workloads, preview(request, model)[0].context_tokens, model.config.max_position_embeddings)
     with ConsoleListener(options.verbose) as listener, deploy(request, model, listener) as deployment:
-        max_context_tokens = deployment.model.config.max_position_embeddings
-        check_workloads(workloads, deployment.shape.context_tokens, max_context_tokens)
+        if model is None:  # this machine could not read the model, so that its context is known only now
+            max_context_tokens = deployment.model.config.max_position_embeddings
+            check_workloads(workloads, deployment.shape.context_tokens, max_context_tokens)
         listener.stop_progress()
         if deployment.shape.num_slots < max(options.streams):
             log(f"memory holds {deployment.shape.num_slots} sequences at once; further streams wait for a free slot")

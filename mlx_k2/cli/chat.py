@@ -136,7 +136,7 @@ def _chat_resources(options: ChatOptions) -> Iterator[_ChatResources]:
 
 
 def _check_shortest_request(options: ChatOptions, frontend: ModelFrontend) -> None:
-    """Raise RequestError or TokenizerError if not even a message of one letter can be answered with these options."""
+    """Raise RequestError or TokenizerError if even a message of one letter cannot be answered with these options."""
     conversation = options.conversation.begin(frontend, None)
     conversation.add_user("a")
     options.conversation.settings(frontend).request(frontend.tokenizer, conversation.prompt_ids())
@@ -183,7 +183,7 @@ def _chat_on_server(options: ChatOptions, resources: _ChatResources) -> None:
     def show_stats() -> None:
         resources.screen.log(f"the stages are those of the server {url}")
 
-    usage = UsageTotals(engine.frontend.context_tokens, num_stages=1)
+    usage = UsageTotals(engine.frontend.context_tokens, num_stages=None)
     _run_chat(options, engine, engine.frontend, engine.model_name, resources, usage, show_stats)
 
 

@@ -8,12 +8,8 @@ from mlx_k2.client.remote_engine import RemoteEngine
 from mlx_k2.client.server_connection import ServerAddress
 from mlx_k2.deployment.cluster_options import ClusterOptions
 
-_SERVER_OPTIONS = {*ClusterOptions.__struct_fields__, "restarts", "draft_mode", "log_dir"} - {
-    "lease_s",
-    "stall_timeout_s",
-    "check_weights",
-}
-"""Names of parameters that the server has chosen at its start."""
+_SERVER_OPTIONS = {*ClusterOptions.__struct_fields__, "restarts", "draft_mode", "log_dir", "log_tokens"}
+"""Names of the parameters that apply to stages, which a server has started with its own values."""
 
 connect_option = click.option(
     "--connect",
@@ -27,7 +23,7 @@ def remote_engine(url: str) -> RemoteEngine:
     """Return the engine of the server at ``url``.
 
     Raises:
-        UsageError: the command line has an option that the server has chosen at its start.
+        UsageError: the command line has an option for stages, which the server has started with its own.
         SetupError, ClusterError: the server cannot be used.
     """
     context = click.get_current_context()
@@ -35,4 +31,5 @@ def remote_engine(url: str) -> RemoteEngine:
     for parameter in context.command.params:
         if parameter.name in _SERVER_OPTIONS and context.get_parameter_source(parameter.name) is command_line:
             raise click.UsageError(f"{parameter.opts[0]} is the server's to choose: leave it out with --connect")
-    return RemoteEngine(ServerAddress(url.rstrip("/").removesuffix("/v1"), os.environ.get("MLX_K2_API_KEY")))
+    base_url = url.rstrip("/").removesuffix("/v1")  # other clients use the address with /v1
+    return RemoteEngine(ServerAddress(base_url, os.environ.get("MLX_K2_API_KEY")))

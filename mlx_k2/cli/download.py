@@ -7,7 +7,8 @@ from mlx_k2.cli.console import ConsoleListener, log, show_plan
 from mlx_k2.cli.option_values import with_struct
 from mlx_k2.cli.options import cluster_options
 from mlx_k2.cli.program_command import ProgramCommand
-from mlx_k2.deployment.cluster_options import ClusterOptions, deployment_request, open_source
+from mlx_k2.cli.started_cluster import prepare_request
+from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.deployment.deploy import download
 from mlx_k2.errors import DownloadError
 from mlx_k2.weights.model_source import is_repo
@@ -33,7 +34,7 @@ def command(options: DownloadOptions) -> None:
     Complete files stay: run the command again after an interruption. mlx-k2 generate uses these files when hostfile,
     split, context and bits are the same.
     """  # noqa: D301  # click reads the escape
-    request = deployment_request(options.cluster)
+    request = prepare_request(options.cluster)
     if not is_repo(request.source):
         raise DownloadError("give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking")
     request, model = open_source(request)

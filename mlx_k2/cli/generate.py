@@ -156,7 +156,7 @@ def _generate_on_server(options: GenerateOptions) -> None:
     assert options.connect is not None
     url, options = options.connect, msgspec.structs.replace(options, conversation=options.conversation.for_server())
     text, engine = options.read_prompt(), remote_engine(url)
-    first_submissions(options, text, engine.frontend)
+    first_submissions(options, text, engine.frontend)  # checks the prompt
     with started_tools(options.conversation.tools) as tools:
         _answer(options, engine, engine.frontend, text, tools)
 
@@ -180,7 +180,7 @@ def _answer(
     try:
         for line in settings.warnings:
             log(line)
-        if isinstance(engine, Engine) and options.conversation.sampling.num_answers > 1:
+        if options.conversation.sampling.num_answers > 1 and isinstance(engine, Engine):  # not with --connect
             submissions = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, submissions, as_json=options.as_json)
             return

@@ -40,8 +40,7 @@ def generate_many(options: GenerateOptions, request: DeploymentRequest, model: M
             has the model.
         click.exceptions.Exit: a line failed.
     """
-    assert options.prompts_path is not None, "GenerateOptions has both files"
-    assert options.out_path is not None, "GenerateOptions has both files"
+    assert options.prompts_path is not None and options.out_path is not None  # GenerateOptions requires both
     lines = read_prompt_lines(options.prompts_path, options.conversation.sampling)
     with ResultFile(Path(options.out_path)) as results:
         if model is not None and (frontend := frontend_before_start(request, model)) is not None:
@@ -63,10 +62,10 @@ def _check_options(options: GenerateOptions, frontend: ModelFrontend) -> None:
     """Raise RequestError if every line would be refused with these options."""
     sampling = options.conversation.sampling
     if not options.raw:
-        sampling.mode.variables(frontend.template)
+        sampling.mode.variables(frontend.template)  # raises if the template lacks the mode of thinking
     sampling = msgspec.structs.replace(sampling, tool_choice=None)  # the tools are those of each line
     settings = reply_settings(sampling, frontend, num_logprobs=options.num_logprobs)
-    settings.request(frontend.tokenizer, [0])  # the shortest prompt
+    settings.request(frontend.tokenizer, [0])  # raises if even the shortest prompt is refused
 
 
 def result_digests(
@@ -107,7 +106,7 @@ class _Batch:
         engine = engine_on(
             stages.deployment,
             draft_mode=self._options.draft_mode,
-            prompts_first=True,
+            prompts_first=True,  # more tokens per second in total
             on_report=stages.on_report,
             restarts=stages,
             on_restart=log_restart,
@@ -117,7 +116,10 @@ class _Batch:
                 self._add(result)
 
     def _requests(self) -> Iterator[tuple[int, Submission]]:
-        """Yield the requests of all lines with their keys. Write an error for each line without valid requests."""
+        """Yield the requests of all lines, each with its key: MAX_ANSWERS * line number + index of the answer.
+
+        Write an error for each line without valid requests.
+        """
         base_seed = self._options.conversation.sampling.base_seed
         for number, line in self._lines.items():
             if number in self._results:

@@ -42,7 +42,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     verbose: bool
 
     def __post_init__(self) -> None:
-        """Refuse options that contradict each other."""
+        """Refuse options that contradict each other, and a number for --logprobs that is out of range."""
         if self.prompt is not None and self.prompt_text is not None:
             raise click.UsageError("PROMPT and --prompt are the same: give one of them")
         if self.connect is not None and (self.dry_run or self.prompts_path is not None):

@@ -18,22 +18,26 @@ from mlx_k2.cli.terminal_text import json_line
 from mlx_k2.errors import StageStartError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.kernels.report import AttentionTime, DecodeTime, IdleTime, KernelLine, KernelReport
-from mlx_k2.stage.mlx_settings import MLX_DEFAULTS, BufferLimits, chip_name, default_limits, save_limits
+from mlx_k2.stage.mlx_settings import LONG_BUFFERS, MLX_DEFAULTS, BufferLimits, chip_name, default_limits, save_limits
 
 MEASUREMENT_TIMEOUT_S = 900.0
 _NO_MEGABYTE_LIMIT = 1_000_000
 CANDIDATES = (
     MLX_DEFAULTS,
-    BufferLimits(50, _NO_MEGABYTE_LIMIT),
-    BufferLimits(100, _NO_MEGABYTE_LIMIT),
-    BufferLimits(200, _NO_MEGABYTE_LIMIT),
-    BufferLimits(1000, 4000),
+    BufferLimits(operations=50, megabytes=_NO_MEGABYTE_LIMIT),
+    LONG_BUFFERS,
+    BufferLimits(operations=200, megabytes=_NO_MEGABYTE_LIMIT),
+    BufferLimits(operations=1000, megabytes=4000),
 )
-"""The limits to time. Most allow few operations, because long command buffers keep a prompt's temporaries in memory."""
+"""The limits to time, among them the default of every chip.
+
+Most allow few operations, because long command buffers keep a prompt's temporaries in memory.
+"""
 MAX_TIME_FRACTION = 0.99
 """Limits replace the default ones if their time is below this fraction of the default time; less may be noise."""
 
 _REFRESH_VARIABLE = "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS"
+_REFRESH_INTERVALS_MS = ("0", "500")  # without MLX's thread that keeps memory resident, and with it as in stages
 
 Measurement = TypeVar("Measurement", KernelReport, DecodeTime, IdleTime, AttentionTime)
 
@@ -93,7 +97,10 @@ def write_report(path: Path, results: dict[str, object]) -> None:
     that keeps memory resident, and the time of the attention of a chunk, fused and unfused.
     """
     log("reading GPU memory after 5 s without work, with and without refreshing; timing a prompt's attention ...")
-    idle_times = {value: _measure("idle", IdleTime, environment={_REFRESH_VARIABLE: value}) for value in ("0", "500")}
+    idle_times = {
+        interval_ms: _measure("idle", IdleTime, environment={_REFRESH_VARIABLE: interval_ms})
+        for interval_ms in _REFRESH_INTERVALS_MS
+    }
     results |= {"idle_by_refresh_ms": idle_times, "attention": _measure("attention", AttentionTime)}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         results["trace"] = _record_counters(Path(folder) / "decode.trace")
@@ -124,7 +131,7 @@ def _record_counters(trace: Path) -> str:
 
 
 def show_report(report: KernelReport) -> None:
-    """Show the table of kernels, and the reason why a kernel is not used."""
+    """Show the table of kernels, the reason why a kernel is not used, the speed of a plain read and the best sizes."""
     log(f"{report.chip}, {report.system}, mlx {report.mlx_version}, mlx-k2 {report.mlx_k2_version}")
     headings = ("kernel", "check", "largest error", "tokens", "GB/s", "plain MLX", "of a plain read")
     show_table(headings, [_cells(line, report.read_gb_per_s) for line in report.kernels], left=["kernel", "check"])
@@ -151,7 +158,7 @@ def _cells(line: KernelLine, read_gb_per_s: float | None) -> tuple[str, ...]:
 
 
 def best_limits(seconds: Mapping[BufferLimits, float], default: BufferLimits) -> BufferLimits:
-    """Return the limits with the smallest time; ``default`` unless others are faster by more than noise."""
+    """Return the limits with the least of ``seconds``; ``default``, one of them, if its time is hardly longer."""
     fastest = min(seconds, key=lambda limits: seconds[limits])
     return fastest if seconds[fastest] < MAX_TIME_FRACTION * seconds[default] else default
 
@@ -185,7 +192,7 @@ def _measure(
     Raises:
         StageStartError: the process failed, or took longer than ``MEASUREMENT_TIMEOUT_S``.
     """
-    limit_variables = CANDIDATES[1].environment()
+    limit_variables = LONG_BUFFERS.environment().keys()  # any limits: all but MLX's own set the same variables
     other_variables = {name: value for name, value in os.environ.items() if name not in limit_variables}
     try:
         process = subprocess.run(

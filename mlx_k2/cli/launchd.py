@@ -24,7 +24,7 @@ def property_list(command: Sequence[str], folder: Path, home: Path, path_variabl
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
         "ExitTimeOut": round(drain_s) + _STAGES_END_S,
-        "ProcessType": "Interactive",
+        "ProcessType": "Interactive",  # macOS limits the CPU of other types
         "StandardErrorPath": log_path,
         "StandardOutPath": log_path,
     }

@@ -1,4 +1,4 @@
-"""The mlx-k2 command: the table of subcommands, and the conversion of errors to one line and an exit code."""
+"""The mlx-k2 command: the table of subcommands, and the conversion of errors to a message and an exit code."""
 
 import difflib
 import errno
@@ -54,7 +54,7 @@ _FOREIGN_COMMANDS = {
     "start": "serve",
     "talk": "chat",
 }
-"""The commands of this program that do the same as commands of other programs."""
+"""This program's command for each name by which other programs call such a command."""
 COMPLETION = "_MLX_K2_COMPLETE"
 """The environment variable with which a shell asks for completions, by click's convention."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,11 +102,11 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that ``args`` name. The error for an unknown one suggests a similar name."""
-        name = args[0]
+        name = args[0]  # with resilient_parsing, click completes a command line and raises no errors
         if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
             return super().resolve_command(ctx, args)
         is_sentence = " " in name or (len(args) > 1 and not any(word.startswith("-") for word in args))
-        min_similarity = 0.8 if is_sentence else 0.6
+        min_similarity = 0.8 if is_sentence else 0.6  # the first word of a prompt is seldom a mistyped command
         suggestions = difflib.get_close_matches(name.lower(), COMMANDS, 1, min_similarity)
         if name.lower() in _FOREIGN_COMMANDS:
             suggestions = [_FOREIGN_COMMANDS[name.lower()]]
@@ -192,7 +192,7 @@ def make_errors_printable() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return the exit code. An error becomes one line on stderr."""
+    """Run one command line and return the exit code. An error becomes a message on stderr, without a traceback."""
     try:
         # not cli.main, which hides a broken pipe
         with cli.make_context("mlx-k2", list(arguments), obj=user_profile) as context:

@@ -13,7 +13,7 @@ from mlx_k2.errors import RequestError, SetupError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
 
-_MAX_DIGITS = 9
+_MAX_DIGITS = 9  # of a number in a list; a number with more digits is refused
 
 Options = TypeVar("Options", bound=msgspec.Struct)
 

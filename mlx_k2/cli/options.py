@@ -1,4 +1,4 @@
-"""The options that several commands share, and structs of them. Each option is declared once."""
+"""Groups of options for the commands, and structs of them. An option that several commands share is declared once."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,10 @@ Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The maximum number of restarts after faults, and the folder for logs. ``log_dir`` None: no logs are written."""
+    """The maximum number of restarts after faults, and the folder for logs. ``log_dir`` None: no logs are written.
+
+    ``log_tokens``: the logs have the token ids of prompts and answers, too.
+    """
 
     restarts: int
     log_dir: Path | None
@@ -62,6 +65,7 @@ def _combine(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 def _model_or_none(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return None, the built-in model, for BUILTIN, with which a command line overrides the model of the profile."""
     return None if value == BUILTIN else value
 
 
@@ -339,4 +343,4 @@ draft_option = click.option(
 
 _add_shared = _combine(cluster_options, sampling_options, answer_options, tool_options, run_options, draft_option)
 SHARED_OPTIONS = [option_name(option) for option in _add_shared(click.Command("")).params]
-"""The long names of the options that several commands share."""
+"""The long names of the options above, which the profile may set for all commands that have them."""

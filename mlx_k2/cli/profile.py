@@ -20,7 +20,7 @@ from mlx_k2.errors import RequestError
 from mlx_k2.private_files import home_folder
 
 _OVERRIDDEN_BY = {"stages": ("hostfile", "split"), "hostfile": ("num_stages", "split"), "model": ("revision",)}
-"""The parameters whose defaults do not apply when an option is on the command line, by the option's name."""
+"""The parameters whose defaults could contradict an option of the command line and then do not apply, by its name."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
     """Return the defaults of a command's options by the names of their parameters.
 
     Raises:
-        RequestError: the command's table has a key that is no option of the command; names the line.
+        RequestError: a value is a table, or the command's table has a key that is no option of the command; names the
+            line.
     """
     options = {option_name(option): option for option in command.params if option_name(option)}
     for key in profile.tables.get(name, {}):

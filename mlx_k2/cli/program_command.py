@@ -25,7 +25,7 @@ _FOREIGN_OPTIONS = {
     "-t": "--temperature",
     "-s": "--system",
 }
-"""The options of this program that do the same as options of other programs."""
+"""This program's option for each name by which other programs call such an option."""
 
 
 class GroupedOption(click.Option):
@@ -53,6 +53,7 @@ class ProgramCommand(click.Command):
             RequestError: the profile cannot be read, or a value in it is invalid; names the line.
         """
         defaults: dict[str, Default] = {}
+        # help needs no profile, and is shown also when that cannot be read
         if self.reads_profile and parent is not None and parent.obj is not None and not {"-h", "--help"} & set(args):
             profile: Profile = parent.obj()
             defaults = without_overridden(self, defaults_of(self, info_name or "", profile), args)
@@ -60,9 +61,11 @@ class ProgramCommand(click.Command):
         try:
             context = super().make_context(info_name, args, parent, **attributes)
         except click.BadParameter as error:
-            if error.param is None or (default := defaults.get(error.param.name or "")) is None:
+            option, name = error.param, "" if error.param is None else error.param.name or ""
+            source = None if error.ctx is None else error.ctx.get_parameter_source(name)
+            if option is None or source is not click.core.ParameterSource.DEFAULT_MAP:  # a value of the command line
                 raise
-            raise RequestError(f"{default.source}: {option_name(error.param)}: {error.message}") from None
+            raise RequestError(f"{defaults[name].source}: {option_name(option)}: {error.message}") from None
         keep_sources(context, defaults)
         return context
 

@@ -95,6 +95,7 @@ class ResultFile:
     def _open_locked(self) -> FileIO:
         """Return the open file, which stays locked until it is closed."""
         try:
+            # O_NONBLOCK: a pipe or a device is refused below, without a wait for its other end
             descriptor = open_private(str(self._path), os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         except OSError as error:
             raise RequestError(f"{self._path} cannot be written: {error.strerror or error}") from None

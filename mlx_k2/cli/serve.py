@@ -44,7 +44,8 @@ from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
     "allowed_hosts",
     multiple=True,
     metavar="NAME",
-    help="A name by which clients reach this server, in addition to localhost, names in .local and IP addresses.",
+    help="A name by which clients reach this server, in addition to this machine's name, localhost, names in .local "
+    "and IP addresses.",
 )
 @click.option(
     "--allow-origin",
@@ -183,7 +184,7 @@ def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str
 
 
 def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
-    """Return the hosts, origins and keys from which the server accepts requests.
+    """Return the hosts, origins and keys that the server accepts; log a warning if keys are sent unencrypted.
 
     Raises:
         SetupError: other machines could use the server without a key.

@@ -111,7 +111,7 @@ command.reads_profile = False  # it writes the profile
 
 
 class _Steps:
-    """The steps of one set-up. ``changes`` has a line for each change that was made."""
+    """The steps of one set-up. ``changes`` has a line for each change that was made, or begun and not finished."""
 
     def __init__(self, options: SetupOptions) -> None:
         self._options = options
@@ -130,7 +130,7 @@ class _Steps:
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
             self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
-        # keys of the hosts that setup does not set are kept
+        # of a host in the existing hostfile, keep the keys that setup does not set, such as model and memory_gb
         previous_hosts = {host.ssh: host for host in self._previous_hosts()}
         hosts = [
             msgspec.structs.replace(
@@ -193,11 +193,12 @@ class _Steps:
         log(line)
 
     def _with_addresses(self, hosts: Sequence[Host]) -> DeploymentRequest:
-        """Return the request for these hosts. Several hosts get addresses.
+        """Return the request for these hosts. Several hosts get addresses, a single host needs none.
 
-        They are those of --address, else those of the existing hostfile if the hosts still have them, else the fastest.
+        The addresses are those of --address, else those in the existing hostfile if they are still a possible choice,
+        else the fastest.
         """
-        options = ClusterOptions(hostfile=str(self._options.hostfile_path))
+        options = ClusterOptions(hostfile=str(self._options.hostfile_path))  # a path for messages, not read here
         hostfile = Hostfile(hosts=tuple(hosts), backend=Backend.RING)
         request = DeploymentRequest(options, hostfile, ModelSource(path_or_repo=BUILTIN))
         addresses = self._options.addresses
@@ -255,7 +256,7 @@ def _survey_all(names: Sequence[str], python: str | None) -> dict[str, HostSurve
     """Return the survey of each host by its name.
 
     Raises:
-        SetupError: some hosts cannot be used; has a line for each of these.
+        SetupError: at least one host cannot be used; has a line for each such host.
     """
     surveys, problems = {}, []
     for name in names:

@@ -37,6 +37,7 @@ def command(command: str | None) -> None:
             key = option_name(option)
             default = defaults.get(option.name or "")
             if default is not None:
+                # the source of a variable, which overrides the table, is its name
                 is_in_table = key in profile.tables.get(name, {}) and default.source == profile.location(name, key)
                 # a default of several commands is shown once
                 shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)

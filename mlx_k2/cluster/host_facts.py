@@ -18,13 +18,14 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     found: dict[str, str] = {}
     """Computed SHA-256 checksums by file name, on request."""
     expected: dict[str, str] = {}
-    """SHA-256 checksums by file name that the Hub's cache on the host has."""
+    """SHA-256 checksums by file name that the host has recorded: in the model's manifest or the Hub's cache."""
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Facts about one host: the answer to Probe.
 
-    ``settings`` are the outputs of macOS's own tools by name; empty on other systems.
+    ``settings`` are the outputs of macOS's own tools, by the names in stage/host_probe.py; empty on other systems.
+    ``model`` None: the probe asked for no files.
     """
 
     memory_free_bytes: int

@@ -97,6 +97,7 @@ def parse_hostfile(data: bytes, source: str) -> Hostfile:
     for rank, entry in enumerate(fields["hosts"]):
         hosts.append(_host(entry, f"{source}: host {rank}"))
         warnings += _unknown_keys(entry, Host.__struct_fields__, f"{source}: host {rank} ({hosts[-1].ssh})")
+    # mlx.distributed_config writes an empty backend for Ethernet
     backend = _backend(fields.get("backend") or Backend.RING.value, source)
     _check_links(hosts, backend, source)
     return Hostfile(
@@ -127,7 +128,9 @@ def _host(entry: object, where: str) -> Host:
             raise HostfileError(f"{where}: {key} {path!r} is not a path: leave the key out, or give one")
     for key, number in (("memory_gb", host.memory_gb), ("gb_per_s", host.gb_per_s)):
         if number is not None and not 0 < number < 1e9:
-            raise HostfileError(f"{where}: {key} is {number:g}: leave the key out, or give a number above 0")
+            raise HostfileError(
+                f"{where}: {key} is {number:g}: leave the key out, or give a number above 0 and below 1e9"
+            )
     return host
 
 
@@ -162,7 +165,7 @@ def _unknown_keys(fields: Mapping[str, Any], known: Sequence[str], where: str) -
 
 
 def _check_links(hosts: Sequence[Host], backend: Backend, source: str) -> None:
-    """Check that no two hosts share a port, and that several hosts have the links that the backend needs."""
+    """Check that no address with a port is listed twice, and that several hosts have the links of the backend."""
     owners: dict[str, str] = {}
     for rank, host in enumerate(hosts):
         for address in host.ips:
@@ -193,7 +196,7 @@ def _check_ring(hosts: Sequence[Host], source: str) -> None:
 
 
 def _check_rdma(hosts: Sequence[Host], backend: Backend, source: str) -> None:
-    if not hosts[0].ips:
+    if not hosts[0].ips:  # jaccl's hosts first connect to host 0 over TCP
         raise HostfileError(f"{source}: host 0 ({hosts[0].ssh}) has no ips: backend {backend.value} needs one")
     size = len(hosts)
     for rank, host in enumerate(hosts):

@@ -8,11 +8,11 @@ CPU_BLOCK_BYTES = 128 * 2**20  # limit of a block of attention on a CPU. A block
 LARGEST_BLOCK_BYTES = 4 * 2**30
 """Limit of a block of attention on a GPU: larger blocks do not noticeably reduce the number of dispatches."""
 GPU_MIN_HEADS = 8
-"""Minimum number of heads per dispatch. One head gives 64 threadgroups, fewer than the 80 GPU cores of an Ultra."""
+"""Minimum number of heads per dispatch. One head of 2048 queries gives only 64 threadgroups for an Ultra's 80 cores."""
 BLOCKS_AT_A_TIME = 2  # number of blocks of attention that are in memory at a time
-_MIN_QUERIES = 256  # minimum number of queries per block, as in model/attention.py
+_MIN_QUERIES = 256  # minimum number of queries per block, _MIN_BLOCK_QUERIES of model/attention.py
 _LAYERS_IN_FLIGHT = 3
-"""Layers whose temporaries a GPU holds at a time: they are freed when their command buffer of 100 operations ends."""
+"""Layers whose temporaries a GPU holds at a time: those of a command buffer of 100 operations, whose end frees them."""
 
 _FRACTION_WITHOUT_GPU = 0.8  # fraction of the RAM that stages may use if no GPU driver sets a limit
 
@@ -42,7 +42,8 @@ def layer_cache_bytes(config: ModelConfig, num_slots: int, context_tokens: int, 
 def attention_block_bytes(config: ModelConfig, context_tokens: int, compute_bytes: int, *, on_gpu: bool) -> int:
     """Return the limit of a block of attention on a host without spare memory.
 
-    On a GPU the limit is what GPU_MIN_HEADS heads and _MIN_QUERIES queries need at the end of the context.
+    On a GPU the limit is what GPU_MIN_HEADS heads and _MIN_QUERIES queries need at the end of the context, but at least
+    the limit on a CPU.
     """
     if not on_gpu:
         return CPU_BLOCK_BYTES
@@ -69,7 +70,8 @@ def working_bytes(
 ) -> int:
     """Return the bytes that a stage needs besides its weights and cache.
 
-    They are enough for reading the largest part (a layer or the head) and, later, for computing one chunk.
+    They are enough for reading the largest part (for instance a layer or the head), which has ``largest_part_bytes``,
+    and, later, for computing one chunk.
     """
     layer_bytes = chunk_tokens * _values_per_token(config) * compute_bytes
     if on_gpu:

@@ -2,7 +2,7 @@
 
 A layer is never split. The embedding goes with the first layer, the head with the last. Of the splits that fit, the one
 whose slowest stage is fastest is chosen, because a full pipeline is as fast as its slowest stage. The time of a stage
-is that of reading the bytes that a decoded token needs.
+is the time in which its host reads the bytes that a decoded token needs.
 """
 
 import functools
@@ -68,7 +68,7 @@ class StageAssignment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def divide_layers(model: ModelCosts, hosts: Sequence[HostCapacity]) -> tuple[StageAssignment, ...]:
-    """Return the split of ``model`` over ``hosts``, a stage for each, that is fastest, and of those the most even.
+    """Return the fastest split of ``model`` over ``hosts``, a stage for each; of equally fast splits the most even one.
 
     Raises:
         PartitionError: there are more hosts than layers, or no split fits; states the numbers.

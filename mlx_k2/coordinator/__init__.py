@@ -1,1 +1,1 @@
-"""The loop that feeds the pipeline, and the text of its answers. Knows no terminal."""
+"""The engine thread with its pipeline of stages, token policies of replies, and batches. Knows no terminal."""

@@ -23,6 +23,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """``drafted`` and ``accepted`` by source, and by position after the last known token."""
     time_to_first_token_s: float | None
     prefill_tokens_per_s: float | None
+    """Computed prompt tokens divided by ``time_to_first_token_s``, which includes the wait for a slot."""
     decode_tokens_per_s: float | None
 
 
@@ -39,7 +40,7 @@ class AnswerSummary(Usage, frozen=True, kw_only=True):
 
 
 class AnswerTimer:
-    """Arrival times of one answer's tokens, which are those of time.perf_counter. Rates are of sampled tokens only."""
+    """Arrival times of one answer's tokens, in seconds of time.perf_counter. Rates are of sampled tokens only."""
 
     def __init__(self, began: float) -> None:
         self.began = began
@@ -82,7 +83,8 @@ class AnswerTimer:
 def total(summaries: Sequence[AnswerSummary]) -> AnswerSummary:
     """Return the totals of several answers of one conversation.
 
-    Seed and finish reason are those of the last answer, the time to the first token is that of the first one.
+    Seed and finish reason are those of the last answer, the time to the first token is that of the first one. A rate is
+    the harmonic mean of the answers' rates, weighted by their tokens.
     """
     prefill_s, num_decoded, decode_s = 0.0, 0, 0.0
     for each in summaries:

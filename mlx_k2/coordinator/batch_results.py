@@ -18,9 +18,10 @@ _RETRY_S = 0.1  # time after which the engine is tried again when its queue is f
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The answer to the request with the number ``key``: the reply and its summary, or why the request failed.
+    """The answer to the request with the number ``key``: the reply and its summary.
 
-    ``tokens`` are those of the reply if log-probabilities were requested, else empty.
+    If the request failed, ``error`` is the reason, ``reply`` has the parts so far and ``summary`` is None. ``tokens``
+    are the reply's tokens if log-probabilities were requested and the request did not fail, else empty.
     """
 
     key: int

@@ -21,7 +21,7 @@ class DraftTimes:
 
     @property
     def hop_s(self) -> float:
-        """Time between two stages, or from the last one through the coordinator to the first, 0 at least."""
+        """Mean seconds between two stages, or from the last one through the coordinator to the first; at least 0."""
         return max(0.0, self.wrong_s - sum(self.stages_s)) / len(self.stages_s)
 
     @property
@@ -43,7 +43,7 @@ class DraftTimer:
         """Add a report, in the order of arrival."""
         row = report.microbatch.rows[0].row
         if len(report.microbatch.rows) > 1 or row.is_prompt or not row.needs_logits:
-            self._sampled_at = None
+            self._sampled_at = None  # the time until the next token includes another step
             return
         if report.done.is_skipped:
             return
@@ -54,7 +54,10 @@ class DraftTimer:
             self._sampled_at = report.received_at
 
     def times(self, head_s: float) -> DraftTimes | None:
-        """Return the medians; None if there is only one stage, no right draft, or no token without one."""
+        """Return the medians and ``head_s``, the draft head's seconds for a token.
+
+        Return None if there is only one stage, no right draft, or no token without a right draft.
+        """
         right_s, wrong_s = self._between_s[True], self._between_s[False]
         if len(self._busy_s) == 1 or not (all(self._busy_s) and right_s and wrong_s):
             return None

@@ -30,7 +30,7 @@ MAX_QUEUED = 256  # default maximum number of requests that wait for their first
 SWITCH_INTERVAL_S = 0.0002
 """Python's switch interval while an engine runs. A token passes through three threads before the next plan is sent, and
 each may wait this long for a thread that computes."""
-_NUM_DURATIONS = 32  # the expected wait is computed from the durations of this many requests that ended last
+_NUM_DURATIONS = 32  # the requests that ended last, whose mean time from submission to end gives the expected wait
 _MIN_WAIT_S = 1.0
 
 
@@ -50,7 +50,7 @@ class _ShortInterval:
             sys.setswitchinterval(min(SWITCH_INTERVAL_S, self._usual_s))
 
     def end(self) -> None:
-        """Count one engine less. After the last one, which need not be the first, the interval is as before."""
+        """Count one engine less. After the last engine the interval is what it was before the first one."""
         with self._lock:
             self._num_engines -= 1
             if not self._num_engines:
@@ -98,7 +98,8 @@ class Engine:
     def __enter__(self) -> "Engine":
         self._thread.start()
         _SHORT_INTERVAL.begin()
-        gc.freeze()  # a full collection stops all threads for 14 to 28 ms, mostly for objects of imports (measured)
+        # A full collection stops all threads for 14 to 28 ms (measured), mostly for objects of imports: exempt these.
+        gc.freeze()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -133,12 +134,12 @@ class Engine:
         Raises:
             RequestError: the request can never run (``check_request``).
             EngineBusy: the queue is full; has the expected wait.
-            ClusterError: the stages have failed and are not restarted.
+            MlxK2Error: the stages have failed and are not restarted, mostly ClusterError; or the engine is closed.
         """
         return self.submit_all([Submission(request, policy, notify)])[0]
 
     def submit_all(self, submissions: Sequence[Submission]) -> list[Handle]:
-        """Queue several requests, all or none, so that the first plan can have all. Errors are those of ``submit``."""
+        """Queue several requests, all or none, so that the first plan can have all. Raises the errors of ``submit``."""
         now = time.perf_counter()
         jobs = []
         for submission in submissions:
@@ -147,7 +148,7 @@ class Engine:
             jobs.append(Job(submission, handle, AnswerTimer(now)))
         with self._lock:
             if self._error is not None:
-                raise self._error.with_traceback(None)
+                raise self._error.with_traceback(None)  # else each call would add its frames to the one error
             num_queued = self._num_queued
             if num_queued + len(jobs) > self._max_queued:
                 wait_s = self.expected_wait_s
@@ -172,7 +173,7 @@ class Engine:
 
     @property
     def expected_wait_s(self) -> float:
-        """The expected seconds until the queue has room, when it is full."""
+        """The expected seconds until all requests that wait now have started; at least _MIN_WAIT_S."""
         durations_s = list(self._durations_s)
         mean_s = sum(durations_s) / len(durations_s) if durations_s else _MIN_WAIT_S
         return max(_MIN_WAIT_S, mean_s * self._num_queued / self.num_slots)
@@ -225,6 +226,7 @@ def engine_on(
     limits = SchedulerLimits(shape.num_slots, shape.context_tokens, shape.chunk_tokens, num_stages, prompts_first)
     policy = StepPolicy(deployment.costs)
     has_head = deployment.request.draft_head is not None
+    # One stage is never idle while a sequence runs, and drafts are computed by idle stages.
     mode = DraftMode.OFF if num_stages == 1 else effective_mode(draft_mode, has_head=has_head)
     scheduler = Scheduler(limits, policy, draft_mode=mode)
     vocab_size = deployment.model.config.vocab_size

@@ -1,6 +1,7 @@
 """Engine loop: executes commands, sends plans, waits for reports of stages, delivers events, and starts restarts.
 
-All of it is for the engine thread, except ``put``, ``is_restarting`` and the methods on the restart's own thread.
+All of it runs on the engine thread, except ``put`` and ``is_restarting`` (any thread), and ``_restart`` and
+``_on_restart_phase`` (the thread of a restart).
 """
 
 import logging
@@ -33,7 +34,7 @@ class Restarts(Protocol):
         """End the failed stages, start new ones with the same shape and layers, and return them when they are ready.
 
         Raises:
-            ClusterError: the stages cannot be started again.
+            MlxK2Error: the stages cannot be started again; mostly ClusterError.
             Cancelled: ``cancel`` was called.
         """
 
@@ -64,7 +65,7 @@ class EngineLoop:
         self._restart_thread: threading.Thread | None = None
         self._restarting: Restarting | None = None  # the last event of the restart that runs, if any
         self._suspects: dict[tuple[Sequence, int], range] = {}
-        """For each sequence in the step in which a stage failed last: its positions, by the sequence and the rank."""
+        """The positions of each sequence in the step in which a stage failed last, by sequence and rank."""
         self._is_closing = False
 
     @property
@@ -81,7 +82,8 @@ class EngineLoop:
         """Run until ``close``.
 
         Raises:
-            ClusterError: the stages failed and are not restarted.
+            ClusterError: the stages failed, and there are no ``restarts``.
+            MlxK2Error: ``restarts`` raised it.
         """
         try:
             while not self._is_closing:
@@ -95,7 +97,10 @@ class EngineLoop:
             self._deliver()
 
     def _step(self) -> None:
-        """Send the plans that can go, deliver the events of the step before, and wait for the next report."""
+        """Execute commands, send the plans that can go, deliver the events of the step before, await the next report.
+
+        Until the report comes, the idle time is used to index n-grams for drafts.
+        """
         try:
             while not self._commands.empty():
                 self._run_command(self._commands.get())
@@ -180,6 +185,7 @@ class EngineLoop:
         """Collect the events of a finished step: prompt progress and tokens."""
         for planned in result.microbatch.rows:
             job = self._jobs.get(planned.sequence)
+            # A row with logits is the end of the prompt: the event is its token.
             if planned.row.is_prompt and not planned.row.needs_logits and job is not None:
                 progress = PrefillProgress(planned.row.end, planned.sequence.num_prompt)
                 self._outbox.append((job.handle, progress))
@@ -210,6 +216,7 @@ class EngineLoop:
     def _deliver(self) -> None:
         """Put the collected events into their handles. Called after the next plans are sent, which thus do not wait."""
         waiting = self._scheduler.waiting
+        # While the stages restart, Restarting stays the latest progress of every handle.
         if waiting != self._last_waiting and self._restart_thread is None:
             self._last_waiting = waiting
             self._outbox += [(self._jobs[each].handle, Queued(position)) for position, each in enumerate(waiting)]

@@ -60,14 +60,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of the answer, and the reply parts that were held back until it was known that no token follows."""
+    """The end of the answer. ``parts`` are reply parts that were held back and are not in the last Token."""
 
     summary: AnswerSummary
     parts: tuple[Part, ...] = ()
 
     @property
     def reason(self) -> FinishReason:
-        """Why the answer ended."""
+        """The reason why the answer ended."""
         return self.summary.finish_reason
 
 
@@ -113,7 +113,7 @@ class Handle:
 
         Raises:
             RequestFailed: this request was ended by an error; others continue.
-            ClusterError: the stages failed and are not restarted; the tokens so far were yielded.
+            MlxK2Error: the stages failed and are not restarted, mostly ClusterError; the tokens so far were yielded.
         """
         event: Event | None = None
         while not isinstance(event, Finished):
@@ -124,7 +124,7 @@ class Handle:
     def ready_events(self) -> Generator[Event, None, None]:
         """Yield the events that are in the queue now, without waiting. For a reader that ``notify`` wakes.
 
-        Errors are those of ``events``. A reader uses one of the two methods, on one thread, and not after the end.
+        Raises the errors of ``events``. A reader uses either ``events`` or this method, on one thread, until the end.
         """
         while not self._queue.empty():
             event = self._read()
@@ -166,7 +166,7 @@ class Handle:
         return True
 
     def _read(self) -> Event | None:
-        """Wait for the next entry of the queue; return its event. Return None instead of what ``cancel`` drops."""
+        """Wait for the next entry of the queue; return its event, or None if ``cancel`` drops the event."""
         entry = self._queue.get()
         if isinstance(entry, MlxK2Error):
             raise entry

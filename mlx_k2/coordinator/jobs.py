@@ -34,7 +34,10 @@ class Job:
     """The time limit of the request, in monotonic seconds; inf before its first step and without a limit."""
 
     def finish(self, reason: FinishReason) -> Finished:
-        """Return the request's last event. At a timeout it has the parts that the policy held back."""
+        """Return the request's last event. At a timeout it has the parts that the policy held back.
+
+        After STOP and LENGTH the last token has them, and after CANCELLED the caller gets no more parts.
+        """
         request, sequence = self.submission.request, self.sequence
         if sequence is None:
             return Finished(self.timer.summary(request, reason, num_cached=0))

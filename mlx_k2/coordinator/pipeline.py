@@ -36,12 +36,13 @@ class StepTimeout:
 
 @dataclass
 class StageUse:
-    """Totals of one stage so far: steps, tokens, seconds of computing, receiving and sending, and peak memory.
+    """Totals of one stage so far: tokens, seconds of computing, receiving and sending, and peak memory.
 
     ``draft_runs`` is how often the draft head made drafts, and ``draft_s`` the seconds that it took in all.
     """
 
     steps_done: int = 0
+    """One more than the number of the last step that the stage finished; steps lost in a fault are included."""
     num_tokens: int = 0
     busy_s: float = 0.0
     receive_s: float = 0.0
@@ -149,7 +150,7 @@ class Pipeline:
         return StepResult(microbatch, completed)
 
     def observe_steps(self) -> None:
-        """Pass the finished steps to the step policy. Called after their tokens are delivered, which do not wait."""
+        """Pass the finished steps to the step policy. Called after their tokens are delivered, to delay no token."""
         for rank, load, busy_s in self._unobserved:
             self._policy.observe(rank, load, busy_s)
         self._unobserved.clear()
@@ -205,7 +206,7 @@ class Pipeline:
     def _deadline(self) -> float:
         """Return the deadline (monotonic) for the next message of any stage.
 
-        It counts from the last message, if that is later than the oldest plan: earlier steps may have delayed the plan.
+        It counts from the last message, if this came after the oldest plan was sent: earlier steps may delay the plan.
         """
         oldest = next(iter(self._sent.values()), None)
         if oldest is None:

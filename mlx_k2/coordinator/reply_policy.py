@@ -22,9 +22,10 @@ class ReplyLimits:
     """
 
     stop_strings: tuple[str, ...] = ()
-    """The reply ends before the first of these in its content. Those in reasoning and tool calls do not count."""
+    """The reply ends before the first stop string in its content. Reasoning and tool calls are not searched."""
     min_tokens: int = 0
-    """Before this number of tokens no stop token is sampled, and stop strings are ignored."""
+    """The first ``min_tokens`` tokens include no stop token, unless the grammar allows no other token. Stop strings are
+    searched for from token number ``min_tokens`` on."""
     thinking_budget: int | None = None
     """The reasoning is closed after this number of its tokens; None sets no limit."""
 
@@ -166,7 +167,7 @@ class StopScanner:
             return text
         found = [stop for stop in self._stop_strings if stop in text]
         if found:
-            # the one that ends first, as if the text came letter by letter
+            # the one that ends first, as if the text came letter by letter; of several that end together the longest
             self.found = min(found, key=lambda stop: (text.find(stop) + len(stop), -len(stop)))
             return text[: text.find(self.found)]
         num_held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)

@@ -20,11 +20,11 @@ ANSWER_S = 60.0  # seconds without an answer of any stage
 
 
 def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Return choices of one address for each host, the best first. ``interfaces`` has each host's, by address.
+    """Return choices of one address for each host. ``interfaces`` has each host's interface names by IPv4 address.
 
-    In a choice all hosts are in one network. If there is no such network, there is at most one choice: each host is in
-    one network with the host before it, and the first with the last, as with cables between neighbours. Networks are
-    assumed to have 256 addresses, link-local ones 65536.
+    In a choice all hosts are in one network; link-local networks are last. If no network has all hosts, there is at
+    most one choice: each host's address is in a network of the host before it (the first host's in a network of the
+    last), as with cables between neighbours. Networks are assumed to have 256 addresses, link-local ones 65536.
     """
     address_in = [
         {_network(ip): ip for ip in sorted(host) if not ipaddress.ip_address(ip).is_loopback} for host in interfaces
@@ -43,14 +43,14 @@ def address_choices(interfaces: Sequence[Mapping[str, str]]) -> list[tuple[str, 
 
 
 def host_interfaces(request: DeploymentRequest) -> list[dict[str, str]]:
-    """Start a stage on each host, and return the names of its interfaces by IPv4 address.
+    """Start a stage on each host, and return the names of each host's interfaces by IPv4 address.
 
     Raises:
         ClusterError: a host does not answer.
     """
     with bring_up.stage_group(request, DeploymentListener()) as group:
         bring_up.collect(group, Hello, range(group.size), bring_up.HANDSHAKE_S, "start")
-        messages = [Probe(ModelSource(path_or_repo=BUILTIN), None, False)] * group.size
+        messages = [Probe(ModelSource(path_or_repo=BUILTIN), layers=None, deep=False)] * group.size
         return [facts.interfaces for facts in bring_up.ask(group, messages, HostFacts, ANSWER_S, "report")]
 
 
@@ -94,7 +94,7 @@ def with_addresses(request: DeploymentRequest, addresses: Sequence[str]) -> Depl
 
 
 def measured_hops(group: StageGroup, hostfile: Hostfile) -> list[HopSpeed]:
-    """Connect started stages as a run does, and return the speed of each hop. The built-in model is on every host."""
+    """Connect started stages as a run does, with the built-in model, which each host has. Return each hop's speed."""
     prepared = bring_up.prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * group.size)
     bring_up.connect(group, bring_up.links(hostfile, prepared))
     answers = bring_up.ask(group, [MeasureHops()] * group.size, HopsMeasured, ANSWER_S, "measure its hops")

@@ -21,11 +21,11 @@ from mlx_k2.protocol.messages import Hello
 
 MAX_ROUND_TRIP_S = 0.02  # limit of the control connection's round trip, which takes place for every token
 MAX_CLOCK_SKEW_S = 5.0
-MAX_HOP_S = 0.005
+MAX_HOP_S = 0.005  # limit of a hop's one-way time for one token
 MIN_HOP_BYTES_PER_S = 100e6
 """A little less than Gigabit Ethernet, on which a prompt's chunk of 29 MB takes 0.25 s per hop."""
-RDMA_MACOS = (26, 2)
-LARGE_RDMA_MACOS = (26, 3)
+RDMA_MACOS = (26, 2)  # the first macOS with RDMA
+LARGE_RDMA_MACOS = (26, 3)  # the first macOS with RDMA messages of more than 4 kB
 _FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 
 
@@ -139,7 +139,10 @@ def check_model(facts: ModelFacts, download: str) -> Check:
 
 
 def check_copies(facts: Mapping[str, ModelFacts]) -> Iterator[Check]:
-    """Check by computed checksums that a file is the same on all hosts that have it. ``facts`` is by host."""
+    """Yield failures for files whose computed checksums differ between hosts. ``facts`` is by host.
+
+    Hosts with the most frequent checksum pass, except that of two hosts both fail, because either can be wrong.
+    """
     digests_of: dict[str, dict[str, str]] = {}  # by file: the checksums by host
     for host, model in facts.items():
         for name, digest in model.found.items():
@@ -182,7 +185,7 @@ def check_backend(host: Host, backend: Backend, hello: Hello, facts: HostFacts) 
 
 
 def _check_rdma(host: Host, hello: Hello, facts: HostFacts) -> Check:
-    """Check that RDMA is enabled on a host, and that it has the hostfile's devices for itself."""
+    """Check that a host can use jaccl: RDMA on, the hostfile's devices, no Thunderbolt bridge, and a newer macOS."""
     devices = rdma_devices(facts.settings.get("ibv_devices", ""))
     needed = [device for cell in host.rdma for device in ([cell] if isinstance(cell, str) else cell or ())]
     if not rdma_is_enabled(facts.settings.get("rdma_ctl", "")):

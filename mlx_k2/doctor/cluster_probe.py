@@ -47,8 +47,8 @@ from mlx_k2.weights.model_source import is_repo
 
 ALL_HOSTS = "all hosts"
 NUM_CLOCK_READINGS = 7
-PROBE_S = 90.0
-DEEP_PROBE_S = 900.0  # seconds without a message of any stage; within them the checksum of one file is computed
+PROBE_S = 90.0  # seconds without a message of any stage
+DEEP_PROBE_S = 900.0  # the same with --deep, where a stage computes the checksum of a file between two messages
 
 Wanted = TypeVar("Wanted", bound=FromStage)
 
@@ -83,7 +83,7 @@ def probe_cluster(
 
 
 class _ClusterProbe:
-    """The checks so far, and the stages whose answers they are made from."""
+    """The checks so far, and the stages that answer for their hosts. ``_ended`` has the reason of each end by rank."""
 
     def __init__(self, request: DeploymentRequest, group: StageGroup, listener: DeploymentListener) -> None:
         self._request = request
@@ -105,7 +105,10 @@ class _ClusterProbe:
     def collect(
         self, wanted: type[Wanted], ranks: Collection[int], silence_s: float, check_name: str
     ) -> dict[int, Wanted]:
-        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none."""
+        """Return the ``wanted`` messages by rank; add a failed check for each of ``ranks`` that sends none.
+
+        Wait until all have sent one or ended, or no stage has sent anything for ``silence_s``.
+        """
         answers: dict[int, Wanted] = {}
         pending = set(ranks)
         while pending:
@@ -121,7 +124,7 @@ class _ClusterProbe:
                     self._fail(rank, check_name, message)
                 return answers
             if isinstance(event, StageEnded):
-                self._ended.setdefault(event.rank, event.reason)
+                self._ended.setdefault(event.rank, event.reason)  # a Fault of the stage is the better reason
             elif isinstance(event, Woken):
                 continue
             elif isinstance(event.message, Fault):
@@ -134,7 +137,7 @@ class _ClusterProbe:
         return answers
 
     def plan(self, model: ModelDescription | None, hellos: Mapping[int, Hello]) -> Sequence[StagePlan]:
-        """Return the stage plans for the memory of the hosts that answered; empty if no partition fits."""
+        """Return the stage plans for the memory of the hosts that answered; none without ``model``, or if none fits."""
         if model is None:
             return ()
         unknown = HostMemory(None, None)

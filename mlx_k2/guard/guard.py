@@ -1,8 +1,8 @@
 """The guard of one stage: owns the pipe to the coordinator, relays frames, answers heartbeats, ends the stage.
 
 The guard is a separate process, so that it works while the stage holds the GIL (mlx.distributed.init can hold it
-forever). Standard library only. It decodes no MESSAGE payload. It writes nothing to stderr, which may be a full pipe;
-its last frame has the reason for which it ended the stage.
+forever). Standard library only. It decodes no MESSAGE payload. Once there is a stage it writes nothing to stderr, which
+may be a full pipe; its last frame states why the stage ended.
 """
 
 import os
@@ -40,8 +40,12 @@ AFTER_KILL_S = 60.0
 def run_guard(child_command: Sequence[str]) -> int:
     """Run ``child_command`` between this process's stdin and stdout until it has ended; return an exit code.
 
-    The child reads frames from its fd 0 and writes frames to its fd 1. The caller should end this process with
-    os._exit.
+    The child reads frames from its fd 0 and writes frames to its fd 1. It is started after the coordinator's first
+    frame, GUARD_SETTINGS. If stdin ends before it, nothing is started and the code is 1. The caller should end this
+    process with os._exit, because a thread may still be blocked on stdin or stdout.
+
+    Raises:
+        ProtocolError: the first frame is of another kind, or malformed.
     """
     to_coordinator = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed goes to stderr
@@ -79,7 +83,7 @@ class _Guard:
             process_group=self._watchdog.pid,
             env=os.environ | dict(line.split("=", 1) for line in settings.environment),
         )
-        if sys.platform == "darwin":
+        if sys.platform == "darwin":  # keep this Mac awake while the guard runs
             caffeinate = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
             subprocess.Popen(caffeinate, stdin=subprocess.DEVNULL, process_group=self._watchdog.pid)
         assert self._watchdog.stdin and self._child.stdin and self._child.stdout
@@ -96,14 +100,14 @@ class _Guard:
         if reason is not None:
             self._end_child()
         returncode = self._child.poll()
-        with suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):  # the second is macOS's for processes that have ended
             os.killpg(self._watchdog.pid, signal.SIGKILL)  # also kills processes that the stage started
         self._watchdog.wait(AFTER_KILL_S)
         self._from_child.join(LAST_FRAMES_S)
         if reason is None:
             reason = self._queued_reason()  # for instance: the stage's last output was not a frame
         stage_exit = StageExit.from_returncode(returncode, reason or ENDED_BY_ITSELF)
-        with suppress(ProtocolError):
+        with suppress(ProtocolError):  # the coordinator has stopped reading
             self._to_coordinator.put(Kind.STAGE_STATUS, self._clock.status.to_json())
             self._to_coordinator.put(Kind.STAGE_EXIT, stage_exit.to_json())
         self._to_coordinator.close(LAST_FRAMES_S)
@@ -117,7 +121,7 @@ class _Guard:
             with suppress(queue.Empty):
                 if (reason := self._reasons.get(timeout=TICK_S)) is not None:
                     return reason
-                continue
+                continue  # the stage has ended
             silent_s = 0.0 if self._has_received else silent_s + TICK_S
             self._has_received = False
             self._clock.tick(TICK_S, self._child.pid)

@@ -1,9 +1,9 @@
 """The watchdog process, which ends the stage when the guard was killed or is suspended. Knows no frames.
 
-The stage may not detect that by itself: while mlx.distributed.init holds the GIL, no thread of the stage reads its
-input. The watchdog leads the process group that the stage is in. While the watchdog runs, the group's number cannot be
-reused, and a signal to its own group needs no process id. It relies only on a pipe's end of file and on POSIX process
-groups, which are portable.
+The stage itself may not detect the end of its guard: while mlx.distributed.init holds the GIL, no thread of the stage
+reads its input. The watchdog leads the process group that the stage is in. While the watchdog runs, the group's number
+cannot be reused, and a signal to its own group needs no process id. It relies only on a pipe's end of file and on POSIX
+process groups, which are portable.
 """
 
 import os
@@ -43,18 +43,18 @@ class Watch(NamedTuple):
 def main() -> None:
     """Run until the guard has ended or is suspended, then end this process group, including this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # _end_group sends SIGTERM to this process, too
     guard_pid = os.getppid()
     watch, is_suspended = _follow_guard(fd=0)
     if is_suspended:  # the guard's end of the pipe is open, so it exists and its process id was not reused
         os.kill(guard_pid, signal.SIGKILL)
-    if watch is not None:
+    if watch is not None:  # None: the guard ended before it could send orders
         _end_group(watch)
     os.killpg(0, signal.SIGKILL)
 
 
 def _follow_guard(fd: int) -> tuple[Watch | None, bool]:
-    """Read lines until the guard ends or sends none for too long; return the last line, and whether none came."""
+    """Read lines until the guard ends or is silent for too long; return the last line, and whether it was silent."""
     watch = None
     silent_s = 0.0  # counted in loop iterations, so that this host's sleep does not count as silence
     while watch is None or silent_s < watch.silence_s:

@@ -1,4 +1,4 @@
-"""A writer of random checkpoints in the original layout, for tests and benchmarks.
+"""A writer of random checkpoints in the layout of Kimi K2's original ones, for tests and benchmarks.
 
 The values are scaled so that every part of the model affects its output: the output of each block has about the
 magnitude of the residual stream, attention depends on positions, and tokens are routed to different experts.
@@ -19,7 +19,7 @@ from mlx_k2.config import Family, ModelConfig
 from mlx_k2.weights.inventory import INT4_GROUP_SIZE, TensorSpec, embedding_specs, head_specs, layer_specs
 from mlx_k2.weights.safetensors_file import write_file
 
-_MAX_PIECE_VALUES = 1 << 22
+_MAX_PIECE_VALUES = 1 << 22  # values in memory at once, of a large tensor
 _CODE_DEVIATION = 4.2  # standard deviation of the INT4 codes that _codes returns
 
 # Root mean square of a matrix's output for an input of root mean square 1, by the ending of the matrix's name.
@@ -86,7 +86,7 @@ def _write_tensors(folder: Path, config: ModelConfig, seed: int) -> None:
 
 
 def _specs_of_files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
-    """Return the specs of each file's tensors. Like original checkpoints, they include tensors that are never read."""
+    """Return the specs of each file's tensors. As in original checkpoints, some of the tensors are never read."""
     frequencies = (config.qk_rope_head_dim // 2,)
     files = []
     for layer in range(config.num_hidden_layers):
@@ -108,7 +108,7 @@ def _specs_of_files(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
 def _random_bytes(spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[bytes]:
     """Yield the tensor's bytes in pieces. They are sampled with (seed, name) as seed: no other tensor affects them."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
-    count = spec.num_bytes // 2
+    count = spec.num_bytes // 2  # of values, if they are bfloat16
     if spec.name.endswith("weight_shape"):
         shape = (config.moe_intermediate_size, config.hidden_size)
         yield np.array(shape[::-1] if ".down_proj." in spec.name else shape, np.int32).tobytes()
@@ -136,7 +136,10 @@ def _gain(name: str) -> float:
 
 
 def _codes(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Return random words of eight INT4 codes. In all columns but the first 0 replaces -8: the codes have mean 0."""
+    """Return random words of eight INT4 codes.
+
+    In all columns but the first, 0 replaces -8: the mean of the codes is near 0, and yet all 16 codes occur.
+    """
     words = generator.integers(0, 1 << 32, shape, np.uint32)
     others = words[:, 1:]
     # Codes are stored plus 8: -8 has four zero bits, and 0 has only the highest bit set.

@@ -18,7 +18,10 @@ from mlx_k2.weights.safetensors_file import write_file
 
 
 def draft_config_fields(target: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return the fields of a draft head's config.json, with ``changes``. ``target`` are the fields of its target."""
+    """Return the fields of a draft head's config.json, with ``changes``.
+
+    ``target`` is the config.json of the model for which the head drafts.
+    """
     shared_names = (
         *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
         *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
@@ -51,14 +54,15 @@ def write_random_draft_head(
     config_json = msgspec.json.format(msgspec.json.encode(config_fields), indent=2)
     num_norms = len(config_fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"]) if fc_norms else 0
     norm_names = [f"fc_norm.{index}.weight" for index in range(num_norms)]
-    specs = _specs(config_json, target, [*own_tensors, *norm_names, f"{layer_prefix}.hidden_norm.weight"])
+    name_with_prefix = f"{layer_prefix}.hidden_norm.weight"  # the name that shows the layer's prefix
+    specs = _specs(config_json, target, [*own_tensors, *norm_names, name_with_prefix])
     folder.mkdir(parents=True)
     (folder / CONFIG_NAME).write_bytes(config_json)
     write_file(folder / SINGLE_FILE_NAME, specs, lambda spec: _random_bytes(spec, target.vocab_size, seed))
 
 
 def _specs(config_json: bytes, target: ModelConfig, names: list[str]) -> tuple[TensorSpec, ...]:
-    """Return the specs of a head whose index names the tensors ``names``, from which its optional parts follow."""
+    """Return the specs of a head. ``names`` are the tensors in its index that show which optional parts it has."""
     fields = msgspec.json.decode(config_json)
     if fields.get("draft_vocab_size", target.vocab_size) < target.vocab_size:
         names = [*names, TARGET_IDS]
@@ -72,10 +76,12 @@ def _random_bytes(spec: TensorSpec, vocab_size: int, seed: int) -> Iterator[byte
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
     if spec.name == TARGET_IDS:
         token_ids = np.sort(generator.choice(vocab_size, spec.shape[0], replace=False))
-        yield (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
+        yield (
+            (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
+        )  # a token's id minus its number in the head
     elif len(spec.shape) == 1:
         yield bf16_bytes(generator.uniform(0.5, 1.5, spec.shape[0]).astype(np.float32))
     else:
-        gain = 3.0 if spec.name == LM_HEAD else 1.2
+        gain = 3.0 if spec.name == LM_HEAD else 1.2  # as in random_checkpoint
         deviation = 1.0 if spec.name == EMBEDDING else gain / spec.shape[1] ** 0.5
         yield bf16_bytes(generator.standard_normal(spec.shape, np.float32).ravel() * np.float32(deviation))

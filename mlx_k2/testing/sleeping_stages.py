@@ -57,8 +57,8 @@ class SleepingStages:
         self, before: "queue.SimpleQueue[Microbatch | None]", after: "queue.SimpleQueue[Microbatch | None]", last: bool
     ) -> None:
         while (microbatch := before.get()) is not None:
-            if self._is_wrong(microbatch, last):
-                skipped = encode_message(StepDone(microbatch.number, 0.0, is_skipped=True))
+            if self._is_known_wrong(microbatch, last):
+                skipped = encode_message(StepDone(microbatch.number, busy_s=0.0, is_skipped=True))
                 self.done.put(skipped) if last else after.put(microbatch)
                 continue
             time.sleep(STEP_S)
@@ -67,14 +67,15 @@ class SleepingStages:
                 continue
             tokens = tuple(SampledToken(TOKEN) for planned in microbatch.rows if planned.row.needs_logits)
             self.done.put(encode_message(StepDone(microbatch.number, STEP_S, tokens=tokens)))
-            request = microbatch.rows[0].row.draft
-            if request is not None:
+            row = microbatch.rows[0].row
+            if row.draft is not None:
                 time.sleep(self.draft_s)
-                first = microbatch.rows[0].row.end + 1
-                drafts = (TOKEN if self.is_right(first + i) else TOKEN + 1 for i in range(request.num_tokens))
+                first = row.end + 1  # the sampled token is at row.end
+                drafts = (TOKEN if self.is_right(first + i) else TOKEN + 1 for i in range(row.draft.num_tokens))
                 self.done.put(encode_message(Drafted(microbatch.number, tuple(drafts), self.draft_s)))
         after.put(None)
 
-    def _is_wrong(self, microbatch: Microbatch, last: bool) -> bool:
+    def _is_known_wrong(self, microbatch: Microbatch, last: bool) -> bool:
+        """Return whether a stage knows that a draft is wrong: always the last one, others if a later plan undoes it."""
         row = microbatch.rows[0].row
         return row.is_draft and row.token_ids[0] != TOKEN and (last or self._plans.is_undone(microbatch.number, row))

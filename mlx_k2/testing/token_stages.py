@@ -18,9 +18,10 @@ from mlx_k2.sampling import SampledToken, Sampling
 from mlx_k2.scheduling.microbatch import Row
 from mlx_k2.scheduling.request import Request
 
-STOP_ID = 9
 NUM_TOKENS = 10
 """Size of the vocabulary: sampled ids are 0 to 9."""
+STOP_ID = 9
+"""A sampled id that tests use as stop token."""
 
 
 class TokenStages(StageGroup):
@@ -43,7 +44,7 @@ class TokenStages(StageGroup):
         self._sampled: dict[int, tuple[int, int]] = {}  # by slot: position and id of the last sampled token
 
     def execute(self, rank: int) -> bool:
-        """Execute the next plan on one stage. Return False if none has arrived from the previous stage."""
+        """Execute the next plan on one stage. Return False if it has no plan or no input, or if a stage has failed."""
         with self._changed:
             has_input = rank == 0 or self._num_executed[rank - 1] > self._num_executed[rank]
             is_ready = bool(self._plans[rank]) and has_input
@@ -53,7 +54,7 @@ class TokenStages(StageGroup):
         is_last = rank == self.size - 1
         is_skipped = is_last and any(row.is_draft and not self._is_right(row) for row in step.rows)
         if is_skipped:
-            self._finish(rank, StepDone(step.number, 0.0, is_skipped=True))
+            self._finish(rank, StepDone(step.number, busy_s=0.0, is_skipped=True))
             return True
         token_ids = []
         for row in step.rows:
@@ -61,7 +62,7 @@ class TokenStages(StageGroup):
             if token_id is not None and is_last:
                 token_ids.append(token_id)
                 self._sampled[row.slot] = (row.end, token_id)
-        self._finish(rank, StepDone(step.number, 0.001, tokens=tuple(map(SampledToken, token_ids))))
+        self._finish(rank, StepDone(step.number, busy_s=0.001, tokens=tuple(map(SampledToken, token_ids))))
         if is_last:
             self._draft(rank, step)
         return True
@@ -72,10 +73,14 @@ class TokenStages(StageGroup):
         self._post(StageMessage(rank, done))
 
     def _is_right(self, row: Row) -> bool:
+        """Return whether the draft of a row is the token that was sampled at its position."""
         return self._sampled.get(row.slot) == (row.position, row.token_ids[0])
 
     def _draft(self, rank: int, step: Step) -> None:
-        """Send the drafts that the step's row requests. Drafts that are already planned are sent unchanged."""
+        """Send the drafts that the step's row requests.
+
+        Drafts that are in plans already are sent unchanged, provided that the first of them is the sampled token.
+        """
         row = step.rows[0]
         if row.draft is None or row.sampling is None:
             return
@@ -86,7 +91,7 @@ class TokenStages(StageGroup):
         for index in range(row.draft.num_tokens):
             new_draft = drafted_after(token_ids, row.sampling)
             token_ids.append(old_drafts[index] if index < len(old_drafts) else new_draft)
-        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_sampled:]), 0.001)))
+        self._post(StageMessage(rank, Drafted(step.number, tuple(token_ids[num_sampled:]), busy_s=0.001)))
 
     def next_step(self, rank: int) -> Step | None:
         """Return the plan that ``execute`` would execute next on one stage; None if there is none."""
@@ -96,7 +101,7 @@ class TokenStages(StageGroup):
     def fail(self, rank: int) -> None:
         """End one stage, as if its process had been killed. The others execute nothing more."""
         self._has_failed = True
-        self._post(StageEnded(rank, self.host(rank), True, "it was killed", signal=9))
+        self._post(StageEnded(rank, self.host(rank), has_started=True, reason="it was killed", signal=9))
 
     def wait_until_waiting(self, timeout_s: float) -> bool:
         """Wait until the engine waits in ``receive`` and there is no event. Return False after ``timeout_s``."""
@@ -124,15 +129,15 @@ class TokenStages(StageGroup):
             return self._pending_events.popleft() if self._pending_events else None
 
     def send(self, rank: int, message: ToStage) -> None:
-        """Queue a plan for one stage."""
+        """Queue a plan for one stage. Other messages are dropped."""
         if isinstance(message, Step):
             with self._changed:
                 self._plans[rank].append(message)
-            if rank == self.size - 1:
+            if rank == self.size - 1:  # all stages get the plan: report it once
                 self._on_plan(message)
 
     def send_all(self, message: ToStage) -> None:
-        """Queue a plan for every stage."""
+        """Queue a plan for every stage. Other messages are dropped."""
         for rank in range(self.size):
             self.send(rank, message)
 

@@ -60,7 +60,7 @@ class ChatTemplate:
 
     @property
     def has_reasoning(self) -> bool:
-        """Whether the template writes think tokens, as those of K2-Thinking and later models do."""
+        """True if the template writes think tokens, as the templates of K2-Thinking and later models do."""
         return "<think>" in self.source
 
     @property
@@ -126,7 +126,7 @@ class ThinkingMode:
 
 
 TEMPLATE_DEFAULT = ThinkingMode()
-"""The mode in which the template gets none of these variables."""
+"""The mode in which the template gets neither ``thinking`` nor ``preserve_thinking``."""
 
 
 def load_chat_template(files: Mapping[str, bytes]) -> ChatTemplate:

@@ -32,7 +32,7 @@ class AnswerFormat:
 
 
 class ToolChoice(enum.Enum):
-    """Whether a reply calls tools."""
+    """The rule for a reply's tool calls: by the model's choice, none, or at least one."""
 
     AUTO = "auto"
     NONE = "none"
@@ -46,7 +46,7 @@ class Tool:
     name: str
     parameters: object = None
     is_strict: bool = False
-    """Has the same meaning as in AnswerFormat."""
+    """True: refuse ``parameters`` with a keyword that the compiler does not support."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def tool_rules(
 ) -> ToolRules:
     """Return the rules for tool declarations and a ``tool_choice`` in OpenAI's format.
 
-    A reply calls a tool that ``choice`` names exactly once.
+    If ``choice`` names a tool, the reply makes exactly one call, of this tool.
 
     Raises:
         RequestError: a declaration has no name, there are more than MAX_TOOLS, or the choice is unknown, or names a
@@ -96,12 +96,25 @@ def tool_rules(
     if isinstance(choice, str) and choice in _CHOICES:
         if choice == "required" and not tools:
             raise RequestError("tool_choice is required, and no tool is declared: declare one, or leave it out")
-        return ToolRules(tools, ToolChoice(choice), None, is_parallel, has_grammar, first_number)
+        return ToolRules(
+            tools,
+            ToolChoice(choice),
+            is_parallel=is_parallel,
+            has_grammar=has_grammar,
+            first_number=first_number,
+        )
     name = _chosen_name(choice)
     if all(tool.name != name for tool in tools):
         names = ", ".join(tool.name for tool in tools) or "none"
         raise RequestError(f"tool_choice names {name!r}, which is not declared; declared tools: {names}")
-    return ToolRules(tools, ToolChoice.REQUIRED, name, False, has_grammar, first_number)
+    return ToolRules(
+        tools,
+        ToolChoice.REQUIRED,
+        only=name,
+        is_parallel=False,
+        has_grammar=has_grammar,
+        first_number=first_number,
+    )
 
 
 def _tool(declaration: Mapping[str, object]) -> Tool:

@@ -31,7 +31,7 @@ _NUM_TRIAL_STEPS = 32
 """The steps that are tried before a grammar is used: one that is too complex usually fails at its first steps."""
 _MAX_PROBLEM_CHARS = 300
 _LATEST_DRAFT = "http://json-schema.org/schema#"
-"""A name of the latest draft of JSON Schema. The compiler refuses this name, and assumes this draft without a name."""
+"""A name of the latest draft of JSON Schema. The compiler refuses it, and assumes this draft if a schema names none."""
 _LENIENT_OPTIONS = {"lenient": True, "coerce_one_of": True}
 _ANY_OBJECT = {"type": "object"}
 _UNSUPPORTED_MESSAGES = (
@@ -116,7 +116,9 @@ class GrammarCompiler:
         return state, f"{what} cannot be enforced, and any object is allowed: {problem}"
 
     def text(self, kind: str, grammar: str) -> GrammarState:
-        """Return the grammar of a regular expression (``kind`` "regex") or a Lark grammar ("lark").
+        """Return the grammar of a regular expression (``kind`` "regex") or a Lark grammar ("lark", or "choice").
+
+        The first steps of the grammar are tried, except for "choice".
 
         Raises:
             RequestError: the grammar is malformed, too large or too complex, or allows no text.
@@ -131,8 +133,7 @@ class GrammarCompiler:
 
     def choice(self, texts: Sequence[str]) -> GrammarState:
         """Return a grammar that allows one of ``texts``. Replies call this while they run, so no steps are tried."""
-        literals = (json.dumps(text).replace("\x7f", "\\u007f") for text in texts)
-        return self.text("choice", "start: " + " | ".join(literals))
+        return self.text("choice", "start: " + " | ".join(map(json.dumps, texts)))
 
     def _new_state(self, kind: str, text: str, options: str) -> tuple[GrammarState, str]:
         """Return a compiled grammar that has accepted no token; and the compiler's problem, '' for none."""
@@ -171,7 +172,10 @@ def _stays_within_limits(state: GrammarState) -> bool:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads it. Control tokens have no bytes, so that no grammar allows them."""
+    """A tokenizer as llguidance reads it. Control tokens have no bytes, so that no grammar allows them.
+
+    The first control token keeps its bytes: it is llguidance's end token, which GrammarState removes from each result.
+    """
 
     def __init__(self, tokenizer: Tokenizer, control_ids: Sequence[int]) -> None:
         self.eos_token_id = control_ids[0]

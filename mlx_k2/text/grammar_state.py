@@ -111,7 +111,7 @@ class GrammarState:
         return AllowedTokens(words[0], num_tokens, may_end)
 
     def forced(self) -> list[int]:
-        """Return the tokens that must follow, as the tokenizer encodes their text; [] if there is a choice."""
+        """Return the tokens that must follow, as the tokenizer encodes their text; [] for a choice, or for the end."""
         token_ids = self._run(LLMatcher.compute_ff_tokens)
         are_ordinary = all(self._ordinary[token_id // 32] >> token_id % 32 & 1 for token_id in token_ids)
         return token_ids if are_ordinary else []
@@ -124,7 +124,7 @@ class GrammarState:
             result = step(self._matcher)
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
-            self._compiled.replace(self._initial_matcher)
+            self._compiled.replace(self._initial_matcher)  # so that other replies get a new lexer
             raise RequestFailed(f"request ended: its grammar cannot follow the answer: {problem}")
         return result
 

@@ -17,13 +17,14 @@ _ROLE_ALIASES = {"developer": "system", "function": "tool"}
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MAX_DEPTH = 100
-_REASONING_FIELDS = ("text", "summary")
+_DETAIL_FIELDS = ("text", "summary")
+"""The fields with text in an entry of ``reasoning_details``."""
 _Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class History:
-    """Messages in the form that templates expect, and a line about each message whose fields were left out."""
+    """Messages in the form that templates expect, and a line about each message that lost information."""
 
     messages: list[Message]
     left_out: tuple[str, ...]
@@ -36,7 +37,7 @@ def read_history(
 
     Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was
     named. Every call and every result has an id; with ``normal_ids`` it is the one that Kimi K2 is trained on. Other
-    fields are kept if the template reads them and they are not None. To read the returned messages again changes
+    fields are kept if the template reads them and they are not None. Reading the returned messages again changes
     nothing.
 
     Raises:
@@ -65,7 +66,7 @@ def read_history(
 
 
 def _message(fields: _Fields) -> Message:
-    """Return the message with checked ``fields``, of which this function removes the known ones."""
+    """Return the message with checked ``fields``. This removes _MESSAGE_FIELDS from them; the others are ``other``."""
     known = {name: fields.pop(name) for name in _MESSAGE_FIELDS if name in fields}
     calls = [
         MessageCall(
@@ -118,7 +119,7 @@ def _part_text(part: object, where: str) -> str:
 
 
 def _reasoning(fields: Mapping[str, Any]) -> str | None:
-    """Return the reasoning in other fields than ``reasoning_content``; None if there is none."""
+    """Return the reasoning in a field other than ``reasoning_content``; None if there is none."""
     for name in ("reasoning", "thinking"):
         reasoning = fields.get(name)
         if isinstance(reasoning, str):
@@ -129,7 +130,7 @@ def _reasoning(fields: Mapping[str, Any]) -> str | None:
 def _details_text(details: object) -> str | None:
     """Return the text of OpenRouter's ``reasoning_details``, or the summaries if there is no text; None for neither."""
     entries = [entry for entry in details if isinstance(entry, Mapping)] if isinstance(details, list | tuple) else []
-    for name in _REASONING_FIELDS:
+    for name in _DETAIL_FIELDS:
         if texts := [entry[name] for entry in entries if isinstance(entry.get(name), str)]:
             return "".join(texts)
     return None
@@ -152,7 +153,7 @@ def _has_own_information(name: str, fields: Mapping[str, Any]) -> bool:
     if name == "function_call" and isinstance(value, Mapping):
         return [call["function"] for call in fields["tool_calls"]] != [{"arguments": "{}", **value}]
     if name == "reasoning_details" and isinstance(value, list | tuple):
-        is_understood = all(isinstance(entry, Mapping) and entry.keys() & set(_REASONING_FIELDS) for entry in value)
+        is_understood = all(isinstance(entry, Mapping) and entry.keys() & set(_DETAIL_FIELDS) for entry in value)
         value = _details_text(value) if is_understood else value
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
@@ -160,12 +161,12 @@ def _has_own_information(name: str, fields: Mapping[str, Any]) -> bool:
 def _link_calls(messages: Sequence[_Fields], *, normal_ids: bool) -> None:
     """Set the ids of calls and results that have none.
 
-    A call gets its normal id, the one that Kimi K2 is trained on. A result gets the id of its call: of the calls in the
-    latest turn without a result, the first with the result's name, else the first one.
+    A call gets its normal id, the one that Kimi K2 is trained on. A result gets the id of a call that has no result yet
+    in the latest turn with calls: the first call with the result's name, else the first one.
 
     With ``normal_ids`` each call gets its normal id, and its result the same id and the tool's name. If several calls
-    have the id of a result, it belongs to the first unanswered one in the latest turn with such calls. A result without
-    a call is unchanged.
+    have the id of a result, the result belongs to the first call without a result in the latest turn that has calls
+    with this id. A result without a call is unchanged.
     """
     unanswered: list[_Fields] = []
     open_calls: dict[str, list[tuple[_Fields, str]]] = {}  # by id, for ``normal_ids``

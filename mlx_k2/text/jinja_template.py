@@ -21,12 +21,12 @@ from jinja2.visitor import NodeTransformer, NodeVisitor
 FILE = "chat_template.jinja"
 
 _NOT_ASCII = re.compile("[^\0-\x7e\U00040000-\U0010ffff]+")
-"""Text that JSON writes as \\uXXXX, but not the replacement characters of text/escaping.py."""
+"""Text that ``ensure_ascii`` writes as \\uXXXX, without the range of text/escaping.py's replacement characters."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TemplateRefusal(Exception):
-    """The error for a template that called raise_exception; its text is the template's."""
+    """The error for a template that called raise_exception; its text is the argument of this call."""
 
 
 class TemplateFailure(Exception):
@@ -133,7 +133,7 @@ class _FirstUses(NodeVisitor):
 
 
 def _variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the names that a template reads before it sets them, without those that are set in one branch only."""
+    """Return the names that a template reads before it sets them. A name that an earlier branch may set is left out."""
     uses = _FirstUses()
     uses.visit(tree)
     return frozenset(name for name in meta.find_undeclared_variables(tree) if uses.is_read.get(name, True))
@@ -147,7 +147,7 @@ def _field_names(tree: nodes.Template) -> frozenset[str]:
 
 
 class _AddForConcat(NodeTransformer):
-    """Replacement of ``a ~ b`` by ``a|string + b|string``: its size is checked, and escaped text keeps its class."""
+    """Replacement of ``a ~ b`` by ``a|string + b|string``: its size is checked, and EscapedText stays EscapedText."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802 - the name jinja2 calls
         self.generic_visit(node)

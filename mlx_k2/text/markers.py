@@ -19,7 +19,7 @@ class Marker(enum.Enum):
 
 
 # The section markers in the singular are not control tokens of any Kimi vocabulary, but models write them.
-# In each name, '<' is the first character and occurs only there.
+# In each name, '<' is the first character and occurs only there: MarkerScanner.text searches for it.
 NAMES = {
     "<think>": Marker.THINK_BEGIN,
     "</think>": Marker.THINK_END,
@@ -44,14 +44,15 @@ class MarkerMatch:
 
 
 class MarkerScanner:
-    """A scanner that splits the text of a reply at markers. The result does not depend on how the text is passed.
+    """A scanner that splits the text of a reply at markers.
 
+    The markers, and the joined text between them, do not depend on how the text is divided among calls of ``text``.
     A name in ``control_names`` is a marker only as a control token. Any other name is a marker where text spells it.
     """
 
     def __init__(self, control_names: Collection[str]) -> None:
         names = [name for name in NAMES if name not in control_names]
-        self._spelled_marker = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._spelled_marker = re.compile("|".join(map(re.escape, names)) or r"(?!)")  # without names: no match
         self._prefixes = {name[:length] for name in names for length in range(1, len(name))}
         self._pending = ""
         """Text that may be the beginning of a marker."""

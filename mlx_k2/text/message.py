@@ -1,4 +1,4 @@
-"""Messages of a conversation, and those made from replies and tool results. Knows no template and reads no JSON."""
+"""Messages of a conversation, made also from replies and tool results. Knows no template and reads no JSON."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
@@ -12,7 +12,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
-    """The function of a call. ``arguments`` is the text that the model wrote, or a JSON value of another program."""
+    """The function of a call. ``arguments`` is the text that the model wrote, or a JSON value from a history."""
 
     name: str
     arguments: Any
@@ -42,15 +42,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         fields: dict[str, object] = msgspec.to_builtins(self)
         fields.pop("other", None)
         if self.tool_calls:
-            fields["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]
+            fields["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]  # to_builtins keeps a tuple
         return fields | self.other
 
 
 def assistant_message(reply: Reply, num_calls_before: int) -> Message:
     """Return ``reply`` as a message; each call's arguments are the text that the model wrote.
 
-    The calls get the ids that Kimi K2 is trained on, not those that it wrote: functions.NAME:NUMBER, where NUMBER
-    counts the calls of the conversation from 0, and the first one has ``num_calls_before``. Absent text is ''.
+    The calls get the ids that Kimi K2 is trained on, even if the model wrote others: functions.NAME:NUMBER, where
+    NUMBER counts the calls of the conversation from 0, and the first call of ``reply`` has ``num_calls_before``.
     """
     calls = tuple(
         MessageCall(id=call_id(call.name, number), function=CalledFunction(call.name or UNKNOWN, call.arguments))
@@ -60,7 +60,7 @@ def assistant_message(reply: Reply, num_calls_before: int) -> Message:
 
 
 def tool_messages(assistant: Message, results: Sequence[str]) -> list[Message]:
-    """Return the messages with the results of the calls in ``assistant``; ``results`` has their texts in this order."""
+    """Return one message for each call in ``assistant``; ``results`` has the calls' results in the same order."""
     return [
         Message(role="tool", tool_call_id=call.id, name=call.function.name, content=result)
         for call, result in zip(assistant.tool_calls, results, strict=True)

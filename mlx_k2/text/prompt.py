@@ -61,7 +61,7 @@ def render_pieces(
         fields = [message.json_value() for message in read_history(fields, template.fields).messages]
     inputs: dict[str, object] = {
         "messages": [copied_json(message, "a message") for message in fields],
-        "documents": None,
+        "documents": None,  # as transformers sets it without documents: a template may test `is none`
         **_declarations(template, tools or ()),
         **options,
     }
@@ -93,7 +93,7 @@ def _declarations(template: ChatTemplate, tools: Sequence[Mapping[str, object]])
 
 
 def _escaped(inputs: Mapping[str, object], escaping: Escaping) -> dict[str, object]:
-    """Return the input with all text escaped, except the four roles, from which templates build markers."""
+    """Return the input with all text escaped, except the messages' roles, from which templates build markers."""
     escaped: dict[str, object] = {name: escaping.escape(value) for name, value in inputs.items()}
     messages = inputs["messages"]
     assert isinstance(messages, list)
@@ -118,15 +118,15 @@ def _texts(value: object) -> Iterator[str]:
 def _split(text: str, tokenizer: Tokenizer) -> Iterator[PromptPiece]:
     """Yield ``text`` split at the control tokens' names. It is searched in windows, so that other threads can run."""
     longest = max(map(len, tokenizer.special_ids), default=0)
-    end = start = 0
+    piece_start = start = 0
     while start < len(text):
         marker = tokenizer.special_names.search(text, start, start + _WINDOW_CHARS + longest)
         if marker is None or marker.start() >= start + _WINDOW_CHARS:
             start += _WINDOW_CHARS
             continue
-        if marker.start() > end:
-            yield text[end : marker.start()]
+        if marker.start() > piece_start:
+            yield text[piece_start : marker.start()]
         yield tokenizer.special_ids[marker.group()]
-        start = end = marker.end()
-    if end < len(text):
-        yield text[end:]
+        start = piece_start = marker.end()
+    if piece_start < len(text):
+        yield text[piece_start:]

@@ -22,9 +22,9 @@ _CALL_END = "<|tool_call_end|>"
 _TOOL_MARKERS = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
 _STOP = "<|im_end|>"
 _MAX_PREFIXES = 64
-"""The most tokens that can begin one forced text, which allows its prefixes only. More tokens mean a choice."""
+"""If more tokens are allowed, the text is not forced: a forced text allows only the tokens that are its prefixes."""
 MAX_CALLS = 16
-"""The most calls of a constrained reply, so that repetition ends. The next reply can make more calls."""
+"""The most calls of a constrained reply, so that a reply that repeats a call ends. The next reply can make more."""
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 _NO_TOOLS = ToolRules(choice=ToolChoice.NONE)
 
@@ -70,17 +70,18 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Rep
                 what,
                 is_strict=tool.is_strict,
                 is_spaced=True,
-                is_optional=rules.choice is ToolChoice.AUTO,
+                is_optional=rules.choice is ToolChoice.AUTO,  # a reply need not call the tool
             )
             warnings.append(warning)
         compiler.choice([call_id(name, 0) for name in arguments])  # refuses too many or too long names
     answer: GrammarState | None = None
-    required = constraint.answer
-    if required is not None and required.form is AnswerForm.JSON_SCHEMA:
-        answer, warning = compiler.json_schema(required.schema, "the JSON schema", is_strict=required.is_strict)
+    answer_format = constraint.answer
+    if answer_format is not None and answer_format.form is AnswerForm.JSON_SCHEMA:
+        what, is_strict = "the JSON schema", answer_format.is_strict
+        answer, warning = compiler.json_schema(answer_format.schema, what, is_strict=is_strict)
         warnings.append(warning)
-    elif required is not None:
-        answer = compiler.text(required.form.value, required.text)
+    elif answer_format is not None:
+        answer = compiler.text(answer_format.form.value, answer_format.text)
     return ReplyGrammar(compiler, answer, rules, arguments, tuple(line for line in warnings if line is not None))
 
 
@@ -102,7 +103,7 @@ def _arguments_schema(parameters: object, what: str) -> object:
 
 @dataclass(frozen=True)
 class _Rule:
-    """The tokens that may follow: those of ``state``, ``ends`` where it may end, and ``extra``.
+    """The tokens that may follow: those that ``state`` allows, ``ends`` where its text may end, and ``extra``.
 
     Without a state, all but ``banned`` may follow; if ``banned`` is None, only ``extra``.
     """
@@ -146,8 +147,8 @@ class ReplyGuide:
         self._may_think = think_ids[0] is not None and last_control not in think_ids and not is_raw
         self._phase = phase
         self._state: GrammarState | None = None
-        self._call_names: dict[str, str] = {}
-        self._header = b""
+        self._call_names: dict[str, str] = {}  # the tools' names by the ids that the call may have
+        self._header = b""  # the id of the call so far
         self._num_calls = 0
         self._is_phase_empty = True
         self._may_end_section = False
@@ -182,7 +183,7 @@ class ReplyGuide:
         if rule.banned is not None:
             return ()
         if rule.state is None:
-            has_choice = len(rule.extra) > 1 and rule.extra != self._stop_ids
+            has_choice = len(rule.extra) > 1 and rule.extra != self._stop_ids  # several stop tokens are no choice
             return () if has_choice else rule.extra[:1]
         if rule.extra:
             return ()
@@ -208,7 +209,7 @@ class ReplyGuide:
         ends = rule.ends if allowed.may_end else ()
         if hold_stop and allowed.num_tokens and ends == self._stop_ids:
             ends = ()
-        extra = () if draft_ids else rule.extra
+        extra = () if draft_ids else rule.extra  # only the first token of a phase may be one of ``extra``
         return allowed.mask((*ends, *extra), self._tokenizer.vocab_size)
 
     def may_draft(self, draft_ids: Sequence[int], token_id: int) -> bool:
@@ -237,7 +238,7 @@ class ReplyGuide:
     def _enter(self, phase: Phase) -> None:
         """Begin a phase with its grammar."""
         grammar = self._grammar
-        self._may_end_section = self._phase is Phase.ARGUMENTS
+        self._may_end_section = self._phase is Phase.ARGUMENTS  # the phase before: a section has at least one call
         self._phase, self._is_phase_empty, self._state = phase, True, None
         match phase:
             case Phase.REASONING:
@@ -276,7 +277,7 @@ class ReplyGuide:
                 return _Rule(self._state, ends=(ids[_ARGUMENTS_BEGIN],))
             case Phase.ARGUMENTS if self._state is not None:
                 return _Rule(self._state, ends=(ids[_CALL_END],))
-            case _:
+            case _:  # an unconstrained call, in which a call marker would begin the next call
                 is_last = not self._may_call_now and not grammar.rules.is_parallel
                 return _Rule(banned=(ids[_CALL_BEGIN],) if is_last and _CALL_BEGIN in ids else ())
 

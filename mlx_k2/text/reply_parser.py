@@ -32,7 +32,8 @@ class ReplyParser:
 
     ``control_names`` are the control tokens of the vocabulary. A marker among them counts only as a sampled token,
     passed to ``control``, and not where text spells it: a quoted marker neither ends the reasoning nor starts a call.
-    Any other marker counts where text spells it; a section marker only if a call follows.
+    Any other marker also counts where text spells it, if it fits there: <think> only at the start, </think> only in the
+    reasoning, a section marker only if a call follows, and the markers of calls only in a section or a call.
 
     ``in_reasoning`` is True if the prompt ends inside the reasoning (K2.5 and later), False if the model writes <think>
     itself (K2 Thinking).
@@ -44,7 +45,8 @@ class ReplyParser:
         """The part of the reply to which the next text would belong."""
         self._at_start = True
         self._pending = ""
-        """Text to drop if a marker follows: space at the start, or a spelled section marker and space after it."""
+        """Space at the start, which is dropped before <think>; or a spelled section marker and the space after it,
+        which are dropped before a call."""
         self._at_spelled_section = False  # after a section marker that text spells
         self._phase_after_call = Phase.CONTENT
         self._id: list[str] = []
@@ -114,7 +116,7 @@ class ReplyParser:
                     self._drop_pending()
                 yield from self._release()
                 self._begin_call(Phase.SECTION if in_section else Phase.CONTENT)
-            case _ if not marker_match.is_token:
+            case _ if not marker_match.is_token:  # a marker that is a token and does not fit here is dropped
                 yield from self._on_text(marker_match.name)
 
     def _on_marker_in_section(self, marker_match: MarkerMatch) -> Iterator[Part]:
@@ -200,7 +202,7 @@ class TokenText:
 
 
 class ReplyReader:
-    """A reader of the reply to one prompt. A token of ``stop_ids`` ends the reply; it has no text.
+    """A reader of the reply to one prompt. A token of ``stop_ids`` has no text.
 
     The joined texts equal the reply decoded at once, with U+FFFD for bytes that are not UTF-8, and with the names of
     control tokens. If ``is_raw`` is True, all text is content.

@@ -20,7 +20,7 @@ def check_schema(schema: object, what: str) -> None:
     try:
         is_finite = _FiniteValueSearch(schema).has_finite_value(schema)
     except RecursionError:
-        raise RequestError(f"{what} is too complex: its references are nested too deep") from None
+        raise RequestError(f"{what} is too complex: its references are too many, or nested too deep") from None
     if not is_finite:
         raise RequestError(f"{what} has no finite value: it refers to itself without end")
 
@@ -31,7 +31,7 @@ class _FiniteValueSearch:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._is_finite: dict[str, bool] = {}
-        """The results by reference."""
+        """By reference: True if it is finite, False while it is followed."""
         self._visits_left = _MAX_VISITS
 
     def has_finite_value(self, schema: object) -> bool:
@@ -62,7 +62,7 @@ class _FiniteValueSearch:
                     part = {str(index): item for index, item in enumerate(part)}
                 part = part.get(name) if isinstance(part, Mapping) else None
             if not self.has_finite_value(part):
-                del self._is_finite[reference]
+                del self._is_finite[reference]  # not kept: it may be infinite only while an outer one is followed
                 return False
             self._is_finite[reference] = True
         return self._is_finite[reference]

@@ -1,7 +1,7 @@
 """The owner of the process of text/template_worker.py: starts it when needed, ends it when it exceeds a limit.
 
-Templates are rendered in a separate process, because a template can compute without end, and because the threads of
-this program run meanwhile.
+Templates are rendered in a separate process, because a template can compute without end, and so that the threads of
+this program can run meanwhile.
 """
 
 import atexit
@@ -54,6 +54,7 @@ class TemplateProcess:
                 return text
             case Status.REFUSED:
                 raise TemplateRefusal(text)
+        # The text of an error outside of JinjaTemplate lacks the file's name; for a MemoryError it is empty.
         raise TemplateFailure(text if text.startswith(FILE) else f"{FILE}: {text or _NEEDS_MEMORY}")
 
     def _exchange(self, message: bytes, request: TemplateRequest) -> bytes:

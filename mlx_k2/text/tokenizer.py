@@ -19,9 +19,9 @@ from mlx_k2.json_text.read import read_json
 
 FILE, CONFIG_FILE = "tiktoken.model", "tokenizer_config.json"
 
-# The pattern of the pieces that are encoded separately: runs of Han characters, words with an optional leading
-# character and English contraction, up to three digits, punctuation, line ends, other space. `&&` is the intersection
-# of character classes in Rust's syntax.
+# The pattern, from Kimi's own tokenizer, of the pieces that are encoded separately: runs of Han characters; words that
+# end in lower case, and words that begin in upper case, with an optional leading character and English contraction; up
+# to three digits; punctuation; line ends; other space. `&&` is the intersection of character classes in Rust's syntax.
 _PIECES = "|".join(
     (
         r"[\p{Han}]+",
@@ -38,7 +38,7 @@ _PIECES = "|".join(
 )
 
 # K2-Thinking writes these control tokens, but its tokenizer_config.json may lack them. Later models share its
-# vocabulary, and name them.
+# vocabulary, which is recognized by its number of ordinary tokens, and name them.
 _K2_NUM_RANKS = 163_584
 _K2_THINK_TOKENS = {"<think>": 163_606, "</think>": 163_607}
 
@@ -86,7 +86,10 @@ class Tokenizer:
         self._bytes |= {token_id: name.encode() for token_id, name in names.items()}
         self._control_ids = names.keys()
         self.special_ids: Mapping[str, int] = {name: token_id for token_id, name in names.items()} | dict(special)
-        """The control tokens' ids by name. Unnamed ids are ``<|reserved_token_ID|>``, as in Kimi's tokenizer."""
+        """The control tokens' ids by name. Unnamed ids are ``<|reserved_token_ID|>``, as in Kimi's tokenizer.
+
+        A name in ``special`` keeps its id, also if it is such a reserved name or if another name has the same id.
+        """
         self.stop_ids = frozenset(self.special_ids[name] for name in _STOP_NAMES if name in self.special_ids)
         """The control tokens that end an answer in every model of the family, whatever its config."""
 
@@ -97,8 +100,8 @@ class Tokenizer:
         """
         ids: list[int] = []
         for part in bounded_parts(well_formed(text)):
-            for piece in slices(part):
-                ids += self._encode_ordinary(piece)
+            for text_slice in slices(part):
+                ids += self._encode_ordinary(text_slice)
         return ids
 
     def token_id(self, name: str) -> int:
@@ -156,7 +159,10 @@ def load_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
 
 
 def slices(text: str, shortest: int = 16_384) -> Iterator[str]:
-    """Yield ``text`` in slices of at least ``shortest`` > 0 characters, whose joined ids are those of ``text``."""
+    """Yield ``text`` in slices that are encoded to the same ids as the whole.
+
+    Each slice has at least ``shortest`` > 0 characters; the last one may have fewer.
+    """
     start = 0
     while end := _SLICE_END.search(text, start + shortest):
         yield text[start : end.start()]

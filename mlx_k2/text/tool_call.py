@@ -9,9 +9,10 @@ from mlx_k2.json_text.parse import JsonError, parse_json
 UNKNOWN = "unknown"
 """The name of the tool for a call whose id has no name."""
 _ID = re.compile(r"(?P<prefix>functions\.)?(?P<name>.+?)(?P<number>:\d+)?", re.DOTALL)
-# An id that is only a number or a UUID has no name, but the NAME in functions.NAME:NUMBER may be one.
-_NUMBER_OR_UUID = re.compile(r"(?:\d*|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
-_ID_START = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+?):\d+)\s*", re.DOTALL)
+# An id that is only a number or a UUID has no name, but the NAME in functions.NAME:NUMBER may be a number or a UUID.
+_NUMBER_OR_UUID = re.compile(r"(?:\d+|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
+_ID_START = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+?):\d+)\s*")
+"""The id at the start of a broken call's text. No marker follows it there: only its number shows where it ends."""
 _MAX_QUOTED_CHARS = 80
 _CORRECT_FORM = "write each call as functions.NAME:NUMBER, and its arguments as one JSON object"
 
@@ -27,7 +28,7 @@ class ToolCall:
     arguments: str
     """The exact text that the model wrote."""
     values: dict[str, Any] | None
-    """The arguments as a JSON object; None if the call cannot be run."""
+    """The parsed arguments; None if the call cannot be run."""
     error: str | None = None
     """The problem of the call and the correct form, as text for the model; None if the call can be run."""
 
@@ -38,7 +39,7 @@ def call_id(name: str, number: int) -> str:
 
 
 def tool_name(header: str) -> str:
-    """Return the name of the tool in the id that a model wrote; '' if it has none."""
+    """Return the name of the tool in ``header``, the id that a model wrote; '' if it names none."""
     match = _ID.fullmatch(header.strip())
     if match is None:
         return ""
@@ -47,7 +48,7 @@ def tool_name(header: str) -> str:
 
 
 def read_call(header: str, arguments: str) -> ToolCall:
-    """Return the call that a model wrote with ``header`` as its id. Empty ``arguments`` stand for {}.
+    """Return the call that a model wrote with ``header`` as its id. Blank ``arguments`` are read as {}.
 
     A call with a malformed id or malformed arguments has an ``error``.
     """
@@ -59,7 +60,7 @@ def read_call(header: str, arguments: str) -> ToolCall:
 
 
 def broken_call(text: str, problem: str) -> ToolCall:
-    """Return a call that cannot be run: ``text`` does not have the form of a call, for the reason ``problem``."""
+    """Return a call that cannot be run because of ``problem``. ``text`` is its text without markers."""
     match = _ID_START.match(text)
     if match is None:
         return ToolCall("", "", text, None, _error(problem))

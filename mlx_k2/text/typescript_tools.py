@@ -1,7 +1,7 @@
 """Tool declarations as TypeScript, on which K2.5 and later models were trained. Knows no template.
 
-Their templates read the text from the variable ``tools_ts_str``, which Kimi's tokenizers compute in Python. The text is
-the same up to each space, comment and line break, and in its order: docs/design/0050 lists the rules.
+Their templates read the text from the variable ``tools_ts_str``, which Kimi's tokenizers compute in Python. The text
+here equals theirs in order and in each space, comment and line break: docs/design/0050 lists the rules.
 """
 
 import json
@@ -17,7 +17,7 @@ _CONSTRAINTS_BY_TYPE = {
     "integer": ("maximum", "minimum"),
     "array": ("maxItems", "minItems"),
 }
-_UNION_MEMBERS = {
+_UNION_MEMBERS = {  # by the names in a list of types
     "string": "string",
     "number": "number",
     "integer": "number",
@@ -59,7 +59,7 @@ def _function(function: Any) -> str:
         interfaces = f"interface {_ROOT_NAME} {{\n{fields}\n}}\n" if fields else f"interface {_ROOT_NAME} {{}}\n"
     else:
         parameters = root.type_text("")
-    for name, schema in list(reader.definitions.items()):
+    for name, schema in list(reader.definitions.items()):  # a copy: type_of adds nested definitions, which are omitted
         interface = f"interface {name} {reader.type_of(schema, '')}\n"
         interfaces += _comments(schema.get("description"), "") + interface
     description = _comments(function.get("description"), "")
@@ -143,7 +143,7 @@ class _SchemaReader:
         text = _doc(schema, indent)
         default = schema.get("default") if isinstance(schema, Mapping) else None
         if default is not None:
-            is_number = isinstance(default, int | float)
+            is_number = isinstance(default, int | float)  # also True and False, which Kimi's encoder writes like this
             text += f"{indent}// Default: {default if is_number else json.dumps(default, ensure_ascii=False)}\n"
         return f"{text}{indent}{name}{'?' if is_optional else ''}: {self.type_of(schema, indent)}"
 

@@ -37,9 +37,11 @@ def test_generate_answers_with_the_servers_model_and_reuses_cached_prompts(user:
 
 
 def test_chat_answers_with_the_servers_model(user: CommandLine, server: Server) -> None:
-    result = user.run("chat", "--temperature", "0", *connect_option(server), stdin=f"{QUESTION}\nWhat is 3 plus 4?\n")
+    lines = f"{QUESTION}\nWhat is 3 plus 4?\n/stats\n"
+    result = user.run("chat", "--temperature", "0", *connect_option(server), stdin=lines)
     assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n3 + 4 = 7\n")
     assert "kimi-k2-tiny · /help" in result.stderr
+    assert "prompt tokens cached\nthe stages are those of the server http" in result.stderr  # no number of stages
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) ->
     assert len([line for line in result.stderr.splitlines() if line.split()[:1] == ["20"]]) == 2  # rows of the table
     refusal = user.run("bench", *workload, "--json", *connect_option(server))
     assert refusal.returncode == 2
-    assert "are for own stages" in refusal.stderr
+    assert "are about stages that this command starts" in refusal.stderr
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,7 @@ def test_bench_measures_the_servers_stages(user: CommandLine, server: Server) ->
     [
         (("--model", "x"), "--model is the server's to choose"),
         (("--stages", "2"), "--stages is the server's to choose"),
+        (("--lease", "5"), "--lease is the server's to choose"),
         (("--dry-run",), "leave them out with --connect"),
         (("--json", "--logprobs", "3"), "leave out --logprobs"),
     ],

@@ -129,6 +129,16 @@ def test_an_error_in_the_profile_is_named_by_file_and_line_and_does_not_prevent_
     assert run(["generate", "--help"]) == 0
 
 
+def test_an_error_about_a_value_of_the_command_line_does_not_name_the_profile(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile.write_text("[generate]\nmax-tokens = 3")
+    assert run(["generate", "Hello", "--max-tokens", "many"]) == 2
+    errors = capsys.readouterr().err
+    assert "Invalid value for '--max-tokens' / '-n': 'many'" in errors
+    assert str(profile) not in errors
+
+
 @follows_advice(
     "config.toml, line 1: stop is a table: give one value, or a list",
 )

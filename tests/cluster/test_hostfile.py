@@ -10,6 +10,15 @@ from mlx_k2.cluster.hostfile import Backend, Hostfile, local_hostfile, parse_hos
 from mlx_k2.errors import HostfileError
 
 EXAMPLES = Path(__file__).parents[2] / "hostfiles"
+EXPECTED_EXAMPLES = {
+    "two-m3-ultras-ring.json": (2, Backend.RING, False),
+    "four-m3-ultras-ring.json": (4, Backend.RING, False),
+    "two-m3-ultras-jaccl.json": (2, Backend.JACCL, False),
+    "four-m3-ultras-jaccl.json": (4, Backend.JACCL, False),
+    "local-two-stages.json": (2, Backend.RING, True),
+    "local-three-stages.json": (3, Backend.RING, True),
+}
+"""Number of hosts, backend, and whether all hosts are this machine."""
 
 MAC_1: dict[str, Any] = {"ssh": "mac-1", "ips": ["192.168.0.1"]}
 MAC_2: dict[str, Any] = {"ssh": "mac-2", "ips": ["192.168.0.2"]}
@@ -24,27 +33,16 @@ def jaccl(first_devices: list[Any], second_devices: list[Any]) -> dict[str, Any]
     return {"backend": "jaccl", "hosts": [MAC_1 | {"rdma": first_devices}, MAC_2 | {"rdma": second_devices}]}
 
 
-@pytest.mark.parametrize(
-    ("name", "num_hosts", "backend", "is_local"),
-    [
-        ("two-m3-ultras-ring", 2, Backend.RING, False),
-        ("four-m3-ultras-ring", 4, Backend.RING, False),
-        ("two-m3-ultras-jaccl", 2, Backend.JACCL, False),
-        ("four-m3-ultras-jaccl", 4, Backend.JACCL, False),
-        ("local-two-stages", 2, Backend.RING, True),
-        ("local-three-stages", 3, Backend.RING, True),
-    ],
-)
-def test_each_example_hostfile_loads_without_warnings(
-    name: str, num_hosts: int, backend: Backend, is_local: bool
-) -> None:
-    hostfile = read_hostfile(EXAMPLES / f"{name}.json")
+@pytest.mark.parametrize(("name", "expected"), EXPECTED_EXAMPLES.items())
+def test_each_example_hostfile_loads_without_warnings(name: str, expected: tuple[int, Backend, bool]) -> None:
+    num_hosts, backend, is_local = expected
+    hostfile = read_hostfile(EXAMPLES / name)
     assert (len(hostfile.hosts), hostfile.backend, hostfile.warnings) == (num_hosts, backend, ())
     assert all(host.is_local is is_local for host in hostfile.hosts)
 
 
 def test_every_example_hostfile_is_tested() -> None:
-    assert len(list(EXAMPLES.glob("*.json"))) == 6
+    assert {path.name for path in EXAMPLES.glob("*.json")} == EXPECTED_EXAMPLES.keys()
 
 
 def test_a_hostfile_in_list_form_uses_the_ring_backend() -> None:
@@ -67,14 +65,14 @@ def test_several_rdma_devices_between_two_hosts_are_read() -> None:
 
 
 def test_a_jaccl_ring_needs_devices_only_between_neighbours() -> None:
-    devices = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
-    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": row} for rank, row in enumerate(devices)]
+    rdma_of_hosts = [[None, "a", None, "b"], ["a", None, "b", None], [None, "a", None, "b"], ["a", None, "b", None]]
+    hosts = [{"ssh": f"mac-{rank}", "ips": [f"10.0.0.{rank}"], "rdma": rdma} for rank, rdma in enumerate(rdma_of_hosts)]
     assert parse({"backend": "jaccl-ring", "hosts": hosts}).backend is Backend.JACCL_RING
     with pytest.raises(HostfileError, match=r"host 0 \(mac-0\): rdma\[2\] names no device towards host 2 \(mac-2\)"):
         parse({"backend": "jaccl", "hosts": hosts})
 
 
-def test_the_keys_that_only_mlx_k2_knows_are_read() -> None:
+def test_the_keys_that_mlx_k2_adds_to_mlxs_format_are_read() -> None:
     keys = {"python": "/opt/k2/bin/python", "model": "/Volumes/k2", "memory_gb": 480, "gb_per_s": 819.0}
     host = parse([MAC_1 | keys]).hosts[0]
     assert (host.python, host.model, host.memory_gb, host.gb_per_s) == tuple(keys.values())
@@ -155,7 +153,7 @@ def test_a_hostfile_without_hosts_is_refused(content: Any) -> None:
         ({"backend": "jaccl", "hosts": [{"ssh": "mac-1"}, MAC_2]}, r"host 0 \(mac-1\) has no ips: backend jaccl needs"),
     ],
 )
-def test_the_error_about_an_invalid_hostfile_names_the_file_the_host_and_the_reason(content: Any, reason: str) -> None:
+def test_the_error_about_an_invalid_hostfile_names_the_file_and_the_reason(content: Any, reason: str) -> None:
     with pytest.raises(HostfileError, match=reason) as refused:
         parse(content)
     assert str(refused.value).startswith("macs.json")

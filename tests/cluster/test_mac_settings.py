@@ -1,4 +1,4 @@
-"""Tests of the parsers for the output of macOS's tools, with output that users have published."""
+"""Tests of the parsers for the output of macOS's tools."""
 
 from mlx_k2.cluster.mac_settings import (
     bridge_is_active,

@@ -39,7 +39,10 @@ from mlx_k2.weights.inventory import (
 from mlx_k2.weights.known_layout import thinking_config_fields
 from tests.advice import follows_advice
 
-K2_CACHE_BYTES_PER_TOKEN = 61 * 576 * 2
+NUM_LAYERS = 61
+BFLOAT16_BYTES = 2
+FLOAT32_BYTES = 4
+K2_CACHE_BYTES_PER_TOKEN = NUM_LAYERS * 576 * BFLOAT16_BYTES
 K2_THINKING = ModelConfig.from_json(json.dumps(thinking_config_fields()).encode(), "config.json")
 
 layer_costs = st.builds(LayerCost, st.integers(0, 20), st.integers(0, 20))
@@ -60,18 +63,23 @@ hosts_of_a_cluster = st.lists(
 
 @functools.cache
 def k2_costs(context_tokens: int = 0) -> ModelCosts:
-    """Return the costs of Kimi K2 Thinking in bfloat16, with the cache of one slot."""
-    cache_bytes = layer_cache_bytes(K2_THINKING, 1, context_tokens, 2)
-    weight_bytes = [held_bytes(layer_specs(K2_THINKING, layer)) for layer in range(61)]
+    """Return the costs of Kimi K2 Thinking in bfloat16, with the cache of one slot of ``context_tokens``."""
+    cache_bytes = k2_layer_cache_bytes(num_slots=1, context_tokens=context_tokens)
+    weight_bytes = [held_bytes(layer_specs(K2_THINKING, layer)) for layer in range(NUM_LAYERS)]
     layers = tuple(
         LayerCost(held + cache_bytes, layer_read_bytes_per_token(K2_THINKING, layer))
         for layer, held in enumerate(weight_bytes)
     )
+    head_bytes = held_bytes(head_specs(K2_THINKING))
     return ModelCosts(
         embedding=LayerCost(held_bytes(embedding_specs(K2_THINKING)), embedding_read_bytes_per_token(K2_THINKING)),
         layers=layers,
-        head=LayerCost(held_bytes(head_specs(K2_THINKING)), held_bytes(head_specs(K2_THINKING))),
+        head=LayerCost(held_bytes=head_bytes, read_bytes=head_bytes),  # each token reads the whole head
     )
+
+
+def k2_layer_cache_bytes(num_slots: int, context_tokens: int) -> int:
+    return layer_cache_bytes(K2_THINKING, num_slots, context_tokens, BFLOAT16_BYTES)
 
 
 def macs(*memory_gb: float) -> list[HostCapacity]:
@@ -103,7 +111,7 @@ def slowest_stage_s(assignments: tuple[StageAssignment, ...], hosts: list[HostCa
 
 
 @given(model=models, hosts=hosts_of_a_cluster)
-def test_the_slowest_stage_of_the_chosen_split_is_the_fastest_of_all_splits_that_fit(
+def test_no_split_that_fits_has_a_faster_slowest_stage_than_the_chosen_split(
     model: ModelCosts, hosts: list[HostCapacity]
 ) -> None:
     fitting = []
@@ -139,13 +147,13 @@ def test_each_layer_is_assigned_exactly_once_within_the_memory_of_its_host(
 def test_on_two_equal_hosts_kimi_k2_thinking_is_divided_into_32_and_29_layers() -> None:
     assignments = divide_layers(k2_costs(), macs(480, 480))
     assert layer_counts(assignments) == [32, 29]
-    assert sum(assignment.held_bytes for assignment in assignments) == 594_205_351_936
+    assert sum(assignment.held_bytes for assignment in assignments) == 594_205_351_936  # the whole checkpoint
 
 
 @pytest.mark.parametrize("num_hosts", range(1, 17))
-def test_all_61_layers_are_assigned_exactly_once_for_any_number_of_hosts(num_hosts: int) -> None:
+def test_all_61_layers_are_assigned_exactly_once_to_1_to_16_hosts(num_hosts: int) -> None:
     assignments = divide_layers(k2_costs(), macs(*[600] * num_hosts))
-    assert assigned_layers(assignments) == list(range(61))
+    assert assigned_layers(assignments) == list(range(NUM_LAYERS))
     assert len(assignments) == num_hosts
 
 
@@ -216,44 +224,58 @@ def test_an_impossible_split_is_refused(split: tuple[int, ...], reason: str) -> 
         divide_as_requested(k2_costs(), macs(480, 480), split)
 
 
-def test_the_memory_limit_is_the_lower_of_those_of_gpu_driver_and_hostfile_or_80_percent_of_the_ram() -> None:
-    assert memory_bound_bytes(500, 400 * GB, 512 * GB) == 400 * GB
-    assert memory_bound_bytes(300, 400 * GB, 512 * GB) == 300 * GB
-    assert memory_bound_bytes(None, 400 * GB, 512 * GB) == 400 * GB
-    assert memory_bound_bytes(None, None, 10 * GB) == 8 * GB
-    assert memory_bound_bytes(16, None, None) == 16 * GB
-    assert memory_bound_bytes(None, None, None) is None
-    assert memory_bound_bytes(300, 400 * GB, 512 * GB, other_bytes=50 * GB) == 300 * GB
-    assert memory_bound_bytes(None, 400 * GB, 512 * GB, other_bytes=150 * GB) == 250 * GB
-    assert memory_bound_bytes(None, None, 10 * GB, other_bytes=9 * GB) == 0
+def test_the_memory_limit_is_the_hostfiles_if_it_is_below_the_gpu_drivers_or_80_percent_of_the_ram() -> None:
+    m3_ultra = functools.partial(memory_bound_bytes, working_set_bytes=400 * GB, ram_bytes=512 * GB)
+    assert m3_ultra(memory_gb=500) == 400 * GB
+    assert m3_ultra(memory_gb=300) == 300 * GB
+    assert m3_ultra(memory_gb=None) == 400 * GB
+    assert m3_ultra(memory_gb=300, other_bytes=50 * GB) == 300 * GB
+    assert m3_ultra(memory_gb=None, other_bytes=150 * GB) == 250 * GB
+    without_gpu = functools.partial(memory_bound_bytes, working_set_bytes=None, ram_bytes=10 * GB)
+    assert without_gpu(memory_gb=None) == 8 * GB
+    assert without_gpu(memory_gb=None, other_bytes=9 * GB) == 0
+    unknown_host = functools.partial(memory_bound_bytes, working_set_bytes=None, ram_bytes=None)
+    assert unknown_host(memory_gb=16) == 16 * GB
+    assert unknown_host(memory_gb=None) is None
 
 
 def test_the_cache_of_k2_has_576_values_for_each_layer_and_token() -> None:
-    assert 61 * layer_cache_bytes(K2_THINKING, 1, 1, 2) == K2_CACHE_BYTES_PER_TOKEN
-    assert 61 * layer_cache_bytes(K2_THINKING, 2, 32_768, 2) == 2 * 32_768 * K2_CACHE_BYTES_PER_TOKEN
+    assert NUM_LAYERS * k2_layer_cache_bytes(num_slots=1, context_tokens=1) == K2_CACHE_BYTES_PER_TOKEN
+    assert (
+        NUM_LAYERS * k2_layer_cache_bytes(num_slots=2, context_tokens=32_768) == 2 * 32_768 * K2_CACHE_BYTES_PER_TOKEN
+    )
 
 
 def test_working_bytes_are_the_larger_of_loading_and_computing() -> None:
-    layer_bytes = held_bytes(layer_specs(K2_THINKING, 1))
+    layer_bytes = held_bytes(layer_specs(K2_THINKING, 1))  # 9.8 GB, more than a chunk needs
 
     def needed_bytes(chunk_tokens: int, largest_part_bytes: int, *, on_gpu: bool) -> int:
-        block_bytes = attention_block_bytes(K2_THINKING, 32768, 2, on_gpu=on_gpu)
-        return working_bytes(K2_THINKING, chunk_tokens, 2, largest_part_bytes, block_bytes=block_bytes, on_gpu=on_gpu)
+        return working_bytes(
+            K2_THINKING,
+            chunk_tokens,
+            BFLOAT16_BYTES,
+            largest_part_bytes,
+            block_bytes=attention_block_bytes(K2_THINKING, 32_768, BFLOAT16_BYTES, on_gpu=on_gpu),
+            on_gpu=on_gpu,
+        )
 
+    computing_bytes = functools.partial(needed_bytes, largest_part_bytes=0)
     assert needed_bytes(2048, layer_bytes, on_gpu=False) == needed_bytes(2048, layer_bytes, on_gpu=True) == layer_bytes
-    assert 2**29 < needed_bytes(2048, 0, on_gpu=False) < 2 * GB
-    assert 5 * GB < needed_bytes(4096, 0, on_gpu=True) < 8 * GB
-    assert needed_bytes(4096, 0, on_gpu=False) > needed_bytes(2048, 0, on_gpu=False)
+    assert 2**29 < computing_bytes(2048, on_gpu=False) < 2 * GB
+    assert 5 * GB < computing_bytes(4096, on_gpu=True) < 8 * GB
+    assert computing_bytes(4096, on_gpu=False) > computing_bytes(2048, on_gpu=False)
 
 
 def test_a_block_of_attention_is_fixed_on_a_cpu_and_grows_with_context_and_spare_memory_on_a_gpu() -> None:
-    cpu_sizes = {attention_block_bytes(K2_THINKING, tokens, 4, on_gpu=False) for tokens in (2048, 131072)}
+    contexts = (32_768, 131_072, 262_144)
+    cpu_sizes = {attention_block_bytes(K2_THINKING, tokens, FLOAT32_BYTES, on_gpu=False) for tokens in contexts}
     assert cpu_sizes == {128 * 2**20}
-    smallest, *sizes = (
-        attention_block_bytes(K2_THINKING, tokens, 2, on_gpu=True) for tokens in (2048, 32768, 131072, 262144)
-    )
-    bytes_per_key = 2 * (2 * 256 + 3 * 192)  # scores of 256 queries before and after softmax, and keys and values
-    assert smallest == 128 * 2**20
-    assert sizes == [8 * tokens * bytes_per_key for tokens in (32768, 131072, 262144)]  # for 8 heads
-    assert [added_block_bytes(sizes[0], gb * GB) for gb in (0, 1, 100)] == [0, GB // 4, 4 * 2**30 - sizes[0]]
+    assert attention_block_bytes(K2_THINKING, 2048, BFLOAT16_BYTES, on_gpu=True) == 128 * 2**20
+    sizes = [attention_block_bytes(K2_THINKING, tokens, BFLOAT16_BYTES, on_gpu=True) for tokens in contexts]
+    values_per_key = 2 * 256 + 3 * 192  # scores of 256 queries before and after softmax, and keys and values
+    assert sizes == [8 * tokens * values_per_key * BFLOAT16_BYTES for tokens in contexts]  # for 8 heads
+    limit = 4 * 2**30
+    # two blocks are in memory at a time, and half of the spare memory stays free: a block grows by a quarter of it
+    assert [added_block_bytes(sizes[0], gb * GB) for gb in (0, 1, 100)] == [0, GB // 4, limit - sizes[0]]
+    assert sizes[2] > limit
     assert added_block_bytes(sizes[2], 100 * GB) == 0

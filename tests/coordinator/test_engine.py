@@ -216,8 +216,9 @@ def num_computed_to_continue(harness: TokenEngine, handle: Handle) -> int:
 
 def test_two_brief_requests_run_in_one_step_where_no_conversation_is_cached() -> None:
     with token_engine(num_slots=2) as harness:
-        briefs = [harness.engine.submit(request(number, 1, max_tokens=9, priority=Priority.BRIEF)) for number in (5, 6)]
-        harness.run_to_end(*briefs)
+        briefs = [request(number, 1, max_tokens=9, priority=Priority.BRIEF) for number in (5, 6)]
+        # Together, so that the engine thread cannot plan the first one alone.
+        harness.run_to_end(*harness.engine.submit_all([Submission(brief) for brief in briefs]))
         assert max(len(step.rows) for step in harness.plans) == 2
 
 

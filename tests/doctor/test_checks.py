@@ -27,7 +27,7 @@ from mlx_k2.protocol.messages import Hello
 from tests.advice import follows_advice
 from tests.cluster.test_mac_settings import BRIDGE, DEVICES, NO_DEVICES, PMSET
 
-OWN_VERSIONS = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
+VERSIONS_HERE = {"mlx-k2": "0.1.0", "mlx": "0.32.4"}
 GB = 10**9
 HOST = Host(ssh="mac-2", ips=("192.168.0.2",), rdma=("rdma_en5", None))
 HELLO = Hello(
@@ -68,39 +68,46 @@ def hello(**changes: object) -> Hello:
     return msgspec.structs.replace(HELLO, **changes)
 
 
+def package_check(**changes: str) -> list[Check]:
+    package, _ = check_versions(HOST, hello(**changes), VERSIONS_HERE, Backend.RING, {"macOS 26.4"})
+    return [package]
+
+
+def system_check(backend: Backend) -> list[Check]:
+    """Return the check of a host's macOS when another host runs an older one."""
+    _, system = check_versions(HOST, HELLO, VERSIONS_HERE, backend, {"macOS 26.4", "macOS 26.2"})
+    return [system]
+
+
+def memory_check(needed_gb: int, free_gb: int = 480) -> list[Check]:
+    return [check_memory(HELLO, free_bytes=free_gb * GB, needed_bytes=needed_gb * GB)]
+
+
 def jaccl_check(host_facts: HostFacts, system: str = "macOS 26.4") -> list[Check]:
     return [check_backend(HOST, Backend.JACCL, hello(system=system), host_facts)]
 
 
 CASES: dict[str, tuple[list[Check], CheckResult, str]] = {
     "an old package": (
-        list(check_versions(HOST, hello(mlx_version="0.31.0"), OWN_VERSIONS, Backend.RING, {"macOS 26.4"}))[:1],
+        package_check(mlx_version="0.31.0"),
         FAILURE,
         "`ssh mac-2 python3 -m pip install mlx==0.32.4`",
     ),
     "an old mlx-k2": (
-        list(check_versions(HOST, hello(mlx_k2_version="0.0.9"), OWN_VERSIONS, Backend.RING, {"macOS 26.4"}))[:1],
+        package_check(mlx_k2_version="0.0.9"),
         FAILURE,
         f"`ssh mac-2 python3 -m pip install ./{WHEEL}`",
     ),
-    "another macOS": (
-        list(check_versions(HOST, HELLO, OWN_VERSIONS, Backend.RING, {"macOS 26.4", "macOS 26.2"}))[1:],
-        WARNING,
-        "update all to the same",
-    ),
-    "another macOS under RDMA": (
-        list(check_versions(HOST, HELLO, OWN_VERSIONS, Backend.JACCL, {"macOS 26.4", "macOS 26.2"}))[1:],
-        FAILURE,
-        "update all to the same",
-    ),
+    "another macOS": (system_check(Backend.RING), WARNING, "update all to the same"),
+    "another macOS under RDMA": (system_check(Backend.JACCL), FAILURE, "update all to the same"),
     "a wired limit that is too low": (
-        [check_memory(HELLO, 480 * GB, 420 * GB)],
+        memory_check(needed_gb=420),
         FAILURE,
-        "`sudo sysctl iogpu.wired_limit_mb=400544`",
+        "`sudo sysctl iogpu.wired_limit_mb=400544`",  # 420 GB in units of 2^20 bytes
     ),
-    "a host with too little memory": ([check_memory(HELLO, 480 * GB, 600 * GB)], FAILURE, "give --split"),
-    "memory in use": ([check_memory(HELLO, 100 * GB, 300 * GB)], WARNING, "end other programs"),
-    "enough memory": ([check_memory(HELLO, 480 * GB, 300 * GB)], OK, "300.0 GB of 400.0 GB of GPU"),
+    "a host with too little memory": (memory_check(needed_gb=600), FAILURE, "give --split"),
+    "memory in use": (memory_check(needed_gb=300, free_gb=100), WARNING, "end other programs"),
+    "enough memory": (memory_check(needed_gb=300), OK, "300.0 GB of 400.0 GB of GPU"),
     "missing files": (
         [check_model(model(missing_bytes=300 * GB), DOWNLOAD_COMMAND)],
         WARNING,
@@ -153,11 +160,20 @@ CASES: dict[str, tuple[list[Check], CheckResult, str]] = {
         "take it out of envs",
     ),
     "idle sleep": (list(check_sleep(FACTS)), WARNING, "`sudo pmset -a sleep 0 disksleep 0`"),
-    "a slow answer": (list(check_answer(0.05, 0.0))[:1], WARNING, "answers in 50.0 ms"),
-    "a wrong clock": (list(check_answer(0.001, -90.0))[1:], WARNING, "90 s behind .* `sudo sntp"),
-    "a slow hop": ([check_hop(HopSpeed(0.0002, 60e6))], WARNING, "ips are those of the cable"),
-    "a fast hop": ([check_hop(HopSpeed(0.0003, 4e9))], OK, "300 us for a token, 4.00 GB/s"),
+    "a slow answer": (
+        list(check_answer(round_trip_s=0.05, clock_ahead_s=0.0))[:1],  # without the check of the clock
+        WARNING,
+        "answers in 50.0 ms",
+    ),
+    "a wrong clock": (
+        list(check_answer(round_trip_s=0.001, clock_ahead_s=-90.0))[1:],
+        WARNING,
+        "90 s behind .* `sudo sntp",
+    ),
+    "a slow hop": ([check_hop(HopSpeed(latency_s=0.0002, bytes_per_s=60e6))], WARNING, "ips are those of the cable"),
+    "a fast hop": ([check_hop(HopSpeed(latency_s=0.0003, bytes_per_s=4e9))], OK, "300 us for a token, 4.00 GB/s"),
 }
+"""One check, its expected result, and a pattern of its message."""
 
 
 @follows_advice(
@@ -184,7 +200,7 @@ def test_each_state_of_a_host_gives_the_right_result_and_advice(
     (check,) = checks
     assert check.result is result
     assert re.search(pattern, check.message), check.message
-    if "`" in pattern and result is not OK:
+    if "`" in pattern and result is not OK:  # the advice is a command
         assert check.commands
 
 
@@ -192,7 +208,7 @@ def test_a_host_without_pmset_has_no_check_of_its_sleep() -> None:
     assert list(check_sleep(facts(settings={}))) == []
 
 
-def test_of_hosts_whose_copies_of_a_file_differ_the_minority_is_named_or_all_of_them() -> None:
+def test_where_copies_of_a_file_differ_both_of_two_hosts_fail_and_of_three_the_one_with_the_other_copy() -> None:
     copies = {"mac-1": model(found={"a": "1", "b": "2"}), "mac-2": model(found={"b": "3", "c": "4"})}
     assert [(check.host, check.result) for check in check_copies(copies)] == [("mac-1", FAILURE), ("mac-2", FAILURE)]
     with_majority = copies | {"mac-3": model(found={"b": "2"})}

@@ -1,4 +1,7 @@
-"""Tests of the guard as its own process over small real stages. The test acts as its coordinator."""
+"""Tests of the guard as a process, with the programs of tests/launch/stage_programs.py as its stage.
+
+The test writes and reads the guard's frames in place of a coordinator.
+"""
 
 import json
 import os
@@ -15,14 +18,14 @@ import pytest
 
 from mlx_k2.errors import ProtocolError
 from mlx_k2.guard.guard import TICK_S
-from mlx_k2.protocol.framing import Frame, Kind, encode_frame, read_frame, skip_to_mark
+from mlx_k2.protocol.framing import MAX_QUEUED_FRAMES, Frame, Kind, encode_frame, read_frame, skip_to_mark
 from mlx_k2.protocol.guard_messages import GuardSettings, Phase, PhaseUpdate, StageStatus
 from mlx_k2.protocol.messages import Connected, Step, StepDone, Stop, decode_from_stage, encode_message
 from tests.launch import guarded
 from tests.local_cluster import is_running
 
 TIMEOUT_S = 60.0
-"""Deadline for the end of all processes, long enough for a busy machine."""
+"""Deadline for the end of processes, long enough for a busy machine."""
 
 DEFAULT_LEASE_S = GuardSettings().lease_s
 LONG_LEASE_S = 600.0
@@ -38,7 +41,7 @@ class GuardedStage:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,
+            start_new_session=True,  # as a coordinator starts it
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.streams = (self.process.stdin, self.process.stdout, self.process.stderr)
@@ -66,7 +69,7 @@ class GuardedStage:
         self._input.write(data)
         self._input.flush()
 
-    def send_settings(self, lease_s: float = 20.0, held_bytes: int = 0) -> None:
+    def send_settings(self, lease_s: float = DEFAULT_LEASE_S, held_bytes: int = 0) -> None:
         self.write(Kind.GUARD_SETTINGS, GuardSettings(lease_s, held_bytes).to_json())
 
     def send_step(self, number: int) -> None:
@@ -81,7 +84,7 @@ class GuardedStage:
         return StageStatus.from_json(self.read(Kind.STAGE_STATUS).payload)
 
     def read(self, kind: Kind | None = None) -> Frame:
-        """Return the next frame of ``kind``, or without it the next frame that is not a stage status."""
+        """Skip other frames; return the next one of ``kind``, or for None the next one that is not a stage status."""
         while True:
             frame = read_frame(self.output)
             assert frame is not None, f"the guard has ended: {self.log()}"
@@ -92,7 +95,7 @@ class GuardedStage:
         return self._log.read().decode()
 
     def last_frame(self) -> dict[str, object]:
-        """Return the guard's last frame, which states how the stage ended."""
+        """Read to the end of the output; return the JSON of the last frame, which states how the stage ended."""
         last = None
         while (frame := read_frame(self.output)) is not None:
             last = frame
@@ -113,7 +116,7 @@ Start = Callable[[str], GuardedStage]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Yield a function that starts a guarded stage with a program. All of them are killed after the test."""
+    """Yield a function that starts a guarded stage with a program. Kill the processes of all stages after the test."""
     stages: list[GuardedStage] = []
 
     def start_stage(program: str) -> GuardedStage:
@@ -166,7 +169,7 @@ def test_no_process_is_left_when_the_coordinator_closes_its_connections(start: S
     stage = start(program)
     stage.send_settings(lease_s=LONG_LEASE_S)
     if program == "repeats_answers":
-        for number in range(100):
+        for number in range(100):  # 100,000 answers, which fill the output because nobody reads it
             stage.send_step(number)
     stage.close_input()
     stage.output.close()
@@ -221,17 +224,22 @@ def test_an_unexpected_frame_ends_the_stage(start: Start, data: bytes, reason: s
 
 @pytest.mark.parametrize(
     ("data", "error"),
-    [(b"", ""), (encode_frame(Kind.HEARTBEAT, b""), "first frame is a HEARTBEAT"), (b"no frame", "ProtocolError")],
+    [
+        (b"", ""),
+        (encode_frame(Kind.HEARTBEAT, b""), "first frame is a HEARTBEAT frame"),
+        (b"no frame", "bytes that are not frames"),
+    ],
 )
 def test_without_settings_as_the_first_frame_the_guard_starts_no_stage(data: bytes, error: str) -> None:
     command = [sys.executable, guarded.__file__, "echo"]
     guard = subprocess.run(command, input=data, capture_output=True, timeout=TIMEOUT_S)
     assert guard.returncode == 1
-    assert guard.stdout == b""
+    assert guard.stdout == b""  # not even the opening mark
     assert error in guard.stderr.decode()
+    assert bool(guard.stderr) == bool(error)  # an end of the input without a frame is no error
 
 
-def test_the_first_settings_have_the_environment_of_the_stage() -> None:
+def test_the_stage_gets_the_environment_in_the_first_settings() -> None:
     settings = GuardSettings(environment=("MLX_OF_THE_HOSTFILE=a=b", "HOME=/nowhere"))
     stage_script = "import os; os.write(2, (os.environ['MLX_OF_THE_HOSTFILE'] + ' ' + os.environ['HOME']).encode())"
     guard_script = (
@@ -270,9 +278,9 @@ def test_a_suspended_guard_and_its_stage_are_ended_after_the_lease(start: Start)
     stage.send_settings(lease_s=2.0)
     first_age_s = stage.status().for_s
     while stage.status().for_s < first_age_s + 2 * TICK_S:
-        pass  # the guard sends the lease to the watchdog in one of two ticks
+        pass  # between two ticks the guard sends the new lease to the watchdog
     stage.guard.suspend()
-    stage.wait_until_gone(DEFAULT_LEASE_S - 2)
+    stage.wait_until_gone(timeout_s=DEFAULT_LEASE_S - 2)  # too early for the lease of the first settings
 
 
 def test_sigterm_ends_a_suspended_stage(start: Start) -> None:
@@ -305,7 +313,7 @@ def test_a_stage_that_writes_bytes_that_are_not_frames_is_ended(start: Start) ->
 
 def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> None:
     stage = start("reads_nothing")
-    for number in range(20_000):
+    for number in range(4 * MAX_QUEUED_FRAMES):  # the guard queues a quarter; the pipes hold less than the rest
         try:
             stage.send_step(number)
         except BrokenPipeError:
@@ -315,16 +323,16 @@ def test_a_stage_that_stops_reading_is_ended_with_that_reason(start: Start) -> N
 
 def test_the_child_processes_of_a_stage_end_with_it(start: Start) -> None:
     stage = start("with_child")
-    assert len(stage.descendants) == 3, "watchdog, stage and the stage's child"
+    assert "sleep" in [process.name() for process in stage.descendants]
     stage.write(Kind.MESSAGE, encode_message(Stop()))
     stage.last_frame()
     stage.wait_until_gone()
 
 
-def test_the_guard_runs_with_only_the_standard_library(tmp_path: Path) -> None:
+def test_the_guard_imports_only_the_standard_library(tmp_path: Path) -> None:
     script = "import sys, mlx_k2.stage.__main__; print({'msgspec', 'mlx', 'numpy'} & sys.modules.keys())"
     python = subprocess.run(
-        [sys.executable, "-S", "-c", script],
+        [sys.executable, "-S", "-c", script],  # -S: without installed packages
         env={**os.environ, "PYTHONPATH": str(Path(guarded.__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -339,7 +347,8 @@ def test_a_heartbeat_returns_the_stage_status_with_phase_age_and_stopped_time(st
     statuses = [stage.status()]
     while not statuses[-1].stopped_s:
         statuses.append(stage.status())
-    assert {status.update for status in statuses} == {PhaseUpdate(Phase.RECEIVING, 5, 600.0)}
+    reported_by_the_stage = PhaseUpdate(Phase.RECEIVING, step=5, limit_s=600.0)
+    assert {status.update for status in statuses} == {reported_by_the_stage}
     assert statuses[-1].for_s > 0
     stage.stage.resume()
     while stage.status().stopped_s:

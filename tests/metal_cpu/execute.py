@@ -36,7 +36,7 @@ class _CompiledKernel(NamedTuple):
 
 
 _compiled_kernels: dict[str, _CompiledKernel] = {}
-"""Kernels that this process has compiled, by all that their source depends on."""
+"""Kernels that this process has compiled, by the mode and all that their source depends on."""
 
 
 def execute(
@@ -50,7 +50,7 @@ def execute(
     files = files or {}
     kernel = _compile(dispatch, mode)
     inputs = dict(zip(dispatch.text.inputs, dispatch.inputs, strict=True))
-    first_output = len(kernel.buffers) - len(dispatch.output_shapes)
+    first_output = len(kernel.buffers) - len(dispatch.output_shapes)  # MLX puts the outputs last
     buffers: list[Array | Path] = []
     for number, argument in enumerate(kernel.buffers):
         if number >= first_output:
@@ -130,7 +130,6 @@ def to_mlx(array: Array, dtype: mx.Dtype) -> mx.array:
     return mx.array(array).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(array)
 
 
-def with_text(dispatch: Dispatch, source: str, header: str | None = None) -> Dispatch:
-    """Return the dispatch of a kernel with another body, and with another header if it is given."""
-    text = dispatch.text
-    return dispatch._replace(text=text._replace(source=source, header=text.header if header is None else header))
+def with_body(dispatch: Dispatch, source: str) -> Dispatch:
+    """Return the dispatch of a kernel with another body."""
+    return dispatch._replace(text=dispatch.text._replace(source=source))

@@ -47,7 +47,7 @@ def unchanged(dispatch: Dispatch) -> Dispatch:
 class Errors(NamedTuple):
     """Largest errors of the two halves of a layer, each divided by the half's largest output.
 
-    The error of ``down`` is that for the output of gate and up that the kernel computed.
+    ``down`` is compared with the exact result for the kernel's own output of gate and up.
     """
 
     gate_up: float
@@ -72,7 +72,10 @@ class Recorder:
 
 
 def hidden_by_pair(recorder: Recorder, variant: Variant, case: Case) -> mx.array:
-    """Return the output of gate and up, (tokens, top_k, intermediate). That of the prefill kernel is sorted back."""
+    """Return the output of gate and up, (tokens, top_k, intermediate).
+
+    The prefill kernel's output, which is sorted by expert, is brought back into the order of the pairs.
+    """
     (hidden,) = recorder.executed[f"{variant.value}_gate_up"].outputs
     if variant is not Variant.PREFILL:
         return hidden

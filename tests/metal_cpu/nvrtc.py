@@ -15,7 +15,10 @@ ARCHITECTURE = "sm_90"
 
 
 class CudaCost(NamedTuple):
-    """Costs of one kernel, from the assembler's report and the generated code. ``converts`` are integer to float."""
+    """Costs of one kernel, from the assembler's report and the generated code.
+
+    ``converts`` is the number of conversions from integer to float.
+    """
 
     registers: int
     spilled_bytes: int
@@ -32,7 +35,7 @@ def _package_folder(name: str) -> Path:
 
 
 def cuda_source(dispatch: Dispatch) -> str:
-    """Return the source that MLX's cuda_kernel generates: header, arguments, constants, body."""
+    """Return source as MLX's cuda_kernel generates it: header, arguments, constants, body."""
     types = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.int32: "int32_t"}
     arguments = []
     for name, array in zip(dispatch.text.inputs, dispatch.inputs, strict=True):

@@ -52,6 +52,8 @@ class Schedule(NamedTuple):
 
 FORWARD, BACKWARD, SHUFFLED = Schedule(Order.FORWARD), Schedule(Order.BACKWARD), Schedule(Order.SHUFFLED, 7)
 
+# MLX's headers give warnings, and cast pointers against the rules of aliasing. A variable without a value gets a
+# conspicuous one. Multiplications and additions are not contracted, so that each compiler rounds them alike.
 _COMMON = ("-std=c++20", "-w", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-ffp-contract=off")
 _FLAGS = {
     Mode.FAST: ("-O1", "-march=native", "-fno-math-errno"),
@@ -189,13 +191,15 @@ class Program:
         threadgroup: Grid,
         schedule: Schedule = FORWARD,
     ) -> tuple[list[Array], RunReport]:
-        """Run the grid. `buffers` are in the order of the kernel's arguments; a Path is a file with an input.
+        """Run the grid. `grid` and `threadgroup` count threads.
 
-        The buffers whose indices are in `outputs` are filled with 0xFF before the run, and returned after it.
+        `buffers` are in the order of the kernel's arguments; a Path is a file with an input. The
+        buffers whose indices are in `outputs` are filled with 0xFF before the run, and returned after it.
 
         Raises:
             KernelFault: the executor or a sanitizer reports a fault.
         """
+        # In RACES each fiber counts as a thread: one OS thread shows all races, in the same order in each run.
         os_threads = 1 if self.mode is Mode.RACES else os.cpu_count()
         lines = [
             "grid {} {} {}".format(*grid),
@@ -225,6 +229,7 @@ class Program:
         return results, report
 
     def _run(self, job: Path) -> RunReport:
+        # The redzones are wide, so that an access far beyond a buffer does not reach another one unnoticed.
         environment = os.environ | {
             "ASAN_OPTIONS": "detect_leaks=0:redzone=2048:max_redzone=2048:detect_stack_use_after_return=0",
             "TSAN_OPTIONS": "halt_on_error=1 exitcode=87 report_signal_unsafe=0",

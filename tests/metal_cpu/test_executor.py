@@ -27,9 +27,9 @@ REVERSE = f"""
 def run_body(body: str, mode: Mode = Mode.FAST, schedule: Schedule = FORWARD) -> npt.NDArray[np.float32]:
     """Run a kernel body with 64 threads over the input a = 0, 1, ..., 255; return its 64 outputs."""
     dispatch = Dispatch(
-        KernelText("planted", ("a",), ("out",), body, ""),
-        (mx.arange(256).astype(mx.float32),),
-        (),
+        KernelText("planted", inputs=("a",), outputs=("out",), source=body, header=""),
+        inputs=(mx.arange(256).astype(mx.float32),),
+        template=(),
         grid=(64, 1, 1),
         threadgroup=(64, 1, 1),
         output_shapes=((64,),),
@@ -131,6 +131,22 @@ def test_the_executor_reports_each_kind_of_mistake(name: str) -> None:
     assert re.search(mistake.report, str(fault.value)), str(fault.value)
 
 
+@pytest.mark.parametrize("mode", [Mode.FAST, pytest.param(Mode.RACES, marks=pytest.mark.slow)])
+def test_threadgroup_arrays_of_any_size_do_not_overlap(mode: Mode) -> None:
+    body = f"""
+        threadgroup float ones[5];
+        threadgroup float twos[23];
+        threadgroup float threes[64];
+        uint i = thread_position_in_threadgroup.x;
+        if (i < 5) ones[i] = 1.0f;
+        if (i < 23) twos[i] = 2.0f;
+        threes[i] = 3.0f;
+        {BARRIER}
+        out[i] = i < 5 ? ones[i] : i < 28 ? twos[i - 5] : threes[i];
+    """
+    assert run_body(body, mode).tolist() == [1.0] * 5 + [2.0] * 23 + [3.0] * 36
+
+
 def test_threadgroup_memory_that_was_never_written_reads_as_nan() -> None:
     outputs = run_body(REVERSE.replace("shared[i] = a[i];", "if (i) shared[i] = a[i];"))
     assert np.isnan(outputs[63])
@@ -151,9 +167,9 @@ def test_a_missing_barrier_gives_different_results_in_different_schedules() -> N
 def test_bytes_are_counted_by_buffer() -> None:
     body = "uint i = thread_position_in_grid.x; out[i] = a[2 * i] + b[0];"
     dispatch = Dispatch(
-        KernelText("counted", ("a", "b"), ("out",), body, ""),
-        (mx.arange(256).astype(mx.float32), mx.array([1.0, 2.0])),
-        (),
+        KernelText("counted", inputs=("a", "b"), outputs=("out",), source=body, header=""),
+        inputs=(mx.arange(256).astype(mx.float32), mx.array([1.0, 2.0])),
+        template=(),
         grid=(64, 1, 1),
         threadgroup=(64, 1, 1),
         output_shapes=((64,),),
@@ -162,4 +178,4 @@ def test_bytes_are_counted_by_buffer() -> None:
     executed = execute(dispatch, mode=Mode.BYTES)
     assert executed.bytes_loaded("a") == 64 * 4
     assert executed.bytes_loaded("b") == 64 * 4
-    assert executed.report.traffic[2].stored == 64 * 4
+    assert executed.report.traffic[2].stored == 64 * 4  # out is the third buffer

@@ -37,7 +37,7 @@ def test_the_batch_kernels_are_correct_for_every_token_count(tokens: int) -> Non
     ids=lambda top_k: f"{top_k} ids",
 )
 def test_kernels_are_correct_with_inputs_in_constant_and_in_device_memory(variant: Variant, top_k: int) -> None:
-    """MLX passes an input of less than 8 elements in constant memory."""
+    """MLX passes an input of fewer than 8 elements in constant memory."""
     case = random_case(experts=9, tokens=1, top_k=top_k, hidden=64, intermediate=64, seed=top_k)
     assert_within_tolerance(case, measure(case, variant))
 
@@ -106,7 +106,7 @@ def test_kernels_are_correct_when_a_token_chooses_an_expert_twice(variant: Varia
 def test_prefill_is_correct_with_uneven_token_counts_per_expert(experts: int) -> None:
     case = random_case(experts=experts, tokens=45, top_k=2, hidden=64, intermediate=64)
     ids = np.array(case.expert_ids)
-    ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # expert 1 has a full tile of 32 pairs and one more pair
+    ids[:, 0] = np.where(np.arange(45) < 33, 1, ids[:, 0])  # expert 1 has more pairs than a tile of 32
     case = case._replace(expert_ids=mx.array(ids))
     assert_within_tolerance(case, measure(case, Variant.PREFILL))
 
@@ -118,7 +118,7 @@ def test_kernels_are_correct_with_any_tuning(variant: Variant, rows: int, simdgr
     tuning = DEFAULT._replace(
         gate_up_rows=rows,
         down_rows=rows,
-        batch_rows=min(rows, 4),
+        batch_rows=min(rows, 4),  # timing tries no more
         gate_up_simdgroups=simdgroups,
         batch_simdgroups=simdgroups,
     )
@@ -174,7 +174,7 @@ def test_gate_up_is_correct_for_a_stack_above_4_gb(tmp_path: Path) -> None:
     stack = ExpertStack(packed, scale, packed, scale, small.stack.down_packed, small.stack.down_scale)
     dispatch = decode.gate_up(small.x, mx.array(chosen), stack, rows_per_simdgroup=4, simdgroups=2)
     (hidden,) = execute(dispatch, files=files).outputs
-    rows = slice(2040, 2048)
+    rows = slice(2040, 2048)  # the last ones, which have the highest addresses
     assert relative_error(hidden[:, :, rows], float64.gate_up(small, rows)) <= float64.TOLERANCE[mx.bfloat16]
 
 
@@ -197,4 +197,4 @@ def test_each_weight_is_loaded_from_memory_once(variant: Variant, tokens: int) -
     ):
         loaded = recorder.executed[kernel].bytes_loaded(*names)
         needed = needed_bytes(case, *names)
-        assert needed <= loaded <= 1.02 * needed, kernel
+        assert needed <= loaded <= 1.02 * needed, kernel  # a compiler may load a few scales again

@@ -23,6 +23,7 @@ HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 TOLERANCE = 6e-3
 """Largest allowed error as a fraction of the largest output: results are rounded to bfloat16."""
 TWO_SIMDGROUPS = (32, 2, 1)
+"""A threadgroup of two simdgroups. It computes 8 outputs in MLX's qmv kernels, and a tile of 32 in qmm kernels."""
 NO_STRIDE = np.int64(0)
 UNBATCHED = (1, 1, NO_STRIDE, 1, 1, NO_STRIDE, NO_STRIDE, NO_STRIDE)
 """Batch shapes and strides, which a kernel for a single matrix does not read."""
@@ -48,6 +49,7 @@ def run_kernel(
     name: str,
     template: dict[str, str],
     buffers: Sequence[Array],
+    *,
     output: int,
     grid: tuple[int, int, int],
     threadgroup: tuple[int, int, int],
@@ -87,8 +89,9 @@ def test_mlx_qmv_fast_is_correct(mode: Mode) -> None:
     weights = quantized(outputs, inputs)
     x = mx.random.normal((tokens, inputs)).astype(mx.bfloat16)
     buffers = [*map(to_numpy, (*weights, x)), bfloat16_zeros(tokens, outputs), *scalars((inputs, outputs, *UNBATCHED))]
+    grid = (tokens * 32, outputs // 8 * 2, 1)
     y = run_kernel(
-        "affine_qmv_fast", {"batched": "false"}, buffers, 4, (tokens * 32, outputs // 8 * 2, 1), TWO_SIMDGROUPS, mode
+        "affine_qmv_fast", {"batched": "false"}, buffers, output=4, grid=grid, threadgroup=TWO_SIMDGROUPS, mode=mode
     )
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
@@ -103,9 +106,13 @@ def test_mlx_qmv_is_correct_for_sizes_that_tiles_do_not_divide_and_has_a_known_r
     if mode is Mode.RACES:
         # The last tile begins earlier and computes rows of the tile before it again: a harmless race.
         with pytest.raises(KernelFault, match="data race"):
-            run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, TWO_SIMDGROUPS, mode)
+            run_kernel(
+                "affine_qmv", {"batched": "false"}, buffers, output=4, grid=grid, threadgroup=TWO_SIMDGROUPS, mode=mode
+            )
         return
-    y = run_kernel("affine_qmv", {"batched": "false"}, buffers, 4, grid, TWO_SIMDGROUPS, mode)
+    y = run_kernel(
+        "affine_qmv", {"batched": "false"}, buffers, output=4, grid=grid, threadgroup=TWO_SIMDGROUPS, mode=mode
+    )
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
 
@@ -117,7 +124,8 @@ def test_mlx_qmv_wide_is_correct(mode: Mode) -> None:
     sizes = scalars((inputs, outputs, tokens, *UNBATCHED))
     buffers = [*map(to_numpy, (*weights, x)), bfloat16_zeros(tokens, outputs), *sizes]
     template = {"vecs_per_tg": "4", "k_lanes": "8", "batched": "false"}
-    y = run_kernel("affine_qmv_wide", template, buffers, 4, (32, (outputs + 7) // 8 * 2, 1), TWO_SIMDGROUPS, mode)
+    grid = (32, (outputs + 7) // 8 * 2, 1)
+    y = run_kernel("affine_qmv_wide", template, buffers, output=4, grid=grid, threadgroup=TWO_SIMDGROUPS, mode=mode)
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
 
@@ -140,7 +148,8 @@ def test_mlx_gather_qmv_fast_is_correct(mode: Mode) -> None:
         *scalars((1, pairs, np.int64(1), np.int64(1))),
     ]
     buffers = [*map(to_numpy, (packed, scales, biases, x)), rows, ids, bfloat16_zeros(pairs, 1, outputs), *shapes]
-    y = run_kernel("affine_gather_qmv_fast", {}, buffers, 6, (32, outputs // 8 * 2, pairs), TWO_SIMDGROUPS, mode)
+    grid = (32, outputs // 8 * 2, pairs)
+    y = run_kernel("affine_gather_qmv_fast", {}, buffers, output=6, grid=grid, threadgroup=TWO_SIMDGROUPS, mode=mode)
     expected = np.stack(
         [
             quantized_product(x[row], packed[expert], scales[expert], biases[expert])
@@ -161,7 +170,15 @@ def test_mlx_qmm_t_with_simdgroup_matrices_is_correct(mode: Mode) -> None:
         *scalars((inputs, outputs, tokens, *UNBATCHED)),
     ]
     grid = ((outputs + 31) // 32 * 32, (tokens + 31) // 32 * 2, 2)
-    y = run_kernel("affine_qmm_t", {"aligned_N": "false", "batched": "false"}, buffers, 4, grid, (32, 2, 2), mode)
+    y = run_kernel(
+        "affine_qmm_t",
+        {"aligned_N": "false", "batched": "false"},
+        buffers,
+        output=4,
+        grid=grid,
+        threadgroup=(32, 2, 2),
+        mode=mode,
+    )
     assert relative_error(y, quantized_product(x, *weights)) <= TOLERANCE
 
 
@@ -183,7 +200,16 @@ def test_mlx_gather_qmm_rhs_is_correct(mode: Mode) -> None:
         *scalars((rows, outputs, inputs, experts)),
     ]
     grid = ((outputs + 31) // 32 * 32, num_tiles * 2, 1)
-    y = run_kernel("affine_gather_qmm_rhs", template, buffers, 5, grid, TWO_SIMDGROUPS, mode, constants)
+    y = run_kernel(
+        "affine_gather_qmm_rhs",
+        template,
+        buffers,
+        output=5,
+        grid=grid,
+        threadgroup=TWO_SIMDGROUPS,
+        mode=mode,
+        constants=constants,
+    )
     expected = np.concatenate(
         [
             quantized_product(x[first:end, 0], packed[expert], scales[expert], biases[expert])

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 ROUTER_TOLERANCE = 1e-5
+"""Ten times the tolerance of the router's own tests: a fault must differ clearly from rounding."""
 
 
 class Fault(NamedTuple):
@@ -122,7 +123,7 @@ def plant(fault: Fault, text: KernelText) -> KernelText:
     """Return the kernel text with the fault in its header or its body."""
     original = read_metal(fault.file)
     parts = original.split(fault.old)
-    assert len(parts) > fault.nth + 1, f"{fault.old} is not in {fault.file}"
+    assert len(parts) > fault.nth + 1, f"{fault.old} is not {fault.nth + 1} times in {fault.file}"
     faulty = fault.old.join(parts[: fault.nth + 1]) + fault.new + fault.old.join(parts[fault.nth + 1 :])
     if text.header == original:
         return text._replace(header=faulty)
@@ -162,7 +163,7 @@ def largest_error(fault: Fault) -> float:
     if kernel_family == "router":
         return route_errors(mode=fault.mode, change=change) / ROUTER_TOLERANCE
     variant = Variant(kernel_family)
-    if fault.mode is Mode.RACES:
+    if fault.mode is Mode.RACES:  # the thread sanitizer is slow
         case = small_case()
     else:
         case = full_tile_case() if variant is Variant.PREFILL else shared_case()

@@ -16,6 +16,10 @@ from tests.metal_cpu.program import BACKWARD, FORWARD, SHUFFLED, Mode, Schedule
 
 pytestmark = pytest.mark.timeout(60)
 
+HIDDEN = 352
+TOLERANCE = 1e-6
+"""Largest allowed relative error."""
+
 
 def route_errors(
     *,
@@ -29,8 +33,8 @@ def route_errors(
 ) -> float:
     """Return the largest relative error of logits or weights; infinity if the reference chooses other experts."""
     rng = np.random.default_rng(experts)
-    hidden = mx.array(rng.standard_normal((tokens, 352), dtype=np.float32)).astype(dtype)
-    weight = mx.array(rng.standard_normal((experts, 352), dtype=np.float32) * 0.1).astype(dtype)
+    hidden = mx.array(rng.standard_normal((tokens, HIDDEN), dtype=np.float32)).astype(dtype)
+    weight = mx.array(rng.standard_normal((experts, HIDDEN), dtype=np.float32) * 0.1).astype(dtype)
     weight[5] = weight[3]  # experts 3 and 5 have equal scores
     bias = mx.array(rng.random(experts, dtype=np.float32))
     bias[5] = bias[3] = 2.0
@@ -57,26 +61,26 @@ def route_errors(
 def test_the_router_kernel_selects_and_weights_experts_like_the_reference(
     experts: int, top_k: int, tokens: int
 ) -> None:
-    assert route_errors(experts=experts, top_k=top_k, tokens=tokens) <= 1e-6
+    assert route_errors(experts=experts, top_k=top_k, tokens=tokens) <= TOLERANCE
 
 
 @pytest.mark.parametrize("schedule", [BACKWARD, SHUFFLED])
 def test_the_router_kernel_is_correct_in_every_schedule(schedule: Schedule) -> None:
-    assert route_errors(schedule=schedule) <= 1e-6
+    assert route_errors(schedule=schedule) <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [Mode.ADDRESSES, Mode.RACES])
 def test_the_router_kernel_has_no_address_fault_and_no_race(mode: Mode) -> None:
-    assert route_errors(experts=34, top_k=4, tokens=2, mode=mode) <= 1e-6
+    assert route_errors(experts=34, top_k=4, tokens=2, mode=mode) <= TOLERANCE
 
 
 def test_the_router_kernel_is_correct_in_float32() -> None:
-    assert route_errors(dtype=mx.float32) <= 1e-6
+    assert route_errors(dtype=mx.float32) <= TOLERANCE
 
 
 def select(logits: mx.array, *, top_k: int, normalize: bool = True) -> tuple[mx.array, mx.array]:
-    """Run the second kernel without biases; return the chosen ids and their weights."""
+    """Run the second kernel, router_select, without biases; return the chosen ids and their weights."""
     dispatch = router.select(logits, mx.zeros(logits.shape[1]), RouterRule(top_k, normalize, 1.0))
     ids, weights = execute(dispatch).outputs
     return ids, weights
@@ -94,12 +98,12 @@ def test_saturated_scores_are_ordered_as_by_the_reference() -> None:
     ids, weights = select(logits, top_k=5)
     expected_ids, expected_weights = reference.select_experts(logits, mx.zeros(6), RouterRule(5, True, 1.0))
     assert ids.tolist() == expected_ids.tolist()
-    np.testing.assert_allclose(np.array(weights), np.array(expected_weights), rtol=1e-6)
+    np.testing.assert_allclose(np.array(weights), np.array(expected_weights), rtol=TOLERANCE)
 
 
 def test_weights_are_plain_sigmoids_when_not_normalized() -> None:
     _, weights = select(mx.array([[0.0, 2.0, -1.0]]), top_k=2, normalize=False)
-    np.testing.assert_allclose(np.array(weights), [[1 / (1 + np.exp(-2.0)), 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(np.array(weights), [[1 / (1 + np.exp(-2.0)), 0.5]], rtol=TOLERANCE)
 
 
 def test_expert_ids_are_in_range_when_every_logit_is_nan() -> None:

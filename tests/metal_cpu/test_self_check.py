@@ -6,7 +6,7 @@ import pytest
 from mlx_k2.kernels.dispatch import Dispatch
 from mlx_k2.kernels.self_check import BATCH, DECODE, PREFILL, ROUTER, KernelCheck, LayerShape, check_kernel
 from mlx_k2.kernels.tuning import DEFAULT
-from tests.metal_cpu.execute import execute, with_text
+from tests.metal_cpu.execute import execute, with_body
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -19,10 +19,11 @@ def perform(dispatch: Dispatch) -> list[mx.array]:
 
 
 def perform_wrong(dispatch: Dispatch) -> list[mx.array]:
-    """Run a kernel with a fault planted in its source."""
-    source = dispatch.text.source.replace("N + row", "N").replace("== winner ? -INFINITY", "== winner ? 2.0f")
-    source = source.replace("column0 + w_row", "w_row / 2")
-    return execute(with_text(dispatch, source)).outputs
+    """Run a kernel with a fault planted in its source: one in each family of kernels."""
+    source = dispatch.text.source.replace("N + row", "N")  # in decode_down and batch_down
+    source = source.replace("== winner ? -INFINITY", "== winner ? 2.0f")  # in router_select
+    source = source.replace("column0 + w_row", "w_row / 2")  # in prefill_gate_up and prefill_down
+    return execute(with_body(dispatch, source)).outputs
 
 
 def perform_uncompilable(dispatch: Dispatch) -> list[mx.array]:

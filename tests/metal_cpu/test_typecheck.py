@@ -37,7 +37,7 @@ def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[s
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 6), (1, 8, 40), (3, 4, 6), (16, 8, 384)])
 def test_every_kernel_passes_the_type_check(tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> None:
     sources_by_name = sources(tokens=tokens, top_k=top_k, experts=experts, dtype=dtype)
-    assert len(sources_by_name) == 9
+    assert len(sources_by_name) == 9, "two kernels each of decode, batch and router, and three of prefill"
     for source in sources_by_name.values():
         assert type_errors(source) == []
 
@@ -92,9 +92,9 @@ def test_the_type_check_finds_each_planted_error(name: str, bfloat16_sources: di
 def test_a_device_pointer_to_an_input_is_valid_only_from_eight_elements(elements: int, valid: bool) -> None:
     body = "const device float* p = a; out[thread_position_in_grid.x] = p[0];"
     dispatch = Dispatch(
-        KernelText("small", ("a",), ("out",), body, ""),
-        (mx.zeros(elements),),
-        (),
+        KernelText("small", inputs=("a",), outputs=("out",), source=body, header=""),
+        inputs=(mx.zeros(elements),),
+        template=(),
         grid=(1, 1, 1),
         threadgroup=(1, 1, 1),
         output_shapes=((1,),),

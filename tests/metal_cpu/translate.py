@@ -1,4 +1,4 @@
-"""Translation of any Metal kernel to C++ for a host compiler, by a few textual replacements."""
+"""Translation of a Metal kernel to C++ for a host compiler, by a few textual replacements."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Argument(NamedTuple):
     name: str
     attribute: str
     number: int | None
-    """Index of a buffer; None for other attributes."""
+    """The number in the attribute: the index of a buffer. None for attributes without a number."""
 
 
 def expand_includes(text: str) -> str:
@@ -48,8 +48,8 @@ def _expand(text: str, included: set[Path]) -> str:
                 if path in included:
                     return ""
                 included.add(path)
-                text = _expand(path.read_text().replace("#pragma once", ""), included)
-                return f'\n#line 1 "{match[1]}"\n{text}\n'
+                expanded = _expand(path.read_text().replace("#pragma once", ""), included)
+                return f'\n#line 1 "{match[1]}"\n{expanded}\n'
         raise FileNotFoundError(match[1])
 
     text = re.sub(r"^[ \t]*#include\s+<[^>]+>[^\n]*", "", text, flags=re.MULTILINE)
@@ -59,7 +59,7 @@ def _expand(text: str, included: set[Path]) -> str:
 def to_cpp(source: str) -> str:
     """Translate Metal source with expanded includes to C++20 that uses runtime/include/metal_cpu.h."""
     source = re.sub(r"\[\[threadgroup\(\d+\)\]\]", "", source)
-    # instantiations: `entry_point` calls the one that is needed
+    # remove the instantiations: `entry_point` calls the one that is needed
     source = re.sub(r"^template \[\[host_name\(.*?;\n", "", source, flags=re.MULTILINE | re.DOTALL)
     source = re.sub(  # `threadgroup T name[N];` becomes a reference to memory of the executor
         r"^([ \t]*)threadgroup\s+((?:[\w:]+)(?:<[^;()=]*?>)?)\s+(\w+)\s*((?:\[[^;]*?\])*)\s*;",

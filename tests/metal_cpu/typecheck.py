@@ -37,6 +37,7 @@ def _clang_errors(source: str) -> list[str]:
         cindex = importlib.import_module("clang.cindex")
     except ImportError:
         pytest.skip("needs libclang: pip install libclang")
+    # The instantiation and the attributes become plain C++. clang allows an address space on a static variable only.
     text = re.sub(r"^template \[\[host_name\(.*?\)\]\] \[\[kernel\]\]", "template", source, flags=re.MULTILINE)
     text = re.sub(r"\[\[(?:kernel|buffer\(\d+\)|\w+)\]\]", "", text)
     text = re.sub(
@@ -56,6 +57,7 @@ def _lint_errors(source: str) -> list[str]:
             lines.append(f"line {number}: Metal has no double")
         if re.search(r"(?<![\w.])\d+\.\d*(?:[eE][-+]?\d+)?(?![\w.])", line):
             lines.append(f"line {number}: a double literal (no f)")
+        # a declaration with nothing but const before its type
         prefixes = (line[: match.start()].rstrip() for match in re.finditer(rf"\b(?:{_TYPES})\s*\*\s*\w", line))
         if any(re.search(r"(?:^|[=(,;{])\s*(?:const)?$", prefix) for prefix in prefixes):
             lines.append(f"line {number}: a pointer without address space")

@@ -1,4 +1,4 @@
-"""Writer of the random draft heads that tests/oracles/eagle3.py computes, and that the tests write again to compare.
+"""Writer of the random draft heads that tests/oracles/eagle3.py runs. Tests write them again, to compare the results.
 
 python -m tests.oracles.draft_heads FOLDER
 python tests/oracles/eagle3.py FOLDER tests/oracles/eagle3     # with tests/oracles/requirements.txt installed
@@ -16,7 +16,7 @@ from mlx_k2.testing.tiny_config import tiny_config_fields
 from mlx_k2.weights.draft_head import EMBEDDING, LM_HEAD
 
 TARGET: Mapping[str, Any] = tiny_config_fields(
-    192, hidden_size=64, num_attention_heads=2, kv_lora_rank=32, q_lora_rank=32, intermediate_size=96
+    vocab_size=192, hidden_size=64, num_attention_heads=2, kv_lora_rank=32, q_lora_rank=32, intermediate_size=96
 )
 _WIDE = {"num_attention_heads": 4, "kv_lora_rank": 48, "v_head_dim": 16, "qk_nope_head_dim": 24}
 _NORM_OUTPUT = {"eagle_aux_hidden_state_layer_ids": [0, 2, 6], "norm_output": True}
@@ -34,7 +34,7 @@ HEADS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 
 def write_heads(folder: Path) -> None:
     """Write the target model to ``folder``/target, and each head to ``folder``/NAME."""
-    write_random_checkpoint(folder / "target", TARGET, 3, {})
+    write_random_checkpoint(folder / "target", TARGET, seed=3, tokenizer_files={})
     target = ModelConfig.from_json((folder / "target" / "config.json").read_bytes(), "the target")
     for seed, (name, (changes, arguments)) in enumerate(HEADS.items()):
         write_random_draft_head(folder / name, draft_config_fields(TARGET, **changes), target, seed, **arguments)

@@ -3,10 +3,11 @@
     python tests/oracles/eagle3.py FOLDER OUT
 
 For each head in FOLDER, which tests/oracles/draft_heads.py writes, the script saves OUT/NAME.npz: random tokens, random
-hidden states of the target, and the head's results for them. It imports nothing of mlx_k2.
+hidden states of the target, the head's results for them, and the digest of the head's weights. It imports nothing of
+mlx_k2.
 
 At position t the head gets the target's hidden states at t and token t + 1, and predicts token t + 2. Further drafts
-come from NUM_HOPS more runs, each with the output of the run before it in place of the states, and the drafted token.
+come from NUM_FURTHER_RUNS, each with the output of the run before it in place of the states, and the drafted token.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-NUM_POSITIONS, NUM_HOPS = 9, 2
+NUM_POSITIONS, NUM_FURTHER_RUNS = 9, 2
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,7 +46,7 @@ def yarn_frequencies(dim: int, base: float, scaling: dict[str, float]) -> torch.
 
 
 def mscale(factor: float, value: float) -> float:
-    """Return YaRN's scale of the attention for a scaling factor."""
+    """Return YaRN's scale of the attention for a scaling factor. ``value`` is the config's mscale or mscale_all_dim."""
     return 0.1 * value * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -115,7 +116,7 @@ class Head:
         return self.linear(output.reshape(1, heads * value), "self_attn.o_proj")
 
     def run(self, token: int, features: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (1, vocabulary) after a token, and the features of the next hop (1, hidden)."""
+        """Return the logits (1, vocabulary) after a token, and the features of the next run (1, hidden)."""
         embedded = self.norm(self.embedding[token][None], "layers.0.input_layernorm")
         x = torch.cat([embedded, self.norm(features, "layers.0.hidden_norm")], -1)
         hidden = features + self.attention(x, position)
@@ -127,6 +128,7 @@ class Head:
         drafted_logits = normed @ self.lm_head.T
         if "d2t" not in self.weights:
             return drafted_logits, output
+        # The head drafts some tokens only: d2t has each one's id minus its number in the head.
         logits = torch.full((1, self.embedding.shape[0]), -torch.inf)
         logits[:, torch.arange(drafted_logits.shape[-1]) + self.weights["d2t"]] = drafted_logits
         return logits, output
@@ -151,9 +153,9 @@ def compute(folder: Path, target: dict[str, torch.Tensor], seed: int) -> dict[st
         head.run(int(tokens[position + 1]), features[position : position + 1], position)
         for position in range(NUM_POSITIONS)
     ]
-    for hop in range(NUM_HOPS):
+    for number in range(NUM_FURTHER_RUNS):
         last_logits, last_output = results[-1]
-        results.append(head.run(int(last_logits.argmax()), last_output, NUM_POSITIONS + hop))
+        results.append(head.run(int(last_logits.argmax()), last_output, NUM_POSITIONS + number))
     logits, outputs = zip(*results, strict=True)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).digest()
     return {

@@ -1,4 +1,4 @@
-"""Requests for chat completions with OpenAI's official client, and what the tests compare of their answers."""
+"""Requests for chat completions with OpenAI's official client, and the fields of answers that tests compare."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ MCP_TOOLS: list[Any] = [
     }
     for number in range(39)
 ]
-"""The tools that an agent declares beside the one that is called: 40 in all."""
+"""39 tools, which an agent declares beside the one that is called."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class FunctionCall:
 
 @dataclass
 class Completion:
-    """What a chat completion has in common with its stream. ``usage`` is without the counts of the cache."""
+    """The fields that a chat completion has in common with its stream. ``usage`` has no counts of cached tokens."""
 
     content: str
     reasoning: str

@@ -2,7 +2,8 @@
 
 It runs with the client 1.x and with the current one, and prints the client's version first. A line of its input is a
 JSON array of a base URL and the arguments of ``create``, for a response if they have an ``input``, else for a chat
-completion. Its answer is a line with the fields received in each way; the client joins the parts of a stream.
+completion. Its answer is a line with a JSON array: the fields received in each way, or one object with a traceback as
+`failure`. The client joins the parts of a streamed completion; a streamed response is the one in the last event.
 """
 
 import asyncio
@@ -63,7 +64,7 @@ class ResponseAccumulator:
             self.text = ""
         elif event.type.endswith(".delta"):
             self.text += event.delta
-            assert getattr(event, "snapshot", self.text) == self.text
+            assert getattr(event, "snapshot", self.text) == self.text  # the client adds snapshots to some types
         elif event.type == "response.output_item.done":
             assert item_text(event.item) == self.text
             self.items.append(event.item)

@@ -18,6 +18,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def fast_server() -> Iterator[SteppedServer]:
-    """A server in this process that answers at once, with tokens without meaning."""
+    """A server in this process that answers at once, with tokens that have no meaning."""
     with stepped_server(num_slots=4, chunk_tokens=512) as running, running.running_stages():
         yield running

@@ -25,6 +25,7 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "mcp__a-b.c")
 ]
 USER_MESSAGES: list[Any] = [{"role": "user", "content": "a"}]
+REQUEST: dict[str, Any] = {"model": "m", "messages": USER_MESSAGES, "tools": TOOLS}
 TWO_CALLS = section(
     call("functions.f:0", '{"text": "one two three four five"}'), call("functions.mcp__a-b.c:1", '{"number": 5777}')
 )
@@ -51,14 +52,17 @@ TEXT_REPLY, CALLS_REPLY = REPLIES["text"].text, REPLIES["calls"].text
 
 
 @dataclass
-class ForcedStages:
+class ForcedStageMaker:
     """A maker of stages that sample ``token_ids`` after a prompt of ``num_prompt_tokens``, then the end of a turn."""
 
     token_ids: Sequence[int]
     end_id: int
     num_prompt_tokens: int = 0
     fail_at: int | None = None
-    """A stage fails, once, when this token of the reply is sampled, or the next one that the grammar does not force."""
+    """The last stage fails once, when it samples the token of the reply with this index or a later one.
+
+    The stage samples no tokens that the grammar forces.
+    """
 
     def __call__(self, num_stages: int, on_plan: Callable[[Step], None]) -> TokenStages:
         maker = self
@@ -79,11 +83,11 @@ class ForcedServer(SteppedServer):
     """A server with running stages whose model gives one reply, and the official client."""
 
     client: OpenAI
-    forced: ForcedStages
+    maker: ForcedStageMaker
 
     def fail_once(self, index: int, *, restarts: bool) -> None:
-        """Let a stage fail once, at token ``index`` of a reply. Its restart succeeds, or is cancelled."""
-        self.forced.fail_at = index
+        """Let a stage fail once, at token ``index`` of a reply. Without ``restarts`` its restart is cancelled."""
+        self.maker.fail_at = index
         if restarts:
             self.tokens.may_restart.set()
         else:
@@ -107,15 +111,15 @@ def forced_server(
 ) -> Iterator[ForcedServer]:
     """Yield a server whose model gives ``reply`` after the prompt of ``messages`` and TOOLS. The client has ``key``."""
     tokenizer = builtin_tokenizer()
-    stages = ForcedStages(reply_ids(reply, tokenizer), tokenizer.special_ids["<|im_end|>"])
+    maker = ForcedStageMaker(reply_ids(reply, tokenizer), tokenizer.special_ids["<|im_end|>"])
     with (
-        stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=stages) as server,
+        stepped_server(options, num_slots=2, chunk_tokens=64, keys=keys, drafts=drafts, make_stages=maker) as server,
         server.running_stages(),
     ):
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
         prompt = {"messages": list(messages), "tools": TOOLS}
-        stages.num_prompt_tokens = server.request("POST", "/tokenize", prompt, **{"x-api-key": key}).json["count"]
-        yield ForcedServer(server.port, server.tokens, server.lines, server.state, client, stages)
+        maker.num_prompt_tokens = server.request("POST", "/tokenize", prompt, **{"x-api-key": key}).json["count"]
+        yield ForcedServer(server.port, server.tokens, server.lines, server.state, client, maker)
 
 
 def prompt_ids(server: SteppedServer, **request: Any) -> list[int]:
@@ -125,11 +129,11 @@ def prompt_ids(server: SteppedServer, **request: Any) -> list[int]:
 
 
 def reply_fields(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    """Return the fields of the reply to USER_MESSAGES."""
-    return completion_fields(client.chat.completions.create(model="m", messages=USER_MESSAGES, tools=TOOLS, **fields))
+    """Return the fields of the reply to REQUEST with ``fields`` changed."""
+    return completion_fields(client.chat.completions.create(**REQUEST | fields))
 
 
 def streamed_reply_fields(client: OpenAI, **fields: Any) -> dict[str, Any]:
-    """Return the same fields as the client's own accumulator joins them from a stream."""
-    with client.chat.completions.stream(model="m", messages=USER_MESSAGES, tools=TOOLS, **fields) as stream:
+    """Return what ``reply_fields`` returns, from a stream whose parts the client's own accumulator joins."""
+    with client.chat.completions.stream(**REQUEST | fields) as stream:
         return completion_fields(stream.get_final_completion())

@@ -25,8 +25,10 @@ class HttpAnswer:
 
     @property
     def events(self) -> list[Any]:
-        """The JSON objects of a stream of events, in their order."""
-        return [json.loads(line[6:]) for line in self.body.split(b"\n") if line.startswith(b"data: {")]
+        """The JSON objects of a stream of events, in their order, without [DONE]."""
+        return [
+            json.loads(line.removeprefix(b"data: ")) for line in self.body.split(b"\n") if line.startswith(b"data: {")
+        ]
 
     @property
     def error(self) -> dict[str, Any]:
@@ -39,7 +41,10 @@ class HttpAnswer:
 
 
 def request_bytes(method: str, path: str, body: object = None, **headers: str) -> bytes:
-    """Return a request that closes its connection, unless ``headers`` differ. A body other than bytes becomes JSON."""
+    """Return a request that closes its connection, unless ``headers`` replace this header.
+
+    A body other than bytes and None becomes JSON.
+    """
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {"Host": "localhost", "Content-Length": str(len(data)), "Connection": "close"} | headers
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
@@ -63,7 +68,7 @@ def exchange(connection: socket.socket, data: bytes) -> HttpAnswer:
     with suppress(BrokenPipeError, ConnectionResetError):  # the server may answer before it has read everything
         connection.sendall(data)
     received_bytes = b""
-    with suppress(ConnectionResetError):
+    with suppress(ConnectionResetError):  # instead of the end, if the server did not read everything
         while part := connection.recv(65536):
             received_bytes += part
     return parse_answer(received_bytes)

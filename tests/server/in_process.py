@@ -1,4 +1,4 @@
-"""A server in this process, over stages that execute plans on token ids only when a test calls for it."""
+"""A server in this process. Its stages execute plans on token ids instead of arrays, each when a test calls for it."""
 
 import functools
 import socket
@@ -29,6 +29,7 @@ from tests.server.http_client import CHAT_PATH, HttpAnswer, connect, exchange, r
 CONTEXT_TOKENS = 4000
 LONG_PROMPT = "one two three " * 60
 """The prompt for this text has 324 tokens, the one for "a" 24."""
+ALLOWED_ORIGIN = "https://chat.example"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SteppedServer:
         return send(self.port, method, path, body, **headers)
 
     def send_chat(self, text: str = "a", key: str = "", pipelined: bytes | None = None, **fields: Any) -> socket.socket:
-        """Send a chat request and return its connection.
+        """Send a chat request with a fixed seed, and return its connection.
 
         ``pipelined`` follows the request on a connection that stays open; with None the request closes its connection.
         """
@@ -80,20 +81,22 @@ class SteppedServer:
 
     @contextmanager
     def running_stages(self) -> Iterator[None]:
-        """Execute all plans on another thread."""
+        """Execute all plans on another thread until the context ends."""
         stop = threading.Event()
 
         def execute_plans() -> None:
             while not stop.is_set():
-                num_executed = sum(self.tokens.stages.execute(rank) for rank in range(2))
+                num_executed = sum(self.tokens.stages.execute(rank) for rank in range(self.tokens.limits.num_stages))
                 if not num_executed:
                     stop.wait(0.001)
 
         thread = threading.Thread(target=execute_plans, daemon=True)
         thread.start()
-        yield
-        stop.set()
-        thread.join(WAIT_S)
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(WAIT_S)
 
     def wait_for_line(self, text: str, count: int = 1) -> None:
         """Wait until ``count`` lines of the log have ``text``."""
@@ -104,7 +107,7 @@ class SteppedServer:
         wait_until(lambda: bool(self.tokens.plans), "a first plan")
 
     def run_plans(self, count: int) -> None:
-        """Execute plans until more than ``count`` were sent."""
+        """Execute plans until more than ``count`` were sent in all."""
         self.tokens.run_until(lambda: len(self.tokens.plans) > count)
 
     def wait_for_requests(self, count: int) -> None:
@@ -133,7 +136,7 @@ def stepped_server(
     """Yield a server over stages without arithmetic, with the built-in model's tokenizer and template."""
     state = ServerState(options or ServerOptions(), "tokens", ClusterActivity())
     lines: list[str] = []
-    app = make_app(state, Access((), ("https://chat.example",), keys), lines.append)
+    app = make_app(state, Access(hosts=(), origins=(ALLOWED_ORIGIN,), keys=keys), lines.append)
     with (
         token_engine(
             num_slots,

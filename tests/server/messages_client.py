@@ -1,4 +1,4 @@
-"""Requests for messages with Anthropic's official client, and what the tests compare of their answers."""
+"""Requests for messages with Anthropic's official client, and the fields of answers that tests compare."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ MESSAGES_PATH = "/v1/messages"
 CLIENT_TOOLS: list[Any] = [
     {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS
 ]
-"""The tools of the forced replies as this API declares them."""
+"""The tools of the forced replies as the Messages API declares them."""
 
 
 def client_of(server: SteppedServer | Server, key: str = "any") -> Anthropic:
@@ -34,7 +34,7 @@ def stream_message(client: Anthropic, **fields: Any) -> dict[str, Any]:
 
 
 def comparable_fields(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without what differs between two equal answers: its id, its handle and its cached tokens."""
+    """Return a message without the fields that differ between equal answers: id, signature, number of cached tokens."""
     usage = message["usage"]
     num_prompt_tokens = usage["input_tokens"] + usage["cache_read_input_tokens"]
     return {

@@ -1,4 +1,4 @@
-"""Replies as the events that the engine makes of their tokens, and their formats as streams; without a server."""
+"""The engine's events for the tokens of a reply, and the streams that an API's format makes of events."""
 
 from collections.abc import Sequence
 
@@ -41,14 +41,17 @@ DECLARED_NAMES = ("f", "g-h.i")
 
 def new_generation(stop_strings: tuple[str, ...] = (), first_call: int = 0, in_reasoning: bool = False) -> Generation:
     """Return a generation of one reply, with tools of DECLARED_NAMES, whose calls are counted from ``first_call``."""
-    prompt = (tokenizer().special_ids["<think>"],) if in_reasoning else (5,)
-    request = Request(prompt, 1000, Sampling(seed=0), tokenizer().stop_ids)
+    prompt_ids = (tokenizer().special_ids["<think>"],) if in_reasoning else (5,)  # 5: a token of text
+    request = Request(prompt_ids, max_tokens=1000, sampling=Sampling(seed=0), stop_ids=tokenizer().stop_ids)
     policy = ReplyPolicy(tokenizer(), request, ReplyLimits(stop_strings))
     return Generation((Submission(request, policy),), tokenizer(), in_reasoning, first_call, DECLARED_NAMES)
 
 
 def engine_events(generation: Generation, text: str, reason: FinishReason = FinishReason.LENGTH) -> list[Event]:
-    """Return the engine's events for a reply that ends with ``reason``, or earlier by its token policy."""
+    """Return the engine's events for a reply that ends with ``reason``, or earlier by its token policy.
+
+    The last event has the parts that the policy holds back, as the engine's has after a timeout.
+    """
     events: list[Event] = []
     policy = generation.submissions[0].policy
     assert policy is not None
@@ -77,7 +80,7 @@ def add_events(reply_format: ReplyFormat, events: Sequence[Event]) -> bytes:
 
 
 def stream_in_groups(reply_format: ReplyFormat, events: Sequence[Event], group_sizes: Sequence[int]) -> bytes:
-    """Return the stream of events that are read in groups, with a keep-alive before each. The last has the rest."""
+    """Return the stream of events that are read in groups, each after a keep-alive. The last group has the rest."""
     stream, remaining_events = reply_format.begin(), list(events)
     for size in [*group_sizes, len(events)]:
         if remaining_events:

@@ -1,4 +1,4 @@
-"""Checks of the events of a response, and the fields by which two responses are compared."""
+"""Checks of a stream of the Responses API, and the fields by which two responses are compared."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from tests.server.forced_replies import TOOLS
 Fields = dict[str, Any]
 RESPONSES_PATH = "/v1/responses"
 FUNCTIONS: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
-"""The tools of the forced replies as this API declares them."""
+"""The tools of the forced replies as the Responses API declares them."""
 LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 _TEXT_EVENTS = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
 """The prefix of an item's text events, by the item's type."""
@@ -41,7 +41,7 @@ def check_events(events: list[Fields]) -> Fields:
     items = _ItemChecker()
     for event in events[2:-1]:
         assert event["type"] not in LAST_EVENTS
-        if event["type"] == "response.in_progress":
+        if event["type"] == "response.in_progress":  # a keep-alive
             assert event["response"]["id"] == events[0]["response"]["id"]
         else:
             items.add(event)
@@ -103,7 +103,7 @@ def item_text(item: Fields) -> str:
 
 
 def comparable_fields(response: Fields) -> Fields:
-    """Return the fields in which a response equals its stream."""
+    """Return the fields that a response has in common with the last response of a stream."""
     usage = response["usage"]
     return {
         "status": response["status"],

@@ -25,6 +25,7 @@ def schema_format(schema: object) -> dict[str, Any]:
 
 
 BAD_BODIES: dict[str, tuple[object, str | None]] = {
+    # what is wrong: a body, and the field that the error names; None if it names no field
     "not JSON": (b'{"messages":', None),
     "not UTF-8": (b'{"messages": "\xff"}', None),
     "not an object": ([1], None),
@@ -219,7 +220,7 @@ def test_names_of_this_machine_and_addresses_are_allowed(server: Server, host: s
     assert server.request("GET", "/health", Host=host).status == 200
 
 
-def test_two_hosts_are_refused(server: Server) -> None:
+def test_two_host_headers_are_refused(server: Server) -> None:
     with server.connect() as connection:
         answer = exchange(connection, b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
     assert answer.status == 400
@@ -230,12 +231,12 @@ def test_a_header_of_1_mb_is_refused(server: Server) -> None:
     with server.connect() as connection:
         answer = exchange(connection, b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 1_000_000)
     assert answer.status == 400
-    assert len(answer.headers["x-request-id"]) == 24
+    assert answer.headers["x-request-id"]
     assert server.request("GET", "/health").status == 200
 
 
 def test_a_prompt_longer_than_the_context_names_its_field(server: Server) -> None:
-    answer = server.request("POST", "/v1/completions", {"prompt": [5] * 20_000})
+    answer = server.request("POST", "/v1/completions", {"prompt": [5] * 20_000})  # the context has 16,384
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "prompt", "context_length_exceeded")
 
 
@@ -322,6 +323,7 @@ def test_no_prompt_and_no_answer_is_in_the_log(server: Server) -> None:
 
 @pytest.mark.timeout(10)
 def test_the_messages_of_a_long_conversation_are_checked_in_linear_time() -> None:
+    """With quadratic time the test would exceed its timeout."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x", "function": {"name": "f"}}]}
     result = {"role": "tool", "tool_call_id": "x", "content": ""}
     body = {"messages": [*USER_MESSAGES * 40_000, call, *[result] * 40_000]}

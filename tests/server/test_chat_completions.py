@@ -107,7 +107,7 @@ def test_log_probabilities_cover_the_content_and_not_the_reasoning(server: Serve
     assert [token for part in parts if part is not None for token in part.content or ()] == choice.logprobs.content
 
 
-def test_asynchronous_requests_run_side_by_side(server: Server) -> None:
+def test_asynchronous_requests_that_are_sent_at_once_get_their_own_answers(server: Server) -> None:
     async def ask(client: AsyncOpenAI, number: int) -> str | None:
         messages: list[Any] = [{"role": "user", "content": f"What is {number} plus 25?"}]
         body = await client.chat.completions.create(model="any", messages=messages, temperature=0)

@@ -81,7 +81,7 @@ def test_the_client_accumulates_the_body_for_any_groups_of_events(
     parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...]
 ) -> None:
     text = "".join(parts)
-    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    for_body, for_stream = (new_generation(stop_strings, first_call=3, in_reasoning=in_reasoning) for _ in range(2))
     body = create_body(for_body, engine_events(for_body, text))
     accumulated = accumulate_stream(for_stream, engine_events(for_stream, text), group_sizes)
     assert comparable_fields(accumulated) == comparable_fields(body)
@@ -95,8 +95,8 @@ def body_fields(text: str, **options: Any) -> dict[str, Any]:
 
 
 def test_the_numbers_of_calls_continue_those_of_the_conversation() -> None:
-    fields = body_fields(section(call("functions.f:0", "{}"), call("call_x", "{}")), first_call=4)
-    assert fields["calls"][0][0] == "functions.f:4"
+    fields = body_fields(section(call("functions.f:0", "{}"), call("functions.f:1", "{}")), first_call=4)
+    assert [call_id for call_id, *_ in fields["calls"]] == ["functions.f:4", "functions.f:5"]
     assert fields["finish_reason"] == "tool_calls"
 
 
@@ -134,7 +134,7 @@ def test_a_cancelled_reply_with_an_open_call_ends_with_length() -> None:
     generation = new_generation()
     *events, end = engine_events(generation, OPEN_CALL, FinishReason.CANCELLED)
     assert isinstance(end, Finished)
-    body = create_body(generation, [*events, Finished(end.summary)])
+    body = create_body(generation, [*events, Finished(end.summary)])  # a cancelled request's last event has no parts
     assert body["choices"][0]["finish_reason"] == "length"
 
 

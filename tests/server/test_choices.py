@@ -17,7 +17,7 @@ def text_of(message: dict[str, Any]) -> str:
     return str(message.get("reasoning_content", "") + message.get("content", ""))
 
 
-def test_the_first_of_several_choices_is_that_of_a_single_request(server: Server) -> None:
+def test_the_first_of_several_choices_equals_the_choice_of_a_single_request(server: Server) -> None:
     request = REQUEST | {"temperature": 4.0, "max_tokens": 30}
     body = server.request("POST", CHAT_PATH, request | {"n": 3}).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
@@ -38,7 +38,7 @@ def test_several_choices_are_streamed_as_in_the_body(server: Server) -> None:
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
 
 
-def test_several_choices_compute_their_prompt_once_and_end_together() -> None:
+def test_several_choices_compute_their_prompt_once_and_have_one_stream() -> None:
     fields: dict[str, Any] = {"n": 4, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
     with stepped_server(num_slots=4, chunk_tokens=64) as server, server.running_stages():
         answer = receive_answer(server.send_chat(LONG_PROMPT, **fields))
@@ -72,12 +72,13 @@ def test_requests_whose_bodies_are_not_complete_count_as_queued() -> None:
     with stepped_server(num_slots=1, max_queued=2) as server, contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(server.send("POST", CHAT_PATH, **{"Content-Length": "100"}))
-        wait_until(lambda: server.state._num_preparing[True] == 3, "three bodies are awaited")
+        is_queued = True  # not a request for a count of tokens
+        wait_until(lambda: server.state._num_preparing[is_queued] == 3, "three bodies are awaited")
         refused = server.request("POST", CHAT_PATH, REQUEST)
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
         stack.close()
-        wait_until(lambda: server.state._num_preparing[True] == 0, "their clients are gone")
+        wait_until(lambda: server.state._num_preparing[is_queued] == 0, "their clients are gone")
         assert can_tokenize(server)
 
 

@@ -28,7 +28,7 @@ def run_in_shell(
 ) -> list[str]:
     """Run the printed lines, then ``command``, in a shell. Return the started client's arguments and variables.
 
-    Programs in ``folder`` with the names of the clients print them.
+    They are printed by programs with the names of the clients, which this function writes to ``folder``.
     """
     for name in ("claude", "cline", "open-webui"):
         program = folder / name
@@ -62,11 +62,11 @@ def test_claude_code_gets_address_key_model_and_context(tmp_path: Path, address:
 )
 @for_each_address
 @pytest.mark.parametrize("present", ["", 'approval_policy = "never"\n[model_providers.own]\nname = "own"\n[tui]\n'])
-def test_codex_gets_a_provider_of_responses(address: ModelAddress, present: str) -> None:
+def test_codex_gets_a_provider_with_the_responses_api(address: ModelAddress, present: str) -> None:
     settings = tomllib.loads(CLIENTS["codex"].text_for(address) + present)
-    own_settings = tomllib.loads(present)
-    assert all(settings[name] == own_settings[name] for name in own_settings if name != "model_providers")
-    assert settings["model_providers"].items() >= own_settings.get("model_providers", {}).items()
+    user_settings = tomllib.loads(present)
+    assert all(settings[name] == user_settings[name] for name in user_settings if name != "model_providers")
+    assert settings["model_providers"].items() >= user_settings.get("model_providers", {}).items()
     provider = settings["model_providers"][settings["model_provider"]]
     assert (settings["model"], settings["model_context_window"]) == (address.name, address.context_tokens)
     assert (provider["base_url"], provider["wire_api"]) == (address.base_url, "responses")
@@ -113,7 +113,7 @@ def test_zed_gets_a_provider_whose_name_gives_the_variable_of_the_key(address: M
 @for_each_address
 def test_cline_gets_address_key_and_model(tmp_path: Path, address: ModelAddress) -> None:
     subcommand, *words = run_in_shell(tmp_path, "cline", address)
-    options = dict(zip(words[:8:2], words[1:8:2], strict=True))
+    options = dict(zip(words[:8:2], words[1:8:2], strict=True))  # the variables follow
     assert subcommand == "auth"
     assert options == {
         "--provider": "openai-compatible",

@@ -17,7 +17,7 @@ from tests.local_cluster import local_host
 
 
 class Clock:
-    """A monotonic clock that a test sets."""
+    """A stand-in for the module ``time``, whose clock a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -38,7 +38,9 @@ def activity_of_two_stages() -> ClusterActivity:
     plans = []
     for rank, (first_layer, end_layer) in enumerate(((0, 3), (3, 5))):
         assignment = StageAssignment(first_layer=first_layer, end_layer=end_layer, held_bytes=9, read_bytes=9)
-        plans.append(StagePlan(rank, local_host(), assignment, 100, 200, 0, ()))
+        plans.append(
+            StagePlan(rank, local_host(), assignment, shard_bytes=100, needed_bytes=200, block_bytes=0, files=())
+        )
     activity = ClusterActivity()
     activity.plans = plans
     return activity
@@ -50,8 +52,8 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     sequence = Sequence(prompt, context_tokens=100)
     sequence.slot = 0
     row = PlannedRow.of(sequence, prompt.prompt_ids)
-    step_done = StepDone(0, busy_s, receive_s=receive_s)
-    activity.add_report(StageReport(rank, Microbatch(0, (row,)), step_done, 0.0))
+    step_done = StepDone(number=0, busy_s=busy_s, receive_s=receive_s)
+    activity.add_report(StageReport(rank, Microbatch(number=0, rows=(row,)), step_done, received_at=0.0))
 
 
 def test_fractions_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:
@@ -87,6 +89,6 @@ def test_the_history_has_the_last_hour_and_no_more(clock: Clock) -> None:
 
 def test_loaded_bytes_grow_with_each_layer() -> None:
     activity = activity_of_two_stages()
-    activity.progress(1, LayerLoaded((), 30))
-    activity.progress(1, LayerLoaded((), 20))
+    activity.progress(1, LayerLoaded(tensor_names=(), held_bytes=30))
+    activity.progress(1, LayerLoaded(tensor_names=(), held_bytes=20))
     assert [stage["loaded_bytes"] for stage in activity.stages()] == [0, 50]

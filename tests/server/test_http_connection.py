@@ -39,7 +39,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def connection_with_request(port: int, path: str, **headers: str) -> Iterator[socket.socket]:
     """Yield a connection on which a request was sent."""
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)  # a buffer that does not grow
         connection.settimeout(WAIT_S)
         connection.connect(("127.0.0.1", port))
         connection.sendall(request_bytes("POST", path, **headers))
@@ -69,7 +69,7 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer(port: int) -> None:
         pause = threading.Event()
         while part := connection.recv(1 << 18):
             received_bytes += part
-            pause.wait(0.01)
+            pause.wait(0.01)  # in all longer than WRITE_TIMEOUT_S
     assert parse_answer(bytes(received_bytes)).body == LARGE_BODY
 
 
@@ -86,13 +86,14 @@ def test_the_connection_of_a_client_that_sends_its_body_after_the_answer_is_clos
 def test_more_connections_than_the_limit_are_closed_and_the_others_work(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_connection, "MAX_CONNECTIONS", 3)
-    monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", WAIT_S)
+    limit = 3
+    monkeypatch.setattr(http_connection, "MAX_CONNECTIONS", limit)
+    monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", WAIT_S)  # the connections wait without a request
     address = ("127.0.0.1", port)
     with contextlib.ExitStack() as stack:
-        first, *_ = [stack.enter_context(socket.create_connection(address, timeout=WAIT_S)) for _ in range(3)]
-        with socket.create_connection(address, timeout=WAIT_S) as fourth, contextlib.suppress(ConnectionResetError):
-            assert fourth.recv(10) == b""
+        first, *_ = [stack.enter_context(socket.create_connection(address, timeout=WAIT_S)) for _ in range(limit)]
+        with socket.create_connection(address, timeout=WAIT_S) as refused, contextlib.suppress(ConnectionResetError):
+            assert refused.recv(10) == b""
         first.sendall(b"GET /small HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert first.recv(100).startswith(b"HTTP/1.1 200")
 

@@ -1,7 +1,7 @@
 """Tests of errors that other servers had with clients of chat completions, and with Kimi K2.
 
 A test is named after an issue or a report where the error was described. `TESTS_BY_CLIENT_ERROR` and
-`TESTS_BY_MODEL_ERROR` list these tests and those of other files.
+`TESTS_BY_MODEL_ERROR` list these tests, and tests in other files of the same errors.
 """
 
 import json
@@ -31,6 +31,7 @@ from tests.server.chat_client import SUM_QUESTION, WEATHER_TOOLS
 from tests.server.forced_replies import (
     CALLS_REPLY,
     REPLIES,
+    REQUEST,
     TEXT_REPLY,
     TOOLS,
     USER_MESSAGES,
@@ -44,8 +45,6 @@ from tests.server.http_client import CHAT_PATH, receive_answer
 from tests.server.in_process import LONG_PROMPT, SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import Server
 from tests.text.replies import CALL
-
-REQUEST: dict[str, Any] = {"model": "m", "messages": USER_MESSAGES, "tools": TOOLS}
 
 
 def chunks_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
@@ -209,7 +208,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
     """The service_tier "flex", OpenAI's name for slower processing, makes a background request."""
     for tier, priority in (("flex", Priority.BACKGROUND), ("auto", Priority.INTERACTIVE), (None, Priority.INTERACTIVE)):
         chat = read_chat_request(json.dumps({"messages": USER_MESSAGES, "service_tier": tier}).encode())
-        assert model.chat(chat, "").submissions[0].request.priority is priority
+        assert model.chat(chat, owner="").submissions[0].request.priority is priority
     with stepped_server(num_slots=2) as server:
         title = server.send_chat(LONG_PROMPT, stream=True, service_tier="flex", max_tokens=3)
         server.wait_for_plan()
@@ -227,7 +226,7 @@ def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() 
     with stepped_server() as server:
         first = server.send_chat(LONG_PROMPT, stream=True)
         server.wait_for_plan()
-        server.tokens.run_until(lambda: server.num_planned_tokens > 80)
+        server.tokens.run_until(lambda: server.num_planned_tokens > 80)  # then at most two chunks of 8 are in flight
         first.close()
         server.wait_for_requests(0)
         with server.running_stages():
@@ -266,7 +265,7 @@ def test_vllm_46344_a_forced_call_is_made_in_the_models_own_form(server: Server,
     (reply,) = server.request("POST", CHAT_PATH, body | {"max_tokens": 100}).json["choices"]
     first_call, *_ = reply["message"]["tool_calls"]
     assert (first_call["id"], first_call["function"]["name"]) == ("functions.get_weather:0", "get_weather")
-    assert reply["finish_reason"] in ("tool_calls", "length")
+    assert reply["finish_reason"] in ("tool_calls", "length")  # the small model may write more calls than fit
     assert "<|" not in reply["message"]["content"]
 
 
@@ -286,8 +285,8 @@ def test_vllm_43155_a_reply_with_calls_ends_with_tool_calls_and_keeps_its_reason
 
 def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be_sampled(model: LanguageModel) -> None:
     body = {"messages": USER_MESSAGES, "tools": TOOLS, "tool_choice": "none"}
-    generation = model.chat(read_chat_request(json.dumps(body).encode()), "")
-    plain = model.chat(read_chat_request(json.dumps({"messages": USER_MESSAGES}).encode()), "")
+    generation = model.chat(read_chat_request(json.dumps(body).encode()), owner="")
+    plain = model.chat(read_chat_request(json.dumps({"messages": USER_MESSAGES}).encode()), owner="")
     (submission,) = generation.submissions
     assert submission.policy is not None
     assert submission.request.prompt_ids == plain.submissions[0].request.prompt_ids
@@ -301,15 +300,21 @@ def test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REPLIES)
-def test_vllm_38579_draft_tokens_that_cross_markers_change_nothing(name: str) -> None:
-    """The reply is repeated, so that the drafter proposes its markers."""
+def test_vllm_38579_draft_tokens_beside_markers_change_nothing_and_are_no_markers(name: str) -> None:
+    """The prompt has the same reply in an earlier turn, so that all of its tokens could be drafted."""
     reply = REPLIES[name].text
     with forced_server(reply) as server:
-        without_drafts = reply_fields(server.client)
-    with forced_server(reply, drafts=True) as server:
-        for _ in range(2):
-            assert reply_fields(server.client) == without_drafts
-            assert streamed_reply_fields(server.client) == without_drafts
+        turn = server.client.chat.completions.create(**REQUEST).choices[0].message.to_dict()
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "1"} for call in turn.get("tool_calls", ())]
+    messages = [*USER_MESSAGES, turn, *results, *USER_MESSAGES]
+    with forced_server(reply, messages=messages) as server:
+        without_drafts = reply_fields(server.client, messages=messages)
+    with forced_server(reply, messages=messages, drafts=True) as server:
+        assert reply_fields(server.client, messages=messages) == without_drafts
+        assert streamed_reply_fields(server.client, messages=messages) == without_drafts
+    drafts = {row.token_ids[0] for step in server.tokens.plans for row in step.rows if row.is_draft}
+    assert drafts or name == "reasoning alone"  # the template leaves out the reasoning of earlier answers
+    assert drafts.isdisjoint(builtin_tokenizer().special_ids.values())
 
 
 def test_vllm_54701_streams_side_by_side_do_not_mix() -> None:
@@ -440,7 +445,7 @@ TESTS_BY_MODEL_ERROR: dict[str, tuple[Test, ...]] = {
         test_vllm_46875_with_tool_choice_none_no_tool_is_declared_and_no_call_can_be_sampled,
         test_chat_completions.test_tool_choice_none_calls_no_tool,
     ),
-    "draft tokens across markers": (test_vllm_38579_draft_tokens_that_cross_markers_change_nothing,),
+    "draft tokens across markers": (test_vllm_38579_draft_tokens_beside_markers_change_nothing_and_are_no_markers,),
     "state shared by streams": (test_vllm_54701_streams_side_by_side_do_not_mix,),
     "two parsers": (test_chat_reply.test_the_client_accumulates_the_body_for_any_groups_of_events,),
     "strict refused": (test_sglang_8087_strict_tools_are_accepted,),
@@ -479,4 +484,5 @@ def test_every_test_of_this_file_is_in_a_list() -> None:
     rows = (*TESTS_BY_CLIENT_ERROR.values(), *TESTS_BY_MODEL_ERROR.values())
     tests = {value for name, value in globals().items() if name.startswith("test_") and callable(value)}
     assert tests - {test for row in rows for test in row} == {test_every_test_of_this_file_is_in_a_list}
+    # the numbers of collected errors: no row may be lost
     assert (len(TESTS_BY_CLIENT_ERROR), len(TESTS_BY_MODEL_ERROR)) == (14, 26)

@@ -1,6 +1,6 @@
 """Tests of errors that other servers had with Claude Code and other clients of the Messages API.
 
-A test is named after an issue where the error was described.
+A test is named after an issue where the error was described, or after the server that had it.
 """
 
 import json
@@ -24,7 +24,7 @@ def prompt_text(server: SteppedServer, **fields: Any) -> str:
     body = {"max_tokens": 5, "messages": USER_MESSAGES, "tools": CLIENT_TOOLS} | fields
     chat = read_fields(json.dumps(body).encode(), MessagesRequest).chat
     model = server.state.model()
-    prompt_ids, *_ = model.chat_prompt(chat, "")
+    prompt_ids, *_ = model.chat_prompt(chat, owner="")
     return model.text_of(prompt_ids)
 
 
@@ -35,7 +35,7 @@ def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(
         billing = f"x-anthropic-billing-header: cc_version=2.1.36; cch={number:05x}"
         system = [{"type": "text", "text": billing}, {"type": "text", "text": "Be short."}]
         usages.append(create_message(client, system=system, max_tokens=2)["usage"])
-    assert usages[1]["input_tokens"] == 1
+    assert usages[1]["input_tokens"] == 1, "all but the last position is cached"
 
 
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "new"}, None])
@@ -60,7 +60,7 @@ def test_lms_2055_a_count_is_exact(server: Server) -> None:
 
 
 def test_claude_relay_service_731_50_counts_at_once_do_not_wait_for_the_model() -> None:
-    with stepped_server(max_queued=1) as server, ThreadPoolExecutor(8) as pool:
+    with stepped_server(max_queued=1) as server, ThreadPoolExecutor(50) as pool:
         body = {"max_tokens": 5, "messages": USER_MESSAGES}
         running = server.send("POST", MESSAGES_PATH, body)
         server.wait_for_plan()
@@ -97,7 +97,7 @@ def test_open_webui_28413_a_request_for_a_title_is_brief_and_an_agents_is_not(fa
         ({"max_tokens": 32000}, Priority.INTERACTIVE),
     ):
         chat = read_fields(json.dumps({"messages": USER_MESSAGES} | fields).encode(), MessagesRequest).chat
-        assert model.chat(chat, "").submissions[0].request.priority is priority
+        assert model.chat(chat, owner="").submissions[0].request.priority is priority
 
 
 def test_exo_the_prompt_shows_that_a_tool_failed(fast_server: SteppedServer) -> None:

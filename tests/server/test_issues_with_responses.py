@@ -1,6 +1,7 @@
 """Tests of errors that other servers had with clients of the Responses API, and with Kimi K2 in that API.
 
-A test is named after an issue where the error was described. `TESTS_BY_ERROR` lists these and those of other files.
+A test is named after an issue where the error was described. `TESTS_BY_ERROR` lists these tests, and tests
+in other files of the same errors.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def test_unsloth_5141_unknown_types_of_tools_and_fields_are_no_error(fast_server
 
 
 @pytest.mark.parametrize("effort", EFFORT_TOKENS)
-def test_claude_code_69379_no_effort_is_refused(fast_server: SteppedServer, effort: str) -> None:
+def test_claude_code_69379_every_effort_is_accepted(fast_server: SteppedServer, effort: str) -> None:
     body = {"input": "a", "reasoning": {"effort": effort, "summary": "detailed"}, "max_output_tokens": 1}
     assert fast_server.request("POST", RESPONSES_PATH, body).status == 200
 
@@ -50,7 +51,9 @@ def test_sglang_8087_strict_functions_are_accepted(fast_server: SteppedServer, s
 
 
 @pytest.mark.parametrize("ids", [("functions.f:0", "functions.f:1"), ("call_x", "call_y"), ("same", "same")])
-def test_kimi_k2_128_ids_of_any_form_give_the_same_prompt(fast_server: SteppedServer, ids: tuple[str, str]) -> None:
+def test_kimi_k2_128_ids_of_any_form_give_prompts_of_equal_length(
+    fast_server: SteppedServer, ids: tuple[str, str]
+) -> None:
     def history(*ids: str) -> list[Any]:
         calls = [{"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"} for call_id in ids]
         outputs = [{"type": "function_call_output", "call_id": call_id, "output": "1"} for call_id in ids]
@@ -66,6 +69,7 @@ def test_sglang_33343_a_new_call_has_a_number_that_does_not_occur() -> None:
         {"type": "function_call", "call_id": "functions.f:80", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "functions.f:80", "output": "1"},
     ]
+    # the same history in the form of chat completions, from which the length of the prompt is computed
     calls = [{"id": "functions.f:80", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     messages = [*USER_MESSAGES, turn, {"role": "tool", "tool_call_id": "functions.f:80", "content": "1"}]
@@ -101,21 +105,21 @@ Test = Callable[..., None]
 TESTS_BY_ERROR: dict[str, tuple[Test, ...]] = {
     "reasoning not sent back": (
         test_responses.test_lost_reasoning_is_put_back,
-        test_open_responses.test_codex_with_40_tools_and_a_loop_of_calls_is_computed_from_the_cache_without_reasoning,
+        test_open_responses.test_a_loop_of_codex_with_40_functions_is_computed_from_the_cache_although_it_drops_reasoning,
     ),
     "closed before response.completed": (
         test_responses.test_the_stream_is_the_body_for_every_kind_of_reply,
         test_responses.test_a_failure_in_the_middle_of_a_stream_is_an_event,
         test_responses.test_a_failure_before_a_body_is_sent_is_a_503,
     ),
-    "comments as signs of life": (
+    "comments as keep-alives": (
         test_responses.test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_repeated,
     ),
     "unknown tools and fields refused": (
         test_unsloth_5141_unknown_types_of_tools_and_fields_are_no_error,
         test_responses_request.test_tools_that_run_on_a_server_and_unknown_items_are_left_out_and_named,
     ),
-    "thinking refused": (test_claude_code_69379_no_effort_is_refused,),
+    "thinking refused": (test_claude_code_69379_every_effort_is_accepted,),
     "a closed connection not detected": (test_responses.test_a_client_that_hangs_up_ends_its_request,),
     "404 for short prompts": (test_mlx_lm_1327_a_short_prompt_is_no_404,),
     "an index twice, an item that stays open": (
@@ -133,7 +137,7 @@ TESTS_BY_ERROR: dict[str, tuple[Test, ...]] = {
     "names with dots and hyphens": (test_responses_format.test_the_items_have_the_order_of_the_model,),
     "reasoning without an end": (test_sglang_23341_reasoning_that_never_ends_is_kept,),
     "a section without a readable call": (test_sglang_25362_a_section_without_a_readable_call_is_a_message,),
-    "ids that are not the model's": (test_kimi_k2_128_ids_of_any_form_give_the_same_prompt,),
+    "ids that are not the model's": (test_kimi_k2_128_ids_of_any_form_give_prompts_of_equal_length,),
     "arguments in one piece": (test_vllm_50604_arguments_are_sent_as_they_are_sampled,),
     "an id twice": (test_sglang_33343_a_new_call_has_a_number_that_does_not_occur,),
     "a call that is cut": (

@@ -1,6 +1,7 @@
 """Tests of a request from the queue to its end: closed connections, a full queue, keep-alives, restarts, slow clients.
 
-The usual prompt has 24 tokens: the first 3 plans of 8 tokens are its prefill, all later ones are decode.
+The prompt of the text "a", the default, has 24 tokens. In default chunks of 8 tokens its prefill is the first 3 plans;
+all later plans are decode.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from mlx_k2.server.api_keys import KeyRing, add_key
 from mlx_k2.server.chat_reply import ChatReply
 from mlx_k2.server.server_state import ServerOptions
 from tests.server.http_client import CHAT_PATH, WAIT_S, HttpAnswer, receive_answer, receive_until, request_bytes
-from tests.server.in_process import LONG_PROMPT, SteppedServer, stepped_server, wait_until
+from tests.server.in_process import ALLOWED_ORIGIN, LONG_PROMPT, SteppedServer, stepped_server, wait_until
 
 FIRST_CHUNK = b'"role":"assistant"'
 with_and_without_stream = pytest.mark.parametrize("stream", [True, False])
@@ -65,7 +66,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, pipelined: bytes | 
         connection.close()
         server.wait_for_requests(0)
         server.tokens.run_until(lambda: server.tokens.stages.next_step(1) is None)
-        assert server.num_planned_tokens < 100
+        assert server.num_planned_tokens < 100, "of the 324 tokens of the prompt"
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
         assert answer.status == 429
         assert answer.error["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
-        assert "token" not in answer.error["message"]  # agents would drop history
+        assert "token" not in answer.error["message"]  # an agent that reads of tokens shortens its history
         first.close()
         second.close()
         server.wait_for_requests(0)
@@ -158,7 +159,7 @@ def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
 @pytest.mark.parametrize(
     ("kind", "keepalive"), [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{},"finish_reason":null')]
 )
-def test_a_stream_without_tokens_is_kept_alive_by_the_clock(kind: Any, keepalive: bytes) -> None:
+def test_a_stream_is_kept_alive_while_it_has_no_tokens(kind: Any, keepalive: bytes) -> None:
     options = ServerOptions(keepalive=kind, keepalive_s=0.05)
     with stepped_server(options) as server, server.send_chat(stream=True) as connection:
         receive_until(connection, keepalive)
@@ -219,6 +220,7 @@ def test_an_unexpected_error_in_a_stream_is_its_last_event(path: str, monkeypatc
 
     monkeypatch.setattr(ChatReply, "add", fail)
     messages = [{"role": "user", "content": "a"}]
+    # "input" is the field of the Responses API for messages; each API ignores the other's field
     body = {"messages": messages, "input": messages, "max_tokens": 3, "stream": True}
     with stepped_server() as server, server.running_stages():
         answer = receive_answer(server.send("POST", path, body))
@@ -230,7 +232,7 @@ def test_an_unexpected_error_in_a_stream_is_its_last_event(path: str, monkeypatc
 
 def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "WRITE_TIMEOUT_S", 0.3)
-    options = ServerOptions(keepalive="chunk", keepalive_s=0.0001)
+    options = ServerOptions(keepalive="chunk", keepalive_s=0.0001)  # so often that keep-alives fill the buffers
     body = {"messages": [{"role": "user", "content": "a"}], "stream": True}
     with stepped_server(options) as server, connect_with_small_buffer(server) as connection:
         connection.sendall(request_bytes("POST", CHAT_PATH, body))
@@ -243,7 +245,7 @@ def test_a_client_that_reads_nothing_is_cancelled(monkeypatch: pytest.MonkeyPatc
         assert b"[DONE]" not in received_bytes
 
 
-def test_a_client_that_reads_slowly_keeps_its_answer() -> None:
+def test_a_client_that_reads_small_parts_gets_its_whole_answer() -> None:
     with stepped_server() as server, server.running_stages():
         connection = server.send_chat(stream=True, max_tokens=30, seed=11)
         received_bytes = b""
@@ -278,10 +280,10 @@ def test_a_request_is_cancelled_by_its_own_key_and_unknown_to_others(tmp_path: P
 def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
     with stepped_server() as server:
         headers = {"Access-Control-Request-Headers": "x-stainless-os, authorization"}
-        allowed = server.request("OPTIONS", "/v1/models", Origin="https://chat.example", **headers)
+        allowed = server.request("OPTIONS", "/v1/models", Origin=ALLOWED_ORIGIN, **headers)
         refused = server.request("OPTIONS", "/v1/models", Origin="https://evil.example", **headers)
     assert (allowed.status, refused.status) == (204, 403)
-    assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
+    assert allowed.headers["access-control-allow-origin"] == ALLOWED_ORIGIN
     assert allowed.headers["access-control-allow-headers"] == "x-stainless-os, authorization"
     assert not [name for name in refused.headers if name.startswith("access-control-allow")]
 
@@ -307,7 +309,7 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
         for _ in range(2):
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert receive_until(connection, b"]}").startswith(b"HTTP/1.1 200")
-            threading.Event().wait(0.4)
+            threading.Event().wait(0.4)  # more than the limit: here it begins with a request's first byte
         connection.sendall(b"GET /v1")
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""

@@ -1,4 +1,4 @@
-"""Test of the server's memory: neither requests that end nor clients that hang up make it grow."""
+"""Test of the server's resources: neither requests that end nor clients that hang up make them grow."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tests.server.server_process import Server, running_server
 
 
 def send_request(server: Server, number: int) -> None:
-    """Send a request. Of ten clients, two hang up after the headers of the answer, one in the middle of its body."""
+    """Send a request. Of ten clients, two hang up when the answer begins, one in the middle of its own request."""
     messages = [{"role": "user", "content": f"Count from {number}"}]
     request = request_bytes("POST", CHAT_PATH, {"messages": messages, "stream": number % 2 == 0, "max_tokens": 2})
     with server.connect() as connection:
@@ -30,7 +30,7 @@ def send_request(server: Server, number: int) -> None:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a server process holds while it has no requests."""
+    """Memory, threads and open files of a server process that has no requests."""
 
     num_bytes: int
     num_threads: int

@@ -49,6 +49,7 @@ def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> No
             ("functions.f:0", "f", {"text": "one two three four five"}),
             ("functions.mcp__a-b.c:1", "mcp__a-b.c", {"number": 5777}),
         ]
+    # broken arguments are text: see below
     assert bool(calls) is (REPLIES[name].finish_reason == "tool_calls" and name != "broken arguments")
 
 
@@ -159,7 +160,7 @@ def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
 
 def test_each_key_may_count_50_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert routes.COUNTS_PER_S == 50
-    monkeypatch.setattr(routes, "COUNTS_PER_S", 3)  # a slow machine, too, sends 30 in less than 9 s
+    monkeypatch.setattr(routes, "COUNTS_PER_S", 3)  # 3 at once and 3 a second: 30 would need 9 s
     keys = [add_key(tmp_path / "keys", name) for name in ("alice", "bob")]
     path = f"{MESSAGES_PATH}/count_tokens"
     with stepped_server(keys=KeyRing(tmp_path / "keys", is_required=True)) as server:
@@ -300,12 +301,13 @@ def test_a_refused_request_is_400_in_anthropics_shape(
 def test_every_error_of_these_paths_is_in_anthropics_shape(
     fast_server: SteppedServer, method: str, path: str, headers: dict[str, str], status: int, kind: str
 ) -> None:
-    answer = fast_server.request(method, path, {} if "Content-Length" not in headers else b"", **headers)
+    body = b"" if "Content-Length" in headers else {}  # a body that is too large is not sent
+    answer = fast_server.request(method, path, body, **headers)
     assert (answer.status, error_of(answer.json)[0]) == (status, kind)
     assert answer.json["request_id"] == answer.headers["request-id"]
 
 
-def test_a_missing_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
+def test_a_wrong_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys", "alice")
     with stepped_server(keys=KeyRing(tmp_path / "keys", is_required=True)) as server:
         body = {"messages": USER_MESSAGES}

@@ -32,6 +32,7 @@ Fields = dict[str, Any]
 DELTA_TYPES = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 """The type of a block's deltas, by the block's type."""
 ARGUMENTS = st.text(st.sampled_from('{}[]":,\\ \ufeff01eNa☃'), max_size=12) | st.just('{"a": 1e999, "a": "\\ud800"}')
+"""Texts of JSON's characters, and an object with an infinite number, a key twice and half of a character."""
 CALLS = ARGUMENTS.map(lambda arguments: section(call("functions.f:0", arguments)))
 
 
@@ -71,7 +72,7 @@ def accumulate_events(events: Sequence[Fields]) -> Fields:
 
 
 def check_blocks(events: Sequence[Fields]) -> None:
-    """Check that blocks are numbered from 0, one is open at a time, deltas have its type, and arguments are objects."""
+    """Check that blocks are numbered from 0, one is open at a time, its deltas have its type; arguments are objects."""
     names = [event["type"] for event in events if event["type"] != "ping"]
     assert (names[0], names[-2:]) == ("message_start", ["message_delta", "message_stop"])
     open_block: Fields | None = None
@@ -112,7 +113,7 @@ def test_arguments_that_are_no_json_object_are_text(arguments: str) -> None:
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.TIMEOUT, FinishReason.CANCELLED])
 @pytest.mark.parametrize("arguments", ["", " ", "\n\t", '{"a": '])
-def test_a_call_that_is_cut_is_text_and_by_length_a_full_context(arguments: str, reason: FinishReason) -> None:
+def test_a_cut_call_is_text_and_length_means_that_the_context_is_full(arguments: str, reason: FinishReason) -> None:
     """The request's max_tokens is not reached, so that only the context can have cut a reply with reason LENGTH."""
     generation = new_generation()
     cut_call = section(call("functions.f:0", arguments)).partition("<|tool_call_end|>")[0]
@@ -128,6 +129,7 @@ def test_an_eager_tool_is_streamed_only_if_a_grammar_makes_its_arguments_json(co
     turns = [MessageEntry(role="user", content="a")]
     request = MessagesRequest(messages=turns, max_tokens=1000, stream=True, tools=tools)
     reply_format = MessagesFormat("1", "m", request, ChatReply(generation))
+    # the arguments are broken: a block that was streamed has begun before this is seen
     events = engine_events(generation, section(call("functions.f:0", '{"a": x')))
     assert (b'"tool_use"' in add_events(reply_format, events)) is constrains_calls
 
@@ -150,7 +152,7 @@ def test_the_client_accumulates_the_body_for_any_groups_of_events(
     parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], display: str
 ) -> None:
     text = "".join(parts)
-    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    for_body, for_stream = (new_generation(stop_strings, first_call=3, in_reasoning=in_reasoning) for _ in range(2))
     reply_format = new_format(for_stream, display)
     events = parse_events(stream_in_groups(reply_format, engine_events(for_stream, text), group_sizes))
     check_blocks(events)

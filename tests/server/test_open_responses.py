@@ -185,8 +185,10 @@ CODEX_TOOLS: list[Any] = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_codex_with_40_tools_and_a_loop_of_calls_is_computed_from_the_cache_without_reasoning(server: Server) -> None:
-    """The client builds its history from the events of completed items, without those of reasoning."""
+def test_a_loop_of_codex_with_40_functions_is_computed_from_the_cache_although_it_drops_reasoning(
+    server: Server,
+) -> None:
+    """The client builds its history from the events of completed items, and leaves out the reasoning."""
     context = [{"type": "input_text", "text": "<environment_context><cwd>/tmp</cwd></environment_context>"}]
     history: list[Any] = [
         {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Sandboxed."}]},
@@ -209,7 +211,7 @@ def test_codex_with_40_tools_and_a_loop_of_calls_is_computed_from_the_cache_with
         num_reasoning_items += sum(item["type"] == "reasoning" for item in items)
         history += [item for item in items if item["type"] != "reasoning"]
         calls = [item for item in items if item["type"] == "function_call"]
-        if not calls:  # the small model may answer instead: then a call is added to its turn
+        if not calls:  # the small model may answer instead: then a call is added to its turn, which is not found again
             calls = [WEATHER_CALL | {"call_id": f"call_{number}"}]
             history += calls
             num_turn_tokens = 0

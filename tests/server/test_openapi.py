@@ -19,6 +19,7 @@ from tests.server.server_process import Server
 
 MAX_TOKENS = 3
 """The limit in each request, so that a valid one ends soon."""
+# without the stream of the status, which does not end
 schema = schemathesis.openapi.from_dict(openapi_document()).exclude(path="/v1/status/events")
 
 
@@ -28,6 +29,7 @@ def test_the_document_has_every_route_and_no_other() -> None:
         (route.path.replace(":path}", "}"), method) for route in routes for method in route.methods or ()
     }
     documented = {(path, method.upper()) for path, methods in openapi_document()["paths"].items() for method in methods}
+    # Starlette adds HEAD to each GET
     assert {(path, method) for path, method in routes_and_methods if method != "HEAD"} == documented
 
 
@@ -58,7 +60,7 @@ def test_each_request_of_schemathesis_is_answered_or_refused_as_documented(
         assert error.keys() == ({"message", "type"} if is_messages else {"message", "type", "param", "code"})
         assert error["message"]
         assert error["type"]
-    if case.method == case.operation.method.upper():
+    if case.method == case.operation.method.upper():  # Schemathesis tries undocumented methods, too
         assert str(response.status_code) in openapi_document()["paths"][case.path][case.operation.method]["responses"]
     assert "defect" not in "\n".join(fast_server.lines)
     fast_server.lines.clear()

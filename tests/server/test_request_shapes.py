@@ -11,6 +11,7 @@ from tests.server.http_client import CHAT_PATH
 from tests.server.server_process import Server
 
 MAX_ROUNDS = 20 if hypothesis.settings.get_current_profile_name() == "long" else 5
+# for kimi-cli only two, which show that the second one comes from the cache
 NUM_ROUNDS = {"opencode": MAX_ROUNDS, "cline": MAX_ROUNDS, "kimi-cli": 2}
 REQUESTS: dict[str, dict[str, Any]] = {
     "opencode": {

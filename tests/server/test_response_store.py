@@ -1,15 +1,16 @@
-"""Tests of stored responses: the limit of bytes, and the order in which responses are removed."""
+"""Tests of stored responses: the limit of bytes, the order of removal, owners, and conversations."""
 
+from mlx_k2.json_text.parse import MAX_DEPTH
 from mlx_k2.server.turn_store import ResponseStore, StoredResponse
 
 
 def response(num_bytes: int) -> StoredResponse:
-    """Return a response of that size, messages and answer included."""
+    """Return a response of ``num_bytes``, of which messages and answer have 4."""
     return StoredResponse(b"x" * (num_bytes - 4), b"[]", b"{}")
 
 
 def are_stored(store: ResponseStore, owner: str, *ids: str) -> list[bool]:
-    """Return for each id whether its response is are_stored, which is a use of the response."""
+    """Return for each id whether its response is stored. This counts as a use of the response."""
     return [store.find(owner, response_id) is not None for response_id in ids]
 
 
@@ -52,7 +53,8 @@ def test_a_stored_conversation_ends_with_the_answer() -> None:
     assert [message["content"] for message in stored.conversation] == ["a", "b"]
 
 
-def test_a_conversation_nested_as_deep_as_a_request_may_be_is_read_again() -> None:
-    messages = b'[{"role":"user","content":' + b'{"a":' * 120 + b"1" + b"}" * 121 + b"]"
+def test_a_conversation_nested_deeper_than_a_request_may_be_is_read_again() -> None:
+    content = b'{"a":' * MAX_DEPTH + b"1" + b"}" * MAX_DEPTH
+    messages = b'[{"role":"user","content":%s}]' % content
     stored = StoredResponse(b"{}", messages, b'{"role":"assistant","content":"b"}')
     assert [message["role"] for message in stored.conversation] == ["user", "assistant"]

@@ -1,4 +1,4 @@
-"""Tests of responses over HTTP: replies of every kind, stored responses, signs of life in a stream, and failures."""
+"""Tests of responses over HTTP: replies of every kind, stored responses, keep-alives of a stream, and failures."""
 
 import json
 import socket
@@ -29,13 +29,13 @@ RESULTS: list[Any] = [
     {"type": "function_call_output", "call_id": "functions.f:0", "output": "1"},
     {"type": "function_call_output", "call_id": "functions.mcp__a-b.c:1", "output": "2"},
 ]
-"""The results of the calls in CALLS."""
+"""The results of the calls in CALLS_REPLY."""
 
 
 @pytest.fixture(scope="module")
 def calling_server() -> Iterator[ForcedServer]:
     """A server whose model thinks, writes a text and calls two tools."""
-    with forced_server(CALLS_REPLY, ServerOptions(strict_model=False)) as server:
+    with forced_server(CALLS_REPLY) as server:
         yield server
 
 
@@ -61,7 +61,7 @@ def send_streamed(server: SteppedServer, **fields: Any) -> socket.socket:
 @pytest.mark.parametrize("name", CASES)
 def test_the_stream_is_the_body_for_every_kind_of_reply(name: str) -> None:
     reply, fields = CASES[name]
-    fields = {"max_output_tokens": 6} if name == "length" else fields
+    fields = {"max_output_tokens": 6} if name == "length" else fields  # CASES has the fields of chat completions
     with forced_server(reply.text) as server:
         body = create_response(server, **fields)
         assert comparable_fields(stream_response(server, **fields)) == comparable_fields(body)
@@ -106,7 +106,7 @@ def test_the_first_events_come_before_the_prompt_is_computed_and_in_progress_is_
 
 
 def test_without_keep_alives_in_progress_is_sent_once() -> None:
-    options = ServerOptions("off", keepalive_s=0.01)
+    options = ServerOptions(keepalive="off", keepalive_s=0.01)
     with stepped_server(options) as server, send_streamed(server, max_output_tokens=3) as connection:
         received_bytes = receive_until(connection, b"event: response.in_progress")
         server.wait_for_plan()
@@ -152,7 +152,7 @@ def test_a_warning_names_the_types_of_tools_that_are_left_out(calling_server: Fo
     assert '299 mlx-k2 "tools of these types are left out: web_search"' in answer.headers["warning"]
 
 
-def test_one_call_is_made_without_parallel_calls(calling_server: ForcedServer) -> None:
+def test_parallel_tool_calls_false_ends_the_response_after_one_call(calling_server: ForcedServer) -> None:
     body = create_response(calling_server, parallel_tool_calls=False)
     assert [item["call_id"] for item in body["output"] if item["type"] == "function_call"] == ["functions.f:0"]
     streamed_response = stream_response(calling_server, parallel_tool_calls=False)

@@ -33,7 +33,7 @@ HEAD = {"id": "resp_1", "created": 1, "model": "m"}
 def new_format(reply: ChatReply, store: Callable[[bytes], None] = lambda _: None) -> ResponseFormat:
     sampling = reply.generation.submissions[0].request.sampling
     fields = response_fields(HEAD, ResponsesRequest(input="a"), sampling)
-    return ResponseFormat(fields, reply, "comment", store)
+    return ResponseFormat(fields, reply, keepalive="comment", keep_response=store)
 
 
 def create_body(generation: Generation, events: Sequence[Event]) -> Fields:
@@ -73,7 +73,7 @@ def test_indexes_are_right_and_the_stream_is_the_body_for_any_groups_of_events(
     parts: list[str], group_sizes: list[int], in_reasoning: bool, stop_strings: tuple[str, ...], reason: FinishReason
 ) -> None:
     text = "".join(parts)
-    for_body, for_stream = (new_generation(stop_strings, 3, in_reasoning) for _ in range(2))
+    for_body, for_stream = (new_generation(stop_strings, first_call=3, in_reasoning=in_reasoning) for _ in range(2))
     body = create_body(for_body, engine_events(for_body, text, reason))
     response = stream_response(for_stream, engine_events(for_stream, text, reason), group_sizes)
     assert comparable_fields(response) == comparable_fields(body)
@@ -122,7 +122,7 @@ def test_a_call_that_is_cut_is_an_incomplete_item_of_an_incomplete_response(reas
     generation = new_generation()
     *events, end = engine_events(generation, OPEN_CALL, reason)
     assert isinstance(end, Finished)
-    response = stream_response(generation, [*events, Finished(end.summary)])
+    response = stream_response(generation, [*events, Finished(end.summary)])  # without parts, as the engine sends it
     assert response["status"] == "incomplete"
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
     assert comparable_fields(response)["output"] == [("function_call", "incomplete", "functions.f:0", "f", "{")]

@@ -145,7 +145,7 @@ def test_a_tool_choice_that_is_a_word_is_unchanged(choice: str) -> None:
     assert conversation(tools=[FUNCTION_F], tool_choice=choice).chat.tool_choice == choice
 
 
-def test_the_choice_of_one_function_is_that_of_chat_completions() -> None:
+def test_the_choice_of_one_function_has_the_form_of_chat_completions() -> None:
     chat = conversation(tools=[FUNCTION_F, FUNCTION_G], tool_choice={"type": "function", "name": "g"}).chat
     assert chat.tool_choice == {"type": "function", "function": {"name": "g"}}
 
@@ -175,7 +175,7 @@ def test_very_many_tools_and_allowed_tools_are_refused_in_linear_time() -> None:
         ({"verbosity": "high"}, None),
     ],
 )
-def test_the_format_of_the_answer_is_that_of_chat_completions(text: object, response_format: object) -> None:
+def test_the_format_of_the_answer_has_the_form_of_chat_completions(text: object, response_format: object) -> None:
     assert conversation(text=text).chat.response_format == response_format
 
 

@@ -1,7 +1,7 @@
-"""Tests of another project's schemas over HTTP: as the format of an answer, and as parameters of a tool.
+"""Tests of the schemas in tests/coordinator/goldens over HTTP: as the format of an answer, and as a tool's parameters.
 
 Two models on two stages each: the built-in one, and one with random weights. Each request is sent twice, streamed and
-not. The long profile has all schemas.
+not. The long profile has all schemas, other profiles have every 30th.
 """
 
 import json
@@ -72,7 +72,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 def answer_and_call(model: Model, schema: Any, **fields: Any) -> tuple[Completion, Completion]:
-    """Return an answer of this schema, and a call of a tool with such parameters. Check that streams are equal."""
+    """Return an answer of this schema, and a reply that calls a tool with it. Check that each equals its stream."""
     answer_format = {"type": "json_schema", "json_schema": {"name": "record", "schema": schema}}
     tool = {"type": "function", "function": {"name": TOOL, "parameters": as_parameters(schema)}}
     request: dict[str, Any] = {

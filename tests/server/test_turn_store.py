@@ -27,7 +27,7 @@ def answer_with_call(arguments: object, content: str, number: int = 0) -> Messag
 
 
 def turn(reasoning: str = "thought", num_tokens: int = 3, message: Message | None = None) -> StoredTurn:
-    """Return the turn of a message with reasoning; by default of `answer()`."""
+    """Return the turn of ``message``, by default of `answer()`, with ``reasoning`` added."""
     complete = msgspec.structs.replace(message or answer(), reasoning_content=reasoning)
     return StoredTurn(complete, array("I", range(num_tokens)))
 
@@ -79,7 +79,7 @@ def test_arguments_in_another_form_and_lost_spaces_are_restored_as_they_were_sam
 def test_an_answer_that_the_client_has_edited_stays_edited() -> None:
     store = TurnStore()
     handle = keep(store)
-    restored = store.restore("", [QUESTION, answer("edited")], [None, handle]).messages[1]
+    restored = store.restore("", [QUESTION, answer("edited")], turn_handles=[None, handle]).messages[1]
     assert (restored.content, restored.reasoning_content) == ("edited", "thought")
 
 
@@ -107,7 +107,7 @@ def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
     handles = [keep(store, stored_turn=turn(reasoning)) for reasoning in ("first", "second")]
     for handle, reasoning in zip(handles, ("first", "second"), strict=True):
         changed_messages = [OTHER_QUESTION, answer()]
-        restored = store.restore("", changed_messages, [None, handle])
+        restored = store.restore("", changed_messages, turn_handles=[None, handle])
         assert restored.turns == {0: turn(reasoning)}
         assert restored.messages[1].reasoning_content == reasoning
 
@@ -116,14 +116,14 @@ def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
 def test_an_unknown_or_malformed_handle_finds_nothing(handle: object) -> None:
     store = TurnStore()
     keep(store)
-    assert store.restore("", [OTHER_QUESTION, answer()], [None, handle]).turns == {}
+    assert store.restore("", [OTHER_QUESTION, answer()], turn_handles=[None, handle]).turns == {}
 
 
 def test_another_owners_handle_finds_nothing() -> None:
     store = TurnStore()
     handle = keep(store, "alice")
     for owner, is_found in (("alice", True), ("bob", False), ("", False)):
-        restored = store.restore(owner, [OTHER_QUESTION, answer()], [None, handle])
+        restored = store.restore(owner, [OTHER_QUESTION, answer()], turn_handles=[None, handle])
         assert bool(restored.turns) is is_found
 
 

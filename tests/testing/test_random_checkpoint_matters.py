@@ -25,7 +25,7 @@ Weights = dict[str, mx.array]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "model"
-    write_random_checkpoint(folder, tiny_config_fields(VOCAB_SIZE), 0, {})
+    write_random_checkpoint(folder, tiny_config_fields(VOCAB_SIZE), seed=0, tokenizer_files={})
     return folder
 
 
@@ -43,7 +43,7 @@ def largest_difference(left: mx.array, right: mx.array) -> float:
 
 
 def load(folder: Path, change: Callable[[Weights], None] = lambda _: None) -> Any:
-    """Return mlx-lm's DeepseekV3 in float32 with INT4 experts, built as mlx-lm's loader does, after ``change``."""
+    """Return mlx-lm's DeepseekV3 in float32 with INT4 experts, built as by its loader. ``change`` edits the weights."""
     model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
     weights: Weights = {}
     for path in sorted(folder.glob("*.safetensors")):

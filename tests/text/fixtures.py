@@ -13,7 +13,7 @@ from mlx_k2.text.prompt import PromptPiece, encode_pieces, render_pieces
 from mlx_k2.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 800
-FILES = tiny_vocabulary(VOCAB_SIZE, 4096).files
+FILES = tiny_vocabulary(VOCAB_SIZE, max_position_embeddings=4096).files
 
 
 @functools.cache
@@ -27,17 +27,25 @@ def builtin_template() -> ChatTemplate:
 
 
 def pieces_of(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    tools: Any = None,
+    **options: Any,
 ) -> list[PromptPiece]:
-    """Return the prompt of messages in OpenAI's format, in pieces."""
-    return render_pieces(template, tokenizer, read_history(messages, template.fields).messages, *tools, **options)
+    """Return the prompt of messages in OpenAI's format, in pieces. ``options`` are variables of the template."""
+    return render_pieces(template, tokenizer, read_history(messages, template.fields).messages, tools, **options)
 
 
 def ids_of(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *tools: Any, **options: Any
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    tools: Any = None,
+    **options: Any,
 ) -> list[int]:
-    """Return the prompt of messages in OpenAI's format, in token ids."""
-    return encode_pieces(tokenizer, pieces_of(template, tokenizer, messages, *tools, **options))
+    """Return the prompt of messages in OpenAI's format, in token ids. ``options`` are variables of the template."""
+    return encode_pieces(tokenizer, pieces_of(template, tokenizer, messages, tools, **options))
 
 
 def as_text(pieces: list[PromptPiece]) -> str:

@@ -1,4 +1,4 @@
-"""Replies as the model writes them, as tokens of a vocabulary, and parsed."""
+"""Replies as text, as the tokens that the model samples for the text, and parsed."""
 
 import re
 from collections.abc import Sequence
@@ -52,8 +52,9 @@ def section(*calls: str) -> str:
 
 
 def call(written_id: str, arguments: str) -> str:
-    """Return the text of a call, which belongs into a section."""
+    """Return the text of a call, for `section`."""
     return f"<|tool_call_begin|>{written_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
 
 
 CALL = section(call("functions.f:0", '{"a": 1}'))
+"""The text of a section with one call."""

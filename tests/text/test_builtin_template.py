@@ -1,4 +1,4 @@
-"""Tests of the built-in template against the prompts that Kimi K2 Thinking's own template renders."""
+"""Tests of the built-in template against Kimi K2 Thinking's prompt format, which is written out in this file."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def test_a_message_name_replaces_the_role() -> None:
     assert "<|im_user|>Ada<|im_middle|>hello" in render([HELLO | {"name": "Ada"}])
 
 
-def test_a_tool_turn_renders_as_the_golden_text() -> None:
+def test_a_tools_result_has_the_tools_name_and_the_id_of_its_call() -> None:
     messages = [HELLO, call({"city": "Rome"}, reasoning_content="R"), result(name="get_weather")]
     assert render(messages) == (
         DEFAULT_SYSTEM
@@ -197,5 +197,5 @@ any_message = st.sampled_from(
 
 
 @given(st.lists(any_message, min_size=1, max_size=9))
-def test_messages_in_any_order_render_like_the_reference_function(messages: list[Message]) -> None:
+def test_messages_in_any_order_render_as_in_kimi_k2_thinkings_format(messages: list[Message]) -> None:
     assert render(messages) == reference_text(messages)

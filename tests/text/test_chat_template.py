@@ -30,7 +30,7 @@ COSTLY_TEMPLATES = {
 
 
 def render(source: str, **variables: Any) -> str:
-    """Render a template with limits that are low enough for a test."""
+    """Render a template with limits that are low enough for a test. 0.2 s of CPU time are named in messages below."""
     return ChatTemplate(source, max_cpu_s=0.2, max_characters=100_000).render(variables)
 
 
@@ -56,7 +56,7 @@ def test_a_template_that_writes_over_100000_characters_is_stopped() -> None:
         ("{{ messages.append(1) }}", "line 1: access to attribute 'append'"),
         ("{{ messages | shout }}", "line 1: No filter named 'shout'"),
         ("{% include 'other' %}", "line 1: no loader"),
-        ("{{ messages | tojson }}{{ tojson }}{{ {1: ''.join} | tojson }}", "line 1: .*not JSON serializable"),
+        ("{{ {1: ''.join} | tojson }}", "line 1: .*not JSON serializable"),
     ],
 )
 def test_a_template_error_names_the_file_and_line(source: str, error: str) -> None:
@@ -172,7 +172,7 @@ def test_an_unreadable_template_is_refused(files: dict[str, bytes]) -> None:
 
 
 EVASIVE_TEMPLATES = {
-    "assignments to names that may be the limit's": (
+    "assignments to names with the program's prefix": (  # a limit inside the compiled template could have such names
         "\n{% set mlx_k2_on_turn = dict %}{% set mlx_k2_on_iteration = dict %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     ),
@@ -260,11 +260,12 @@ def has_mark(process: psutil.Process, mark: str) -> bool:
 
 
 @pytest.mark.timeout(40)
-@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)"], ids=["exit", "SIGKILL"])
-def test_the_worker_ends_with_the_program(end: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "exit_code"), [("pass", 0), ("os.kill(os.getpid(), 9)", -9)], ids=["exit", "SIGKILL"])
+def test_the_worker_ends_with_the_program(end: str, exit_code: int, tmp_path: Path) -> None:
     program = f"from mlx_k2.text.chat_template import ChatTemplate; ChatTemplate('a'); import os; {end}"
     mark = str(tmp_path)
-    subprocess.run([sys.executable, "-c", program], timeout=20, env={**os.environ, "MLX_K2_TEST_MARK": mark})
+    environment = {**os.environ, "MLX_K2_TEST_MARK": mark}
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, env=environment).returncode == exit_code
     deadline = time.monotonic() + 10
     while any(has_mark(process, mark) for process in psutil.process_iter()):
         assert time.monotonic() < deadline

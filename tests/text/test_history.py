@@ -53,18 +53,15 @@ def test_a_rendered_reply_is_parsed_to_the_same_reply(
     reasoning: str, content: str, names_and_arguments: list[tuple[str, str]]
 ) -> None:
     calls = tuple(ToolCall("", name, arguments, None) for name, arguments in names_and_arguments)
-    message = assistant_message(Reply(reasoning, content, calls), 3)
+    message = assistant_message(Reply(reasoning, content, calls), num_calls_before=3)
     reply = whole_reply(parts_of(sampled_ids([USER_MESSAGE, message])))
     assert (reply.reasoning, reply.content) == (reasoning, content)
-    assert [(call.name, call.arguments) for call in reply.calls] == [
-        (name.removeprefix("functions.") or name, arguments) for name, arguments in names_and_arguments
-    ]
-    assert assistant_message(reply, 3).content == message.content
+    assert [(call.name, call.arguments) for call in reply.calls] == names_and_arguments
     assert [call.written_id for call in reply.calls] == [call.id for call in message.tool_calls]
 
 
-def test_a_tool_turn_renders_as_the_golden_string() -> None:
-    turn = assistant_message(Reply("R", "", (WEATHER_CALL,)), 0)
+def test_a_call_and_its_result_are_rendered_with_one_id() -> None:
+    turn = assistant_message(Reply("R", "", (WEATHER_CALL,)), num_calls_before=0)
     conversation = [USER_MESSAGE, turn, *tool_messages(turn, ['{"w":1}'])]
     text = as_text(render_pieces(builtin_template(), tokenizer(), conversation))
     assert text.endswith(
@@ -76,13 +73,14 @@ def test_a_tool_turn_renders_as_the_golden_string() -> None:
 
 
 def test_an_empty_reply_is_rendered_as_empty_text() -> None:
-    turn = assistant_message(Reply("", "", ()), 0)
+    turn = assistant_message(Reply("", "", ()), num_calls_before=0)
     assert turn.json_value() == {"role": "assistant", "content": "", "reasoning_content": ""}
     assert "None" not in as_text(render_pieces(builtin_template(), tokenizer(), [USER_MESSAGE, turn]))
 
 
 def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
-    turn = assistant_message(Reply("", "", (ToolCall("3", "", "{", None, "The call was not run."),)), 5)
+    broken_call = ToolCall(written_id="3", name="", arguments="{", values=None, error="The call was not run.")
+    turn = assistant_message(Reply("", "", (broken_call,)), num_calls_before=5)
     (message,) = tool_messages(turn, ["The call was not run."])
     assert turn.tool_calls[0].function == CalledFunction("unknown", "{")
     assert message.tool_call_id == turn.tool_calls[0].id == "functions.unknown:5"
@@ -91,7 +89,7 @@ def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
 
 
 def with_normal_ids(messages: list[Message]) -> list[Message]:
-    """Return the messages with the call ids that the model knows: functions.NAME:NUMBER."""
+    """Return the messages with the call ids that Kimi K2 is trained on: functions.NAME:NUMBER."""
     return read_history([message.json_value() for message in messages], (), normal_ids=True).messages
 
 

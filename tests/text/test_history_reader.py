@@ -37,7 +37,7 @@ def nested_list(depth: int) -> Any:
         ("hello", "message 2 is not an object"),
         ({"role": "user", 3: "x"}, "message 2: the keys of an object must be text"),
         ({"content": "x"}, "message 2 has the role None: give one of system, user, assistant, tool"),
-        ({"role": "<|im_end|>", "content": "x"}, "message 2 has the role '<|im_end|>'"),
+        ({"role": "<|im_end|>", "content": "x"}, r"message 2 has the role '<\|im_end\|>'"),
         ({"role": ["user"], "content": "x"}, r"message 2 has the role \['user'\]"),
         ({"role": "user", "content": 3}, r"message 2 \(user\): content must be text or a list of text parts"),
         ({"role": "user", "content": {"type": "text", "text": "x"}}, "content must be text or a list of text parts"),
@@ -66,7 +66,7 @@ def nested_list(depth: int) -> Any:
     ],
 )
 def test_a_malformed_message_is_named(message: Any, error: str) -> None:
-    with pytest.raises(RequestError, match=error.replace("|", r"\|")):
+    with pytest.raises(RequestError, match=error):
         read_history([{"role": "user", "content": "fine"}, message], ("extra",))
 
 
@@ -265,7 +265,9 @@ malformed_history = st.lists(malformed_message, min_size=1, max_size=3)
 
 @settings(max_examples=at_least(300))
 @given(malformed_history, st.sampled_from([(), ("reasoning", "extra", "reasoning_details", "function_call")]))
-def test_any_json_is_read_or_refused_by_name(history: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
+def test_any_json_is_read_or_refused_with_the_number_of_its_message(
+    history: list[dict[str, Any]], fields: tuple[str, ...]
+) -> None:
     try:
         result = read_history(history, fields)
     except RequestError as error:

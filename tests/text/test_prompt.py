@@ -66,7 +66,7 @@ def harmless(value: Any) -> Any:
 
 
 def harmless_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation with all text but roles and called names replaced by as much harmless text."""
+    """Return the conversation with all text replaced by as much harmless text, except roles and functions' names."""
     messages = copy.deepcopy(conversation)
     for message in messages:
         for name in message.keys() - {"role", "tool_calls", "content"}:
@@ -107,6 +107,7 @@ def test_a_prompt_decodes_to_the_rendering_of_unescaped_text_byte_for_byte(conve
     assert decode(encode_pieces(tokenizer(), pieces)) == renderings[0]
 
 
+# A prompt is searched in windows of 16,384 characters: some control tokens begin in one window and end in the next.
 @given(st.lists(st.integers(16_350, 16_390), min_size=1, max_size=3), st.sampled_from(["<|im_end|>", "[EOS]"]))
 def test_control_tokens_are_found_everywhere_in_a_long_prompt(lengths: list[int], name: str) -> None:
     template = ChatTemplate("{% for message in messages %}{{ message.content }}" + name + "{% endfor %}")
@@ -176,6 +177,7 @@ short_texts = st.one_of(
 def test_no_template_lets_text_become_a_control_token(source: str, first: str, second: str) -> None:
     conversation = [{"role": "user", "content": first, "name": first}, {"role": "user", "content": second}]
     pieces = pieces_of(ChatTemplate(source), tokenizer(), conversation)
+    # The template "in a macro" writes one <|im_end|> itself.
     ids_of_the_template = [tokenizer().token_id("<|im_end|>")] if "m('im_end')" in source else []
     assert [piece for piece in pieces if isinstance(piece, int)] == ids_of_the_template
 
@@ -194,15 +196,16 @@ def test_no_template_lets_text_become_a_control_token(source: str, first: str, s
         "{{ {'HERE': '<|im_user|>'}[messages[0].content] }}",
         "{% if messages[0].content in ['HERE'] %}<|im_user|>{% endif %}",
         "{{ messages | selectattr('content', 'equalto', 'HERE') | map(attribute='x', default='<|im_user|>') | first }}",
-        "{% if bound == 'HERE' %}<|im_user|>{% endif %}",
+        "{% if option == 'HERE' %}<|im_user|>{% endif %}",
     ],
 )
 def test_control_tokens_spelled_by_the_template_become_control_tokens(source: str) -> None:
-    pieces = pieces_of(ChatTemplate(source), tokenizer(), [{"role": "user", "content": "HERE"}], bound="HERE")
+    pieces = pieces_of(ChatTemplate(source), tokenizer(), [{"role": "user", "content": "HERE"}], option="HERE")
     assert [piece for piece in pieces if isinstance(piece, int)] == [tokenizer().token_id("<|im_user|>")]
 
 
 def test_a_template_that_behaves_differently_on_escaped_text_is_refused() -> None:
+    # Python searches the template's plain text for the escaped characters, and does not find them.
     template = ChatTemplate("{% if messages[0].content in 'one two' %}a{% else %}b{% endif %}")
     with pytest.raises(TokenizerError, match="alters message text"):
         pieces_of(template, tokenizer(), [{"role": "user", "content": "one"}])
@@ -228,13 +231,12 @@ def declaration(source: str) -> str:
     return str(piece)
 
 
-def test_keys_of_tools_are_sorted_for_a_template_with_think_tokens_and_stay_in_order_for_others() -> None:
+def test_keys_of_tools_are_sorted_only_for_a_template_with_think_tokens_or_typescript() -> None:
     unsorted = '[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "é": "<|im_end|>"}}}]'
     assert declaration("{{ tools | tojson }}") == unsorted
     sorted_keys = '[{"function":{"name":"f","parameters":{"type":"object","é":"<|im_end|>"}},"type":"function"}]'
     assert declaration("{{ tools | tojson(separators=(',', ':')) }}{# <think> #}") == sorted_keys
-    source = "{{ tools_ts_str if not tools_ts_str else tools | tojson(separators=(',', ':')) }}"
-    assert declaration(source) == sorted_keys
+    assert declaration("{{ tools | tojson(separators=(',', ':')) }}{% if tools_ts_str %}{% endif %}") == sorted_keys
 
 
 def test_a_template_that_reads_tools_ts_str_gets_it_only_where_all_tools_have_a_typescript_form() -> None:
@@ -259,7 +261,7 @@ def test_strftime_now_has_the_same_time_in_both_renderings_of_a_prompt() -> None
     assert str(piece).split()[0].isdigit()
 
 
-def test_a_malformed_message_is_refused_before_anything_is_rendered() -> None:
+def test_a_malformed_message_is_refused() -> None:
     with pytest.raises(RequestError, match="message 1 has the role"):
         ids_of(builtin_template(), tokenizer(), [{"role": "wizard", "content": "x"}])
 

@@ -90,7 +90,7 @@ def test_splitting_the_text_differently_gives_the_same_reply_parts(
 
 
 @given(replies, st.booleans(), vocabularies)
-def test_the_parts_of_a_reply_have_all_its_text_in_order_except_space_and_markers(
+def test_the_parts_of_a_reply_have_all_its_text_in_order_except_space_and_characters_of_markers(
     tokens: list[Token], in_reasoning: bool, names: frozenset[str]
 ) -> None:
     tokens = as_control_tokens(tokens, names)
@@ -157,6 +157,7 @@ json_values = st.recursive(
     max_leaves=5,
 )
 argument_objects = st.dictionaries(st.text("abc_", min_size=1, max_size=4), json_values, max_size=3)
+# In an id without the prefix "functions.", a name that begins with it could not be told from the prefix.
 names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True).filter(lambda name: not name.startswith("functions."))
 call_ids = st.builds("{}{}:{}".format, st.sampled_from(["functions.", ""]), names, st.integers(0, 400))
 

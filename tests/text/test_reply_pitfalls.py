@@ -7,9 +7,15 @@ from tests.text.replies import CALL, call, parse_reply, section
 # The reply, whether the prompt opened the reasoning, and the expected reasoning, content and call names.
 PITFALLS = {
     "K2 Thinking writes <think> itself": ("<think>R</think>C", False, "R", "C", []),
-    "K2.5's prompt opened it": ("R</think>C", True, "R", "C", []),
-    "K2.5 writes it again (vLLM #32216: a leading <think> is optional)": ("\n<think>R</think>C", True, "R", "C", []),
-    "instant mode: the prompt closed it": ("C", False, "", "C", []),
+    "K2.5's prompt ends with <think>": ("R</think>C", True, "R", "C", []),
+    "K2.5 writes <think> again (vLLM #32216: a leading <think> is optional)": (
+        "\n<think>R</think>C",
+        True,
+        "R",
+        "C",
+        [],
+    ),
+    "instant mode: the prompt ends with </think>": ("C", False, "", "C", []),
     "space before <think>": (" \n<think>R</think>C", False, "R", "C", []),
     "space before an answer stays": (" C", False, "", " C", []),
     "nothing but space": (" \n", False, "", " \n", []),

@@ -245,7 +245,7 @@ def test_required_fields_come_first_and_each_group_is_in_code_point_order(parame
 @given(object_schemas(schemas))
 def test_each_closing_line_of_code_has_the_indent_of_the_line_that_opened_it(parameters: dict[str, Any]) -> None:
     open_indents: list[int] = []
-    for line in declaration(tool(parameters)).splitlines()[4:-1]:
+    for line in declaration(tool(parameters)).removeprefix(HEAD).removesuffix(TAIL).splitlines():
         if not line.strip() or line.lstrip().startswith("//"):
             continue
         indent = len(line) - len(line.lstrip())
@@ -257,7 +257,7 @@ def test_each_closing_line_of_code_has_the_indent_of_the_line_that_opened_it(par
 
 
 @given(object_schemas(schemas))
-def test_a_declaration_has_each_property_with_its_description_and_default(parameters: dict[str, Any]) -> None:
+def test_a_declaration_has_each_property_with_its_description_and_default_text(parameters: dict[str, Any]) -> None:
     lines = declaration(tool(parameters)).splitlines()
     for name, schema in parameters["properties"].items():
         if isinstance(schema, dict):

@@ -37,6 +37,7 @@ _KEYS = (
     "Enter sends. Alt-Enter, Ctrl-J or a backslash at the end begins a new line.",
     "Ctrl-C stops an answer. Write a space before a message that begins with a slash.",
 )
+"""Lines on the keyboard, which /help shows after the commands."""
 
 
 def is_command(line: str) -> bool:

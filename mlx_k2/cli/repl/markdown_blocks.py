@@ -25,12 +25,12 @@ class MarkdownBlocks:
 
     def __init__(self) -> None:
         self._parser = chat_parser()
-        self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])
+        self._block_parser = MarkdownIt().enable("table").disable(["inline", "text_join"])  # finds blocks only
         self._references: dict[str, Any] = {}
         self.follows_block = False
         """True if an empty line is to be shown before the next block; set by the caller, for instance after a fence."""
         self._lines: list[str] = []  # all complete lines of the open block
-        self._parsed_lines: list[str] = []  # those of the open block's lines that are still parsed and displayed
+        self._parsed_lines: list[str] = []  # those that are parsed and displayed: all, or all but a middle part
         self._last_line = ""  # incomplete
         self._has_new_lines = False
         self._is_fence = False
@@ -52,7 +52,7 @@ class MarkdownBlocks:
             return []
         self._has_new_lines = False
         start = self._find_open_block(self._parsed_lines)
-        if start and len(self._parsed_lines) < len(self._lines):
+        if start and len(self._parsed_lines) < len(self._lines):  # lines were dropped: find its index among all lines
             start = self._find_open_block(self._lines)
             self._parsed_lines = self._lines.copy()
         if start:
@@ -180,6 +180,7 @@ def _needless_lines(block: SyntaxTreeNode, first: int, keep_lines: int) -> Itera
             child_start, child_end = first_child.map
             if first_child.type in ("paragraph", "heading"):  # the first line is enough to find the end
                 child_end = child_start + 1
+            # the empty line before the kept child stays, because it separates the two
             yield from _nonempty_range(max(first, child_end), _start(first_kept_child) - 1)
         if first_kept_child is children[-1]:
             marker_lines = 1 if first_kept_child.type == "list_item" else 0

@@ -120,7 +120,10 @@ class PlainScreen(Screen):
         self._end_text()
 
     def _end_text(self) -> None:
-        """End a line of reasoning. For a line of the answer, write the line end to stderr, if that is a terminal."""
+        """End a line of reasoning. For a line of the answer, write the line end to stderr, if that is a terminal.
+
+        On stdout the answer later continues in the same line.
+        """
         if self._line_kind is Reasoning:
             self.pause()
         elif self._line_kind is Content and self._console.is_terminal:

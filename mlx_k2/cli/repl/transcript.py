@@ -14,7 +14,7 @@ from mlx_k2.text.reply_parts import Content, Reasoning
 
 
 def _open_without_wait(path: str, flags: int) -> int:
-    """Return the descriptor of a file as `open_private` does. Does not wait for a reader of a named pipe."""
+    """Return the descriptor of a file as `open_private` does; for a named pipe without a reader, fail at once."""
     descriptor = open_private(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor

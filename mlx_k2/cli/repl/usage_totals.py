@@ -8,10 +8,13 @@ from mlx_k2.coordinator.answer_summary import AnswerSummary
 
 @dataclass
 class UsageTotals:
-    """Counts over all replies. ``context_used`` is the length of the conversation in tokens, of ``context_tokens``."""
+    """Counts over all replies. ``context_used`` is the length of the conversation in tokens, of ``context_tokens``.
+
+    ``num_stages`` None: the stages are a server's, and their number is not known.
+    """
 
     context_tokens: int
-    num_stages: int
+    num_stages: int | None
     context_used: int = 0
     num_replies: int = 0
     num_calls: int = 0
@@ -40,7 +43,8 @@ class UsageTotals:
             if self.last_summary.decode_tokens_per_s is not None:
                 parts.append(f"{self.last_summary.decode_tokens_per_s:.1f} tok/s")
             parts.append(f"{self.last_summary.cached_tokens} of {self.last_summary.prompt_tokens} prompt tokens cached")
-        parts.append(f"{self.num_stages} stages" if self.num_stages > 1 else "1 stage")
+        if self.num_stages is not None:
+            parts.append(f"{self.num_stages} stages" if self.num_stages > 1 else "1 stage")
         return " · ".join(parts)
 
     def totals_line(self) -> str:

@@ -39,7 +39,7 @@ struct Worker {  // state of an OS thread, which runs one threadgroup at a time
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
   void* tsan_fiber = nullptr;
-  char* arena = nullptr;  // threadgroup memory with -DWITH_TSAN
+  char* arena = nullptr;  // with -DWITH_TSAN: where the next threadgroup array begins
   ThreadgroupArray arrays[MAX_THREADGROUP_ARRAYS];
   int num_arrays = 0;
   size_t array_bytes = 0;
@@ -153,7 +153,7 @@ void fiber_main() {
   if (group.num_alive && group.num_arrived == group.num_alive) release_simdgroup(group);
   if (worker.num_alive && worker.num_at_barrier == worker.num_alive) release_threadgroup(worker);
   switch_to_scheduler();
-  abort();
+  abort();  // a fiber that is done is not continued
 }
 
 uint64_t next_random(Worker& worker) {  // xorshift
@@ -216,7 +216,7 @@ void run_threadgroup(Worker& worker, Uint3 position, Uint3 grid, Uint3 full_size
   worker.num_threads = worker.num_alive = num_threads;
   worker.num_at_barrier = 0;
 #if WITH_TSAN  // memory is not used again, because threadgroups are not ordered
-  worker.arena = map_memory(1 << 17);
+  worker.arena = map_memory(THREADGROUP_MEMORY_BYTES + MAX_THREADGROUP_ARRAYS * 64);
 #endif
   for (int i = 0; i < num_threads; i++) {
     start_fiber(worker.fibers[i], i);
@@ -334,7 +334,8 @@ char* threadgroup_memory(const void* key, size_t bytes, size_t align) {
          THREADGROUP_MEMORY_BYTES);
   }
 #if WITH_TSAN
-  char* memory = worker.arena + (worker.array_bytes + 63) / 64 * 64;
+  char* memory = worker.arena;
+  worker.arena += (bytes + 63) / 64 * 64;
   (void)align;
 #elif WITH_ASAN
   char* memory = (char*)malloc(bytes);  // the exact size, so that the address sanitizer sees each overrun

@@ -96,13 +96,13 @@ constexpr size_t STACK_BYTES = 128 << 10;
 inline void* prepare_stack(char* stack, void (*entry)()) {
   uintptr_t top = (uintptr_t)(stack + STACK_BYTES) & ~(uintptr_t)63;
 #if defined(__x86_64__)
-  void** sp = (void**)(top - 8);
-  *--sp = (void*)entry;
+  void** sp = (void**)(top - 8);  // a function begins 8 bytes below a multiple of 16
+  *--sp = (void*)entry;           // the return address of fiber_switch, then the six registers that it restores
   for (int i = 0; i < 6; i++) *--sp = nullptr;
 #else
-  void** sp = (void**)(top - 160);
+  void** sp = (void**)(top - 160);  // the registers that fiber_switch restores
   memset(sp, 0, 160);
-  sp[11] = (void*)entry;
+  sp[11] = (void*)entry;  // x30, the return address
 #endif
   return sp;
 }

@@ -19,7 +19,7 @@ extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern void (*const kernel_entry)(const executor::Attributes&, void**);
 void set_function_constants();
 
-constexpr int EXIT_BAD_JOB = 2;  // the job file cannot be read, or a file that it names
+constexpr int EXIT_BAD_JOB = 2;  // the job file, or a file that it names, cannot be read or written
 
 namespace {
 
@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
   const auto start = std::chrono::steady_clock::now();
   run(kernel_entry, pointers.data(), grid, threadgroup, os_threads);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-#if WITH_TSAN
+#if WITH_TSAN  // fwrite is intercepted: its reads are not ordered after the writes of the fibers
   AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
 #endif
   for (const Buffer& buffer : buffers) {

@@ -13,7 +13,6 @@
 #define METAL_FUNC inline
 #define __METAL__ 1
 #define __METAL_VERSION__ 400
-#define METAL_ON_CPU 1
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
 #define CPU_THREADGROUP(NAME, ...)                                                                           \
@@ -45,7 +44,7 @@ template <class Tag> struct alignas(2) small_float {
   static constexpr uint16_t encode(float f) {
     if constexpr (std::is_same_v<Tag, cpu_bfloat_tag>) {
       uint32_t u = std::bit_cast<uint32_t>(f);
-      if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
+      if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);  // a NaN stays one
       return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
     } else
       return std::bit_cast<uint16_t>((_Float16)f);
