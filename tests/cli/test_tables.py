@@ -37,8 +37,8 @@ CELLS = [["123.4 GB", "21.5 GB", "31"], ["124.4 GB", "22.5 GB", "32"]]
 CHECKS = tuple(Check("an observation of it", CheckResult.OK, f"found on {host}", host) for host in HOSTS)
 TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {  # a function that shows a table, and its cells
     "plan": (
-        lambda: show_plan(plans(), CELLS, ("memory", "read a token", "files")),
-        [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read a token"],
+        lambda: show_plan(plans(), CELLS, ("memory", "read per token", "files")),
+        [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read per token"],
     ),
     "doctor": (lambda: show_checks(CHECKS), [*HOSTS, "an observation of it", f"found on {HOSTS[1]}"]),
 }
@@ -90,6 +90,6 @@ def test_a_dry_run_in_a_pipe_shows_complete_host_names_and_all_columns(
     (tmp_path / "hosts.json").write_text(f"[{entries}]")
     assert run(["generate", "--hostfile", str(tmp_path / "hosts.json"), "--dry-run"]) == 0
     headings, first, second, *_ = capsys.readouterr().err.splitlines()
-    assert headings.split() == ["stage", "host", "layers", "weights", "memory", "read", "a", "token", "files"]
+    assert headings.split() == ["stage", "host", "layers", "weights", "memory", "read", "per", "token", "files"]
     assert (first.split()[1], second.split()[1]) == tuple(HOSTS)
     assert len(first) == len(second)
