@@ -45,7 +45,7 @@ _UNTESTABLE_ADVICE = (  # ends of strings whose advice no test can follow: cable
     "check the cable and the addresses",
     "check the cable and the addresses in the hostfile",
     "not tried: see the failures above",
-    "check whether it was restarted with another iogpu.wired_limit_mb",
+    "check whether the host was restarted with another iogpu.wired_limit_mb",
 )
 Test = TypeVar("Test", bound=Callable[..., None])
 

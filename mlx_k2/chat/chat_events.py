@@ -27,7 +27,7 @@ class CallStarted:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """The result of a tool call. ``seconds`` is its running time; None if it did not run."""
+    """The result of a tool call. ``seconds``: time since the reply's calls were started; None if it did not run."""
 
     call: ToolCall
     result: ToolResult

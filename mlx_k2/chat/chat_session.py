@@ -22,7 +22,7 @@ from mlx_k2.text.tool_call import ToolCall
 
 MAX_TOOL_CALLS = 300
 """The default limit. Kimi K2 Thinking is made for 200 to 300 calls in a row."""
-_NUM_SEEDS = 2**63
+_NUM_SEEDS = 2**63  # Sampling allows seeds from 0 to 2^63 - 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ReplySettings:
 
 @dataclass
 class _SampledReply:
-    """A reply during sampling: its tokens and parts so far, and its finish reason once it has ended."""
+    """A reply during sampling: its tokens and parts so far, and its finish reason; until it has ended CANCELLED."""
 
     token_ids: list[int]
     parts: list[Part]
@@ -137,7 +137,12 @@ class ChatSession:
         yield from self._answer(request)
 
     def retry(self) -> Generator[Event, None, None]:
-        """Answer the user's last message again, with the next seed; errors are those of ``send_message``."""
+        """Answer the user's last message again, with the next seed.
+
+        Raises:
+            RequestError: the user has sent no message, or as ``send_message``.
+            TokenizerError, RequestFailed, ClusterError: as ``send_message``.
+        """
         self._is_stopped = False
         if not self.cancel_prefill().remove_reply():
             raise RequestError("there is nothing to answer yet")
@@ -181,14 +186,14 @@ class ChatSession:
     def prefill_next_prompt(self) -> None:
         """Start to prefill the known part of the next prompt, in the background until the next request."""
         self.cancel_prefill()
-        limit = self._settings.context_tokens - 1
+        limit = self._settings.context_tokens - 1  # a request needs a position for the first token of its reply
         self._next_prompt = NextPrompt(self._source, lambda: self.conversation.next_prompt_prefix()[:limit])
 
     def _request(self) -> Request:
         return self._settings.request(self._tokenizer, self.conversation.prompt_ids())
 
     def _answer(self, request: Request) -> Generator[Event, None, None]:
-        """Yield the events of replies and rounds of tool calls, until a reply calls no tool."""
+        """Yield the events of replies and rounds of tool calls, until a reply calls no tool or the user stops it."""
         calls_left = self._settings.max_tool_calls
         may_call = self._tools is not None
         is_after_calls = False
@@ -219,7 +224,7 @@ class ChatSession:
         policy = self._settings.policy(self._tokenizer, request, is_after_calls=is_after_calls)
         handle = self._handle = self._source.submit(request, policy)
         try:
-            if self._is_stopped:
+            if self._is_stopped:  # ``stop`` was called before it could see the handle
                 handle.cancel()
             for event in reply_events(handle):
                 match event:
@@ -235,7 +240,7 @@ class ChatSession:
             raise
         finally:
             self._handle = None
-            handle.cancel()
+            handle.cancel()  # the caller may have closed this generator
         return sampled_reply
 
     def _keep_content(self, sampled_reply: _SampledReply) -> Generator[Event, None, None]:

@@ -17,7 +17,7 @@ from mlx_k2.text.tokenizer import Tokenizer
 class Conversation:
     """Messages, and the sampled tokens of the model's own messages.
 
-    ``tools`` are declarations in OpenAI's format. Every message of the model holds its reasoning. The template and the
+    ``tools`` are declarations in OpenAI's format. The model's messages keep their reasoning. The template and the
     mode determine how much of the reasoning a prompt contains: most of Kimi's templates leave out the reasoning before
     the last answer.
 

@@ -108,7 +108,11 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         return self.preserve_thinking is True or any(value is not None for value in options)
 
     def sampler_parameters(self, recommended: GenerationConfig, num_logprobs: int | None = None) -> Sampling:
-        """Return the sampler's parameters; errors are those of ``resolved_sampling``."""
+        """Return the sampler's parameters.
+
+        Raises:
+            RequestError: a value is out of range; the message begins with its name.
+        """
         options = {name: getattr(self, name) for name in SAMPLING_NAMES}
         biases = tuple(self.logit_bias.items())
         return resolved_sampling(options, recommended, self.base_seed, biases, num_logprobs, thinking=self.thinking)

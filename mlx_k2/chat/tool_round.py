@@ -40,9 +40,9 @@ def run_calls(
 ) -> Generator[CallStarted | CallEnded, None, list[str]]:
     """Run at most ``max_calls`` of ``calls``; yield their events and return the text of each result, in order.
 
-    First ``approve`` is called for each well-formed call of a known tool within the limit. All calls that are not
-    refused then run concurrently. When ``is_stopped`` returns True, or this generator is closed or raises, the calls
-    that still run are cancelled.
+    First ``approve`` is called for each well-formed call of a known tool within the limit. All calls that are neither
+    refused nor declined then run concurrently. When ``is_stopped`` returns True, or this generator is closed or raises,
+    the calls that still run are cancelled.
     """
     results: dict[int, ToolResult] = {}
     for index, call in enumerate(calls):
@@ -88,5 +88,5 @@ def _result_without_run(
     if is_stopped():
         return _STOPPED_BEFORE_RUN
     if call.name in tools.tools and not approve(call):
-        return _STOPPED_BEFORE_RUN if is_stopped() else _DECLINED_BY_USER
+        return _STOPPED_BEFORE_RUN if is_stopped() else _DECLINED_BY_USER  # stopped while ``approve`` asked
     return None

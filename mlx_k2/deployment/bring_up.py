@@ -1,6 +1,7 @@
-"""Bring-up of started processes to ready stages: handshake, prepare, connect, load. Each phase has a deadline.
+"""Bring-up of started processes to ready stages: handshake, prepare, connect, load.
 
-Knows no layers: the caller passes the messages that define what each stage loads.
+A phase fails when no stage has sent a message for its limit. Knows no layers: the caller passes the messages that
+define what each stage loads.
 """
 
 import secrets
@@ -56,11 +57,11 @@ def stage_group(
     return StageGroup(
         [stage_location(host) for host in request.hostfile.hosts],
         options.lease_s,
-        listener.log,
-        listener.notify,
-        options.stall_timeout_s,
-        cancelled,
-        request.hostfile.envs,
+        log=listener.log,
+        notify=listener.notify,
+        stall_timeout_s=options.stall_timeout_s,
+        cancelled=cancelled,
+        environment=request.hostfile.envs,
     )
 
 
@@ -100,16 +101,18 @@ def prepare(
         StageStartError: two hosts have different models, or different draft heads.
         ProtocolError: a stage reports other addresses than those of its host.
     """
-    needs_ports = hostfile.backend is Backend.RING and group.size > 1
+    needs_ports = hostfile.backend is Backend.RING and group.size > 1  # the other back ends use RDMA
     heads = draft_heads or [None] * group.size
     messages = [
         Prepare(rank, group.size, source, host.ips if needs_ports else (), head)
         for rank, (host, source, head) in enumerate(zip(hostfile.hosts, sources, heads, strict=True))
     ]
     prepared = ask(group, messages, Prepared, PREPARE_S, "prepare")
-    ranks = {answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None}
-    if len(ranks) > 1:
-        left, right, *_ = ranks.values()
+    rank_by_draft = {
+        answer.draft_digest: rank for rank, answer in enumerate(prepared) if answer.draft_digest is not None
+    }
+    if len(rank_by_draft) > 1:
+        left, right, *_ = rank_by_draft.values()
         raise StageStartError(
             f"the draft head on {group.host(left)} (stage {left}) is not the one on {group.host(right)} "
             f"(stage {right}): copy the same files to both"
@@ -213,7 +216,7 @@ def collect(
         if received is None:
             missing = ", ".join(monitor.describe(rank) for rank in ranks if rank not in answers)
             raise StageSilent(f"no message for {silence_s:.0f} s from {missing}, which had to {task}")
-        if isinstance(received, Woken):
+        if isinstance(received, Woken):  # by StageGroup.wake; no message
             continue
         deadline = time.monotonic() + silence_s
         rank, message = received.rank, received.message

@@ -66,7 +66,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
         _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
         has_draft_options = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
-        if has_draft_options and self.draft_model is None and self.model is not None:
+        has_no_head = self.draft_model is None and self.model is not None  # the built-in model has a draft head
+        if has_draft_options and has_no_head:
             raise RequestError("--draft-aux, --draft-bits and --draft-vocab are for a draft model: give --draft-model")
         if self.hostfile is not None and self.num_stages is not None:
             raise HostfileError(
@@ -84,7 +85,7 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def draft_head(self) -> DraftHead | None:
-        """The draft head to load beside the model: the named one, or that of the built-in model; None without one."""
+        """The draft head to load beside the model: that of ``draft_model``, or the built-in model's; else None."""
         if self.draft_model is not None:
             source = _absolute(ModelSource(path_or_repo=self.draft_model))
         elif self.model is None:
@@ -124,7 +125,7 @@ class DeploymentRequest:
     """The URL of the server that uses this deployment, as other commands show it to their users; None without one."""
 
     def with_options(self, **changes: Any) -> "DeploymentRequest":
-        """Return the request with ``changes`` of its options."""
+        """Return the request with ``changes`` of its options; its other fields stay."""
         return replace(self, options=msgspec.structs.replace(self.options, **changes))
 
     def command_line(self, command: str) -> str:
@@ -146,14 +147,14 @@ def deployment_request(
 ) -> DeploymentRequest:
     """Return the request for a deployment in which at most ``num_slots`` sequences run at once.
 
-    A draft head is requested only if ``draft_mode`` uses it, and that of the built-in model only for several stages.
+    A draft head is requested only if ``draft_mode`` uses it, and the built-in model's head only for several stages.
 
     Raises:
         HostfileError: the hostfile cannot be used.
         RequestError: ``draft_mode`` is MODEL, and there is no draft head, or one stage.
     """
     hostfile, head = options.read_hostfile(), options.draft_head
-    effective_mode(draft_mode, has_head=head is not None)
+    effective_mode(draft_mode, has_head=head is not None)  # raises for MODEL without a head
     is_lone = len(hostfile.hosts) == 1
     if is_lone and draft_mode is DraftMode.MODEL:
         raise RequestError("--draft model is for two stages or more: with one, leave it out")
@@ -169,7 +170,7 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     the model, and the first host, another machine, may have it.
 
     Raises:
-        SetupError: the model is not found, or mlx-k2 cannot run it.
+        SetupError: the model or draft model is not found, mlx-k2 cannot run it, or one stage has a draft model.
     """
     source, head = request.source, request.draft_head
     if head is not None and len(request.hostfile.hosts) == 1:

@@ -81,7 +81,7 @@ def deploy(
     """Start, connect and load every stage; end all of them on exit.
 
     ``model`` None: the model is not available on this machine, and stage 0 sends the model's small files. With
-    ``before`` the stages get the same shape and layers again.
+    ``before``, the stages that ended in a fault, the new ones get the same shape and layers.
 
     Raises:
         Cancelled: ``cancelled`` was set.
@@ -96,7 +96,7 @@ def deploy(
         for plan, answer in zip(started.plans, loaded, strict=True):
             for line in answer.warnings:
                 listener.notify(f"stage {plan.rank} on {started.group.host(plan.rank)}: {line}")
-            if None in answer.checksums.values():
+            if None in answer.checksums.values():  # None: neither the Hub nor a manifest gives the file's checksum
                 command = request.command_line("doctor --deep")
                 listener.log(f"[stage {plan.rank} {plan.host.ssh}] files not compared: run `{command}` once")
         yield Deployment(**vars(started), loaded=loaded, load_s=time.monotonic() - began)
@@ -114,7 +114,7 @@ def download(
         listener.phase("downloading")
         messages = [
             DownloadShard(
-                source_on(plan.host, request.source),
+                source_on(plan.host, started.request.source),
                 plan.assignment.first_layer,
                 plan.assignment.end_layer,
                 _draft_head_on(started, plan),
@@ -153,7 +153,7 @@ def _start(
             else:
                 request, shape, plans = before.request, before.shape, before.plans
                 check_fit(plans, memories)
-        except (PartitionError, StageStartError) as error:
+        except (PartitionError, StageStartError) as error:  # names all other commands: each takes memory
             raise type(error)("; ".join([str(error), *describe_others(names, hellos, own, min_bytes=0)])) from None
         listener.planned(model, plans)
         for line in (*describe_others(names, hellos, own), *quantization_warnings(model.config, shape.dense_bits)):
@@ -162,11 +162,11 @@ def _start(
 
 
 def _fetch_description(group: StageGroup, request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription]:
-    """Fetch the small files of model and draft head from the first host; pin its revisions in the returned request."""
+    """Fetch the small files of model and draft head from the first host; pin their revisions in the new request."""
     source, head = source_on(request.hostfile.hosts[0], request.source), request.draft_head
     model_files = _fetch_files(group, source)
     model = describe_model(model_files.files, f"{source.path_or_repo} on {group.host(0)}")
-    if source == request.source:
+    if source == request.source:  # else the first host has its own folder, and request.source is for the others
         request = replace(request, source=model_files.source)
     if head is not None:
         head_files = _fetch_files(group, head.source)
@@ -223,7 +223,7 @@ def _load(started: StartedStages, on_progress: Callable[[int, FromStage], None])
 
 
 def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
-    """Refuse hosts whose files have different known checksums: they are not of one revision."""
+    """Check that the files with known checksums are the same on all hosts, hence of one revision."""
     first_known: dict[str, tuple[int, str]] = {}  # by file: the first stage that knows its checksum, and the checksum
     for plan, answer in zip(started.plans, loaded, strict=True):
         for name, checksum in answer.checksums.items():
@@ -238,6 +238,7 @@ def _compare_files(started: StartedStages, loaded: Sequence[Loaded]) -> None:
 
 
 def _load_message(plan: StagePlan, shape: RunShape, request: DeploymentRequest) -> Load:
+    """Return the message for the stage of ``plan``. Each has the draft head, since all hops carry its features."""
     return Load(
         first_layer=plan.assignment.first_layer,
         end_layer=plan.assignment.end_layer,

@@ -23,17 +23,18 @@ def preview(request: DeploymentRequest, model: ModelDescription) -> tuple[RunSha
     """Return the plan of ``deploy``, as far as it is known before any host is contacted.
 
     Raises:
-        SetupError: the deployment would be rejected. The files of stages on this machine are checked too.
+        SetupError: the deployment would be rejected. If the model is a folder, the files of this machine's stages are
+            checked too.
     """
     hosts = request.hostfile.hosts
-    here = HostMemory(None, psutil.virtual_memory().total)
-    unknown = HostMemory(None, None)
+    here = HostMemory(working_set_bytes=None, ram_bytes=psutil.virtual_memory().total)
+    unknown = HostMemory(working_set_bytes=None, ram_bytes=None)
     all_on_gpu = _IS_MAC or not any(host.is_local for host in hosts)  # other hosts are assumed to be Macs
     memories = [here if host.is_local else unknown for host in hosts]
     shape, plans = plan_for(request, model, memories, all_on_gpu=all_on_gpu)
     for plan in plans:
         source = source_on(plan.host, request.source)
-        if plan.host.is_local and not is_repo(source):
+        if plan.host.is_local and not is_repo(source):  # locate_tensors raises if a tensor is missing
             layers = plan.assignment.first_layer, plan.assignment.end_layer
             locate_tensors(model_folder(source), model.index, stage_specs(model.config, *layers, model.draft))
     return shape, plans
@@ -68,7 +69,7 @@ def _planned(
 def _hints(
     request: DeploymentRequest, model: ModelDescription, memories: Sequence[HostMemory], all_on_gpu: bool
 ) -> list[str]:
-    """Return the changes of one option that make the model fit. For each option it is the smallest such change."""
+    """Return the changes that make the model fit, each of one option: for each option the smallest such change."""
     options, head = request.options, request.draft_head
     context = options.context_tokens or min(DEFAULT_CONTEXT_TOKENS, model.config.max_position_embeddings)
     changes: list[tuple[str, DeploymentRequest]] = []
@@ -84,7 +85,7 @@ def _hints(
         changes.append(("leave --draft-model out", replace(request, draft_head=None)))
     hints: dict[str, str] = {}
     for hint, changed_request in changes:
-        option = hint.split()[1]
+        option = hint.split()[1]  # the hints for one option come with the smallest change first
         if option not in hints:
             with suppress(PartitionError, RequestError):
                 _planned(replace(changed_request, num_slots=1), model, memories, all_on_gpu)

@@ -23,7 +23,10 @@ class DeploymentListener:
     """Callbacks for the progress of a deployment. In this base class they do nothing."""
 
     def log(self, line: str) -> None:
-        """Receive a line of a stage's stderr. Called on the stage's own thread."""
+        """Receive a line "[stage 0 host] text", from a stage's stderr or about the stage, or "[coordinator] text".
+
+        It may be called on any thread.
+        """
 
     def notify(self, line: str) -> None:
         """Receive a message for the user, for instance about what is slow or may change the answer."""

@@ -20,7 +20,10 @@ _LOOPBACK_STARTS = tuple(
 
 
 def this_command(address: str | None = None) -> Command:
-    """Return this process as a command that serves at ``address``. Its name has the subcommand and no arguments."""
+    """Return this process as a command that serves at ``address``.
+
+    Its name has the subcommand, and no other arguments, which may hold a prompt.
+    """
     name = Path(sys.argv[0]).name
     if name == "mlx-k2":
         name = " ".join([name, *sys.argv[1:2]])
@@ -28,14 +31,14 @@ def this_command(address: str | None = None) -> Command:
 
 
 def other_bytes(hello: Hello, own: Command) -> int:
-    """Return the bytes that stages of other commands hold on a stage's host."""
+    """Return the bytes that stages of commands other than ``own``, this one, hold on a stage's host."""
     return sum(stage.held_bytes for stage in _stages_of_others(hello, own))
 
 
 def describe_others(
     hosts: Sequence[str], hellos: Sequence[Hello], own: Command, min_bytes: int = MIN_NAMED_BYTES
 ) -> list[str]:
-    """Return a line for each other command that holds at least ``min_bytes`` on a host.
+    """Return a line for each command other than ``own``, this one, that holds at least ``min_bytes`` on a host.
 
     The stage on ``hosts[i]`` sent ``hellos[i]``. If a host has several stages, the Hello of the last one counts.
     """

@@ -42,7 +42,7 @@ from mlx_k2.weights.model_source import DraftHead
 
 DEFAULT_CONTEXT_TOKENS = 32768
 GPU_CHUNK_TOKENS = 4096
-"""Each expert of K2 then gets 85 tokens on average, which fill 84% of its tiles of 32 (calculated, not measured)."""
+"""Each expert of K2 then gets 85 tokens on average, which fill 84% of its tiles of 32 rows (calculated)."""
 CPU_CHUNK_TOKENS = 128
 
 CAREFUL_BITS = 8  # fewer bits per weight than this for dense matrices cause a warning
@@ -52,7 +52,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of one host; None: not known yet. ``working_set_bytes``, the GPU's limit, is None without a GPU, too."""
+    """Memory of one host; None: not known yet. ``working_set_bytes``, the GPU's limit, is also None without a GPU."""
 
     working_set_bytes: int | None
     ram_bytes: int | None
@@ -94,7 +94,7 @@ class StagePlan:
 
 
 def choose_shape(config: ModelConfig, options: ClusterOptions, num_slots: int, all_on_gpu: bool) -> RunShape:
-    """Return the shape of a run. What the options leave open depends on whether all stages have a GPU.
+    """Return the shape of a run. The defaults of dtype and chunk depend on whether all stages have a GPU.
 
     Raises:
         RequestError: the context is larger than the model's.
@@ -116,9 +116,10 @@ def quantization_warnings(config: ModelConfig, dense_bits: int | None) -> tuple[
     """Return the warnings for the user about ``dense_bits``."""
     if dense_bits is None:
         return ()
-    careful = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
-    warnings = [careful] if dense_bits < CAREFUL_BITS else []
+    few_bits = f"--dense-bits {dense_bits} may show in the answers: {CAREFUL_BITS} stays closer to the checkpoint"
+    warnings = [few_bits] if dense_bits < CAREFUL_BITS else []
     specs = [spec for part in _distinct_parts(config) for spec in part]
+    # A matrix has the name of its module: of "model.layers.0.self_attn.q_a_proj.weight" it is q_a_proj.
     matrices = {(spec.name.split(".")[-2], matrix.inputs) for spec in specs for matrix in spec.matrices}
     for group, description in ((32, "in groups of 32"), (None, "unquantized")):
         names = sorted(f"{name} ({inputs} inputs)" for name, inputs in matrices if group_size(inputs) == group)
@@ -154,17 +155,18 @@ def plan_stages(
     capacities = _capacities(hostfile.hosts, memories, temporary_bytes)
     assignments = divide_layers(costs, capacities) if split is None else divide_as_requested(costs, capacities, split)
     cache_bytes = layer_cache_bytes(config, shape.num_slots, shape.context_tokens, compute_bytes)
+    draft_cache_bytes = 0 if draft is None else _draft_cache_bytes(draft, shape, compute_bytes)
     plans = []
     for rank, (host, capacity, assignment) in enumerate(zip(hostfile.hosts, capacities, assignments, strict=True)):
         spare_bytes = 0 if capacity.memory_bytes is None else capacity.memory_bytes - assignment.held_bytes
         added_bytes = added_block_bytes(block_bytes, spare_bytes) if shape.on_gpu else 0
-        is_drafting = draft is not None and assignment.end_layer == config.num_hidden_layers
-        num_caches = assignment.num_layers + (1 if is_drafting else 0)
+        is_last = assignment.end_layer == config.num_hidden_layers
+        caches_bytes = assignment.num_layers * cache_bytes + (draft_cache_bytes if is_last else 0)
         plan = StagePlan(
             rank=rank,
             host=host,
             assignment=assignment,
-            shard_bytes=assignment.held_bytes - num_caches * cache_bytes,
+            shard_bytes=assignment.held_bytes - caches_bytes,
             needed_bytes=assignment.held_bytes + temporary_bytes + BLOCKS_AT_A_TIME * added_bytes,
             block_bytes=block_bytes + added_bytes,
             files=tuple(model.index.files(stage_specs(config, assignment.first_layer, assignment.end_layer, draft))),
@@ -180,12 +182,14 @@ def check_fit(plans: Sequence[StagePlan], memories: Sequence[HostMemory]) -> Non
     Raises:
         StageStartError: a host has less memory than its stage needs; names both.
     """
-    for plan, capacity in zip(plans, _capacities([plan.host for plan in plans], memories, 0), strict=True):
+    hosts = [plan.host for plan in plans]
+    capacities = _capacities(hosts, memories, temporary_bytes=0)  # needed_bytes includes the working memory
+    for plan, capacity in zip(plans, capacities, strict=True):
         if capacity.memory_bytes is not None and plan.needed_bytes > capacity.memory_bytes:
             raise StageStartError(
                 f"stage {plan.rank} on {plan.host.ssh} had {plan.needed_bytes / 1e9:.1f} GB before the fault, and its "
-                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: check whether it was restarted with another "
-                "iogpu.wired_limit_mb",
+                f"host now allows {capacity.memory_bytes / 1e9:.1f} GB: check whether the host was restarted with "
+                "another iogpu.wired_limit_mb",
                 plan.rank,
             )
 
@@ -223,10 +227,14 @@ def _add_draft(
     for layer in draft.aux_layers:
         layers[layer] += LayerCost(slice_bytes, slice_bytes)
     layer_bytes, projection_bytes = draft.layer_bytes(compute_bytes, bits), draft.projection_bytes(compute_bytes, bits)
-    cache_bytes = layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
+    cache_bytes = _draft_cache_bytes(draft, shape, compute_bytes)
     held = layer_bytes + projection_bytes + cache_bytes + draft.embedding_bytes(compute_bytes)
-    read = layer_bytes + (projection_bytes or costs.head.read_bytes)  # without its own it uses the target's
+    read = layer_bytes + (projection_bytes or costs.head.read_bytes)  # 0: the draft head uses the target's projection
     return msgspec.structs.replace(costs, layers=tuple(layers), head=costs.head + LayerCost(held, read))
+
+
+def _draft_cache_bytes(draft: DraftDescription, shape: RunShape, compute_bytes: int) -> int:
+    return layer_cache_bytes(draft.layer, shape.num_slots, shape.context_tokens, compute_bytes)
 
 
 def _distinct_parts(config: ModelConfig) -> list[tuple[TensorSpec, ...]]:
@@ -242,7 +250,7 @@ def _distinct_layers(config: ModelConfig) -> tuple[int, ...]:
 def _capacities(
     hosts: Sequence[Host], memories: Sequence[HostMemory], temporary_bytes: int
 ) -> tuple[HostCapacity, ...]:
-    """Return the memory for the shard and cache of each stage. Stages on one machine share its memory evenly."""
+    """Return the memory for each stage beside ``temporary_bytes``. Stages on one machine share its memory evenly."""
     num_stages_on = Counter(host.ssh for host in hosts)
     capacities = []
     for host, memory in zip(hosts, memories, strict=True):

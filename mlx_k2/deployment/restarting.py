@@ -24,7 +24,7 @@ OnRestart = Callable[["Restart", str], None]
 WAITING = "waiting"
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
-_MAX_DOUBLINGS = 16  # limit of the exponent in the computation of a wait
+_MAX_DOUBLINGS = 16  # limit of the exponent in the computation of a wait, which would overflow a float
 HEALTHY_S = 600.0  # after this time without a fault, restarts are counted from 0 again
 
 
@@ -51,8 +51,9 @@ class RestartingDeployment:
 
     ``limit`` is the maximum number of restarts, failed ones included, without HEALTHY_S between two of them; with 0 the
     first fault is final. None sets no limit; then a restart is tried again after any error, also one that is no
-    ClusterError, such as too little free memory. Each wait is twice the previous one, up to ``longest_wait_s``. Logs
-    and fault reports go to ``log_dir``, with token ids if ``log_tokens``.
+    ClusterError, such as too little free memory. With a limit, a NotFinite after a restart for NotFinite is final.
+    Each wait is twice the previous one, up to ``longest_wait_s``. Logs and fault reports go to ``log_dir``, with token
+    ids if ``log_tokens``.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RestartingDeployment:
         self._stack = ExitStack()
         self._num_restarts = 0
         self._was_not_finite = False
-        """Whether NotFinite caused the last restart. Broken weights cause it again, and then it is final."""
+        """Whether NotFinite caused the last restart. If it comes again, the weights are broken."""
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "RestartingDeployment":
@@ -102,8 +103,8 @@ class RestartingDeployment:
         ``on_restart`` is called before each attempt, and for each phase of it.
 
         Raises:
-            ClusterError: the limit is reached; the last error, with the number of restarts.
-            MlxK2Error: another error occurred, and there is a limit.
+            ClusterError: no other restart is allowed; the last error, with the number of restarts.
+            Exception: a restart failed with an error that is no ClusterError, and there is a limit.
             Cancelled: ``cancel`` was called.
         """
         if time.monotonic() - self._ready_at > HEALTHY_S:
@@ -132,7 +133,7 @@ class RestartingDeployment:
                 error = ClusterError(str(unexpected) or type(unexpected).__name__)
             else:
                 return self.deployment.group
-            statuses = ()
+            statuses = ()  # the stages of the failed start have ended
         self._end(error, statuses)
         if self._num_restarts:
             raise type(error)(f"{error} (given up after {self._num_restarts} restarts)", error.rank)
@@ -148,7 +149,7 @@ class RestartingDeployment:
         return self._num_restarts < self._limit and not (self._was_not_finite and isinstance(error, NotFinite))
 
     def _end(self, error: ClusterError, statuses: Sequence[str]) -> None:
-        """End the stages, then write the report, which then has the lines about how each stage ended."""
+        """End the stages, then write the report: so it has the lines about how each stage ended."""
         self._stack.close()
         self._report(error, statuses)
 
@@ -165,7 +166,11 @@ class RestartingDeployment:
 
 
 class _RestartListener(DeploymentListener):
-    """Listener of a restart, which also passes phases and loaded percents to ``on_phase``. It drops ``planned``."""
+    """Listener of a restart. It forwards log lines and messages for the user, and phases also to ``on_phase``.
+
+    It does not forward the plan, which is the one before, nor progress: ``on_phase`` gets the loaded percentage of the
+    shards of ``plans``.
+    """
 
     def __init__(
         self, listener: DeploymentListener, plans: Sequence[StagePlan], on_phase: Callable[[str], None]

@@ -16,7 +16,8 @@ from mlx_k2.weights.model_source import DraftHead
 GPU_SPEED = StageSpeed(fixed_s=0.003, bytes_per_s=600e9, operations_per_s=15e12)
 """Rough values of an M3 Ultra: bandwidth from published measurements, operations at half of the expected maximum."""
 GPU_TILE_ROWS = 16
-"""Rows of a tile in MLX's kernel for routed experts (gather_qmm_rhs). The prefill kernel of mlx-k2 has 32."""
+"""Rows of a tile in MLX's kernel for routed experts (gather_qmm_rhs). The prefill kernel of mlx-k2 has 32; which of the
+two a stage uses is not known here."""
 CPU_SPEED = StageSpeed(fixed_s=0.002, bytes_per_s=10e9, operations_per_s=3.6e9)
 """MLX on Linux: its reference BLAS reaches 3.6 GFLOP/s in float32 for any number of matrix rows (measured)."""
 
@@ -31,7 +32,7 @@ def stage_cost(
     config, layers, compute_bytes = model.config, plan.assignment, DTYPE_BYTES[shape.dtype]
     speed = GPU_SPEED if on_gpu else CPU_SPEED
     if plan.host.gb_per_s is not None:
-        speed = StageSpeed(speed.fixed_s, plan.host.gb_per_s * 1e9, speed.operations_per_s)
+        speed = replace(speed, bytes_per_s=plan.host.gb_per_s * 1e9)
     tile_rows = GPU_TILE_ROWS if on_gpu else 1
     sizes = stage_sizes(
         config, layers.first_layer, layers.end_layer, compute_bytes, shape.dense_bits, tile_rows=tile_rows
@@ -59,7 +60,7 @@ def _add_draft(
     )
     if assignment.end_layer < num_layers:
         return sizes
-    projection_bytes = draft.projection_bytes(compute_bytes, bits) or sizes.head_bytes
+    projection_bytes = draft.projection_bytes(compute_bytes, bits) or sizes.head_bytes  # 0: it uses the target's
     num_weights = _num_values(draft.layer_specs()) + draft.num_drafted_ids * hidden
     return replace(
         sizes,
@@ -77,11 +78,11 @@ def stage_sizes(
     *,
     tile_rows: int = 1,
 ) -> StageSizes:
-    """Return the sizes of layers ``first_layer`` up to, not including, ``end_layer``, and of a head that follows."""
+    """Return the sizes of layers ``first_layer`` to ``end_layer`` - 1. The model's last layer also brings the head."""
     dense_bytes = dense_weights = routed_bytes = routed_weights = 0
     for is_moe in (False, True):
         layers = [layer for layer in range(first_layer, end_layer) if config.is_moe(layer) is is_moe]
-        specs = layer_specs(config, layers[0]) if layers else ()  # those of all layers of this kind
+        specs = layer_specs(config, layers[0]) if layers else ()  # all layers of one kind have the same shapes
         dense = [spec for spec in specs if not spec.is_routed_expert]
         routed = [spec for spec in specs if spec.is_routed_expert]
         packed = [spec for spec in routed if spec.name.endswith(".weight_packed")]

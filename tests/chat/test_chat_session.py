@@ -59,6 +59,7 @@ def scripted_chat(
     on_token: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> tuple[ChatSession, ScriptedSource]:
+    """Return a chat that gets ``replies``, and their source, which has the requests. ``settings`` are ReplySettings."""
     source = ScriptedSource(tokenizer(), *replies, on_token=on_token)
     fields: dict[str, Any] = {"max_tokens": 1000, "context_tokens": 4096} | settings
     declarations = [] if tools is None else tools.declarations
@@ -249,7 +250,7 @@ def test_a_reply_that_max_tokens_cuts_inside_a_tool_call_ends_the_turn(tools: To
 def test_a_template_error_removes_the_message_of_the_user() -> None:
     template = ChatTemplate("{% if messages | length > 1 %}{{ messages[7].content }}{% endif %}")  # no message 7
     source = ScriptedSource(tokenizer(), HI_REPLY, HI_REPLY)
-    settings = ReplySettings(Sampling(seed=1), 100, tokenizer().stop_ids, 4096)
+    settings = ReplySettings(Sampling(seed=1), max_tokens=100, stop_ids=tokenizer().stop_ids, context_tokens=4096)
     chat = ChatSession(source, tokenizer(), Conversation(template, tokenizer(), [], "System."), settings)
     with pytest.raises(TokenizerError):
         list(chat.send_message("hello"))

@@ -1,4 +1,4 @@
-"""Tests of Conversation: golden prompts, message text without control tokens, undo, reset and load."""
+"""Tests of Conversation: complete prompts, message text without control tokens, undo, reset and load."""
 
 import pytest
 from hypothesis import given, settings
@@ -42,7 +42,7 @@ def conversation_with(*texts: str) -> Conversation:
     return conversation
 
 
-def test_the_prompts_of_a_tool_turn_equal_the_golden_prompts() -> None:
+def test_the_prompts_before_a_tool_call_and_after_its_result_are_complete() -> None:
     conversation = conversation_with("hello")
     assert decode(conversation.prompt_ids()) == SYSTEM_TURN + HELLO_TURN + ANSWER_OPENING
     conversation.add_reply(Reply("R", "", (WEATHER,)), ())
@@ -61,7 +61,7 @@ def test_an_answer_removes_the_reasoning_of_earlier_turns_from_the_next_prompt()
     conversation.add_user("hello")
     turns = (
         ANSWER_OPENING
-        + CALL_TURN.replace("R</", "</", 1)
+        + CALL_TURN.replace("<think>R</think>", "<think></think>")
         + RESULT_TURN
         + ANSWER_OPENING
         + "<think></think>Sunny.<|im_end|>"
@@ -74,7 +74,7 @@ HOSTILE_TEXT = st.text(max_size=5) | st.sampled_from(list(tokenizer().special_id
 
 @settings(max_examples=scaled(40))
 @given(HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT)
-def test_text_of_users_and_tools_never_becomes_a_control_token(user: str, name: str, result: str, content: str) -> None:
+def test_text_of_a_message_never_becomes_a_control_token(user: str, name: str, result: str, content: str) -> None:
     def control_tokens(user: str, name: str, result: str, content: str) -> list[int]:
         conversation = new_conversation()
         conversation.add_user(user)
@@ -87,15 +87,15 @@ def test_text_of_users_and_tools_never_becomes_a_control_token(user: str, name: 
 
 @settings(max_examples=scaled(40))
 @given(st.text(max_size=20), st.integers(0, 2))
-def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: str, num_turns: int) -> None:
+def test_the_next_prompt_begins_with_the_prefix_for_any_user_message(text: str, num_turns: int) -> None:
     conversation = conversation_with(*["hello", "Hi."] * num_turns)
-    known_ids = conversation.next_prompt_prefix()
+    prefix_ids = conversation.next_prompt_prefix()
     conversation.add_user(text)
     prompt = conversation.prompt_ids()
-    assert prompt[: len(known_ids)] == known_ids
-    num_role_tokens = len("user") + len("assistant")
-    assert len(prompt) <= len(known_ids) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
-    assert "R" not in decode(known_ids)  # the reasoning of answered turns
+    assert prompt[: len(prefix_ids)] == prefix_ids
+    num_role_tokens = len("user") + len("assistant")  # at most: a token for each character
+    assert len(prompt) <= len(prefix_ids) + len(tokenizer().encode_text(text)) + num_role_tokens + 5  # 5 control tokens
+    assert "R" not in decode(prefix_ids)  # the reasoning of answered turns
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_known_ids_are_a_prefix_of_the_next_prompt_for_any_user_message(text: st
         ("kimi-k2.7-code", ThinkingMode(), True),
     ],
 )
-def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_next_prompt_does(
+def test_the_prefix_after_an_answered_tool_loop_has_its_reasoning_only_if_the_next_prompt_does(
     model: str, mode: ThinkingMode, keeps_reasoning: bool
 ) -> None:
     conversation = Conversation(template(model), tokenizer(), mode=mode)
@@ -120,17 +120,18 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
     conversation.add_results(["7"])
     last_prompt = conversation.prompt_ids()
     conversation.add_reply(Reply("R2", "Sunny.", ()), encode_reply(tokenizer(), "R2</think>Sunny.<|im_end|>"))
-    known_ids = conversation.next_prompt_prefix()
-    assert ("R1" in decode(known_ids), "R2" in decode(known_ids)) == (keeps_reasoning, keeps_reasoning)
-    assert decode(known_ids).endswith("<|im_user|>user<|im_middle|>")
-    extends_last_prompt = known_ids[: len(last_prompt)] == last_prompt
+    prefix_ids = conversation.next_prompt_prefix()
+    assert ("R1" in decode(prefix_ids), "R2" in decode(prefix_ids)) == (keeps_reasoning, keeps_reasoning)
+    assert decode(prefix_ids).endswith("<|im_user|>user<|im_middle|>")
+    extends_last_prompt = prefix_ids[: len(last_prompt)] == last_prompt
+    # Without thinking, the last prompt has no reasoning that the next one could drop.
     assert extends_last_prompt == (keeps_reasoning or mode.thinking is False)
     conversation.add_user("more")
-    assert conversation.prompt_ids()[: len(known_ids)] == known_ids
+    assert conversation.prompt_ids()[: len(prefix_ids)] == prefix_ids
 
 
 @pytest.mark.parametrize(
-    ("source", "known_text"),
+    ("source", "prefix"),
     [
         ("{{ messages[-1].content }}", ""),
         ("{{ messages | length }}<think>", "1<think>"),
@@ -138,10 +139,10 @@ def test_known_ids_after_an_answered_tool_loop_hold_its_reasoning_only_if_the_ne
         ("{% if messages|length > 1 %}a{% else %}b{% endif %}", "b"),
     ],
 )
-def test_known_ids_end_before_the_next_message_and_are_the_whole_prompt_if_the_template_ignores_it(
-    source: str, known_text: str
+def test_the_prefix_ends_before_the_next_message_and_is_the_whole_prompt_if_the_template_ignores_it(
+    source: str, prefix: str
 ) -> None:
-    assert decode(Conversation(ChatTemplate(source), tokenizer()).next_prompt_prefix()) == known_text
+    assert decode(Conversation(ChatTemplate(source), tokenizer()).next_prompt_prefix()) == prefix
 
 
 def test_thinking_can_be_turned_off_and_on_between_two_replies() -> None:
@@ -192,7 +193,7 @@ def test_a_loaded_conversation_gets_normalized_call_ids_and_replaces_the_old_one
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_abc", "content": "7"},
     ]
-    assert conversation.load(messages, 4096) == ()
+    assert conversation.load(messages, context_tokens=4096) == ()
     assert conversation.messages[2].tool_call_id == "functions.f:0"
     assert conversation.messages[1].content == ""
 
@@ -205,7 +206,7 @@ def test_a_load_reads_reasoning_and_calls_of_other_programs_and_names_what_it_le
         {"role": "assistant", "reasoning": "WHY", "function_call": {"name": "f", "arguments": "{}"}, "refusal": "no"},
         {"role": "function", "name": "f", "content": "7"},
     ]
-    warnings = conversation.load(messages, 4096)
+    warnings = conversation.load(messages, context_tokens=4096)
     assert warnings == ("message 3 (assistant) has fields that the chat template does not read: refusal",)
     assert decode(conversation.prompt_ids()) == (
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>xy<|im_end|>"

@@ -22,10 +22,7 @@ NUM_QUESTIONS = 3
 
 
 def keep_reasoning(source: str) -> str:
-    """Return the built-in template's source changed as K2.7-Code's: it keeps all reasoning, and prompts end in <think>.
-
-    ``source`` is the built-in template's source.
-    """
+    """Return ``source``, the built-in template's, changed to keep all reasoning and end in <think>, as K2.7-Code's."""
     changes = {
         " if loop.index0 > last.answer": "",
         "{%- if add_generation_prompt -%}\n    <|im_assistant|>assistant<|im_middle|>": (
@@ -51,7 +48,9 @@ def calls_and_answers(tokenizer: Tokenizer, opening: str) -> Iterator[list[int]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keeps_reasoning", [True, False])
-def test_no_token_is_computed_twice_if_the_template_keeps_reasoning(keeps_reasoning: bool, tmp_path: Path) -> None:
+def test_at_most_two_tokens_of_a_reply_are_computed_again_if_the_template_keeps_reasoning(
+    keeps_reasoning: bool, tmp_path: Path
+) -> None:
     server = StdioServer(name="n", command=sys.executable, args=(str(SERVER),))
     with (
         two_stages(str(write_fast_model(tmp_path / "smallest"))) as stages,
@@ -79,5 +78,5 @@ def test_no_token_is_computed_twice_if_the_template_keeps_reasoning(keeps_reason
         assert max(recomputed) <= 2, recomputed  # the token that ended the reply, and the one before it
         conversation_tokens = summaries[-1].prompt_tokens + summaries[-1].generated_tokens
         assert num_computed <= conversation_tokens + 2 * len(recomputed)
-    else:  # reasoning is lost after an answer, every second reply
+    else:  # the template drops reasoning after an answer, which is every second reply
         assert max(recomputed[0::2]) <= 2 < min(recomputed[1::2]), recomputed

@@ -53,7 +53,7 @@ def test_a_closed_generator_cancels_its_calls(tools: ToolBox, state_files: list[
 
 def test_an_exception_while_calls_run_cancels_them(tools: ToolBox, state_files: list[Path]) -> None:
     def is_stopped() -> bool:
-        if len(events) == 2:
+        if len(events) == 2:  # both calls have been started
             wait_for_state("running", state_files)
             raise KeyboardInterrupt
         return False

@@ -27,6 +27,9 @@ from tests.text.fixtures import builtin_template, tokenizer
 SERVER = Path(__file__).parent.parent / "tools" / "mcp_server.py"
 TOKEN_S = 0.002
 STUCK_S = 1000.0
+STUCK_INDEX = 5
+"""Index of the token for which the reply of the script "stuck" waits, after <think>, </think>, T, h and i."""
+CONTEXT_TOKENS = 16384
 ADD_CALL = (
     "<think>A sum.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
     '{"a": 40}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
@@ -54,11 +57,11 @@ REPLIES = {
 
 def main(script: str, transcript_path: str) -> None:
     screen = choose_screen(show_thinking=True)
-    usage = UsageTotals(4096 * 4, 2)
+    usage = UsageTotals(CONTEXT_TOKENS, num_stages=2)
     with ExitStack() as stack:
         transcript = stack.enter_context(Transcript(Path(transcript_path), screen.log))
         tools = None
-        if script != "talk":
+        if script in ("tools", "late call"):
             server = StdioServer(name="s", command=sys.executable, args=(str(SERVER),))
             tools = stack.enter_context(open_toolbox([server], Limits(call_timeout_s=40)))
         keyboard = choose_keyboard(list(HELP), usage.status_line)
@@ -66,15 +69,25 @@ def main(script: str, transcript_path: str) -> None:
         conversation = Conversation(builtin_template(), tokenizer(), [] if tools is None else tools.declarations)
 
         def wait_for_token(index: int) -> None:
-            threading.Event().wait(STUCK_S if script == "stuck" and index == 5 else TOKEN_S)
+            threading.Event().wait(STUCK_S if script == "stuck" and index == STUCK_INDEX else TOKEN_S)
 
         source = ScriptedSource(tokenizer(), *REPLIES[script], on_token=wait_for_token)
-        settings = ReplySettings(Sampling(seed=1), 9000, tokenizer().stop_ids, 4096 * 4)
+        settings = ReplySettings(
+            Sampling(seed=1), max_tokens=9000, stop_ids=tokenizer().stop_ids, context_tokens=CONTEXT_TOKENS
+        )
         session = ChatSession(source, tokenizer(), conversation, settings, tools, approval)
         approval.session = session
         show_stats = partial(screen.log, "no stages")
         commands = Commands(
-            session, "a script", "0", screen, usage, tools, approval, show_stats, temperature=lambda thinking: 1.0
+            session,
+            model_name="a script",
+            model_digest="0",
+            screen=screen,
+            usage=usage,
+            tools=tools,
+            approval=approval,
+            show_stats=show_stats,
+            temperature=lambda thinking: 1.0,
         )
         Repl(commands, keyboard, transcript).run()
     sys.stderr.write("left\n")

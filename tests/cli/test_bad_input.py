@@ -1,7 +1,7 @@
-"""Tests of bad hostfiles, options and prompts of `mlx-k2 generate`: each is refused in one line, with its fix.
+"""Tests of bad hostfiles, options and prompts of `mlx-k2 generate`, each refused in one line before a process starts.
 
-They are found before any process starts. Bad models are in test_bad_models.py, and faults that only a stage can find
-in test_stage_failures.py.
+A malformed command line is refused with the usage. Bad models are in test_bad_models.py, and faults that only a stage
+can find in test_stage_failures.py.
 """
 
 import json
@@ -77,23 +77,32 @@ def test_stages_and_a_hostfile_exclude_each_other(capsys: pytest.CaptureFixture[
     check_refusal(["--hostfile", "hosts.json", "--stages", "2", "Hello"], error, capsys)
 
 
-REQUESTS: dict[str, tuple[list[str], str]] = {
+REQUESTS: dict[str, tuple[list[str], str]] = {  # arguments of generate, and the error
     "empty prompt": ([""], "the prompt is empty: give some text"),
     "blank prompt": ([" \n"], "the prompt is empty: give some text"),
     "no token ids": (["--token-ids", ""], "--token-ids: '' is not a whole number from 0: write numbers with commas"),
     "token ids with a word": (["--token-ids", "3,x"], "--token-ids: 'x' is not a whole number from 0"),
     "token ids with a gap": (["--token-ids", "3,,4"], "--token-ids: '' is not a whole number from 0"),
     "negative token id": (["--token-ids", "-3"], "--token-ids: '-3' is not a whole number from 0"),
-    "token id of a thousand digits": (
+    "token id of 5000 digits": (
         ["--token-ids", "9" * 5000],
         "--token-ids: '9999999999' is not a whole number from 0",
     ),
-    "unknown token id": (["--token-ids", f"3,{VOCAB_SIZE}"], f"token id {VOCAB_SIZE} is outside the vocabulary of 768"),
+    "unknown token id": (
+        ["--token-ids", f"3,{VOCAB_SIZE}"],
+        f"token id {VOCAB_SIZE} is outside the vocabulary of {VOCAB_SIZE}",
+    ),
     "token ids and a prompt": (["--token-ids", "3", "Hello"], "--token-ids is the whole prompt: leave out PROMPT"),
     "raw and a system prompt": (["--raw", "--system", "x", "Hello"], "--raw sends only PROMPT: leave out --system"),
-    "prompt without room": (["--raw", "x" * 3000], r"has 3000 tokens and the context holds 2048.*larger --context"),
+    "prompt without room": (
+        ["--raw", "x" * 3000],
+        f"has 3000 tokens and the context holds {CONTEXT_TOKENS}.*larger --context",
+    ),
     "small context": (["--context", "8", "Hello"], r"the context holds 8, so there is no room for an answer"),
-    "large context": (["--context", "2049", "Hello"], f"--context 2049 is more than the {CONTEXT_TOKENS} positions"),
+    "large context": (
+        ["--context", str(CONTEXT_TOKENS + 1), "Hello"],
+        f"--context {CONTEXT_TOKENS + 1} is more than the {CONTEXT_TOKENS} positions",
+    ),
     "temperature": (
         ["--temperature", "-1", "Hello"],
         r"temperature -1.0 is out of range: give a value from 0 \(greedy",
@@ -110,7 +119,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         ["--regex", "\udce9", "Hello"],
         "regular expression or grammar is not UTF-8 text",
     ),
-    "a bias outside the vocabulary": (["--logit-bias", "768=1", "Hello"], "for token id 768, outside the vocabulary"),
+    "a bias outside the vocabulary": (
+        ["--logit-bias", f"{VOCAB_SIZE}=1", "Hello"],
+        f"for token id {VOCAB_SIZE}, outside the vocabulary",
+    ),
     "a bias without a number": (["--logit-bias", "5", "Hello"], "--logit-bias '5': write a token id and a number"),
     "two biases of a token": (["--logit-bias", "5=1", "--logit-bias", "5=2", "Hello"], "token 5 has a bias already"),
     "a large penalty": (["--presence-penalty", "3", "Hello"], "presence-penalty 3.0 is out of range"),
@@ -132,8 +144,8 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "timeout nan": (["--timeout", "nan", "Hello"], "timeout is nan s"),
     "revision of a folder": (["--revision", "main", "Hello"], "a revision is for a repository on the Hub"),
     "split with a word": (["--split", "3,x", "Hello"], "--split: 'x' is not a whole number from 1"),
-    "split of other stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
-    "split of other layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
+    "split for fewer stages": (["--split", "7", "--stages", "2", "Hello"], "--split 7 names 1 stages, and there are 2"),
+    "split of fewer layers": (["--split", "3,3", "--stages", "2", "Hello"], "assigns 6 layers: it must assign 7"),
     "split with a stage without layers": (
         ["--split", "7,0", "--stages", "2", "Hello"],
         "--split: '0' is not a whole number from 1",
@@ -149,7 +161,7 @@ def test_a_request_that_cannot_run_is_refused(
     check_refusal(["--model", str(endless_model), *arguments], error, capsys)
 
 
-SCHEMAS: dict[str, tuple[object, str]] = {
+SCHEMAS: dict[str, tuple[object, str]] = {  # a JSON schema, used with --strict-schema, and the error
     "a list": ([1], "json_schema"),
     "an unknown type": ({"type": "thing"}, "the JSON schema cannot be enforced: Invalid type: thing"),
     "a remote reference": ({"$ref": "https://a.example/b.json"}, "does not fetch resources"),
@@ -159,7 +171,7 @@ SCHEMAS: dict[str, tuple[object, str]] = {
     ),
     "a catastrophic pattern": ({"type": "string", "pattern": "^(a?){400}a{400}$"}, "allows no text, or is too complex"),
     "5 MB": ({"enum": ["x" * 5_000_000]}, "the JSON schema is larger than 262144 bytes"),
-    "an unknown keyword, with --strict-schema": (
+    "a keyword that cannot be enforced": (
         {"type": "array", "uniqueItems": True},
         "the JSON schema cannot be enforced: .*uniqueItems",
     ),
@@ -191,7 +203,7 @@ def test_a_tool_choice_that_names_no_tool_of_the_file_is_refused(
     check_refusal(arguments, "tool_choice names 'nosuch', which is not declared; declared tools: clock", capsys)
 
 
-USAGE_ERRORS: dict[str, tuple[list[str], str]] = {
+USAGE_ERRORS: dict[str, tuple[list[str], str]] = {  # a command line, and the error
     "an unknown option": (["generate", "--tempertaure", "1"], "No such option '?--tempertaure"),
     "an unknown command": (["genrate"], "there is no command 'genrate': did you mean generate\\?"),
     "a word for a number": (["generate", "--max-tokens", "x", "Hello"], "Invalid value for '--max-tokens'"),

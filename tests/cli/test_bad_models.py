@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     ),
     "missing shard": (remove(SHARD), f"{SHARD} is missing: "),
     "truncated shard": (truncate_shard, f"{SHARD} is truncated: 1000 of its .* bytes are missing; fetch it again"),
-    "a shard that is none": (replace(SHARD, b"<html>not found</html>"), f"{SHARD}: it is an HTML page"),
+    "a shard that is an HTML page": (replace(SHARD, b"<html>not found</html>"), f"{SHARD}: it is an HTML page"),
     "misshapen tensor": (
         reverse_shapes,
         r"model.layers.2.self_attn.\w+.weight has shape \[\d+, \d+\], and config.json requires",

@@ -1,4 +1,4 @@
-"""Tests of `mlx-k2 bench`: its JSON document, CSV file, trace and plot, with one row per combination of options."""
+"""Tests of `mlx-k2 bench`: its JSON document, CSV file, trace and plot, with a row for each length and stream count."""
 
 import csv
 import json
@@ -153,7 +153,7 @@ def test_the_trace_has_the_prefill_and_decode_steps_of_each_row_for_each_stage(
 
 @pytest.mark.slow
 def test_without_trace_no_step_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delattr("mlx_k2.cli.bench.Trace")
+    monkeypatch.delattr("mlx_k2.cli.bench.Trace")  # the run would fail if it made a trace
     assert run(["bench", "--generate", "2", "--prompt-lengths", "16", "--streams", "1"]) == 0, capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(folder: Path) -> Non
         (["--streams", "100"], "at most 64 sequences"),
         (["--prompt-lengths", ""], "not a whole number from 1"),
         (["--generate", "1"], "not in the range"),
-        (["--context", "64", "--prompt-lengths", "60"], "give --context 188"),
+        (["--context", "64", "--prompt-lengths", "60"], "give --context 188"),  # --generate is 128 by default
     ],
 )
 def test_bad_bench_options_are_refused_before_any_stage_starts(

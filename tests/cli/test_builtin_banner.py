@@ -10,7 +10,7 @@ import pytest
 
 from mlx_k2.builtin import BANNER, BUILTIN_FOLDER, PROMPTS
 from mlx_k2.weights.checkpoint import describe_model, read_small_files
-from mlx_k2.weights.inventory import embedding_specs, head_specs, layer_specs
+from mlx_k2.weights.inventory import INT4_PER_WORD, embedding_specs, head_specs, layer_specs
 from tests.cli.command import CommandLine
 
 TOOLS = Path(__file__).parents[2] / "examples" / "tools.py"
@@ -22,7 +22,7 @@ def test_the_banner_has_the_number_of_weights_and_the_bytes_of_the_built_in_mode
     num_weights = 0
     for spec in (*specs, *embedding_specs(config), *head_specs(config)):
         if not spec.name.endswith(("weight_scale", "weight_shape")):
-            weights_per_element = 8 if spec.name.endswith("weight_packed") else 1
+            weights_per_element = INT4_PER_WORD if spec.name.endswith("weight_packed") else 1
             num_weights += math.prod(spec.shape) * weights_per_element
     num_bytes = sum(file.stat().st_size for file in BUILTIN_FOLDER.iterdir())
     assert f"{num_weights / 1e6:.1f} million weights in {num_bytes / 1e6:.1f} MB" in BANNER[0]

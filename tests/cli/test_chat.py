@@ -15,12 +15,12 @@ from tests.cli.tmux import Terminal, needs_tmux, terminal
 
 ROOT = Path(__file__).parent.parent.parent
 COLOUR_START = "\x1b[3"
-"""First characters of every SGR code of a foreground colour."""
+"""First characters of the SGR codes 30 to 38, which set a foreground colour."""
 
 
 @contextmanager
 def scripted_chat(command_line: CommandLine, folder: Path, script: str, **environment: str) -> Iterator[Terminal]:
-    """Run tests/cli/scripted_chat.py in a terminal, with a transcript in ``folder``."""
+    """Run tests/cli/scripted_chat.py in a terminal, with a transcript in ``folder``. ``script`` is a key of REPLIES."""
     command = [sys.executable, "-m", "tests.cli.scripted_chat", script, str(folder / "transcript.jsonl")]
     variables = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
     with terminal(folder, command, command_line.environment(**variables)) as pane:
@@ -177,7 +177,7 @@ def test_a_third_ctrl_c_interrupts_an_answer_that_does_not_stop(command_line: Co
     with scripted_chat(command_line, tmp_path, "stuck") as pane:
         pane.wait_for("2 stages")
         pane.send_message("hello")
-        pane.wait_for("Thi")
+        pane.wait_for("Thi")  # the script's answer stops here
         for _ in range(3):
             pane.type("C-c")
             threading.Event().wait(0.5)  # as by hand: a busy machine merges signals that arrive together

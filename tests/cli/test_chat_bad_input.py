@@ -1,4 +1,4 @@
-"""Tests of bad files, tools and options of a chat: an error names the fault, and no file or process is changed."""
+"""Tests of bad files, tools and options of a chat: an error names the fault; no file changes and no stage starts."""
 
 import json
 import re
@@ -99,10 +99,10 @@ def test_a_saved_chat_and_a_bare_list_of_messages_can_be_loaded(tmp_path: Path) 
     save_chat(path, SavedChat("K2", "ours", [USER]))
     assert load_chat(path, "ours") == [USER]
     training_example = {"messages": [USER], "tools": []}
-    for document in ([USER], training_example):
+    for document in ([USER], training_example):  # without a digest, they are for any model
         path.write_text(json.dumps(document))
         assert load_chat(path, "another") == [USER]
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [path]  # save_chat leaves no temporary file
 
 
 def test_a_failed_save_does_not_change_existing_files(tmp_path: Path) -> None:

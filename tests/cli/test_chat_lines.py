@@ -18,9 +18,9 @@ def test_a_line_that_begins_with_a_commands_name_is_a_command(name: str, rest: s
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
-def test_commands_of_other_chat_programs_are_commands_and_with_a_space_before_them_messages(name: str) -> None:
+def test_a_command_of_another_chat_program_is_a_command_unless_a_space_precedes_it(name: str) -> None:
     assert is_command(name)
-    assert is_command(f"{name} x") == name.startswith("/")
+    assert is_command(f"{name} x") == name.startswith("/")  # a word such as quit begins a message
     assert not is_command(f" {name}")
 
 

@@ -21,6 +21,7 @@ def get_weather(city: str) -> dict:
 WEATHER_QUESTION = "What is the weather in Paris?"
 WEATHER_ANSWER = "In Paris it is sunny and 21 degrees."
 FIRST_ANSWER = "mlx-k2 runs Kimi K2 models over several Macs"
+"""Beginning of the built-in model's answer to "What is mlx-k2?"."""
 ENDLESS_MODEL_TEXT = "reserved_token"
 """Text that the endless model, which has random weights, generates within a few tokens."""
 
@@ -49,11 +50,13 @@ def test_a_chat_on_stages_answers_stops_an_answer_and_leaves_no_process(
         pane.send_message("Hello")
         pane.wait_for(ENDLESS_MODEL_TEXT)
         pane.type("C-c")
-        pane.wait_for("the answer was")
+        pane.wait_for("the answer was")  # stopped, or cut off if it has ended before
         pane.send_message("/stats")
         pane.wait_for("computing")
+        processes = pane.processes()
         pane.type("C-d")
         pane.wait_for("exit code 0")
+        assert wait_until_gone(processes, 60) == []
 
 
 @pytest.mark.slow
@@ -94,7 +97,7 @@ def test_stages_that_end_while_the_chat_is_idle_are_restarted(command_line: Comm
         processes = pane.processes()
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert still_running_after([process for process in processes if process.pid != pane.pid], 60) == []
+        assert still_running_after(processes, 60) == []
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_a_fault_that_ends_the_chat_saves_the_conversation(command_line: Command
         stage_processes(pane.processes())[0].kill()
         pane.send_message("What is a token?")
         pane.wait_for("exit code 1")
-        text = "".join(pane.text().split("\n"))
+        text = "".join(pane.text().split("\n"))  # the terminal wraps long lines
         assert "ended with signal 9" in text
     (saved,) = command_line.home.rglob("chat-*.json")
     assert saved.name in text
@@ -132,7 +135,7 @@ def test_ctrl_c_ends_an_answer_at_once_while_a_suspended_stage_blocks_it(
         pane.wait_for("the answer was stopped")
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert still_running_after([process for process in processes if process.pid != pane.pid], 60) == []
+        assert still_running_after(processes, 60) == []
 
 
 @pytest.mark.slow
@@ -142,7 +145,7 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
 ) -> None:
     may_start = tmp_path / "may start"
     may_start.touch()
-    python = tmp_path / "python"
+    python = tmp_path / "python"  # a stage's program, which waits until the file ``may_start`` exists
     python.write_text(f'#!/bin/sh\nwhile [ ! -e "{may_start}" ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     hostfile = tmp_path / "hosts.json"
@@ -156,10 +159,10 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
         may_start.unlink()
         stage_processes(pane.processes())[1].kill()
         pane.wait_for("restart 1 of at most 3: starting 2 stages")
-        interrupted_s = time.monotonic()
+        interrupted_at = time.monotonic()
         pane.type("C-c")
         pane.wait_for("the answer was stopped")
-        assert time.monotonic() - interrupted_s < 2.0
+        assert time.monotonic() - interrupted_at < 2.0
         pane.send_message(f"/save {tmp_path / 'chat.json'}")
         pane.wait_for("the conversation is in")
         messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
@@ -182,7 +185,7 @@ def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(comman
     assert "error: there is no command /nonsense" in result.stderr
     assert "replies 1 ·" in result.stderr
     assert "show this list" in result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("error: ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("error: ")]  # errors are not wrapped
     assert max(map(len, lines)) <= 80, "a line is wider than a terminal of 80 columns"
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout

@@ -13,6 +13,7 @@ QUESTION = "What is 17 plus 25?"
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """Return the user of the server and of the commands that connect to it."""
     return CommandLine(tmp_path_factory.mktemp("home"))
 
 

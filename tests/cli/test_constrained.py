@@ -25,8 +25,10 @@ CLOCK = {
     "function": {"name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
 }
 IS_LONG = hypothesis.settings.get_current_profile_name() == "long"
+"""Whether `make long` runs, which has the full numbers of prompts and ranks."""
 NUM_PROMPTS = 200 if IS_LONG else 12
 MARKERS = ("tool_calls_section", "tool_call_begin", "tool_call_argument", "tool_call_end")
+"""Parts of the names of the control tokens around tool calls."""
 
 
 def write_schema(folder: Path, schema: object = SCHEMA) -> str:
@@ -76,7 +78,8 @@ def test_each_line_of_prompts_has_its_own_sampling_values_and_form(command_line:
         base | {"tools": [CLOCK], "tool_choice": "required"},
         base | {"min_tokens": 30, "max_tokens": 30},
         base | {"ignore_eos": True, "max_tokens": 40},
-        base | {"logit_bias": {str(ord("z")): 100}, "max_tokens": 12, "thinking_budget": 0},
+        base
+        | {"logit_bias": {str(ord("z")): 100}, "max_tokens": 12, "thinking_budget": 0},  # a byte's token has its id
     ]
     results = results_of(command_line, tmp_path, lines, "--logprobs", "2")
     free, two_answers, stopped, call, longer, ignoring_eos, biased = results
@@ -110,6 +113,7 @@ def test_with_tool_choice_none_no_marker_appears_over_many_prompts(command_line:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 2] if IS_LONG else [2])
 def test_a_constrained_answer_is_the_same_after_a_restart(command_line: CommandLine, tmp_path: Path, rank: int) -> None:
+    # The second --stages overrides the one of COMMAND.
     command = (*COMMAND, "--stages", "3", "--json-schema", write_schema(tmp_path, LONG_LIST), "--json")
     undisturbed = [json.loads(line) for line in command_line.run(*command).stdout.splitlines()]
     jsonschema.validate(json.loads(undisturbed[-1]["summary"]["text"]), LONG_LIST)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +51,7 @@ def tokenizer(model: ModelDescription) -> Tokenizer:
 
 def with_file(model: ModelDescription, name: str, data: bytes) -> ModelDescription:
     """Return the model with another file, such as a chat template."""
-    files = {**model.files, name: data}
-    return ModelDescription(files, model.config, model.index, model.digest, model.unread_tensors_line)
+    return replace(model, files={**model.files, name: data})
 
 
 def with_template(model: ModelDescription, name: str) -> ModelDescription:
@@ -116,7 +116,7 @@ def test_text_of_a_file_on_standard_input_comes_before_the_prompt(
 @follows_advice(
     "reading standard input to its end; add < /dev/null if it has no text",
 )
-def test_with_dev_null_as_standard_input_the_prompt_does_not_wait_for_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_waits_for_a_silent_pipe_with_a_hint_and_not_for_dev_null(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
     read_end, write_end = os.pipe()
 
@@ -182,12 +182,12 @@ def test_options_override_the_generation_config_which_overrides_the_defaults(mod
 def test_an_empty_system_prompt_replaces_the_models_own(model: ModelDescription, tokenizer: Tokenizer) -> None:
     request = request_of(model, "--system", "", "Hello")
     assert text_of(tokenizer, request).startswith("<|im_system|>system<|im_middle|><|im_end|><|im_user|>")
-    conversation = options_of("--system", "").conversation.begin(ModelFrontend(model, CONTEXT_TOKENS), None)
+    conversation = options_of("--system", "").conversation.begin(ModelFrontend(model, CONTEXT_TOKENS), tools=None)
     conversation.add_user("Hello")
     assert tuple(conversation.prompt_ids()) == request.prompt_ids
 
 
-def test_without_thinking_the_default_temperature_is_another(model: ModelDescription, tokenizer: Tokenizer) -> None:
+def test_without_thinking_the_default_temperature_is_0_6(model: ModelDescription, tokenizer: Tokenizer) -> None:
     model = with_template(model, "kimi-k2.5")
     instant = request_of(model, "--thinking", "off", "Hello")
     assert text_of(tokenizer, instant).endswith("<think></think>")
@@ -236,12 +236,14 @@ def test_a_line_of_a_file_of_prompts_overrides_the_options_for_thinking_and_decl
     def request(**fields: object) -> Request:
         (tmp_path / "prompts").write_text(json.dumps(fields))
         (line,) = read_prompt_lines(str(tmp_path / "prompts"), options.conversation.sampling).values()
-        return line_submissions(options, line, 1, frontend)[0][0].request
+        (submission,), _ = line_submissions(options, line, seed=1, frontend=frontend)
+        return submission.request
 
     assert "type f = (_: {}) => any;" in text_of(tokenizer, request(prompt="x", tools=tools))
     preserved = request(messages=history, thinking=True)
     assert "<think>r</think>b" in text_of(tokenizer, preserved)
-    assert (text_of(tokenizer, preserved)[-7:], preserved.sampling.temperature) == ("<think>", 1.0)
+    assert text_of(tokenizer, preserved).endswith("<think>")
+    assert preserved.sampling.temperature == 1.0
     dropped = request(messages=history, preserve_thinking=False)
     assert "<think></think>b" in text_of(tokenizer, dropped)
     assert dropped.sampling.temperature == 0.6

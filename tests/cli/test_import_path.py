@@ -1,7 +1,6 @@
 """Tests that no process imports a module from the current folder or from the home folder of a host."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def hostile_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected_answer(command_line: CommandLine) -> str:
-    """Return the answer of COMMAND in a folder without such modules."""
+    """Return the answer of COMMAND in a folder without modules."""
     result = command_line.run(*COMMAND)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -100,14 +99,12 @@ def test_a_file_of_tools_imports_its_own_neighbour_and_no_file_with_the_name_of_
 
 
 @pytest.fixture
-def in_deleted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_deleted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test, and the commands that it starts, in a folder that has been deleted."""
     folder = tmp_path / "deleted"
     folder.mkdir()
     monkeypatch.chdir(folder)
     folder.rmdir()
-    yield
-    monkeypatch.undo()
 
 
 @pytest.mark.slow

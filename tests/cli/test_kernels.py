@@ -68,6 +68,7 @@ def test_with_a_gpu_the_best_buffer_limits_are_saved_and_the_report_is_printed(m
     logged: list[str] = []
 
     def measure(measurement: str, _result_type: type[Any], environment: Mapping[str, str] | None = None) -> Any:
+        """Return the measurements of a Mac."""
         if measurement == "report":
             return REPORT
         return DecodeTime(0.010 if environment == fastest.environment() else 0.011)
@@ -93,13 +94,13 @@ def test_a_row_shows_the_check_the_error_and_the_percentage_of_a_plain_read() ->
 
 
 def test_best_limits_keeps_the_default_unless_another_is_more_than_1_percent_faster() -> None:
-    default, slower, faster = BufferLimits(100, 1_000_000), MLX_DEFAULTS, BufferLimits(200, 200)
-    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.995}, default) == default
-    assert kernels.best_limits({default: 1.0, slower: 1.1, faster: 0.9}, default) == faster
-    assert kernels.best_limits({default: 1.0, slower: 0.9, faster: 1.1}, default) == MLX_DEFAULTS
+    default, other = BufferLimits(100, 1_000_000), BufferLimits(200, 200)
+    assert kernels.best_limits({default: 1.0, MLX_DEFAULTS: 1.1, other: 0.995}, default) == default
+    assert kernels.best_limits({default: 1.0, MLX_DEFAULTS: 1.1, other: 0.9}, default) == other
+    assert kernels.best_limits({default: 1.0, MLX_DEFAULTS: 0.9, other: 1.1}, default) == MLX_DEFAULTS
 
 
-def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_environment(
+def test_each_candidate_is_measured_in_a_separate_process_with_only_its_limits_in_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = tmp_path / "python"
@@ -107,7 +108,7 @@ def test_each_candidate_is_measured_in_a_fresh_process_with_its_limits_in_the_en
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "7")
-    assert kernels._measure("decode", DecodeTime).seconds == 1
+    assert kernels._measure("decode", DecodeTime).seconds == 1  # the 7 of this process is not passed on
     assert kernels._measure("decode", DecodeTime, BufferLimits(200, 300).environment()).seconds == 200
 
 
@@ -123,7 +124,7 @@ def test_the_report_is_one_file_with_every_measurement_and_the_trace_or_why_ther
     }
     cases = "".join(f"{name}) cat <<END\n{output}\nEND\n;;\n" for name, output in measurements.items())
     python, tools = tmp_path / "python", tmp_path / "bin"
-    python.write_text(f"#!/bin/sh\ncase $4 in\n{cases}esac\n")
+    python.write_text(f"#!/bin/sh\ncase $4 in\n{cases}esac\n")  # $4: the measurement, after -P -m and the module
     python.chmod(0o755)
     tools.mkdir()
     monkeypatch.setattr(sys, "executable", str(python))
@@ -140,11 +141,12 @@ def test_the_report_is_one_file_with_every_measurement_and_the_trace_or_why_ther
     document, names = write_report()
     assert msgspec.convert(document["report"], KernelReport) == REPORT
     assert len(document["seconds_by_limits"]) == len(kernels.CANDIDATES)
-    assert {ms: idle["idle_seconds"] for ms, idle in document["idle_by_refresh_ms"].items()} == {"0": 5.0, "500": 5.5}
+    idle_seconds = {ms: idle["idle_seconds"] for ms, idle in document["idle_by_refresh_ms"].items()}
+    assert idle_seconds == {"0": 5.0, "500": 5.5}  # the script writes the interval behind "5."
     assert document["attention"] == {"fused_seconds": 0.2, "unfused_seconds": 0.1}
     assert document["trace"].startswith("not recorded: ")
     assert names == ["report.json"]
-    (tools / "xcrun").write_text('#!/bin/sh\nmkdir "$6" && echo counters > "$6/data"\n')
+    (tools / "xcrun").write_text('#!/bin/sh\nmkdir "$6" && echo counters > "$6/data"\n')  # $6: after --output
     (tools / "xcrun").chmod(0o755)
     document, names = write_report()
     assert (document["trace"], names) == ("recorded", ["report.json", "decode.trace/data"])

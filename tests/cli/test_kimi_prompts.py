@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a random model with K2.5's layout, Kimi's vocabulary and two narrow layers, without a chat template."""
     fields = tiny_config_fields(VOCAB_SIZE, num_hidden_layers=2, hidden_size=64, max_position_embeddings=8192)
     folder = tmp_path_factory.mktemp("kimi") / "model"
-    write_random_checkpoint(folder, as_kimi_k25(fields), 20, vocabulary())
+    write_random_checkpoint(folder, as_kimi_k25(fields), seed=20, tokenizer_files=vocabulary())
     return folder
 
 
@@ -46,7 +46,7 @@ def test_a_run_of_many_prompts_computes_the_ids_of_the_checkpoints_tokenizer(
     folder = link_model(weights, tmp_path / model)
     (folder / "chat_template.jinja").write_text(template_source(model))
     known_flags = {"thinking", "preserve_thinking"} & template(model).variables
-    prompts = [
+    prompts = [  # without images, and with flags that a line of a file of prompts can have
         prompt
         for prompt in golden_prompts(model)
         if "ids_sha256" in prompt and prompt["group"] != "vision" and prompt["flags"].keys() <= known_flags

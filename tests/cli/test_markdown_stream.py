@@ -26,6 +26,7 @@ WIDTH, HEIGHT = 60, 12
 DEADLINE_S = 60.0
 
 marker_numbers = itertools.count()
+"""Numbers for the marker lines that ``screen_texts`` writes to the pane, which all tests share."""
 
 PYTHON = '''def first(names):
     """Return the first name.
@@ -108,6 +109,7 @@ def read_until(reader: int, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def pane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    """Yield a terminal whose program writes nothing, so that it shows only what a test writes to its device."""
     folder = tmp_path_factory.mktemp("markdown")
     with terminal(folder, ["sleep", "600"], {"PATH": os.environ["PATH"]}, WIDTH, HEIGHT) as pane:
         yield pane
@@ -258,4 +260,4 @@ def test_add_does_not_wait_for_a_terminal_that_is_not_read_and_no_text_is_lost()
         text = read_until(reader, "word4999")
         closing.join(DEADLINE_S)
         assert not closing.is_alive()
-    assert all(f"word{number}" in text for number in range(0, 5000, 100))
+    assert all(f"word{number}" in text for number in range(5000))

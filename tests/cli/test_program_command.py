@@ -35,6 +35,7 @@ def test_the_error_for_an_unknown_name_has_a_hint_to_an_existing_one(
 
 
 def test_no_option_is_suggested_that_the_command_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    # Other programs call --max-tokens of generate so, and doctor has no such option.
     assert run(["doctor", "--max-new-tokens", "3"]) == 2
     assert "--max-tokens" not in capsys.readouterr().err
 

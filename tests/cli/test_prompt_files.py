@@ -27,9 +27,7 @@ def test_a_line_holds_a_prompt_or_messages_with_sampling_options(tmp_path: Path)
     assert (second.messages, second.seed) == ([{"role": "user"}], 4)
 
 
-def test_a_line_has_the_values_of_the_options_unless_it_has_its_own_also_if_they_are_the_defaults(
-    tmp_path: Path,
-) -> None:
+def test_a_value_in_a_line_overrides_the_option_even_if_it_is_the_default(tmp_path: Path) -> None:
     options = SamplingOptions(
         top_k=5, stop=("x",), num_answers=3, regex="a", ignore_eos=True, logit_bias={4: 1.0}, seed=9, timeout_s=2.0
     )
@@ -73,7 +71,7 @@ def test_an_empty_and_a_missing_prompt_file_are_refused(tmp_path: Path) -> None:
         read_prompt_lines(str(tmp_path / "none.jsonl"))
 
 
-def test_each_line_gets_its_own_seed_derived_from_the_base_seed() -> None:
+def test_derived_seeds_differ_by_index_and_base_seed_and_are_the_same_again() -> None:
     seeds = [derived_seed(5, index) for index in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)

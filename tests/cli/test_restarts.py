@@ -30,6 +30,7 @@ def test_json_output_continues_after_a_restart_and_reports_the_restart_in_one_li
     descendants = kill_a_stage(process)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0
+    # kill_a_stage has read the first byte.
     lines: list[dict[str, Any]] = [json.loads(line) for line in (b"{" + rest).splitlines()]
     (restart,) = [line["restart"] for line in lines if "restart" in line]
     assert restart["number"] == 1
@@ -48,7 +49,7 @@ def test_with_restarts_off_a_fault_keeps_the_text_prints_one_line_and_writes_a_r
     kill_a_stage(process)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert undisturbed[1:].startswith(rest.decode().rstrip("\n"))
+    assert undisturbed[1:].startswith(rest.decode().rstrip("\n"))  # kill_a_stage has read the first byte
     (error,) = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
     assert "step" in error and ") ended with signal 9: it was killed, possibly by the out-of-memory killer" in error
     (path,) = (tmp_path / "logs").glob("report-*.txt")

@@ -13,7 +13,7 @@ from mlx_k2.cli.result_file import ResultFile
 from mlx_k2.errors import RequestError
 
 NUMBER_OF_DIGEST = {"a": 1, "b": 2, "c": 3}
-"""The digests of the lines of a run, and the numbers of the lines."""
+"""The number of each line of a run, by the line's digest, which results have in ``run``."""
 
 
 def texts(path: Path) -> list[Any]:

@@ -11,7 +11,6 @@ import threading
 import tomllib
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlx_k2.cli.main import run
@@ -95,7 +94,7 @@ def test_a_bad_option_is_an_error_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # a home folder without API keys
+    monkeypatch.setenv("HOME", str(tmp_path))  # has no API keys; with keys, other machines may be served
     assert run(["serve", "--port", "0", *options]) == 2
     errors = capsys.readouterr().err
     assert message in errors
@@ -125,12 +124,13 @@ def test_the_property_list_runs_the_same_command_in_the_same_folder(command_line
 
 
 def test_the_property_list_of_a_command_started_as_a_module_starts_the_module(command_line: CommandLine) -> None:
-    command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]
+    command = [sys.executable, "-P", "-m", "mlx_k2", "serve", "--port", "9000"]  # the property list always has -P
     result = subprocess.run([*command, "--launchd"], capture_output=True, timeout=60, env=command_line.environment())
     assert plistlib.loads(result.stdout)["ProgramArguments"] == command
 
 
 def test_sigterm_lets_a_running_answer_end_and_exits_with_0(command_line: CommandLine, endless_model: Path) -> None:
+    # The answer ends when it has filled the context.
     with running_server(command_line, "--model", str(endless_model), "--context", "200") as server:
         processes = descendants_of(server.process)
         connection = start_answer(server)
@@ -187,7 +187,7 @@ def test_a_server_whose_standard_error_is_closed_restarts_its_stages_and_continu
     while not any("serving " in line for line in lines):
         lines.append(process.stderr.readline().decode())
         assert lines[-1], lines
-    server = Server(process, lines, threading.Condition())
+    server = Server(process, lines, threading.Condition())  # running_server would read its standard error on
     try:
         process.stderr.close()
         for number in (1, 2):
@@ -207,16 +207,16 @@ def test_after_a_killed_stage_the_stream_continues_and_health_and_status_report_
     with running_server(command_line, *options) as server:
         undisturbed = read_text_until_done(start_answer(server, seed=5, max_tokens=150))
         connection = start_answer(server, seed=5, max_tokens=150)
-        psutil.Process(server.stages()[1].pid).kill()
+        server.stages()[1].kill()
         server.wait_for_line("all stages start again")
         assert server.request("GET", "/health").status == 503
         assert [stage["loaded_bytes"] for stage in server.request("GET", "/v1/status").json["stages"]] == [0, 0]
-        assert read_text_until_done(connection)[-200:] == undisturbed[-200:]
+        assert read_text_until_done(connection)[-200:] == undisturbed[-200:]  # start_answer has read some text
         assert server.request("GET", "/health").status == 200
         status = server.request("GET", "/v1/status").json
         assert (status["state"], status["faults"], status["restarts"]) == ("ready", 1, 1)
         faults = [stage["faults"] for stage in status["stages"]]
-        assert sorted(faults) == [0, 1]
+        assert sorted(faults) == [0, 1]  # server.stages() is in no order: the rank of the killed stage is not known
         assert all(stage["loaded_bytes"] == stage["shard_bytes"] for stage in status["stages"])
         metric = f'mlx_k2_stage_faults_total{{stage="{faults.index(1)}"}} 1.0'
         assert metric.encode() in server.request("GET", "/metrics").body
@@ -229,7 +229,7 @@ def test_a_reader_of_status_events_does_not_delay_the_end(command_line: CommandL
         server.connect() as connection,
     ):
         connection.sendall(b"GET /v1/status/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b"event: status" in connection.recv(65536) + connection.recv(65536)
+        assert b"event: status" in connection.recv(65536) + connection.recv(65536)  # the head may come alone
         assert server.end(signal.SIGTERM) == 0
 
 

@@ -129,7 +129,7 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
     assert "the hosts share no network: give an address of each with --address" in output_of(2, *setup)
     assert "1 addresses for 2 hosts: give --address once for each" in output_of(2, *setup, "--address", "127.0.0.1")
 
-    unreachable = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")
+    unreachable = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")  # addresses that no machine has
     first = output_of(1, *unreachable)
     assert "run the same command again to go on: what is done is not repeated" in first
     assert "written: " in first
@@ -144,7 +144,7 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
     assert "next: mlx-k2 chat; `mlx-k2 config` shows the profile" in last
     assert f'hostfile = "{hostfile}"' in output_of(0, "config")
     user = CommandLine(settings.parent)
-    result = user.run("chat", "--max-tokens", "2", stdin="Hi\n", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="")
+    result = user.run("chat", "--max-tokens", "2", stdin="Hi\n")
     assert result.returncode == 0, result.stderr
 
 
@@ -154,5 +154,5 @@ def test_the_next_step_after_setup_of_a_hub_model_is_a_download(
     assert run(["setup", "this", "--yes", "--model", REPO]) == 0
     assert "next: mlx-k2 download; " in capsys.readouterr().err
     user = CommandLine(settings.parent)
-    result = user.run("download", XDG_CONFIG_HOME=str(settings.parent), MLX_K2_CONFIG="", HF_HUB_OFFLINE="1")
+    result = user.run("download", HF_HUB_OFFLINE="1")
     assert f"config.json of {REPO} at main is not in this host's cache" in result.stderr

@@ -56,7 +56,7 @@ def start(command_line: CommandLine, endless_model: Path) -> Iterator[Start]:
 
 
 def wait_for_answer(process: subprocess.Popen[bytes], num_stages: int = 1) -> list[psutil.Process]:
-    """Wait for the first 20 bytes of a running answer. Return all processes that the command has started."""
+    """Wait for the first bytes of a running answer. Return all processes that the command has started."""
     assert process.stdout
     assert process.stdout.read(20)
     assert process.poll() is None
@@ -129,7 +129,7 @@ def test_killing_the_command_leaves_no_process(start: Start) -> None:
 
 @pytest.mark.slow
 def test_the_command_names_the_stage_it_waits_for_and_a_second_ctrl_c_ends_the_wait(start: Start) -> None:
-    process = start("--lease", "2")
+    process = start("--lease", "2")  # a watchdog ends the stage of a guard that has been suspended for this time
     descendants = wait_for_answer(process)
     guards = psutil.Process(process.pid).children()
     for guard in guards:

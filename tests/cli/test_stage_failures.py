@@ -1,4 +1,4 @@
-"""Tests of faults found after stages start: one line names stage and host, exit code 1, no process is left."""
+"""Tests of faults found after stages start: an error names stage and host, the exit code is 1, no process is left."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def add_manifest(folder: Path) -> None:
     "differ; give the same --model and --revision for both",
 )
 @pytest.mark.slow
-def test_hosts_whose_manifests_differ_in_a_file_are_named_although_only_one_reads_the_file(
+def test_a_file_that_differs_between_two_manifests_is_an_error_even_if_only_one_host_reads_it(
     error_on: FailingRun, endless_model: Path, tmp_path: Path
 ) -> None:
     changed = copy_with_changed_byte(endless_model, tmp_path / "changed", FIRST_SHARD)
@@ -160,6 +160,7 @@ def test_the_doctor_compares_files_with_the_manifest_that_its_deep_check_has_wri
     folder = copy_with_changed_byte(endless_model, tmp_path / "model", THIRD_SHARD)
 
     def model_finding(*options: str) -> str:
+        """Return doctor's finding about the model without its first part, the number of files and their folder."""
         output = command_line.run("doctor", "--stages", "1", "--model", str(folder), "--json", *options).stdout
         checks = [json.loads(line) for line in output.splitlines()]
         finding: str = next(check["found"] for check in checks if check.get("check") == "model")

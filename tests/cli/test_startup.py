@@ -1,4 +1,7 @@
-"""Tests of --help and --version, which import no heavy module, and of --dry-run, which starts no process."""
+"""Tests of --help and --version, which import no heavy module, and of --dry-run, which starts no process.
+
+Also of the error about a missing package for a SOCKS proxy.
+"""
 
 import json
 import re
@@ -34,7 +37,7 @@ def test_help_and_version_import_no_heavy_module(option: str) -> None:
     assert result.stdout
 
 
-def test_the_import_of_generate_does_not_import_mlx() -> None:
+def test_the_import_of_generate_imports_neither_mlx_nor_transformers() -> None:
     code = "import sys, mlx_k2.cli.generate; sys.exit('mlx' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -30,12 +30,13 @@ ENCODINGS = st.sampled_from(["utf-8", "ascii", "latin-1", "cp1252", "shift_jis"]
 
 @contextmanager
 def replaced_stream(name: str, data: bytes, encoding: str, errors: str) -> Iterator[io.BytesIO]:
-    """Replace ``sys.stdin`` or ``sys.stdout`` by a text stream of ``data`` and call prepare_streams. Yield its bytes.
+    """Replace ``sys.stdin`` or ``sys.stdout`` by a text stream over a buffer of ``data``. Yield the buffer.
 
-    ``encoding`` and ``errors`` are those with which Python opens the stream in some locale.
+    prepare_streams has prepared the stream, which Python has opened with the ``encoding`` and ``errors`` of a locale.
     """
     raw = io.BytesIO(data)
     stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline="\n")
+    # Patching stderr by itself restores it afterwards, since prepare_streams replaces it too.
     with patch.object(sys, "stderr", sys.stderr), patch.object(sys, name, stream):
         assert prepare_streams() is None
         yield raw

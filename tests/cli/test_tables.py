@@ -37,8 +37,8 @@ CELLS = [["123.4 GB", "21.5 GB", "31"], ["124.4 GB", "22.5 GB", "32"]]
 CHECKS = tuple(Check("an observation of it", CheckResult.OK, f"found on {host}", host) for host in HOSTS)
 TABLES: dict[str, tuple[Callable[[], None], Sequence[str]]] = {  # a function that shows a table, and its cells
     "plan": (
-        lambda: show_plan(plans(), CELLS, ("memory", "read a token", "files")),
-        [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read a token"],
+        lambda: show_plan(plans(), CELLS, ("memory", "read per token", "files")),
+        [*HOSTS, "0-29", "30-59", "100.0 GB", "101.0 GB", *CELLS[0], *CELLS[1], "read per token"],
     ),
     "doctor": (lambda: show_checks(CHECKS), [*HOSTS, "an observation of it", f"found on {HOSTS[1]}"]),
 }
@@ -73,7 +73,7 @@ def test_on_a_terminal_of_80_columns_long_cells_are_folded_and_the_others_are_on
     lines = output_lines(show_table, monkeypatch, is_terminal=True)
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
-    long_cells = [cell for cell in cells if len(cell) > 30]
+    long_cells = [cell for cell in cells if len(cell) > 30]  # host names, and findings that contain one
     assert all(any(cell in line for line in lines) for cell in cells if cell not in long_cells)
     # A column starts where all lines have a space. The parts of a folded cell are below each other in its column.
     starts = [0, *(index for index in range(1, 80) if all(line[index - 1 : index] in ("", " ") for line in lines))]
@@ -90,6 +90,6 @@ def test_a_dry_run_in_a_pipe_shows_complete_host_names_and_all_columns(
     (tmp_path / "hosts.json").write_text(f"[{entries}]")
     assert run(["generate", "--hostfile", str(tmp_path / "hosts.json"), "--dry-run"]) == 0
     headings, first, second, *_ = capsys.readouterr().err.splitlines()
-    assert headings.split() == ["stage", "host", "layers", "weights", "memory", "read", "a", "token", "files"]
+    assert headings.split() == ["stage", "host", "layers", "weights", "memory", "read", "per", "token", "files"]
     assert (first.split()[1], second.split()[1]) == tuple(HOSTS)
     assert len(first) == len(second)

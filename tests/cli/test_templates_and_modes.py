@@ -33,7 +33,8 @@ def k26_model(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_chat_runs_with_a_template_that_writes_nothing_before_the_users_message(
     endless_model: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
-    model = with_template(endless_model, tmp_path, "\ufeff{% for m in messages %}{{ m.content }}{% endfor %}")
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = with_template(endless_model, tmp_path, "\ufeff" + source)  # begins with a byte order mark
     result = command_line.run("chat", "--model", model, "--max-tokens", "2", stdin="Hello\nAgain\n")
     assert (result.returncode, result.stderr.count("the answer was cut off")) == (0, 2), result.stderr
     assert "error" not in result.stderr and "Traceback" not in result.stderr

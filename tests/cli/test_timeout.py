@@ -8,7 +8,9 @@ import pytest
 
 from tests.cli.command import CommandLine
 
-ENDLESS = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True}
+MAX_TOKENS = 2000
+"""More tokens than the model generates in 1 s."""
+ENDLESS = {"prompt": "Hello", "max_tokens": MAX_TOKENS, "ignore_eos": True}
 SHORT = {"prompt": "Hello", "max_tokens": 30, "seed": 3}
 
 
@@ -30,5 +32,5 @@ def test_a_line_of_prompts_ends_at_its_own_timeout_and_does_not_change_the_other
     (short_alone,) = results(SHORT)
     endless, short = results({**ENDLESS, "timeout": 1.0}, SHORT, options=("--timeout", "3600"))
     assert (endless["finish_reason"], short["finish_reason"]) == ("timeout", "length")
-    assert 0 < endless["usage"]["generated_tokens"] < 2000 and endless["text"]
+    assert 0 < endless["usage"]["generated_tokens"] < MAX_TOKENS and endless["text"]
     assert short["text"] == short_alone["text"]

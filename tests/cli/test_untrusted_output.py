@@ -46,6 +46,7 @@ PAYLOADS = (
     "[/x] [bold]",
     "| a | b |\n|---|---|\n| \x1b[2J | \x9b2J |\n",
 )
+"""Texts with control sequences, also percent-encoded in links, as HTML entities and in code; and with rich's markup."""
 TEXTS = st.one_of(st.sampled_from(PAYLOADS), st.text(st.characters(max_codepoint=0xFF), max_size=8), st.text())
 
 
@@ -74,7 +75,7 @@ class DisplayProgram:
     def output_for(self, display: str, parts: list[str]) -> str:
         """Return the output to the terminal for a text in ``parts``. ``display`` is a key of DISPLAYS."""
         line = json.dumps({"display": display, "parts": parts}).encode() + b"\n"
-        writer = threading.Thread(target=os.write, args=(self._texts, line))
+        writer = threading.Thread(target=os.write, args=(self._texts, line))  # blocks if the pipe cannot hold the line
         writer.start()
         output = b""
         while not output.endswith(END.encode()):

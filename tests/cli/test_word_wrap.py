@@ -19,7 +19,7 @@ def wrapped_lines(pieces: list[str], width: int) -> list[str]:
 @given(pieces=PIECES, width=st.integers(8, 20))
 @example(pieces=["word", " word"], width=8)
 @example(pieces=["  ", "lengthy"], width=8)
-def test_lines_fit_have_all_words_in_order_and_do_not_depend_on_the_pieces(pieces: list[str], width: int) -> None:
+def test_lines_fit_and_have_all_words_in_order_for_any_pieces_of_the_text(pieces: list[str], width: int) -> None:
     lines = wrapped_lines(pieces, width)
     words = "".join(pieces).split()
     assert "".join(lines).replace(" ", "") == "".join(words)

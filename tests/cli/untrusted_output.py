@@ -28,8 +28,13 @@ END = "<END OF THIS TEXT>"
 
 
 def tool_call(text: str) -> ToolCall:
-    """Return a tool call that has ``text`` in every field."""
+    """Return a tool call without an error that has ``text`` in every other field."""
     return ToolCall(text, text, text, {text: [text]})
+
+
+def restart(text: str) -> Restart:
+    """Return the first of three restarts, for the reason ``text``."""
+    return Restart(text, number=1, limit=3, wait_s=1.0)
 
 
 def show_chat(screen: Screen, parts: list[str]) -> None:
@@ -38,14 +43,14 @@ def show_chat(screen: Screen, parts: list[str]) -> None:
         *(Reasoning(part) for part in parts),
         *(Content(part) for part in parts),
         CallStarted(tool_call(text)),
-        CallEnded(tool_call(text), ToolResult(Outcome.DONE, text), 1.0),
-        Restarting(Restart(text, 1, 3, 1.0), text),
+        CallEnded(tool_call(text), ToolResult(Outcome.DONE, text), seconds=1.0),
+        Restarting(restart(text), text),
     ]
     for event in events:
         screen.show_event(event)
     screen.show_waiting(text)
     screen.log(text)
-    screen.show_restart(Restart(text, 1, 3, 1.0))
+    screen.show_restart(restart(text))
     screen.pause()
 
 
@@ -69,7 +74,7 @@ def show_errors(parts: list[str]) -> None:
     main._print_error(f"error: {text}")
     logging.getLogger("a library").warning("%s", text)
     log(text)
-    main.run(["generate", "--" + text])
+    main.run(["generate", "--" + text])  # prints an error that names the unknown option
     try:
         raise RuntimeError(text)
     except RuntimeError as error:

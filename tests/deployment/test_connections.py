@@ -19,6 +19,7 @@ from mlx_k2.protocol.messages import Connect, Connected, Hello, RingLinks
 from mlx_k2.weights.model_source import BUILTIN, ModelSource
 
 PROOF = bytes(range(32))
+"""In place of the random bytes with which the two stages of a hop check it."""
 RETRY_S = 0.1
 needs_two_loopback_addresses = pytest.mark.skipif(
     sys.platform != "linux", reason="needs Linux: 127.0.0.2 is an address of loopback there"
@@ -29,8 +30,8 @@ needs_two_loopback_addresses = pytest.mark.skipif(
 def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[StageGroup, RingLinks]]:
     """Yield two real stages that have opened their ports, and the addresses by which they can be connected."""
     hostfile = Hostfile(hosts=(Host(ssh="127.0.0.1", ips=ips),) * 2, backend=Backend.RING)
-    with StageGroup([StageLocation()] * 2, 20.0, lambda _: None) as group:
-        collect(group, Hello, range(2), 60.0, "start")
+    with StageGroup([StageLocation()] * 2, lease_s=20.0, log=lambda _: None) as group:
+        collect(group, Hello, range(2), silence_s=60.0, task="start")
         answers = prepare(group, hostfile, [ModelSource(path_or_repo=BUILTIN)] * 2)
         ring = links(hostfile, answers)
         assert isinstance(ring, RingLinks)
@@ -78,8 +79,8 @@ def test_a_process_that_relays_between_two_stages_is_an_error_before_anything_is
         (first, second) = ring.addresses
         threading.Thread(target=relay, args=(listener, second[-1]), daemon=True).start()
         redirected = RingLinks((first, (*second[:-1], f"{ips[-1]}:{listener.getsockname()[1]}")))
-        group.send(0, Connect(redirected, PROOF, None))
-        group.send(1, Connect(ring, None, PROOF))
+        group.send(0, Connect(redirected, to_next=PROOF, from_previous=None))
+        group.send(1, Connect(ring, to_next=None, from_previous=PROOF))
         answers = collect(group, Connected, range(2), CONNECT_S, "connect")
         with pytest.raises(
             StageStartError, match=r"stage 0 on this machine is connected to a process that is no stage: the"
@@ -97,7 +98,8 @@ def test_an_unknown_process_that_connects_first_and_sends_nothing_is_named_in_le
         addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour_port}",)] * 2
         addresses[rank] = ring.addresses[rank]
         started_at = time.monotonic()
-        group.send(rank, Connect(RingLinks(tuple(addresses)), PROOF if rank == 0 else None, PROOF if rank else None))
+        proofs = {"to_next": PROOF, "from_previous": None} if rank == 0 else {"to_next": None, "from_previous": PROOF}
+        group.send(rank, Connect(RingLinks(tuple(addresses)), **proofs))
         with connect_when_open(addresses[rank][0]), pytest.raises(StageFault) as caught:
             collect(group, Connected, [rank], CONNECT_S, "connect")
     assert time.monotonic() - started_at < 15

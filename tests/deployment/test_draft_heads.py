@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def host_with_home(folder: Path, **environment: str) -> Host:
-    """Return this machine as a host whose user has the home ``folder``, and also other variables."""
+    """Return this machine as a host with the home ``folder`` and the other variables of ``environment``."""
     folder.mkdir(exist_ok=True)
     script = folder / "python"
     variables = " ".join(f"{name}={value}" for name, value in {"HOME": str(folder), **environment}.items())
@@ -57,7 +57,8 @@ def test_a_stage_whose_layers_the_head_does_not_read_starts_without_the_files_of
     monkeypatch.setenv("HOME", str(tmp_path / "first"))
     hosts = [host_with_home(tmp_path / name) for name in ("first", "without", "first")]
     head = DraftHead(source=ModelSource(path_or_repo="~/head"))
-    request = replace(local_request(model, hosts), draft_head=head).with_options(split=(4, 1, 2))
+    request = replace(local_request(model, hosts), draft_head=head)
+    request = request.with_options(split=(4, 1, 2))  # the head reads layers 1 to 3, and the last stage drafts
     with (
         deploy(*open_source(request), DeploymentListener()) as deployment,
         engine_on(deployment, draft_mode=DraftMode.MODEL) as engine,
@@ -67,7 +68,7 @@ def test_a_stage_whose_layers_the_head_does_not_read_starts_without_the_files_of
 
 
 @pytest.mark.slow
-def test_hosts_that_reach_a_hub_where_this_machine_does_not_load_the_head_of_one_commit(
+def test_all_hosts_load_the_head_at_one_commit_from_a_hub_that_this_machine_cannot_reach(
     model: Path, tmp_path: Path
 ) -> None:
     write_head(tmp_path / "hub", model, 1)

@@ -20,8 +20,8 @@ def test_a_warning_of_a_stage_is_notified_with_the_name_of_the_stage(
 ) -> None:
     ask = bring_up.ask
 
-    def ask_and_add_warning(*request: Any) -> object:
-        (answer,) = ask(*request)
+    def ask_and_add_warning(*arguments: Any) -> object:
+        (answer,) = ask(*arguments)  # of the only stage
         if isinstance(answer, Loaded):
             answer = msgspec.structs.replace(answer, warnings=("a kernel is not used",))
         return (answer,)

@@ -85,7 +85,8 @@ def test_a_server_is_named_with_the_address_for_connect(user: CommandLine, model
 def test_the_address_of_a_server_is_named_unless_it_is_the_loopback_of_another_host(
     host: str, address: str | None, is_named: bool
 ) -> None:
-    own, other = Command("mac1", 1, "mlx-k2 chat", 0.0), Command(host, 2, "mlx-k2 serve", 0.0, address)
+    own = Command("mac1", pid=1, name="mlx-k2 chat", began_unix_s=0.0)
+    other = Command(host, pid=2, name="mlx-k2 serve", began_unix_s=0.0, address=address)
     hello = Hello(
         mlx_k2_version="1",
         mlx_version="1",
@@ -114,7 +115,7 @@ def test_a_command_that_holds_less_than_1_gb_or_has_ended_is_not_named(user: Com
 def test_memory_of_another_command_is_not_planned_again_and_the_error_names_it(user: CommandLine, model: Path) -> None:
     with deployment_of(model, num_slots=1) as deployment:
         hello, (plan,) = deployment.hellos[0], deployment.plans
-    available_bytes = memory_bound_bytes(None, hello.working_set_bytes, hello.memory_bytes)
+    available_bytes = memory_bound_bytes(None, hello.working_set_bytes, hello.memory_bytes)  # no limit in a hostfile
     assert available_bytes is not None
     slot_bytes = plan.assignment.held_bytes - plan.shard_bytes
     num_slots = 1 + (available_bytes - plan.needed_bytes) // slot_bytes  # another slot does not fit

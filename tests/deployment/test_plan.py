@@ -30,7 +30,7 @@ from tests.advice import follows_advice
 SHAPE = RunShape(dtype="bfloat16", context_tokens=32768, num_slots=1, chunk_tokens=2048)
 GB = 10**9
 STUDIO = HostMemory(working_set_bytes=460 * GB, ram_bytes=512 * GB)
-UNKNOWN_MEMORY = HostMemory(None, None)
+UNKNOWN_MEMORY = HostMemory(working_set_bytes=None, ram_bytes=None)
 
 
 def k2_thinking(num_experts: int) -> ModelDescription:
@@ -74,14 +74,14 @@ def test_each_layer_is_on_one_stage_and_the_shards_sum_to_the_model(num_hosts: i
     plans = plan(SMALL_K2, studios(num_hosts))
     assert [stage.rank for stage in plans] == list(range(num_hosts))
     assert [layer for stage in plans for layer in layers_of(stage)] == list(range(61))
-    assert sum(stage.shard_bytes for stage in plans) == held_bytes(model_specs(SMALL_K2.config), 2)
+    assert sum(stage.shard_bytes for stage in plans) == held_bytes(model_specs(SMALL_K2.config), compute_bytes=2)
 
 
 def layers_of(stage: StagePlan) -> range:
     return range(stage.assignment.first_layer, stage.assignment.end_layer)
 
 
-def test_the_files_of_a_stage_are_those_of_its_layers_and_at_the_ends_that_of_embedding_and_head() -> None:
+def test_a_stage_has_the_files_of_its_layers_and_the_first_and_the_last_one_also_that_of_embedding_and_head() -> None:
     first, middle, last = plan(SMALL_K2, studios(3))
     for stage in (first, middle, last):
         layer_files = {f"layer-{layer}.safetensors" for layer in layers_of(stage)}
@@ -106,8 +106,8 @@ def test_the_error_about_a_model_that_does_not_fit_names_the_sizes() -> None:
 
 
 def test_stages_on_one_machine_divide_its_memory() -> None:
-    memory = HostMemory(None, ram_bytes=600 * GB)
-    plan(K2_THINKING, studios(2), memory)
+    memory = HostMemory(working_set_bytes=None, ram_bytes=600 * GB)
+    plan(K2_THINKING, studios(2), memory)  # fits
     with pytest.raises(PartitionError, match="does not fit"):
         plan(K2_THINKING, local_hostfile(2), memory)
 
@@ -123,7 +123,7 @@ def test_a_longer_context_needs_more_cache_bytes_but_no_more_shard_bytes() -> No
 
 def test_in_float32_dense_weights_double_and_int4_experts_hold_scales_and_biases() -> None:
     bfloat16_bytes, float32_bytes = (
-        plan(K2_THINKING, studios(1), shape=RunShape(dtype, 2048, 1, 128))[0].shard_bytes
+        plan(K2_THINKING, studios(1), shape=replace(SHAPE, dtype=dtype))[0].shard_bytes
         for dtype in ("bfloat16", "float32")
     )
     int4_bytes = sum(spec.num_bytes for spec in model_specs(K2_THINKING.config) if spec.name.endswith("weight_packed"))
@@ -145,36 +145,40 @@ def test_in_float32_dense_weights_double_and_int4_experts_hold_scales_and_biases
 def test_the_defaults_are_bfloat16_and_chunks_of_4096_on_a_gpu_and_float32_and_chunks_of_128_on_a_cpu(
     dtype: str | None, on_gpu: bool, expected: tuple[str, int]
 ) -> None:
-    shape = choose_shape(SMALL_K2.config, ClusterOptions(dtype=dtype), 1, on_gpu)
+    shape = choose_shape(SMALL_K2.config, ClusterOptions(dtype=dtype), num_slots=1, all_on_gpu=on_gpu)
     assert (shape.dtype, shape.chunk_tokens) == expected
     assert shape.on_gpu is on_gpu
 
 
 @pytest.mark.slow
 def test_unused_memory_of_a_gpu_enlarges_the_blocks_of_attention_and_the_plan_still_fits() -> None:
-    shape = choose_shape(K2_THINKING.config, ClusterOptions(context_tokens=131072), 1, True)
+    shape = choose_shape(K2_THINKING.config, ClusterOptions(context_tokens=131072), num_slots=1, all_on_gpu=True)
     block_bytes = []
-    for working_set_gb in (328, 330, 460):
+    for working_set_gb in (328, 330, 460):  # 328 and 330 GB leave stage 0 less than two of the largest blocks need
         memory = HostMemory(working_set_bytes=working_set_gb * GB, ram_bytes=512 * GB)
         plans = plan(K2_THINKING, studios(2), memory, shape=shape)
         check_fit(plans, [memory] * 2)
         block_bytes.append(plans[0].block_bytes)
     smallest, middle, largest = block_bytes
-    assert attention_block_bytes(K2_THINKING.config, 131072, 2, on_gpu=True) <= smallest < middle < largest
+    minimum = attention_block_bytes(K2_THINKING.config, shape.context_tokens, compute_bytes=2, on_gpu=True)
+    assert minimum <= smallest < middle < largest
     assert largest == LARGEST_BLOCK_BYTES
 
 
 def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_that_of_the_model() -> None:
-    assert choose_shape(SMALL_K2.config, ClusterOptions(), 1, True).context_tokens == 32768
-    assert choose_shape(SMALL_K2.config, ClusterOptions(context_tokens=262144), 1, True).context_tokens == 262144
+    def context_of(options: ClusterOptions) -> int:
+        return choose_shape(SMALL_K2.config, options, num_slots=1, all_on_gpu=True).context_tokens
+
+    assert context_of(ClusterOptions()) == 32768
+    assert context_of(ClusterOptions(context_tokens=262144)) == 262144
     with pytest.raises(RequestError, match="--context 262145 is more than the 262144 positions"):
-        choose_shape(SMALL_K2.config, ClusterOptions(context_tokens=262145), 1, True)
+        context_of(ClusterOptions(context_tokens=262145))
 
 
 @pytest.mark.slow
 def test_dense_bits_reduce_held_and_read_bytes_but_not_working_bytes() -> None:
     stages = [
-        plan(K2_THINKING, studios(1), shape=RunShape("bfloat16", 2048, 1, 2048, dense_bits))[0]
+        plan(K2_THINKING, studios(1), shape=replace(SHAPE, context_tokens=2048, dense_bits=dense_bits))[0]
         for dense_bits in (None, 8, 4)
     ]
     assert [round(stage.shard_bytes / GB, 1) for stage in stages] == [594.2, 584.5, 579.3]
@@ -187,6 +191,7 @@ def test_4_bits_and_matrices_whose_inputs_are_not_divisible_by_64_cause_warnings
     assert quantization_warnings(K2_THINKING.config, 4) == (
         "--dense-bits 4 may show in the answers: 8 stays closer to the checkpoint",
     )
+    # Of these numbers of inputs, only the first is divisible by 32.
     config = msgspec.structs.replace(K2_THINKING.config, qk_nope_head_dim=96, q_lora_rank=1520)
     assert quantization_warnings(config, 8) == (
         "not quantized in groups of 64 but held in groups of 32: kv_b_proj (96 inputs)",

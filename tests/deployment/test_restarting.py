@@ -22,8 +22,8 @@ from mlx_k2.scheduling.request import Request
 from tests.local_cluster import local_host, local_request, marked_host, request, stage_process, together, write_model
 from tests.processes import started_processes
 
-REQUESTS = (request(90, 60, seed=5), request(7, 80, temperature=0))
-NUM_TOKENS = 60 + 80
+REQUESTS = (request(num_prompt=90, max_tokens=60, seed=5), request(num_prompt=7, max_tokens=80, temperature=0))
+NUM_TOKENS = sum(each.max_tokens for each in REQUESTS)
 """Tokens of both answers."""
 Answers = dict[Request, list[int]]
 
@@ -44,7 +44,10 @@ def expected_answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 def restarting_engine(
     model: Path, folder: Path, num_stages: int, limit: int | None = 5, listener: DeploymentListener | None = None
 ) -> Iterator[tuple[Engine, list[Restart]]]:
-    """Yield an engine over marked stages that start again after a fault, and the list of restarts so far."""
+    """Yield an engine over stages that start again after a fault, and the list of restarts so far.
+
+    ``stage_process`` finds the stages by the marks of their hosts. A stopped stage is a fault after 1.5 s.
+    """
     hosts = [marked_host(folder, rank, sys.executable) for rank in range(num_stages)]
     restarts: list[Restart] = []
 
@@ -96,7 +99,7 @@ def test_two_answers_continue_with_the_same_tokens_after_three_stages_were_kille
 
 
 @pytest.mark.slow
-def test_with_a_limit_of_no_restart_a_fault_is_raised(model: Path, tmp_path: Path) -> None:
+def test_with_a_limit_of_0_the_first_fault_is_raised(model: Path, tmp_path: Path) -> None:
     with (
         restarting_engine(model, tmp_path, 2, limit=0) as (engine, restarts),
         pytest.raises(StageFault, match=r"stage 1 on this machine \(.+\) ended with signal 9"),
@@ -109,7 +112,7 @@ def test_a_stage_that_cannot_start_again_is_named_after_the_last_restart(model: 
     with restarting_engine(model, tmp_path, 2, limit=2) as (engine, restarts):
         events = together(engine, *REQUESTS)
         next(events)
-        (tmp_path / "python-1").unlink()
+        (tmp_path / "python-1").unlink()  # the program that marked_host has written for stage 1
         stage_process(1).kill()
         with pytest.raises(StageStartError, match=r"stage 1 on this machine did not start: .*\(given up after 2 rest"):
             list(events)
@@ -131,7 +134,7 @@ def test_without_a_limit_the_stages_start_again_until_they_can(model: Path, tmp_
 
         events = together(engine, *REQUESTS)
         next(events)
-        (tmp_path / "python-1").unlink()
+        (tmp_path / "python-1").unlink()  # marked_host writes it again
         stage_process(1).kill()
         repair = pool.submit(repair_after_three_restarts)
         assert len(list(events)) == NUM_TOKENS - 1
@@ -166,7 +169,7 @@ def test_without_a_limit_a_restart_that_ended_with_any_error_is_tried_again(
 
 @pytest.mark.slow
 def test_a_second_nan_is_final_also_with_another_fault_before_the_first(model: Path) -> None:
-    restarts: set[tuple[int, str]] = set()
+    restarts: set[tuple[int, str]] = set()  # a set, as each phase of a restart adds to it
     request_and_model = open_source(local_request(model, [local_host()]))
     with RestartingDeployment(*request_and_model, DeploymentListener(), limit=5, first_wait_s=0.05) as restarting:
         for error in (StageFault("killed", 0), NotFinite("NaN in step 3", 0)):

@@ -101,7 +101,7 @@ def test_setup_writes_what_all_later_commands_use(start_line: StartLine, hosts: 
         assert pane.end(TIMEOUT_S) == 0, pane.shown
     check(start_line, from_readme("mlx-k2 config"), 'model = "built-in"', "config.toml, line")
     check(start_line, from_readme("mlx-k2 doctor"), "host-1", "host-2", "hop", "0 failure")
-    check(start_line, from_readme("mlx-k2 generate --dry-run"), "host-2", "read a token", "nothing was started")
+    check(start_line, from_readme("mlx-k2 generate --dry-run"), "host-2", "read per token", "nothing was started")
 
 
 def test_the_demo_answers_and_text_from_a_pipe_is_added_to_the_prompt(start_line: StartLine) -> None:
