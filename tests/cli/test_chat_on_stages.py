@@ -56,7 +56,7 @@ def test_a_chat_on_stages_answers_stops_an_answer_and_leaves_no_process(
         processes = pane.processes()
         pane.type("C-d")
         pane.wait_for("exit code 0")
-        assert wait_until_gone(processes, 60) == []
+        assert still_running_after(processes, 60) == []
 
 
 @pytest.mark.slow

@@ -466,7 +466,7 @@ TESTS_BY_MODEL_ERROR: dict[str, tuple[Test, ...]] = {
     ),
     "a grammar without the numbers of calls": (
         test_constrained_replies.test_any_name_of_a_tool_can_be_generated,
-        test_constrained_replies.test_the_number_of_a_call_continues_those_of_the_prompt,
+        test_constrained_replies.test_the_number_of_a_call_follows_the_calls_of_the_prompt_unless_the_rules_have_a_first_number,
     ),
     "a call without its section": (
         test_constrained_replies.test_whatever_the_logits_required_calls_are_valid_or_the_reply_ends_with_length,
