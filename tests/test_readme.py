@@ -69,7 +69,7 @@ LINES_RUN_ELSEWHERE = {
 
 LINES_RUN_HERE = {
     'mlx-k2 generate "What is mlx-k2?"': "mlx-k2 runs Kimi K2 models over several Macs",
-    'echo 3 to 12. | mlx-k2 generate -p "Count from" -n 200': "3, 4, 5, 6, 7, 8, 9, 10, 11, 12",
+    'echo 3 to 12. | mlx-k2 generate -p "Count from" --max-tokens 200': "3, 4, 5, 6, 7, 8, 9, 10, 11, 12",
     "mlx-k2 bench --prompt-lengths 128 --generate 32 --streams 1,2 --plot speed.png": "",
     "mlx-k2 generate --dry-run": "",
     "mlx-k2 config": "",
