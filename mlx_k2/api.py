@@ -230,7 +230,13 @@ class _Cluster:
     def _submission(self, prompt: Prompt, sampling: Sampling, tools: ToolDeclarations) -> tuple[Submission, int]:
         """Return the request for a reply, and the number of tool calls in ``prompt``. Long prompts take seconds."""
         self._running_engine()  # raises ClusterError if the cluster is not open
+        _require_type("prompt", prompt, isinstance(prompt, Sequence), "a text, or a list of messages")
+        _require_type("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
+        is_list = isinstance(tools, Sequence) and not isinstance(tools, str)
+        _require_type("tools", tools, is_list, "a list of declarations")
         if isinstance(prompt, str):
+            if not prompt.strip():
+                raise RequestError("the prompt is empty: give some text")
             messages = [Message(role="user", content=prompt)]
         else:
             messages = read_history(prompt, self._frontend.template.fields, normal_ids=True).messages
@@ -289,7 +295,7 @@ class Cluster(_Cluster):
         Raises:
             RequestFailed: a request failed; the others are cancelled. Other errors are those of ``chat``.
         """
-        _refuse_lone_prompt(prompts)
+        _check_prompts(prompts)
         num_calls_before: dict[int, int] = {}
 
         def submissions_by_index() -> Iterator[tuple[int, Submission]]:
@@ -362,7 +368,7 @@ class AsyncCluster(_Cluster):
         self, prompts: Iterable[Prompt], sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()
     ) -> list[Completion]:
         """Return the replies to many prompts, in their order. The first error cancels the others."""
-        _refuse_lone_prompt(prompts)
+        _check_prompts(prompts)
         # two requests for each slot: one runs, the other is ready when it ends
         limit = asyncio.Semaphore(2 * self._running_engine().num_slots)
 
@@ -432,9 +438,16 @@ def _struct_value(value: object) -> object:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _refuse_lone_prompt(prompts: Iterable[Prompt]) -> None:
+def _require_type(name: str, value: object, is_valid: bool, expected: str) -> None:
+    if not is_valid:
+        raise RequestError(f"{name} is of type {type(value).__name__}: give {expected}")
+
+
+def _check_prompts(prompts: Iterable[Prompt]) -> None:
     if isinstance(prompts, str):  # else each letter would be a prompt
         raise RequestError("one prompt was given: give a list of prompts, or use chat")
+    is_valid = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping)  # else each key would be a prompt
+    _require_type("prompts", prompts, is_valid, "a list of prompts")
 
 
 def _log_restart(restart: Restart, phase: str) -> None:

@@ -96,6 +96,8 @@ def test_a_stream_is_closed_while_another_thread_reads_it(cluster: Cluster) -> N
 @follows_advice(
     "the cluster is open already: close it first, or make another one",
     "one prompt was given: give a list of prompts, or use chat",
+    "prompts is of type int: give a list of prompts",
+    "the prompt is empty: give some text",
     "2 answers were requested, but this call returns one: repeat the prompt in the list for generate",
     "the cluster is not open: use it as a context, in a with block",
 )
@@ -106,6 +108,14 @@ def test_wrong_uses_of_a_cluster_are_refused_with_the_right_use(cluster: Cluster
     assert started_processes() == processes
     with pytest.raises(RequestError, match="give a list of prompts, or use chat"):
         cluster.generate("hi")
+    for sampling, prompts in (({"temperature": 0}, ["hi"]), (Sampling(), 5), (Sampling(), {"role": "user"})):
+        with pytest.raises(RequestError, match=r"(sampling|prompts) is of type (dict|int): give a "):
+            cluster.generate(prompts, sampling)  # type: ignore[arg-type]
+    for prompt, tools in ((5, ()), ({"role": "user"}, ()), (QUESTION, 5), (QUESTION, "get_weather")):
+        with pytest.raises(RequestError, match=r"(prompt|tools) is of type (dict|int|str): give a "):
+            cluster.chat(prompt, tools=tools)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="the prompt is empty: give some text"):
+        cluster.chat(" ")
     with pytest.raises(RequestError, match="this call returns one: repeat the prompt in the list for generate"):
         cluster.chat("hi", Sampling(num_answers=2))
     with pytest.raises(ClusterError, match="use it as a context, in a with block"):
@@ -181,7 +191,7 @@ def test_a_sampling_value_of_a_wrong_type_or_range_is_refused_by_name(values: di
         ({"num_stages": "2"}, RequestError, "num_stages: expected a whole number or null, got text"),
         ({"num_stages": 0}, RequestError, "num_stages: expected a whole number >= 1"),
         ({"dtype": "int8"}, RequestError, "dtype int8 is unknown: give bfloat16 or float32"),
-        ({"dense_bits": 5}, RequestError, "dense-bits 5 is unknown: give 8 or 4"),
+        ({"dense_bits": 5}, RequestError, "dense_bits 5 is unknown: give 8 or 4"),
         ({"split": [3, 0]}, RequestError, "split"),
         ({"lease_s": float("nan")}, RequestError, "lease nan is out of range: give 2 to 3600 s"),
         ({"num_stages": 2, "hostfile": "x"}, HostfileError, "give it, or a hostfile, not both"),

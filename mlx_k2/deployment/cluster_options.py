@@ -63,8 +63,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check_seconds("lease", self.lease_s, LEASE_RANGE_S)
         _check_seconds("stall-timeout", self.stall_timeout_s, STALL_TIMEOUT_RANGE_S)
         _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("dense-bits", self.dense_bits, DENSE_BITS)
-        _check_choice("draft-bits", self.draft_bits, DRAFT_BITS)
+        _check_choice("dense_bits", self.dense_bits, DENSE_BITS)
+        _check_choice("draft_bits", self.draft_bits, DRAFT_BITS)
         has_draft_options = (self.draft_aux, self.draft_vocab, self.draft_bits) != (None, None, DRAFT_BITS[0])
         has_no_head = self.draft_model is None and self.model is not None  # the built-in model has a draft head
         if has_draft_options and has_no_head:
