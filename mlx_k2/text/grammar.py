@@ -4,6 +4,7 @@ A grammar allows ordinary tokens only. Where its text may end, the caller adds t
 """
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -30,6 +31,8 @@ _SPACED_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_s
 _NUM_TRIAL_STEPS = 32
 """The steps that are tried before a grammar is used: one that is too complex usually fails at its first steps."""
 _MAX_PROBLEM_CHARS = 300
+_REGEX_REASON = re.compile(r"(?<=^error: ).+", re.MULTILINE)
+"""The reason in the compiler's message about a regular expression; the other lines quote its own grammar."""
 _LATEST_DRAFT = "http://json-schema.org/schema#"
 """A name of the latest draft of JSON Schema. The compiler refuses it, and assumes this draft if a schema names none."""
 _LENIENT_OPTIONS = {"lenient": True, "coerce_one_of": True}
@@ -153,6 +156,8 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(text)
         compiled = CompiledGrammar(lambda: LLMatcher(table, grammar, log_level=0, limits=_limits()))
         problem = compiled.matcher.get_error()
+        if kind == "regex" and (reason := _REGEX_REASON.search(problem)):
+            problem = reason[0]
         if not problem and kind != "choice" and not _stays_within_limits(GrammarState(compiled, ordinary)):
             problem = "it allows no text, or is too complex"
         return compiled, " ".join(problem.split())[:_MAX_PROBLEM_CHARS]

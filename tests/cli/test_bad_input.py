@@ -131,7 +131,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {  # arguments of generate, and the
         ["--json-schema", __file__, "Hello"],
         "--json-schema: .* line 1, column 3: extra data",
     ),
-    "a malformed regular expression": (["--regex", "(", "Hello"], "the regular expression cannot be compiled"),
+    "a malformed regular expression": (
+        ["--regex", "(", "Hello"],
+        "the regular expression cannot be compiled: unclosed group\n",
+    ),
     "a catastrophic pattern": (["--regex", "(a?){400}a{400}", "Hello"], "it allows no text, or is too complex"),
     "a malformed grammar": (["--lark", __file__, "Hello"], "the Lark grammar cannot be compiled"),
     "two forms": (["--regex", "a", "--lark", __file__, "Hello"], "an answer has one form"),
