@@ -1,9 +1,9 @@
 """The reason of a failed HTTP request, with the setting of the environment that causes it. Knows no server."""
 
 import os
-import shlex
-import sys
 from pathlib import Path
+
+from mlx_k2.package_install import install_command
 
 _CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
@@ -24,6 +24,6 @@ def http_reason(error: BaseException) -> str:
     proxies = [name for name in os.environ if name.upper() in _PROXY_VARIABLES]
     if isinstance(error, ImportError) and "socks" in first_line.lower():
         proxy = next((name for name in proxies if os.environ[name].startswith("socks")), "the system's proxy setting")
-        install = f"{shlex.quote(sys.executable)} -m pip install socksio"
+        install = install_command("socksio")
         return f"{proxy} is a SOCKS proxy, which needs a package: run `{install}`, or unset {proxy}"
     return f"{first_line} (through the proxy of {' and '.join(proxies)})" if proxies else first_line

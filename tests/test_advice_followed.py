@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+import mlx_k2
 from mlx_k2.cli.prompt_files import read_prompt_lines
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.result_file import ResultFile
@@ -129,7 +130,6 @@ def test_tool_servers_are_tried_after_one_was_renamed() -> None:
 
 @follows_advice(
     "SSL_CERT_FILE names /nowhere.pem, which does not exist: correct SSL_CERT_FILE, or unset it",
-    "python -m pip install socksio",
     "a: run `python -m pip install socksio`, or unset ALL_PROXY",
 )
 def test_a_failed_request_names_the_setting_that_made_it_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,8 @@ def test_a_failed_request_names_the_setting_that_made_it_fail(monkeypatch: pytes
 
 
 @follows_advice(
-    "--plot needs matplotlib: run `python -m pip install matplotlib`",
+    "python -m pip install matplotlib",
+    "--plot needs matplotlib: run `a`",
     "for instance `hf auth login`",
 )
 def test_printed_commands_are_accepted_by_their_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,6 +167,19 @@ def test_printed_commands_are_accepted_by_their_programs(monkeypatch: pytest.Mon
     config = str(Path(sys.executable).with_name("mlx.distributed_config"))
     options = ["--over", "thunderbolt", "--auto-setup", "--help"]  # --help comes last: the others are parsed first
     subprocess.run([config, *options], capture_output=True, timeout=60, check=True)
+
+
+@follows_advice(
+    "uv pip install --python python mcp",
+)
+def test_in_an_environment_without_pip_a_package_is_installed_with_uv_for_its_python(tmp_path: Path) -> None:
+    """uv makes such environments; it is not needed here, so the command is compared and not run."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], timeout=60, check=True)
+    python = str(tmp_path / "bin" / "python")
+    code = "from mlx_k2.package_install import install_command; print(install_command('mcp'))"
+    environment = {"PYTHONPATH": str(Path(mlx_k2.__file__).parents[1])}
+    result = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout == f"uv pip install --python {python} mcp\n"
 
 
 @follows_advice(

@@ -1,7 +1,5 @@
 """`mlx-k2 bench`: throughput of the stages for several prompt lengths and numbers of streams."""
 
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +22,7 @@ from mlx_k2.deployment.cluster_options import ClusterOptions, open_source
 from mlx_k2.deployment.deploy import deploy
 from mlx_k2.deployment.dry_run import preview
 from mlx_k2.errors import RequestError
+from mlx_k2.package_install import install_command
 from mlx_k2.scheduling.drafter import DraftMode
 
 _MAX_STREAMS = 64
@@ -61,9 +60,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.csv_path is not None:
             check_csv(Path(self.csv_path))
         if self.plot_path is not None and find_spec("matplotlib") is None:
-            raise click.UsageError(
-                f"--plot needs matplotlib: run `{shlex.quote(sys.executable)} -m pip install matplotlib`"
-            )
+            raise click.UsageError(f"--plot needs matplotlib: run `{install_command('matplotlib')}`")
 
 
 @click.command(cls=ProgramCommand)

@@ -2,17 +2,18 @@
 
 import logging
 import os
-import shlex
-import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_k2.chat.tool_round import Tools
 from mlx_k2.cli.console import log
 from mlx_k2.cli.options import ToolOptions
 from mlx_k2.errors import ToolsError
+from mlx_k2.package_install import install_command
 
+_MESSAGE_DELAY_S = 3.0
 _MUTED_LOGGERS = ("mcp", "httpx", "httpx2", "asyncio", "client")
 
 
@@ -30,15 +31,21 @@ def started_tools(options: ToolOptions) -> Iterator[Tools | None]:
         from mlx_k2.tools.servers import python_module, read_mcp_file
         from mlx_k2.tools.toolbox import Limits, open_toolbox
     except ModuleNotFoundError as error:
-        install = f"{shlex.quote(sys.executable)} -m pip install mcp"
-        raise ToolsError(f"--tools and --mcp need the package {error.name}: run `{install}`") from None
+        raise ToolsError(f"--tools and --mcp need the package {error.name}: run `{install_command('mcp')}`") from None
 
     for name in _MUTED_LOGGERS:  # they report a lost server, which the result of the call reports already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     servers = () if options.mcp_path is None else read_mcp_file(Path(options.mcp_path), os.environ, log)
     if options.tools_path is not None:
         servers = (*servers, python_module(Path(options.tools_path), os.environ))
-    with open_toolbox(servers, Limits(call_timeout_s=options.tool_timeout_s)) as tools:
+    names = ", ".join(server.name for server in servers)
+    message = threading.Timer(_MESSAGE_DELAY_S, log, [f"waiting until the tools of {names} are started ..."])
+    with ExitStack() as stack:
+        message.start()
+        try:
+            tools = stack.enter_context(open_toolbox(servers, Limits(call_timeout_s=options.tool_timeout_s)))
+        finally:
+            message.cancel()
         for problem in tools.problems:
             log(problem)
         unknown_tools = sorted(set(options.allowed_tools) - tools.tools.keys())
