@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from mlx_k2.http_reason import http_reason
 from mlx_k2.tools.server_output import ServerOutput, inspected_streams
-from mlx_k2.tools.servers import HttpServer, Server
+from mlx_k2.tools.servers import HttpServer, PythonFile, Server
 
 _MAX_PAGES = 100
 _MAX_STDERR_LINES = 5
@@ -41,7 +41,7 @@ class ServerLost(Exception):
 
 
 class NotStarted(ServerLost):
-    """The error for a server that does not start or cannot be reached."""
+    """The error for a server that does not start or cannot be reached. Its text begins with the server's name."""
 
 
 class _Parameters(StdioServerParameters):
@@ -116,7 +116,9 @@ class Connection:
                     with anyio.fail_after(self._start_timeout_s):
                         self._link = await self._tasks.start(self._keep_link_open)
                 except TimeoutError:
-                    raise NotStarted(f"it did not answer within {self._start_timeout_s:g} s") from None
+                    raise NotStarted(
+                        f"{self.server.name}: it did not answer within {self._start_timeout_s:g} s"
+                    ) from None
             return self._link
 
     async def _keep_link_open(self, *, task_status: TaskStatus[_Link]) -> None:
@@ -149,7 +151,9 @@ class Connection:
                 return False
             reason = _end_reason(_with_http_status(error, output), last_lines, self.server)
             if link is None:
-                raise NotStarted(reason) from None
+                last_line = last_lines[-1] if last_lines else ""
+                names_file = isinstance(self.server, PythonFile) and last_line.startswith(self.server.name)
+                raise NotStarted(last_line if names_file else f"{self.server.name}: {reason}") from None
             link.end_reason = reason
         else:
             link.end_reason = _end_reason(None, last_lines, self.server)

@@ -27,11 +27,16 @@ from mcp.server.mcpserver.exceptions import ToolError
 
 _MODULE_NAME = "mlx_k2_tools_module"
 _PARENT_CHECK_INTERVAL_S = 1.0
+_IMPORT_TIMEOUT_S = 30.0
+_MAX_REASON_CHARS = 400
 
 
 def main(path: Path) -> None:
     """Serve until stdin ends, then end the process at once, even if a function still runs."""
     server = MCPServer(path.name, log_level="ERROR")
+    slow_import = threading.Timer(_IMPORT_TIMEOUT_S, _exit_in_import, (path, threading.get_ident()))
+    slow_import.daemon = True
+    slow_import.start()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             functions = _tool_functions(_load_module(path))
@@ -39,6 +44,8 @@ def main(path: Path) -> None:
             _add_tool(server, name, function)
     except BaseException as error:  # noqa: BLE001 - a module can raise any exception, SystemExit too
         _exit_with_error(path, error)
+    finally:
+        slow_import.cancel()
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     server.run()
     os._exit(0)
@@ -47,7 +54,7 @@ def main(path: Path) -> None:
 def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_MODULE_NAME, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path.name} is not a Python file")
+        raise UnusableFile("it is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE_NAME] = module
     sys.path.append(str(path.parent))  # last, so that no file there shadows a module of a package
@@ -56,7 +63,7 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """Return the functions that become tools, by name; raise ImportError for none, or if ``__all__`` has others."""
+    """Return the functions that become tools, by name; raise UnusableFile for none, or if ``__all__`` has others."""
     public_names = getattr(module, "__all__", None)
     functions: dict[str, Callable[..., Any]]
     if public_names is None:
@@ -69,9 +76,9 @@ def _tool_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
         functions = {name: getattr(module, name) for name in public_names}
         for name, item in functions.items():
             if not inspect.isfunction(item):
-                raise ImportError(f"__all__ names {name}, which is not a function")
+                raise UnusableFile(f"__all__ names {name}, which is not a function")
     if not functions:
-        raise ImportError("it defines no public function")
+        raise UnusableFile("it defines no public function")
     return functions
 
 
@@ -79,7 +86,7 @@ def _add_tool(server: MCPServer, name: str, function: Callable[..., Any]) -> Non
     """Add a function as a tool.
 
     Raises:
-        UnusableFunction: the function cannot be called with named JSON arguments, or is a generator.
+        UnusableFile: the function cannot be called with named JSON arguments, or is a generator.
     """
     try:
         for parameter in inspect.signature(function).parameters.values():
@@ -91,11 +98,15 @@ def _add_tool(server: MCPServer, name: str, function: Callable[..., Any]) -> Non
         server.add_tool(_tool_for(function), name=name, description=description, structured_output=False)
     except Exception as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnusableFunction(f"line {inspect.unwrap(function).__code__.co_firstlineno}: {name}: {problem}") from error
+        raise UnusableFile(f"{name}: {problem}", inspect.unwrap(function).__code__.co_firstlineno) from error
 
 
-class UnusableFunction(Exception):
-    """The error for a function that cannot be a tool; names the line, the function and the problem."""
+class UnusableFile(Exception):
+    """The error for a file without usable functions: the reason, and the line of the file if one is the cause."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.line = line
 
 
 def _tool_for(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,11 +147,33 @@ def _well_formed(text: str) -> str:
 
 
 def _exit_with_error(path: Path, error: BaseException) -> NoReturn:
-    """End the process with exit code 2 and a message on stderr that names the error and the line of the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f"line {lines[-1]}: " if lines else ""
-    kind = "" if isinstance(error, UnusableFunction) else f"{type(error).__name__}: "
-    sys.stderr.write(f"{where}{kind}{error}\n")
+    match error:
+        case UnusableFile():
+            line, reason = error.line, str(error)
+        case SyntaxError() if error.filename == str(path):
+            line, reason = error.lineno, error.msg
+        case _:
+            line = _last_line(path, traceback.extract_tb(error.__traceback__))
+            reason = f"{type(error).__name__}: {error}"
+    _exit_with_reason(path, line, reason)
+
+
+def _exit_in_import(path: Path, thread_id: int) -> None:
+    """End the process, whose thread ``thread_id`` has not imported the file in time."""
+    line = _last_line(path, traceback.extract_stack(sys._current_frames()[thread_id]))
+    _exit_with_reason(path, line, f"the import of the file did not end within {_IMPORT_TIMEOUT_S:g} s")
+
+
+def _last_line(path: Path, frames: traceback.StackSummary) -> int | None:
+    """Return the line of the innermost frame in the file; None if no frame is."""
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return lines[-1] if lines else None
+
+
+def _exit_with_reason(path: Path, line: int | None, reason: str) -> NoReturn:
+    """End the process with exit code 2 and one line on stderr that names the file, the line and the reason."""
+    where = path.name if line is None else f"{path.name}, line {line}"
+    sys.stderr.write(f"{where}: {' '.join(reason.split())[:_MAX_REASON_CHARS]}\n")
     sys.stderr.flush()
     os._exit(2)
 

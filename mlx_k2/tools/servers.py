@@ -31,6 +31,10 @@ class StdioServer(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str | None = None
 
 
+class PythonFile(StdioServer, frozen=True, kw_only=True):
+    """The server of a file's functions. If it does not start, its last line on stderr names the file and the reason."""
+
+
 class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
     """A server that already runs, with the URL of its streamable HTTP endpoint."""
 
@@ -104,7 +108,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
     return tuple(servers)
 
 
-def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
+def python_module(path: Path, environment: Mapping[str, str]) -> PythonFile:
     """Return the server for the functions of a Python file: a separate process with ``environment``.
 
     With -P it does not import from the current folder.
@@ -115,7 +119,7 @@ def python_module(path: Path, environment: Mapping[str, str]) -> StdioServer:
     if not path.is_file():
         raise ToolsError(f"there is no Python file {path}")
     arguments = ("-P", "-m", "mlx_k2.tools.module_server", str(path.resolve()))
-    return StdioServer(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
+    return PythonFile(name=path.name, command=sys.executable, args=arguments, env=dict(environment))
 
 
 def _server(name: str, entry: _ServerEntry, where: str, environment: Mapping[str, str]) -> Server:

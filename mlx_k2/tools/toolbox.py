@@ -19,7 +19,7 @@ from mcp_types import INVALID_PARAMS, METHOD_NOT_FOUND
 from mlx_k2.errors import ToolsError
 from mlx_k2.tools.connection import Connection, NotStarted, ServerLost, first_problem
 from mlx_k2.tools.outcome import Outcome, ToolResult
-from mlx_k2.tools.servers import Server
+from mlx_k2.tools.servers import PythonFile, Server
 
 _INVALID_IN_NAME = re.compile(r"[^\w.-]")
 # Codes of the errors with which a server reports that it has not run a call.
@@ -99,9 +99,7 @@ class ToolBox:
                 f"The tool server {server} did not answer within {timeout_s:g} s; the call was ended.{hint}",
             )
         except NotStarted as lost:
-            return ToolResult(
-                Outcome.LOST, f"The call was not run: the tool server {server} cannot be started: {lost}."
-            )
+            return ToolResult(Outcome.LOST, f"The call was not run: its tool server cannot be started: {lost}.")
         except ServerLost as lost:
             return ToolResult(
                 Outcome.LOST, f"The tool server {server} was lost during this call, which may have run: {lost}."
@@ -157,7 +155,8 @@ async def _start_servers(connections: Sequence[Connection]) -> tuple[list[tuple[
     async def list_tools(connection: Connection) -> None:
         name = connection.server.name
         try:
-            tools[name], problems[name] = await connection.tools()
+            tools[name], own_problems = await connection.tools()
+            problems[name] = [f"{name}: {problem}" for problem in own_problems]
         except NotStarted as lost:
             problems[name] = [str(lost)]
 
@@ -165,9 +164,10 @@ async def _start_servers(connections: Sequence[Connection]) -> tuple[list[tuple[
         for connection in connections:
             group.start_soon(list_tools, connection)
     names = [connection.server.name for connection in connections]
-    lines = [f"{name}: {problem}" for name in names for problem in problems[name]]
+    lines = [problem for name in names for problem in problems[name]]
     if connections and not tools:
-        raise ToolsError(f"no tool server starts: {'; '.join(lines)}")
+        has_only_files = all(isinstance(connection.server, PythonFile) for connection in connections)
+        raise ToolsError(f"{'' if has_only_files else 'no tool server starts: '}{'; '.join(lines)}")
     return [(connection, tool) for connection in connections for tool in tools.get(connection.server.name, ())], lines
 
 

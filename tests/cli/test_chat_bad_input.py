@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_k2.chat.chat_events import MessageAdded
+from mlx_k2.cli import started_tools
 from mlx_k2.cli.main import run
 from mlx_k2.cli.repl.saved_chat import SavedChat, load_chat, save_chat
 from mlx_k2.cli.repl.transcript import Transcript
@@ -38,9 +39,9 @@ FULL_DEVICE = Path("/dev/full")
         (["--mcp", "gone.json"], r"no tool server starts: gone: .*No such file"),
         (["--mcp", "both.json"], r"the server 's' needs either a command or a url"),
         (["--tools", "none.py"], r"there is no Python file none.py"),
-        (["--tools", "raises.py"], r"raises.py: .*line 1: ValueError: no luck"),
-        (["--tools", "syntax.py"], r"syntax.py: .*SyntaxError"),
-        (["--tools", "empty.py"], r"empty.py: .*it defines no public function"),
+        (["--tools", "raises.py"], r"^error: raises.py, line 1: ValueError: no luck$"),
+        (["--tools", "syntax.py"], r"^error: syntax.py, line 1: invalid syntax$"),
+        (["--tools", "empty.py"], r"^error: empty.py: it defines no public function$"),
         (["--tools", "fine.py", "--allow-tool", "g"], r"--allow-tool g: there is no such tool; the tools are f"),
     ],
 )
@@ -57,9 +58,20 @@ def test_unusable_tools_are_refused_before_any_stage_starts(
     assert run(["chat", *arguments]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert re.search(error, output.err), output.err
+    assert re.search(error, output.err, re.MULTILINE), output.err
     assert output.err.startswith("error: ") and "Traceback" not in output.err
     assert started_processes() == []
+
+
+def test_a_slow_start_of_tools_is_announced_with_the_name_of_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(started_tools, "_MESSAGE_DELAY_S", 0.01)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.1)\nraise ValueError('no luck')\n")
+    assert run(["chat", "--tools", str(tmp_path / "slow.py")]) == 2
+    message, error = capsys.readouterr().err.splitlines()
+    assert message == "waiting until the tools of slow.py are started ..."
+    assert error == "error: slow.py, line 3: ValueError: no luck"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mcp.server.mcpserver import MCPServer
 
 from mlx_k2.errors import ToolsError
-from mlx_k2.tools.module_server import _MODULE_NAME, UnusableFunction, _add_tool, main
+from mlx_k2.tools.module_server import _MODULE_NAME, UnusableFile, _add_tool, main
 from mlx_k2.tools.outcome import Outcome, ToolResult
 from mlx_k2.tools.servers import python_module
 from mlx_k2.tools.toolbox import Limits, open_toolbox
@@ -121,20 +121,20 @@ def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def f(:", "SyntaxError: "),
-        ("import no_such_package", "line 1: ModuleNotFoundError: No module named 'no_such_package'"),
-        ("raise SystemExit('not today')", "line 1: SystemExit: not today"),
-        ("x = 1", "ImportError: it defines no public function"),
-        ("__all__ = ['f']", "AttributeError: "),
-        ("def f(_hidden: int): ...", "line 1: f: Parameter _hidden of f cannot start with '_'"),
-        ("__all__ = ['f']\nf = 3", "ImportError: __all__ names f, which is not a function"),
-        ("x = 1\ndef f(x, /): ...", "line 2: f: the parameter x has no name that a model can give"),
-        ("def f(*values): ...", "line 1: f: the parameter *values has no name that a model can give"),
-        ("def f(**values): ...", "line 1: f: the parameter **values has no name that a model can give"),
-        ("def g(): ...\ndef f(): yield 1", "line 2: f: it is a generator: return a list"),
-        ("async def f(): yield 1", "line 1: f: it is a generator: return a list"),
-        ("def f(x: 'Nothing'): ...", "line 1: f: Unable to evaluate type annotations"),
-        ("import socket\ndef f(x: socket.socket): ...", "line 2: f: Cannot generate a JsonSchema"),
+        ("x = 1\ndef f()\n    return 1", ", line 2: expected ':'"),
+        ("import no_such_package", ", line 1: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("raise SystemExit('not\\n today')", ", line 1: SystemExit: not today"),
+        ("x = 1", ": it defines no public function"),
+        ("__all__ = ['f']", ": AttributeError: "),
+        ("def f(_hidden: int): ...", ", line 1: f: Parameter _hidden of f cannot start with '_'"),
+        ("__all__ = ['f']\nf = 3", ": __all__ names f, which is not a function"),
+        ("x = 1\ndef f(x, /): ...", ", line 2: f: the parameter x has no name that a model can give"),
+        ("def f(*values): ...", ", line 1: f: the parameter *values has no name that a model can give"),
+        ("def f(**values): ...", ", line 1: f: the parameter **values has no name that a model can give"),
+        ("def g(): ...\ndef f(): yield 1", ", line 2: f: it is a generator: return a list"),
+        ("async def f(): yield 1", ", line 1: f: it is a generator: return a list"),
+        ("def f(x: 'Nothing'): ...", ", line 1: f: Unable to evaluate type annotations"),
+        ("import socket\ndef f(x: socket.socket): ...", ", line 2: f: Cannot generate a JsonSchema"),
     ],
 )
 def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
@@ -153,16 +153,34 @@ def test_an_unusable_tools_module_ends_its_process_with_one_line_about_it(
     sys.modules.pop(_MODULE_NAME, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert line.startswith(message)
+    assert line.startswith(f"mine.py{message}")
 
 
-def test_an_unusable_tools_module_is_refused_with_the_line_of_its_process(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("mine.py", "mine.py, line 2: ValueError: no licence"),
+        ("mine.json", "mine.json: it is not a Python file: its name must end in .py"),
+    ],
+)
+def test_an_unusable_tools_module_is_refused_with_the_line_of_its_process(
+    tmp_path: Path, name: str, error: str
+) -> None:
+    path = tmp_path / name
     path.write_text("x = 1\nraise ValueError('no licence')")
     with pytest.raises(ToolsError) as caught, open_toolbox([python_module(path, environment())], LIMITS):
         pass
-    assert "mine.py: it ended; it wrote last: line 2: ValueError: no licence" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == error
+
+
+def test_a_module_whose_import_hangs_ends_its_process_with_the_line_where_it_hangs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import time\ntime.sleep(1000)\n")
+    program = "from mlx_k2.tools import module_server; module_server._IMPORT_TIMEOUT_S = 0.1; "
+    command = [sys.executable, "-c", f"import pathlib; {program}module_server.main(pathlib.Path({str(path)!r}))"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "mine.py, line 2: the import of the file did not end within 0.1 s\n"
 
 
 UNUSUAL_MODULE = """
@@ -221,8 +239,9 @@ def test_a_function_of_any_signature_is_added_or_refused_by_line_and_name(
         return  # Python cannot evaluate the annotation: such a module cannot be imported
     try:
         _add_tool(MCPServer("tools", log_level="ERROR"), "f", names["f"])
-    except UnusableFunction as error:
-        assert str(error).startswith("line 2: f: ")
+    except UnusableFile as error:
+        assert error.line == 2
+        assert str(error).startswith("f: ")
     else:
         assert kind == ""
         assert body == "return 1"

@@ -144,7 +144,7 @@ def test_an_http_server_that_ends_during_a_call_is_named_in_this_and_later_calls
         results = [box.call("die", {}), box.call("add", {"a": 1}), box.call("add", {"a": 1})]
     assert [result.outcome for result in results] == [Outcome.LOST] * 3
     assert results[0].text.startswith("The tool server crashing was lost during this call, which may have run: ")
-    not_run = "The call was not run: the tool server crashing cannot be started: All connection attempts failed."
+    not_run = "The call was not run: its tool server cannot be started: crashing: All connection attempts failed."
     assert [result.text for result in results[1:]] == [not_run] * 2
 
 
