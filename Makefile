@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGE := $(VENV)/package-installed
 INSTALLED := $(VENV)/installed
 # Test processes that run side by side, one more than there are cores, because many tests wait for other processes. A
 # worker takes the tests of its own part in order, which keeps the tests that share a fixture together, and then takes
@@ -18,14 +19,20 @@ SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlx-k2 needs Python 3.11 or newer; give one with make PYTHON=...")'
+	@echo "installing mlx-k2 and the packages that it needs in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tools]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tools]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Stream an answer from two stages on this machine
+$(INSTALLED): $(PACKAGE)
+	@echo "installing the packages of the tests in $(VENV), 1 GB in all"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+demo: $(PACKAGE)  ## Stream an answer from two stages on this machine
 	$(BIN)/mlx-k2 generate --stages 2 --model built-in "What is mlx-k2?" </dev/null
 
 test: $(INSTALLED)  ## Run all but the slow tests, in less than 5 minutes
