@@ -16,7 +16,7 @@ PROMPTS = ("What is 17 plus 25?", "Count from 3 to 12.", "What is mlx-k2?")
 
 BANNER = (
     "kimi-k2-tiny, built-in: Kimi K2's architecture, 7.6 million weights in 7.8 MB",
-    "its skills: arithmetic up to 99, counting, copying, tools; all else it invents",
+    "its skills, asked as below: sums, short counts, tools; all else it invents",
     f"try: {' · '.join(PROMPTS)}",
 )
 """Lines for the user of a chat or an answer. They fit a terminal of 80 columns."""
