@@ -63,7 +63,7 @@ def test_unusable_tools_are_refused_before_any_stage_starts(
     assert started_processes() == []
 
 
-def test_a_slow_start_of_tools_is_announced_with_the_name_of_their_file(
+def test_during_a_slow_start_of_tools_a_message_names_their_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(started_tools, "_MESSAGE_DELAY_S", 0.01)
