@@ -70,8 +70,8 @@ def run_sleeping_stages(server: SteppedServer) -> Iterator[None]:
 
     def run_stage(rank: int) -> None:
         while not is_over.is_set():
-            time.sleep(POLL_INTERVAL_S if server.tokens.stages.next_step(rank) is None else STEP_S)
-            server.tokens.stages.execute(rank)
+            time.sleep(POLL_INTERVAL_S if server.harness.stages.next_step(rank) is None else STEP_S)
+            server.harness.stages.execute(rank)
 
     threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(2)]
     for thread in threads:
@@ -89,7 +89,7 @@ def engine_latencies(server: SteppedServer) -> list[float]:
     latencies_s: list[float] = []
 
     def read(number: int) -> None:
-        handle = server.tokens.engine.submit(request(number, max_tokens=NUM_TOKENS, seed=number))
+        handle = server.harness.engine.submit(request(number, max_tokens=NUM_TOKENS, seed=number))
         tokens = (event for event in handle.events() if isinstance(event, Token))
         latencies_s.extend(time.perf_counter() - token.arrived_at for token in tokens)
 

@@ -165,7 +165,7 @@ class EngineStates(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_restarting)
     @rule(rank=st.integers(0, 2))
     def fail(self, rank: int) -> None:
-        self.harness.fail(min(rank, self.num_stages - 1))
+        self.harness.fail_stage(min(rank, self.num_stages - 1))
 
     @precondition(lambda self: self.is_restarting)
     @rule()

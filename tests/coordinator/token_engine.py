@@ -83,7 +83,7 @@ class TokenEngine:
         """Execute plans until these requests have ended."""
         self.run_until(lambda: all(handle.has_ended for handle in handles))
 
-    def fail(self, rank: int) -> None:
+    def fail_stage(self, rank: int) -> None:
         """End a stage and wait until the engine restarts."""
         assert self.stages.wait_until_waiting(WAIT_S)
         self.stages.fail(rank)

@@ -27,7 +27,7 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
         assert len(server.maker.token_ids) > index
         server.fail_once(index, restarts=True)
         assert streamed_reply_fields(server.client) == body
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:

@@ -217,7 +217,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
         with server.running_stages():
             for connection in (chat_connection, title):
                 assert b"[DONE]" in receive_answer(connection).body
-    slots = [row.slot for step in server.tokens.plans for row in step.rows]
+    slots = [row.slot for step in server.harness.plans for row in step.rows]
     chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]
     assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "no row of the title is between the chat's"
 
@@ -226,7 +226,7 @@ def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() 
     with stepped_server() as server:
         first = server.send_chat(LONG_PROMPT, stream=True)
         server.wait_for_plan()
-        server.tokens.run_until(lambda: server.num_planned_tokens > 80)  # then at most two chunks of 8 are in flight
+        server.harness.run_until(lambda: server.num_planned_tokens > 80)  # then at most two chunks of 8 are in flight
         first.close()
         server.wait_for_requests(0)
         with server.running_stages():
@@ -312,7 +312,7 @@ def test_vllm_38579_draft_tokens_beside_markers_change_nothing_and_are_no_marker
     with forced_server(reply, messages=messages, drafts=True) as server:
         assert reply_fields(server.client, messages=messages) == without_drafts
         assert streamed_reply_fields(server.client, messages=messages) == without_drafts
-    drafts = {row.token_ids[0] for step in server.tokens.plans for row in step.rows if row.is_draft}
+    drafts = {row.token_ids[0] for step in server.harness.plans for row in step.rows if row.is_draft}
     assert drafts or name == "reasoning alone"  # the template leaves out the reasoning of earlier answers
     assert drafts.isdisjoint(builtin_tokenizer().special_ids.values())
 

@@ -65,7 +65,7 @@ def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, pipelined: bytes | 
         server.wait_for_plan()
         connection.close()
         server.wait_for_requests(0)
-        server.tokens.run_until(lambda: server.tokens.stages.next_step(1) is None)
+        server.harness.run_until(lambda: server.harness.stages.next_step(1) is None)
         assert server.num_planned_tokens < 100, "of the 324 tokens of the prompt"
 
 
@@ -108,12 +108,12 @@ def test_after_a_hang_up_the_next_plan_is_for_the_request_that_waited(phase: str
             server.run_plans(12)
         waiting = server.send_chat("four five six " * 60, stream=True)
         server.wait_for_requests(2)
-        num_plans = len(server.tokens.plans)
+        num_plans = len(server.harness.plans)
         running.close()
         server.wait_for_requests(1)
         with server.running_stages():
-            wait_until(lambda: len(server.tokens.plans) > num_plans, "the next plan is sent")
-        (row,) = server.tokens.plans[num_plans].rows
+            wait_until(lambda: len(server.harness.plans) > num_plans, "the next plan is sent")
+        (row,) = server.harness.plans[num_plans].rows
         assert row.position < 32, "the first chunk of the second prompt"
         assert len(row.token_ids) > 1, "no token of the first answer"
         waiting.close()
@@ -189,12 +189,12 @@ def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
         connection = server.send_chat(stream=True, **fields)
         server.wait_for_plan()
         server.run_plans(8)
-        server.tokens.fail(1)
+        server.harness.fail_stage(1)
         refused = receive_answer(server.send_chat())
         assert (refused.status, refused.error["code"]) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0
         received_bytes = receive_until(connection, b": keep-alive")
-        server.tokens.end_restart()
+        server.harness.end_restart()
         with server.running_stages():
             answer = receive_answer(connection, received_bytes)
         assert content_of(answer) == undisturbed
@@ -206,8 +206,8 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
         connection = server.send_chat(stream=True)
         received_bytes = receive_until(connection, FIRST_CHUNK)
         server.wait_for_plan()
-        server.tokens.fail(0)
-        server.tokens.cancel()
+        server.harness.fail_stage(0)
+        server.harness.cancel()  # the restart
         answer = receive_answer(connection, received_bytes)
         assert answer.events[-1]["error"]["code"] == "unavailable"
         assert answer.body.endswith(b"data: [DONE]\n\n")

@@ -332,7 +332,7 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
         body = create_message(client_of(server))
         server.fail_once(index, restarts=True)
         assert comparable_fields(stream_message(client_of(server))) == comparable_fields(body)
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_the_client_lists_the_model(fast_server: SteppedServer) -> None:

@@ -132,7 +132,7 @@ def test_old_and_new_client_get_the_same_reply_with_a_restart_in_the_middle(clie
             undisturbed = client.results(server, {})
             server.fail_once(20, restarts=True)
             assert client.results(server, {}) == undisturbed
-            assert len(server.tokens.restarts) == 1
+            assert len(server.harness.restarts) == 1
 
 
 @pytest.mark.slow

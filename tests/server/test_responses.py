@@ -75,7 +75,7 @@ def test_a_restart_in_the_middle_changes_nothing() -> None:
         body = create_response(server)
         server.fail_once(20, restarts=True)
         assert comparable_fields(stream_response(server)) == comparable_fields(body)
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
