@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_k2.cli.main import run
 from mlx_k2.cli.profile import with_value
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, wheel_digest
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, wheel_digest
 from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.stand_in_ssh import write_ssh
@@ -94,9 +94,9 @@ def test_setup_of_this_machine_keeps_other_values_and_runs_the_doctor(
 def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `ssh mac-2` run commands on this machine, with another home folder in which mlx-k2 is installed."""
     home = tmp_path / "mac-2"
-    python = home / FOLDER / "env" / "bin" / "python"
+    python = home / INSTALL_FOLDER / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    (home / FOLDER / "installed").write_text(wheel_digest(write_wheel(tmp_path)))
+    (home / INSTALL_FOLDER / "installed").write_text(wheel_digest(write_wheel(tmp_path)))
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'programs', home)}:{os.environ['PATH']}")

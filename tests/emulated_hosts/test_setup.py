@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.launch.remote_install import FOLDER, survey
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, survey
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.pty_command import on_pty
@@ -95,7 +95,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     assert config == {"hostfile": str(hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json"), "model": "built-in"}
     entries = json.loads(Path(config["hostfile"]).read_text())
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "host-1", "host-2"]
-    pythons = [f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes]
+    pythons = [f"{home}/{INSTALL_FOLDER}/env/bin/python" for home in hosts.homes]
     assert [entry.get("python") for entry in entries[1:]] == pythons[1:]
     # Setup has chosen the faster one of the two networks.
     assert tuple(entry["ips"][0] for entry in entries) in (hosts.addresses, hosts.data_addresses)
