@@ -25,14 +25,14 @@ _JSON_NAMES = {
 _TYPE_NAMES = re.compile(rf"`((?:{'|'.join(_JSON_NAMES)})(?: \| (?:{'|'.join(_JSON_NAMES)}))*)`")
 
 
-def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = False) -> Value:
+def read_json(text: bytes | str, kind: type[Value], *, allow_comments: bool = False) -> Value:
     """Return the value of a JSON text as ``kind``, a type that msgspec supports.
 
     Raises:
         JsonError: the text is not JSON as ``parse_json`` reads it, or has a value of another type; names the line or
             the field.
     """
-    return convert(parse_json(text, has_comments=has_comments), kind)
+    return convert(parse_json(text, allow_comments=allow_comments), kind)
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:

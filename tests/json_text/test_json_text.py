@@ -51,9 +51,9 @@ def test_json_is_read_back_as_its_value(value: object) -> None:
 @given(json_values, st.sampled_from([" ", '// a "b\n', "/* [1,\n*/", "\n"]))
 def test_comments_and_trailing_commas_do_not_change_the_value(value: object, comment: str) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
-        assert parse_json(f"{comment}{text}{comment}", has_comments=True) == value
+        assert parse_json(f"{comment}{text}{comment}", allow_comments=True) == value
     with_commas = f'{{"a": [{json.dumps(value)}{comment},{comment}],{comment}}}'
-    assert parse_json(with_commas, has_comments=True) == {"a": [value]}
+    assert parse_json(with_commas, allow_comments=True) == {"a": [value]}
     with pytest.raises(JsonError):
         parse_json(with_commas)
 
