@@ -93,7 +93,7 @@ def rename_tensor(before: bytes, after: bytes) -> Change:
         (change_fields(rope_scaling=None), "rope_scaling is missing"),
         (change_fields(quantization_config={"quant_method": "fp8"}), "quantized draft heads cannot be read"),
         (change_fields(draft_vocab_size=100), "lacks the tensor d2t that its config.json requires"),
-        (change_fields(draft_vocab_size=1000), "draft_vocab_size 1000 is above 192"),
+        (change_fields(draft_vocab_size=1000), "draft_vocab_size 1000 is above vocab_size 192"),
         (change_fields(kv_lora_rank=32), "has shape"),
         (change_fields(hidden_size="64"), "hidden_size"),
         (rename_tensor(b"fc.weight", b"fd.weight"), "lacks the tensor fc.weight"),
