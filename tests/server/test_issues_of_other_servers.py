@@ -44,7 +44,7 @@ from tests.server.forced_replies import (
 from tests.server.http_client import CHAT_PATH, receive_answer
 from tests.server.in_process import LONG_PROMPT, SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import Server
-from tests.text.replies import CALL
+from tests.text.replies import CALL_SECTION
 
 
 def chunks_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def test_vllm_33402_reasoning_is_accepted_under_both_names(fast_server: SteppedS
 
 
 def test_opencode_16318_missing_reasoning_is_accepted_and_put_back() -> None:
-    with forced_server(f"<think>Think first.</think>I call.{CALL}") as server:
+    with forced_server(f"<think>Think first.</think>I call.{CALL_SECTION}") as server:
         message: Any = server.client.chat.completions.create(**REQUEST).choices[0].message
         result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"}
         turn = message.to_dict()
@@ -345,8 +345,8 @@ def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
 
 
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
-    by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL}")
-    by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL}", in_reasoning=True)
+    by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL_SECTION}")
+    by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL_SECTION}", in_reasoning=True)
     assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is a token"
     assert by_model == by_prompt
     assert by_model["reasoning"] == "a"
