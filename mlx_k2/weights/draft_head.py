@@ -1,4 +1,4 @@
-"""A draft head (EAGLE-3, arXiv 2503.01840): its config, and the tensors that it must hold or needs of its target. Reads no tensor.
+"""A draft head (EAGLE-3, arXiv 2503.01840): its config, its tensors, and the target's on each stage. Reads no tensor.
 
 The head is one decoder layer with multi-head latent attention and a dense SwiGLU block. It drafts for another model,
 the target, and reads the outputs of some of the target's layers: their product with ``fc`` is called features. The
@@ -140,7 +140,7 @@ class DraftDescription:
         return held_bytes(self.layer_specs(), compute_bytes, bits)
 
     def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of the projection to the drafted ids, the head's or a copy of rows of the target's.
+        """Return the bytes in memory of the projection to the drafted ids: the head's, or a copy of the target's rows.
 
         It is 0 if the target's whole projection is used.
         """
