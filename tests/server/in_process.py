@@ -110,6 +110,11 @@ class SteppedServer:
         """Execute plans until more than ``count`` were sent in all."""
         self.harness.run_until(lambda: len(self.harness.plans) > count)
 
+    def run_all_plans(self) -> None:
+        """Execute plans until no stage has one."""
+        ranks = range(self.harness.limits.num_stages)
+        self.harness.run_until(lambda: all(self.harness.stages.next_step(rank) is None for rank in ranks))
+
     def wait_for_requests(self, count: int) -> None:
         """Wait until ``count`` requests wait or run in the engine."""
         wait_until(lambda: self.num_requests == count, f"{count} requests in the engine")
