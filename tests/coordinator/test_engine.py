@@ -222,7 +222,7 @@ def test_two_brief_requests_run_in_one_step_where_no_conversation_is_cached() ->
         assert max(len(step.rows) for step in harness.plans) == 2
 
 
-def test_a_brief_request_starts_after_an_interactive_one_that_was_submitted_later() -> None:
+def test_a_brief_request_starts_after_an_interactive_request_that_was_submitted_later() -> None:
     with token_engine(num_slots=1) as harness:
         running = harness.engine.submit(request(1, 2, max_tokens=3))
         harness.run_until(lambda: bool(harness.plans))

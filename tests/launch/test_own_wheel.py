@@ -29,7 +29,7 @@ def test_the_wheel_has_all_files_of_the_package_and_records_their_digests(tmp_pa
         assert b"mlx-k2 = mlx_k2.cli.main:main" in archive.read(f"{info_folder}/entry_points.txt")
         record = list(csv.reader(archive.read(f"{info_folder}/RECORD").decode().splitlines()))
         assert [path for path, _, _ in record] == names
-        for path, digest, size in record[:-1]:  # the last line is that of RECORD itself, without a digest
+        for path, digest, size in record[:-1]:  # the last line, for RECORD itself, has no digest
             data = archive.read(path)
             expected = urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
             assert (digest, int(size)) == (f"sha256={expected}", len(data))
@@ -43,7 +43,7 @@ def test_two_wheels_of_the_same_program_have_the_same_bytes(tmp_path: Path) -> N
 @follows_advice(
     "mlx-k2 runs from a folder here and is not installed: install it first (README)",
 )
-def test_an_installed_program_writes_a_wheel_and_one_that_runs_from_a_folder_advises_to_install_it(
+def test_an_installed_program_writes_a_wheel_and_a_program_in_a_folder_advises_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = write_wheel(tmp_path)

@@ -38,7 +38,7 @@ def generated_source(dispatch: Dispatch) -> str:
 
 
 class _CapturedStdout:
-    """Context manager that captures the writes to file descriptor 1, also those of C++."""
+    """Context manager that captures the writes to file descriptor 1, also from C++."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []

@@ -264,7 +264,7 @@ def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_it_is
     assert DraftSwitch(policy.drafts_are_faster).is_on is is_faster
 
 
-def test_the_predicted_time_of_a_drafted_token_is_between_that_of_a_cycle_and_that_of_all_stages() -> None:
+def test_the_predicted_time_of_a_drafted_token_is_between_a_cycle_and_the_time_of_all_stages() -> None:
     stages_s, turnaround_s = [0.03, 0.02], 0.002
     cycle_s = max(stages_s) + turnaround_s / len(stages_s)  # the slower stage with its hop
     all_stages_s = sum(stages_s) + turnaround_s

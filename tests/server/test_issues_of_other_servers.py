@@ -219,7 +219,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
                 assert b"[DONE]" in receive_answer(connection).body
     slots = [row.slot for step in server.harness.plans for row in step.rows]
     chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]
-    assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "no row of the title is between the chat's"
+    assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "a row of the title is between the chat's"
 
 
 def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() -> None:
@@ -347,7 +347,7 @@ def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
     by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL_SECTION}")
     by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL_SECTION}", in_reasoning=True)
-    assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is a token"
+    assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is not counted as a token"
     assert by_model == by_prompt
     assert by_model["reasoning"] == "a"
 
@@ -390,7 +390,7 @@ TESTS_BY_CLIENT_ERROR: dict[str, tuple[Test, ...]] = {
     ),
     "reasoning not sent back": (
         test_opencode_16318_missing_reasoning_is_accepted_and_put_back,
-        test_turn_store.test_a_client_that_drops_reasoning_finds_the_whole_answer_cached,
+        test_turn_store.test_a_client_that_drops_reasoning_finds_its_answer_cached,
         test_messages.test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_key_only,
     ),
     "a hang with reasoning_content": (test_zed_46794_the_request_of_zed_is_answered,),

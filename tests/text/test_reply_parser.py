@@ -120,10 +120,10 @@ def test_the_header_and_arguments_streamed_for_a_call_equal_those_of_the_complet
     ):
         match part:
             case ToolCallHeader():
-                assert open_call is None, "a call begins after the call before has ended"
+                assert open_call is None, "a call begins within a call"
                 open_call, arguments = part, ""
             case ArgumentsText(text):
-                assert open_call is not None, "arguments belong to a call"
+                assert open_call is not None, "arguments outside a call"
                 arguments += text
             case ToolCall():
                 # `broken_call` divides the text of a broken call again
@@ -131,7 +131,7 @@ def test_the_header_and_arguments_streamed_for_a_call_equal_those_of_the_complet
                     assert (part.name, part.arguments) == (open_call.name, arguments)
                 open_call = None
             case _:
-                assert open_call is None, "no other text comes within a call"
+                assert open_call is None, "other text within a call"
     assert open_call is None
 
 
