@@ -74,7 +74,7 @@ def submissions_for(
     *,
     is_raw: bool = False,
 ) -> list[Submission]:
-    """Return ``num_answers`` submissions for one prompt, each with its own seed; the first has that of the settings.
+    """Return ``num_answers`` submissions for one prompt, each with its own seed; the first has the settings' seed.
 
     Submissions that are made together compute the prompt once. With ``is_raw`` the prompt has no chat template.
 

@@ -15,7 +15,7 @@ class ReplySource(Protocol):
     """The receiver of requests: ``mlx_k2.coordinator.engine.Engine``, or a ``RemoteEngine``."""
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        """Queue a request and return its handle. Errors are those of ``Engine.submit``."""
+        """Queue a request and return its handle. Raise the errors of ``Engine.submit``."""
 
 
 class NextPromptPrefill:

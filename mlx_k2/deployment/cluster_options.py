@@ -85,7 +85,7 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def draft_head(self) -> DraftHead | None:
-        """The draft head to load beside the model: that of ``draft_model``, or the built-in model's; else None."""
+        """The draft head to load beside the model: ``draft_model``, or the built-in model's; else None."""
         if self.draft_model is not None:
             source = _absolute(ModelSource(path_or_repo=self.draft_model))
         elif self.model is None:

@@ -76,9 +76,8 @@ def _random_bytes(spec: TensorSpec, vocab_size: int, seed: int) -> Iterator[byte
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
     if spec.name == D2T:
         token_ids = np.sort(generator.choice(vocab_size, spec.shape[0], replace=False))
-        yield (
-            (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
-        )  # a token's id minus its number in the head
+        # a token's id minus the number of its row
+        yield (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
     elif len(spec.shape) == 1:
         yield bf16_bytes(generator.uniform(0.5, 1.5, spec.shape[0]).astype(np.float32))
     else:
