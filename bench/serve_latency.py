@@ -73,7 +73,7 @@ def run_sleeping_stages(server: SteppedServer) -> Iterator[None]:
             time.sleep(POLL_INTERVAL_S if server.harness.stages.next_step(rank) is None else STEP_S)
             server.harness.stages.execute(rank)
 
-    threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(2)]
+    threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(server.harness.limits.num_stages)]
     for thread in threads:
         thread.start()
     try:
@@ -143,7 +143,7 @@ def run_streams(stream: Callable[[int], None]) -> None:
 
 
 def measure() -> tuple[Percentiles, Percentiles]:
-    """Return the percentiles of the engine's latencies, and those of the server's."""
+    """Return the percentiles of the engine's and of the server's latencies."""
     with (
         stepped_server(ServerOptions(), num_slots=NUM_STREAMS, max_queued=NUM_STREAMS) as server,
         run_sleeping_stages(server),

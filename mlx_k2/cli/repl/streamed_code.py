@@ -80,7 +80,7 @@ class StreamedCode:
 
     def _syntax(self, lines: Sequence[str], *, is_end: bool, for_display: bool = False) -> Syntax:
         code = "\n".join(lines).expandtabs(_TAB_SIZE)
-        lexer = self._highlighter.lex(code, remember=not for_display)
+        lexer = self._highlighter.lex(code, advance=not for_display)
         padding = (1 if self._is_first else 0, 1, 1 if is_end else 0, 1)
         return Syntax(code, lexer, theme=_THEME, word_wrap=True, padding=padding, tab_size=_TAB_SIZE)
 
@@ -96,14 +96,14 @@ class _Highlighter:
         kinds = [kind for kind, text in self._lexer.get_tokens("/**/") if text.strip()]
         self._has_c_comments = all(kind in Comment for kind in kinds)
 
-    def lex(self, code: str, *, remember: bool) -> Lexer:
-        """Return a lexer that yields the tokens of ``code``. The code of the next call follows it if ``remember``."""
+    def lex(self, code: str, *, advance: bool) -> Lexer:
+        """Return a lexer that yields the tokens of ``code``. With ``advance`` the next call's code follows it."""
         text = f"{self._last_opening_line}{code}\n"
         has_open_comment = self._has_c_comments and text.rfind("/*") > text.rfind("*/")
         closed_text = text + "*/" if has_open_comment else text  # a lexer recognizes closed comments only
         tokens = list(_tokens_between(self._lexer.get_tokens(closed_text), 0, len(text)))
         start = len(self._last_opening_line)
-        if remember:
+        if advance:
             self._last_opening_line = _opening_line(tokens)
         return _KnownTokens(list(_tokens_between(tokens, start, start + len(code))))
 
