@@ -33,12 +33,12 @@ def zeros(shape: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> mx.array:
 
 def layer_weights() -> LayerWeights:
     """Return the weights of an expert layer, in the shapes of the table."""
-    launches = {launch.name: launch for launch in expert_layer(CONFIG)}
+    nodes = {node.name: node for node in expert_layer(CONFIG)}
 
     def matrix(name: str) -> mx.array:
-        return zeros(launches[name].matrices[0])
+        return zeros(nodes[name].matrices[0])
 
-    shapes = launches["experts gate and up"].arrays + launches["experts down"].arrays
+    shapes = nodes["experts gate and up"].arrays + nodes["experts down"].arrays
     dtypes = itertools.cycle((mx.uint32, mx.bfloat16))  # packed weights and their scales alternate
     stack = ExpertStack(*map(zeros, shapes, dtypes))
     hidden_norm = zeros((CONFIG.hidden_size,))
@@ -49,7 +49,7 @@ def layer_weights() -> LayerWeights:
     )
     shared = DenseWeights(matrix("shared gate"), matrix("shared up"), matrix("shared down"))
     bias = zeros((CONFIG.n_routed_experts,), mx.float32)
-    moe = MoeWeights(zeros(launches["router logits"].arrays[0]), bias, stack, shared)
+    moe = MoeWeights(zeros(nodes["router logits"].arrays[0]), bias, stack, shared)
     return LayerWeights(hidden_norm, attention, hidden_norm, moe)
 
 
