@@ -32,7 +32,7 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
 
 def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         with pytest.raises(APIError) as caught:
             streamed_reply_fields(server.client)
         assert caught.value.code == "unavailable"

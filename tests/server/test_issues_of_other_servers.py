@@ -218,7 +218,7 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
             for connection in (chat_connection, title):
                 assert b"[DONE]" in receive_answer(connection).body
     slots = [row.slot for step in server.harness.plans for row in step.rows]
-    chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]
+    chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]  # the title's plan was the first
     assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "a row of the title is between the chat's"
 
 
@@ -251,7 +251,7 @@ def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(fast_server: SteppedS
 
 def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         body = server.request("POST", CHAT_PATH, REQUEST | {"stream": True}).body
     assert b'"error"' in body
     assert b"<|" not in body

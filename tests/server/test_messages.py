@@ -320,7 +320,7 @@ def test_a_wrong_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
             stream_message(client_of(server))
         assert error_of(caught.value.body)[0] == "api_error"
