@@ -1,8 +1,8 @@
 """Tests of the commands in README.md on three hosts, in a terminal, as a new user types them, with mistakes.
 
-The tests run in order: all after the test of setup use what it has installed and written. The names
-of hosts are replaced by the names of the emulated hosts, and `make demo` by its command: the packages that it installs
-are here already.
+The tests run in order, once for each terminal size: all after the test of setup use what it has installed and written.
+The names of hosts are replaced by the names of the emulated hosts, and `make demo` by its command: the packages that it
+installs are here already.
 """
 
 import functools
@@ -88,6 +88,7 @@ def test_setup_writes_what_all_later_commands_use(start_line: StartLine, hosts: 
     check(start_line, "mlx-k2 setup this nobody.invalid", "its name cannot be resolved", "nothing was changed", code=2)
     line = from_readme("mlx-k2 setup this mac-2 --model moonshotai/Kimi-K2-Thinking")
     line = line.replace("mac-2", "host-1 host-2").replace("moonshotai/Kimi-K2-Thinking", "built-in")
+    # with the second terminal size, everything is set up already
     is_first = not (hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json").exists()
     with start_line(f"{line} --python {shlex.quote(sys.executable)} --wheels ~/wheels") as pane:
         if is_first:
