@@ -109,16 +109,25 @@ def url_for_others(host: str, port: int, *, is_https: bool) -> str:
     return server_url(name, port, is_https=is_https)
 
 
+def resolved_address(host: str, port: int) -> tuple[int, int, int, str, tuple[Any, ...]]:
+    """Return the first address of a host, in the form that ``socket.getaddrinfo`` returns.
+
+    Raises:
+        SetupError: the host has no address.
+    """
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
+
+
 def listening_socket(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
         SetupError: the address is not this machine's, or the port is in use.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror:
-        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
+    family, kind, protocol, _, address = resolved_address(host, port)
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -37,7 +37,25 @@ def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
     assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
     remove_key(path, "bob")
     assert ring.owner(bob) is None
-    assert ring.owner(None) is None, "without the last key the server still requires one"
+    path_without_keys = KeyRing(path, is_required=False)
+    path.unlink()
+    assert (ring.owner(None), path_without_keys.owner(None)) == (None, None), (
+        "the last key opens no server, running or new"
+    )
+
+
+def test_the_removal_of_a_key_is_reported_and_that_of_the_last_one_with_its_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.json"
+    reports = []
+    for name in ("alice", "bob"):
+        add_key(path, name)
+    for name in ("alice", "bob"):
+        assert run(["keys", "remove", "--key-file", str(path), name]) == 0
+        reports.append(capsys.readouterr().err)
+        assert f"the key {name} is removed" in reports[-1]
+    assert ["no key is left" in report for report in reports] == [False, True]
 
 
 def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_it_can(tmp_path: Path) -> None:
@@ -150,6 +168,27 @@ def test_no_key_is_in_the_log(locked_server: SteppedServer, keys: dict[str, str]
     log = "\n".join(locked_server.lines)
     assert keys["alice"] not in log
     assert "mk2-" not in log
+
+
+def test_the_path_of_a_request_without_a_key_is_not_in_the_log_but_the_reason_of_its_refusal(
+    locked_server: SteppedServer, keys: dict[str, str]
+) -> None:
+    assert locked_server.request("GET", "/v2/strange").status == 401
+    assert locked_server.request("GET", "/v2/strange", Host="evil.example").status == 403
+    assert locked_server.request("GET", "/v2/known", **{"x-api-key": keys["bob"]}).status == 404
+    locked_server.wait_for_line("GET /v2/known 404")
+    locked_server.wait_for_line("refused (this server needs a key, as Authorization")
+    locked_server.wait_for_line("refused (this Host is not allowed: see --allow-host) 403")
+    assert "strange" not in "\n".join(locked_server.lines)
+
+
+def test_a_host_without_an_address_is_named_before_a_missing_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", "--host", "no.such.host.invalid", "--key-file", str(tmp_path / "keys.json")]) == 2
+    errors = capsys.readouterr().err
+    assert "--host no.such.host.invalid is not an address" in errors
+    assert "key" not in errors
 
 
 def test_a_server_for_other_machines_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
