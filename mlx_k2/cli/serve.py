@@ -179,6 +179,7 @@ def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str
         options.drain_s,
         options.certificate_path,
         options.certificate_key_path,
+        write,
     )
 
 

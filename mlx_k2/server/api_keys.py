@@ -23,7 +23,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.private_files import open_private, write_private
 
-_PREFIX = "mk2-"
+KEY_PREFIX = "mk2-"
 _KEY_BYTES = 32
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -70,7 +70,7 @@ def add_key(path: Path, name: str) -> str:
     """
     if not name:
         raise SetupError("the name of a key is empty: give one")
-    key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     with _editing(path) as keys:
         if any(key.name == name for key in keys):
             raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")

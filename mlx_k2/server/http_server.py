@@ -4,6 +4,9 @@ import asyncio
 import errno
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -24,6 +27,7 @@ class HttpServer:
 
     The exit waits at most _EXIT_TIMEOUT_S. ``drain_s`` is the time for running requests in ``drain``, at least 1 s.
     ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS; None: HTTP.
+    ``log`` is called with a line for each request that is not HTTP.
 
     Raises on entry:
         SetupError: the address, the certificate or the key cannot be used.
@@ -37,13 +41,14 @@ class HttpServer:
         drain_s: float,
         certfile: str | None = None,
         keyfile: str | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._host = host
         self._port = port
         self._is_https = certfile is not None
         self._config = config = uvicorn.Config(
             app,
-            http=Connection,
+            http=cast(type[Connection], partial(Connection, log=log)),  # uvicorn only calls it
             ws="none",
             lifespan="off",
             log_config=None,

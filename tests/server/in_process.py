@@ -146,7 +146,7 @@ def stepped_server(
             max_queued=max_queued,
             make_stages=make_stages,
         ) as tokens,
-        HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
+        HttpServer(app, "127.0.0.1", 0, drain_s=1, log=lines.append) as server,
     ):
         state.serve(tokens.engine, LanguageModel(builtin_frontend(), "tokens"))
         yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)

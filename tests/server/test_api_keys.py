@@ -165,6 +165,9 @@ def test_every_path_but_health_needs_a_key(locked_server: SteppedServer, keys: d
 def test_no_key_is_in_the_log(locked_server: SteppedServer, keys: dict[str, str]) -> None:
     assert locked_server.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
     assert locked_server.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
+    headers = {"x-api-key": keys["alice"]}
+    assert locked_server.request("GET", f"/{keys['alice']}/v1/models", **headers).status == 404
+    locked_server.wait_for_line("GET /?/v1/models 404")
     log = "\n".join(locked_server.lines)
     assert keys["alice"] not in log
     assert "mk2-" not in log
