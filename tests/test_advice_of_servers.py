@@ -130,6 +130,8 @@ def test_a_client_is_answered_only_with_a_key_that_was_added_to_the_key_file(tmp
     with stepped_server(keys=KeyRing(keys, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME`"):
             ServerAddress(server.url, None).get("/v1/model-files", ModelFiles)
+        with pytest.raises(SetupError, match="refuses the key: set MLX_K2_API_KEY to one that"):
+            ServerAddress(server.url, "wrong").get("/v1/model-files", ModelFiles)
         assert ServerAddress(server.url, key).get("/v1/model-files", ModelFiles)
 
 

@@ -1,6 +1,8 @@
 """Tests of the remote engine against a server in this process: same tokens, cancellation, forced tokens and errors."""
 
 import dataclasses
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -214,11 +216,44 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
 
 
 def test_an_address_without_a_server_is_named() -> None:
-    with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
+    with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1: Connection refused$"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):
         with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.0 404 Not Found\r\n\r\n<html>", "it answers with status 404"),
+        (b'HTTP/1.0 404 Not Found\r\n\r\n{"error": {"message": "Not Found"}}', "it answers with status 404"),
+        (b"HTTP/1.0 302 Found\r\nLocation: /login\r\n\r\n", "it answers with status 302"),
+        (b"HTTP/1.0 200 OK\r\n\r\n<html>", "its answer to /v1/model-files cannot be read"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "its answer is not HTTP"),
+    ],
+)
+def test_the_server_of_another_program_is_named_as_such(answer: bytes, reason: str) -> None:
+    with answering_once(answer) as url, pytest.raises(SetupError, match=f"{url} is not a server of mlx-k2: .*{reason}"):
+        RemoteEngine(ServerAddress(url))
+
+
+@contextmanager
+def answering_once(answer: bytes) -> Iterator[str]:
+    """Yield the address of a server that sends ``answer`` to its first client."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(WAIT_S)
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.settimeout(WAIT_S)
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(WAIT_S)
 
 
 def test_a_key_is_sent(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -226,5 +261,7 @@ def test_a_key_is_sent(tmp_path_factory: pytest.TempPathFactory) -> None:
     key = add_key(path, "alice")
     with stepped_server(keys=KeyRing(path, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key"):
+            RemoteEngine(ServerAddress(server.url))
+        with pytest.raises(SetupError, match="refuses the key"):
             RemoteEngine(ServerAddress(server.url, "wrong"))
         assert RemoteEngine(ServerAddress(server.url, key)).model_name == "tokens"
