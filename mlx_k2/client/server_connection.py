@@ -130,7 +130,7 @@ class ServerAddress:
 
 
 def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the data of each server-sent event before [DONE].
+    """Yield the data of each server-sent event before [DONE], and an empty JSON object for a keep-alive comment.
 
     Raises:
         ClusterError: the connection was lost, or the server or its stages have ended.
@@ -138,6 +138,8 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """
     try:
         while line := response.readline(MAX_EVENT_BYTES):
+            if line.startswith(b":"):
+                yield b"{}"
             if not line.startswith(_DATA_PREFIX):
                 continue
             data = line.removeprefix(_DATA_PREFIX).strip()

@@ -4,6 +4,8 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,8 @@ from mlx_k2.errors import ClusterError, EngineBusy, RequestError, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
-from tests.coordinator.token_engine import request
+from mlx_k2.server.server_state import ServerOptions
+from tests.coordinator.token_engine import WAIT_S, request
 from tests.server.in_process import SteppedServer, stepped_server
 
 
@@ -195,6 +198,16 @@ def test_the_time_limit_of_an_answer_begins_with_its_prefill(
     for timeout_s, reason in ((waited_s / 2, FinishReason.LENGTH), (1e-6, FinishReason.TIMEOUT)):
         submitted = dataclasses.replace(request(60, max_tokens=5), timeout_s=timeout_s)
         assert tokens_of(engine.submit(submitted))[1].reason is reason
+
+
+@pytest.mark.parametrize("kind", ["comment", "chunk"])
+def test_the_time_limit_also_ends_an_answer_while_the_server_sends_only_keepalives(kind: Any) -> None:
+    with stepped_server(ServerOptions(keepalive=kind, keepalive_s=0.05)) as server:
+        submitted = dataclasses.replace(request(60, max_tokens=100), timeout_s=0.1)
+        handle = RemoteEngine(ServerAddress(server.url)).submit(submitted)
+        server.run_plans(12)  # the prefill begins, and tokens arrive; then the stages stop
+        assert tokens_of(handle)[1].reason is FinishReason.TIMEOUT
+        server.wait_for_requests(0)
 
 
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:
