@@ -131,7 +131,8 @@ def _subject(scope: Scope) -> str:
     path = getattr(scope.get("route"), "path", None)
     if path is None:
         raw_path = scope["raw_path"].decode("latin-1")
-        path = re.sub(rf"{KEY_PREFIX}[^/]*|[^!-~]", "?", raw_path) if raw_path.startswith("/") else "?"
+        is_shown = raw_path.startswith("/") and OWNER in scope  # no browser's preflight request, which has no key
+        path = re.sub(rf"{KEY_PREFIX}[^/]*|[^!-~]", "?", raw_path) if is_shown else "?"
     return f"{scope['method']} {path}"[:_MAX_LOGGED_CHARS]
 
 

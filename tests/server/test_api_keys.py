@@ -180,6 +180,7 @@ def test_the_path_of_a_request_without_a_key_is_not_in_the_log_but_the_reason_of
 ) -> None:
     assert locked_server.request("GET", "/v2/strange").status == 401
     assert locked_server.request("GET", "/v2/strange", Host="evil.example").status == 403
+    assert locked_server.request("OPTIONS", "/v2/strange").status == 204
     assert locked_server.request("GET", "/v2/known", **{"x-api-key": keys["bob"]}).status == 404
     locked_server.wait_for_line("GET /v2/known 404")
     locked_server.wait_for_line("refused (this server needs a key, as Authorization")
