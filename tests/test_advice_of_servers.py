@@ -95,7 +95,34 @@ class ModelFiles(msgspec.Struct):
 
 
 @follows_advice(
-    "u needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
+    "k has no key, so that every request would be refused: make one with `mlx-k2 keys add NAME`, or remove k",
+    "no key is left, and servers refuse every request: make one with `mlx-k2 keys add NAME`; "
+    "or, to need none on 127.0.0.1, remove k and start the server again",
+)
+def test_after_the_last_key_a_new_key_or_the_removal_of_the_file_lets_a_server_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "my keys"
+    add_key(keys, "a")
+    assert run(["keys", "remove", "--key-file", str(keys), "a"]) == 0
+    removed = capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve = ["serve", "--port", str(listener.getsockname()[1]), "--key-file", str(keys)]
+        error = refusal(*serve)
+        keys.unlink()
+        assert "is in use" in refusal(*serve), "without the file the server gets as far as its port"
+    assert f"{keys} has no key, so that every request would be refused: make one with `" in error
+    for message in (removed, error):
+        assert f"remove {keys}" in message
+        program, *add_key_arguments = shlex.split(message.split("`")[1])
+        assert program == "mlx-k2"
+        assert run([*add_key_arguments[:-1], "new"]) == 0
+        assert [key.name for key in read_keys(keys)] == ["new"]
+        remove_key(keys, "new")
+
+
+@follows_advice(
+    "u refuses the key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there",
 )
 def test_a_client_is_answered_only_with_a_key_that_was_added_to_the_key_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
@@ -103,6 +130,8 @@ def test_a_client_is_answered_only_with_a_key_that_was_added_to_the_key_file(tmp
     with stepped_server(keys=KeyRing(keys, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME`"):
             ServerAddress(server.url, None).get("/v1/model-files", ModelFiles)
+        with pytest.raises(SetupError, match="refuses the key: set MLX_K2_API_KEY to one that"):
+            ServerAddress(server.url, "wrong").get("/v1/model-files", ModelFiles)
         assert ServerAddress(server.url, key).get("/v1/model-files", ModelFiles)
 
 

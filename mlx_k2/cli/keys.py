@@ -1,5 +1,6 @@
 """`mlx-k2 keys`: the API keys of this user's servers."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -23,11 +24,18 @@ def api_keys_file(path: str | None) -> Path:
     return platformdirs.user_config_path("mlx-k2") / "keys.json" if path is None else Path(path)
 
 
+def add_key_command(path: str | None) -> str:
+    """Return the command that adds a key to the file at ``path``; None: to the user's own."""
+    key_option = "" if path is None else f" --key-file {shlex.quote(path)}"
+    return f"mlx-k2 keys add{key_option} NAME"
+
+
 @click.group()
 def command() -> None:
     """Make, list and remove the keys that clients of `mlx-k2 serve` send.
 
-    Once there is a key, every request needs one. A change applies to running servers at once.
+    Once there is a key, every request needs one, also after the last key is removed. A change applies to running
+    servers at once.
     """
 
 
@@ -52,5 +60,12 @@ def show(api_keys_path: str | None) -> None:
 @click.argument("name")
 @api_keys_option
 def remove(name: str, api_keys_path: str | None) -> None:
-    """Remove the key NAME."""
-    remove_key(api_keys_file(api_keys_path), name)
+    """Remove the key NAME. Running servers refuse it from then on."""
+    path = api_keys_file(api_keys_path)
+    remove_key(path, name)
+    log(f"the key {name} is removed; servers refuse it from now on")
+    if not read_keys(path):
+        log(
+            f"no key is left, and servers refuse every request: make one with `{add_key_command(api_keys_path)}`; "
+            f"or, to need none on 127.0.0.1, remove {path} and start the server again"
+        )

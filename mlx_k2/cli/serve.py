@@ -2,7 +2,6 @@
 
 import ipaddress
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import click
 
 from mlx_k2.builtin import BUILTIN_FOLDER
 from mlx_k2.cli.console import log
-from mlx_k2.cli.keys import api_keys_file, api_keys_option
+from mlx_k2.cli.keys import add_key_command, api_keys_file, api_keys_option
 from mlx_k2.cli.launchd import LABEL, property_list
 from mlx_k2.cli.model_service import ModelService
 from mlx_k2.cli.option_values import with_struct
@@ -28,7 +27,7 @@ from mlx_k2.server.api_keys import KeyRing, read_keys
 from mlx_k2.server.app import make_app
 from mlx_k2.server.client_settings import CLIENTS, KEY_VARIABLE, ModelAddress
 from mlx_k2.server.cluster_activity import ClusterActivity
-from mlx_k2.server.http_server import HttpServer, url_for_others
+from mlx_k2.server.http_server import HttpServer, resolved_address, url_for_others
 from mlx_k2.server.line_log import LineLog
 from mlx_k2.server.server_state import ServerOptions, ServerState
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -180,6 +179,7 @@ def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str
         options.drain_s,
         options.certificate_path,
         options.certificate_key_path,
+        write,
     )
 
 
@@ -187,17 +187,16 @@ def _access(options: ServeOptions, write: Callable[[str], None]) -> Access:
     """Return the hosts, origins and keys that the server accepts; log a warning if keys are sent unencrypted.
 
     Raises:
-        SetupError: other machines could use the server without a key.
+        SetupError: the host has no address, or a key is required and there is none.
     """
-    is_loopback = _is_loopback(options.host)
+    is_loopback = _is_loopback(options.host, options.port)
     path = api_keys_file(options.api_keys_path)
     keys = KeyRing(path, is_required=not is_loopback, log=write)
-    if not is_loopback and not read_keys(path):
-        key_option = "" if options.api_keys_path is None else f" --key-file {shlex.quote(options.api_keys_path)}"
-        raise SetupError(
-            f"--host {options.host} is reached from other machines, and there is no key: "
-            f"make one with `mlx-k2 keys add{key_option} NAME`"
-        )
+    if keys.is_required and not read_keys(path):
+        make_key = f"make one with `{add_key_command(options.api_keys_path)}`"
+        if is_loopback:
+            raise SetupError(f"{path} has no key, so that every request would be refused: {make_key}, or remove {path}")
+        raise SetupError(f"--host {options.host} is reached from other machines, and there is no key: {make_key}")
     if not is_loopback and options.certificate_path is None:
         write("keys, prompts and answers pass the network unencrypted: --certfile and --keyfile change that")
     return Access(options.allowed_hosts, options.allowed_origins, keys)
@@ -210,8 +209,6 @@ def _name_for_clients(source: ModelSource) -> str:
     return source.path_or_repo if is_repo(source) else Path(source.path_or_repo).name
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _is_loopback(host: str, port: int) -> bool:
+    """Return whether only this machine reaches the address; errors are those of ``resolved_address``."""
+    return ipaddress.ip_address(resolved_address(host, port)[-1][0]).is_loopback

@@ -77,6 +77,12 @@ class _RemoteRequest:
         """Whether the answer has ``max_tokens`` tokens."""
         return len(self.token_ids) >= self.request.max_tokens
 
+    @property
+    def is_late(self) -> bool:
+        """Whether ``timeout_s`` has passed since the prefill began."""
+        began, timeout_s = self.prefill_began, self.request.timeout_s
+        return began is not None and timeout_s is not None and time.perf_counter() - began > timeout_s
+
     def finished(self, reason: FinishReason, parts: tuple[Part, ...] = ()) -> Finished:
         """Return the event for the end of the request."""
         return Finished(self.timer.summary(self.request, reason, self.num_cached), parts)
@@ -165,6 +171,8 @@ class RemoteEngine:
                     return reason
                 if reason is None and remote.policy.forced():
                     return None
+            if reason is None and remote.is_late:
+                return FinishReason.TIMEOUT
         return reason or FinishReason.STOP  # no reason: the request was cancelled on the server
 
     def _send(self, remote: _RemoteRequest) -> http.client.HTTPResponse:
@@ -226,6 +234,4 @@ def _put_token(remote: _RemoteRequest, handle: Handle, token_id: int, *, is_forc
         return accepted.finish_reason
     if remote.is_full:
         return FinishReason.LENGTH
-    began, timeout_s = remote.prefill_began, remote.request.timeout_s
-    is_over = began is not None and timeout_s is not None and now - began > timeout_s
-    return FinishReason.TIMEOUT if is_over else None
+    return FinishReason.TIMEOUT if remote.is_late else None

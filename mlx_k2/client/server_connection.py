@@ -81,8 +81,10 @@ class ServerAddress:
             if response.status == 200:
                 return response
             data = response.read(MAX_EVENT_BYTES)
-        except CONNECTION_ERRORS as error:
-            raise SetupError(f"there is no server at {self.url}: {error}") from None
+        except OSError as error:
+            raise SetupError(f"there is no server at {self.url}: {_reason(error)}") from None
+        except http.client.HTTPException:
+            raise self._other_server("its answer is not HTTP") from None
         raise self._error(response, data)
 
     def get(self, path: str, kind: type[Answer]) -> Answer:
@@ -96,19 +98,27 @@ class ServerAddress:
         try:
             return read_json(self.send(connection, "GET", path).read(MAX_BODY_BYTES), kind)
         except (JsonError, *CONNECTION_ERRORS) as error:
-            raise SetupError(f"{self.url} is not a server of mlx-k2: {error}") from None
+            raise self._other_server(f"its answer to {path} cannot be read: {_reason(error)}") from None
         finally:
             connection.close()
 
+    def _other_server(self, reason: object) -> SetupError:
+        return SetupError(f"{self.url} is not a server of mlx-k2: {reason}")
+
     def _error(self, response: http.client.HTTPResponse, data: bytes) -> MlxK2Error:
-        """Return the error that a response with the body ``data`` reports."""
-        try:
+        """Return the error that a response with the body ``data`` reports.
+
+        A server of mlx-k2 has every path that is used here. A proxy may answer in its place, as with 413 or 502.
+        """
+        message = status_text = f"it answers with status {response.status}"
+        with suppress(JsonError):
             message = read_json(data, _ErrorBody).error.message
-        except JsonError:
-            message = f"status {response.status}"
+        if response.status == 404 or (response.status < 404 and message == status_text):
+            return self._other_server(status_text)
         if response.status == 401:
+            problem = "refuses the key" if self.key else "needs a key"
             return SetupError(
-                f"{self.url} needs a key: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
+                f"{self.url} {problem}: set MLX_K2_API_KEY to one that `mlx-k2 keys add NAME` printed there"
             )
         text = f"{self.url}: {message}"
         if response.status == 429:
@@ -120,7 +130,7 @@ class ServerAddress:
 
 
 def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the data of each server-sent event before [DONE].
+    """Yield the data of each server-sent event before [DONE], and an empty JSON object for a keep-alive comment.
 
     Raises:
         ClusterError: the connection was lost, or the server or its stages have ended.
@@ -128,6 +138,8 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """
     try:
         while line := response.readline(MAX_EVENT_BYTES):
+            if line.startswith(b":"):
+                yield b"{}"
             if not line.startswith(_DATA_PREFIX):
                 continue
             data = line.removeprefix(_DATA_PREFIX).strip()
@@ -138,8 +150,13 @@ def event_data(response: http.client.HTTPResponse) -> Iterator[bytes]:
                 raise (RequestFailed if fields.code == "request_failed" else ClusterError)(fields.message)
             yield data
     except (JsonError, *CONNECTION_ERRORS) as error:
-        raise ClusterError(f"the connection to the server was lost: {error}") from None
+        raise ClusterError(f"the connection to the server was lost: {_reason(error)}") from None
     raise ClusterError("the connection to the server was lost")
+
+
+def _reason(error: Exception) -> object:
+    """Return what an error says, without the number of an OSError."""
+    return getattr(error, "strerror", None) or error
 
 
 def shut_down(connection: http.client.HTTPConnection) -> None:

@@ -52,10 +52,13 @@ class Access:
         """
         if self._keys is None or scope["path"] in OPEN_PATHS:
             return ""
-        owner = self._keys.owner(_given_key(scope))
+        given_key = _given_key(scope)
+        owner = self._keys.owner(given_key)
         if owner is None:
             headers = {"www-authenticate": "Bearer"}
-            message = "this server needs a key, as Authorization: Bearer KEY or x-api-key: KEY"
+            message = "the key is refused: it is none of this server's"
+            if not given_key:
+                message = "this server needs a key, as Authorization: Bearer KEY or x-api-key: KEY"
             raise ApiError(401, "authentication_error", message, code="invalid_api_key", headers=headers)
         return owner
 

@@ -23,7 +23,7 @@ from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.private_files import open_private, write_private
 
-_PREFIX = "mk2-"
+KEY_PREFIX = "mk2-"
 _KEY_BYTES = 32
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -70,7 +70,7 @@ def add_key(path: Path, name: str) -> str:
     """
     if not name:
         raise SetupError("the name of a key is empty: give one")
-    key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     with _editing(path) as keys:
         if any(key.name == name for key in keys):
             raise SetupError(f"there is a key {name!r} already: remove it first, or give another name")
@@ -79,7 +79,7 @@ def add_key(path: Path, name: str) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Remove a key from the file. A running server refuses it from the next request on.
+    """Remove a key from the file, which stays, also without keys. A running server refuses the key at once.
 
     Raises:
         SetupError: there is no such key, or the file cannot be used or written.
@@ -94,8 +94,9 @@ def remove_key(path: Path, name: str) -> None:
 class KeyRing:
     """The valid keys of a running server. The file is read again after each change.
 
-    With ``is_required`` False a request needs no key while the file has never held one. ``log`` is called with the
-    problem of a changed file that cannot be used; the previous keys then stay valid.
+    With ``is_required`` False a request needs no key until the file exists, even without keys: neither the removal of
+    the last key nor that of the file while the server runs opens the server. ``log`` is called with the problem of a
+    changed file that cannot be used; the previous keys then stay valid.
     """
 
     def __init__(self, path: Path, *, is_required: bool, log: Callable[[str], None] = lambda _: None) -> None:
@@ -105,7 +106,7 @@ class KeyRing:
         self._file_version: tuple[int, int, int] | None = None
         """Modification and change time in ns, and inode, of the file that ``_refresh`` read; None: it has read none."""
         self._keys = read_keys(path)
-        self.is_required = is_required or bool(self._keys)
+        self.is_required = is_required or path.exists()
 
     def owner(self, given: str | None) -> str | None:
         """Return the name of a valid key, and "" if no key is required; None: refuse the request."""
@@ -132,7 +133,7 @@ class KeyRing:
             self._logged_problem = str(error)
             return
         self._file_version, self._logged_problem = version, ""
-        self.is_required = self.is_required or bool(self._keys)
+        self.is_required = self.is_required or version is not None
 
 
 def _digest(key: str) -> str:

@@ -4,6 +4,7 @@ The layer is pure ASGI, since Starlette's BaseHTTPMiddleware would hide that a c
 """
 
 import asyncio
+import re
 import secrets
 import time
 import traceback
@@ -18,10 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_k2.server.access import Access
 from mlx_k2.server.api_errors import INVALID_REQUEST, OWNER, REQUEST_ID, ApiError, defect_error, unavailable_error
+from mlx_k2.server.api_keys import KEY_PREFIX
 from mlx_k2.server.routes import Routes
 from mlx_k2.server.server_state import ServerState
 from mlx_k2.server.sse import error_response
 
+_MAX_LOGGED_CHARS = 100
+_REFUSAL = "mlx_k2.refusal"
+"""The key in a scope for the reason why a request was refused before its path was looked up."""
 CLIENT_CLOSED = 499
 """The status in the log for a request whose client closed the connection first, as in nginx."""
 
@@ -44,7 +49,8 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "Starlette selects handlers by type"
     if error.status_code == 404:
-        api_error = ApiError(404, "not_found_error", "there is no such path", code="not_found")
+        message = "there is no such path; /openapi.json lists all, such as /v1/models"
+        api_error = ApiError(404, "not_found_error", message, code="not_found")
     else:
         api_error = ApiError(error.status_code, INVALID_REQUEST, str(error.detail), headers=error.headers)
     return error_response(api_error, request.scope)
@@ -59,7 +65,8 @@ async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: A
 class OuterLayer:
     """The layer around the application ``routes``. ``log`` is called with a line for each request and each defect.
 
-    A line has no text of the client other than the method of a known route, since a path can contain any text.
+    Of a client's text a line has at most the method and, if it is no known one, the path, in _MAX_LOGGED_CHARS. For a
+    request that is refused before its path is looked up, the line has the reason instead.
     """
 
     routes: ASGIApp
@@ -96,9 +103,7 @@ class OuterLayer:
             if not status:
                 await error_response(defect_error(), scope)(scope, receive, send_with_id)
         finally:
-            path = getattr(scope.get("route"), "path", None)
-            subject = "a request" if path is None else f"{scope['method']} {path}"
-            self.log(f"{subject} {status or CLIENT_CLOSED} {time.monotonic() - began:.2f} s {request_id}")
+            self.log(f"{_subject(scope)} {status or CLIENT_CLOSED} {time.monotonic() - began:.2f} s {request_id}")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -108,10 +113,27 @@ class OuterLayer:
                 return
             scope[OWNER] = self.access.owner(scope)
         except ApiError as error:
+            scope[_REFUSAL] = error.message
             error.headers["connection"] = "close"  # the body is not read
             await error_response(error, scope)(scope, receive, send)
             return
         await self.routes(scope, receive, send)
+
+
+def _subject(scope: Scope) -> str:
+    """Return the reason of a refusal, or the method with the path as the route's pattern, else as the client sent it.
+
+    The query is left out. So are a key in the path and what is not printable ASCII, and a URL instead of a path, which
+    may have a password.
+    """
+    if _REFUSAL in scope:
+        return f"refused ({scope[_REFUSAL]})"
+    path = getattr(scope.get("route"), "path", None)
+    if path is None:
+        raw_path = scope["raw_path"].decode("latin-1")
+        is_shown = raw_path.startswith("/") and OWNER in scope  # no browser's preflight request, which has no key
+        path = re.sub(rf"{KEY_PREFIX}[^/]*|[^!-~]", "?", raw_path) if is_shown else "?"
+    return f"{scope['method']} {path}"[:_MAX_LOGGED_CHARS]
 
 
 def defect_text(error: BaseException) -> str:

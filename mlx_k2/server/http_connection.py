@@ -3,6 +3,7 @@
 import asyncio
 import math
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -21,11 +22,13 @@ WRITE_TIMEOUT_S = 30.0
 class Connection(H11Protocol):
     """A connection that is closed when the client sends headers or reads answers too slowly.
 
-    The application learns of the end of the connection at once, even if data of a next request wait to be read.
+    The application learns of the end of the connection at once, even if data of a next request wait to be read. It does
+    not see a request that is not HTTP: ``log`` is called with a line for it.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, log: Callable[[str], None], **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._log = log
         self._headers_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -84,15 +87,18 @@ class Connection(H11Protocol):
             self.transport.close()
             return
         body = msgspec.json.encode(error.body)
+        request_id = secrets.token_hex(12)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", secrets.token_hex(12).encode()),
+            (b"x-request-id", request_id.encode()),
             (b"connection", b"close"),
         ]
-        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        head = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        self._log(f"malformed HTTP {error.status} {request_id}")
 
     def _start_headers_timer(self) -> None:
         self._headers_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.abort)

@@ -4,6 +4,9 @@ import asyncio
 import errno
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -24,6 +27,7 @@ class HttpServer:
 
     The exit waits at most _EXIT_TIMEOUT_S. ``drain_s`` is the time for running requests in ``drain``, at least 1 s.
     ``certfile`` is a certificate and ``keyfile`` its private key, in PEM format, for HTTPS; None: HTTP.
+    ``log`` is called with a line for each request that is not HTTP.
 
     Raises on entry:
         SetupError: the address, the certificate or the key cannot be used.
@@ -37,13 +41,14 @@ class HttpServer:
         drain_s: float,
         certfile: str | None = None,
         keyfile: str | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._host = host
         self._port = port
         self._is_https = certfile is not None
         self._config = config = uvicorn.Config(
             app,
-            http=Connection,
+            http=cast(type[Connection], partial(Connection, log=log)),  # uvicorn only calls it
             ws="none",
             lifespan="off",
             log_config=None,
@@ -109,16 +114,25 @@ def url_for_others(host: str, port: int, *, is_https: bool) -> str:
     return server_url(name, port, is_https=is_https)
 
 
+def resolved_address(host: str, port: int) -> tuple[int, int, int, str, tuple[Any, ...]]:
+    """Return the first address of a host, in the form that ``socket.getaddrinfo`` returns.
+
+    Raises:
+        SetupError: the host has no address.
+    """
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
+
+
 def listening_socket(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
         SetupError: the address is not this machine's, or the port is in use.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror:
-        raise SetupError(f"--host {host} is not an address: give one of this machine's, as 127.0.0.1") from None
+    family, kind, protocol, _, address = resolved_address(host, port)
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

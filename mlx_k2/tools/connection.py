@@ -247,10 +247,12 @@ def _end_reason(error: Exception | None, last_lines: deque[str], server: Server)
 
 
 def first_problem(error: Exception) -> str:
-    """Return the message of an error; of a pydantic error the first malformed field and its problem."""
+    """Return the message of an error, without errno; of a pydantic error the first malformed field and its problem."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
     return str(error)
 
 

@@ -79,7 +79,7 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(capsys: pytest.Capt
     ("options", "message"),
     [
         (("--host", "0.0.0.0"), "reached from other machines"),
-        (("--host", "no.such.host.invalid"), "reached from other machines"),
+        (("--host", "no.such.host.invalid"), "--host no.such.host.invalid is not an address"),
         (("--port", "70000"), "70000 is not in the range"),
         (("--sse-keepalive", "often"), "is not one of"),
         (("--model", "/no/such/folder"), "/no/such/folder"),

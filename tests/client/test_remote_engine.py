@@ -1,7 +1,11 @@
 """Tests of the remote engine against a server in this process: same tokens, cancellation, forced tokens and errors."""
 
 import dataclasses
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,8 @@ from mlx_k2.errors import ClusterError, EngineBusy, RequestError, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
-from tests.coordinator.token_engine import request
+from mlx_k2.server.server_state import ServerOptions
+from tests.coordinator.token_engine import WAIT_S, request
 from tests.server.in_process import SteppedServer, stepped_server
 
 
@@ -195,6 +200,16 @@ def test_the_time_limit_of_an_answer_begins_with_its_prefill(
         assert tokens_of(engine.submit(submitted))[1].reason is reason
 
 
+@pytest.mark.parametrize("kind", ["comment", "chunk"])
+def test_the_time_limit_also_ends_an_answer_while_the_server_sends_only_keepalives(kind: Any) -> None:
+    with stepped_server(ServerOptions(keepalive=kind, keepalive_s=0.05)) as server:
+        submitted = dataclasses.replace(request(60, max_tokens=100), timeout_s=0.1)
+        handle = RemoteEngine(ServerAddress(server.url)).submit(submitted)
+        server.run_plans(12)  # the prefill begins, and tokens arrive; then the stages stop
+        assert tokens_of(handle)[1].reason is FinishReason.TIMEOUT
+        server.wait_for_requests(0)
+
+
 def test_a_request_that_a_server_cannot_run_is_refused_before_it_is_sent(engine: RemoteEngine) -> None:
     tokenizer = engine.frontend.tokenizer
     stopping = with_stop_tokens(request(60), engine)
@@ -214,11 +229,44 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
 
 
 def test_an_address_without_a_server_is_named() -> None:
-    with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1"):
+    with pytest.raises(SetupError, match=r"no server at http://127.0.0.1:1: Connection refused$"):
         RemoteEngine(ServerAddress("http://127.0.0.1:1"))
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "http://\udce9"):
         with pytest.raises(SetupError, match="is not the address of a server"):
             RemoteEngine(ServerAddress(url))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.0 404 Not Found\r\n\r\n<html>", "it answers with status 404"),
+        (b'HTTP/1.0 404 Not Found\r\n\r\n{"error": {"message": "Not Found"}}', "it answers with status 404"),
+        (b"HTTP/1.0 302 Found\r\nLocation: /login\r\n\r\n", "it answers with status 302"),
+        (b"HTTP/1.0 200 OK\r\n\r\n<html>", "its answer to /v1/model-files cannot be read"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "its answer is not HTTP"),
+    ],
+)
+def test_the_server_of_another_program_is_named_as_such(answer: bytes, reason: str) -> None:
+    with answering_once(answer) as url, pytest.raises(SetupError, match=f"{url} is not a server of mlx-k2: .*{reason}"):
+        RemoteEngine(ServerAddress(url))
+
+
+@contextmanager
+def answering_once(answer: bytes) -> Iterator[str]:
+    """Yield the address of a server that sends ``answer`` to its first client."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(WAIT_S)
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.settimeout(WAIT_S)
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(WAIT_S)
 
 
 def test_a_key_is_sent(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -226,5 +274,7 @@ def test_a_key_is_sent(tmp_path_factory: pytest.TempPathFactory) -> None:
     key = add_key(path, "alice")
     with stepped_server(keys=KeyRing(path, is_required=True)) as server:
         with pytest.raises(SetupError, match="needs a key"):
+            RemoteEngine(ServerAddress(server.url))
+        with pytest.raises(SetupError, match="refuses the key"):
             RemoteEngine(ServerAddress(server.url, "wrong"))
         assert RemoteEngine(ServerAddress(server.url, key)).model_name == "tokens"

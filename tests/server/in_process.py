@@ -151,7 +151,7 @@ def stepped_server(
             max_queued=max_queued,
             make_stages=make_stages,
         ) as harness,
-        HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
+        HttpServer(app, "127.0.0.1", 0, drain_s=1, log=lines.append) as server,
     ):
         state.serve(harness.engine, LanguageModel(builtin_frontend(), "tokens"))
         yield SteppedServer(int(server.url.rpartition(":")[2]), harness, lines, state)

@@ -37,7 +37,23 @@ def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
     assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
     remove_key(path, "bob")
     assert ring.owner(bob) is None
-    assert ring.owner(None) is None, "without any key left, the server requires none"
+    new_ring = KeyRing(path, is_required=False)
+    path.unlink()
+    assert (ring.owner(None), new_ring.owner(None)) == (None, None), "the last key opens no server, running or new"
+
+
+def test_the_removal_of_a_key_is_reported_and_that_of_the_last_one_with_its_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.json"
+    reports = []
+    for name in ("alice", "bob"):
+        add_key(path, name)
+    for name in ("alice", "bob"):
+        assert run(["keys", "remove", "--key-file", str(path), name]) == 0
+        reports.append(capsys.readouterr().err)
+        assert f"the key {name} is removed" in reports[-1]
+    assert ["no key is left" in report for report in reports] == [False, True]
 
 
 def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_it_can(tmp_path: Path) -> None:
@@ -131,6 +147,7 @@ def test_the_official_client_uses_a_key_and_is_refused_with_a_wrong_one(
     assert OpenAI(base_url=base_url, api_key=keys["alice"], timeout=WAIT_S).models.list().data
     with pytest.raises(AuthenticationError) as caught:
         OpenAI(base_url=base_url, api_key="mk2-wrong", timeout=WAIT_S).models.list()
+    assert "the key is refused" in caught.value.message
     assert caught.value.code == "invalid_api_key"
 
 
@@ -140,6 +157,7 @@ def test_every_path_but_health_needs_a_key(locked_server: SteppedServer, keys: d
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.error["type"] == "authentication_error"
+        assert "needs a key" in answer.error["message"]
     assert locked_server.request("GET", "/health").status == 200
     assert locked_server.request("GET", "/v1/models", **{"x-api-key": keys["bob"]}).status == 200
 
@@ -147,9 +165,25 @@ def test_every_path_but_health_needs_a_key(locked_server: SteppedServer, keys: d
 def test_no_key_is_in_the_log(locked_server: SteppedServer, keys: dict[str, str]) -> None:
     assert locked_server.request("GET", "/v1/models", Authorization=f"Bearer {keys['alice']}").status == 200
     assert locked_server.request("GET", "/v1/models", Authorization="Bearer mk2-nobody").status == 401
+    headers = {"x-api-key": keys["alice"]}
+    assert locked_server.request("GET", f"/{keys['alice']}/v1/models", **headers).status == 404
+    locked_server.wait_for_line("GET /?/v1/models 404")
     log = "\n".join(locked_server.lines)
     assert keys["alice"] not in log
     assert "mk2-" not in log
+
+
+def test_the_path_of_a_request_without_a_key_is_not_in_the_log_but_the_reason_of_its_refusal(
+    locked_server: SteppedServer, keys: dict[str, str]
+) -> None:
+    assert locked_server.request("GET", "/v2/strange").status == 401
+    assert locked_server.request("GET", "/v2/strange", Host="evil.example").status == 403
+    assert locked_server.request("OPTIONS", "/v2/strange").status == 204
+    assert locked_server.request("GET", "/v2/known", **{"x-api-key": keys["bob"]}).status == 404
+    locked_server.wait_for_line("GET /v2/known 404")
+    locked_server.wait_for_line("refused (this server needs a key, as Authorization")
+    locked_server.wait_for_line("refused (this Host is not allowed: see --allow-host) 403")
+    assert "strange" not in "\n".join(locked_server.lines)
 
 
 def test_a_server_for_other_machines_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

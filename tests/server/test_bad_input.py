@@ -9,7 +9,7 @@ import pytest
 from mlx_k2.sampling import MAX_BIASES
 from mlx_k2.server.chat_request import read_chat_request
 from tests.server.forced_replies import builtin_tokenizer
-from tests.server.http_client import CHAT_PATH, exchange, receive_until, request_bytes
+from tests.server.http_client import CHAT_PATH, exchange, parse_answer, receive_until, request_bytes
 from tests.server.server_process import Server
 
 USER_MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -319,8 +319,30 @@ def test_no_prompt_and_no_answer_is_in_the_log(server: Server) -> None:
     secret = "Xylophone-4711"
     assert server.request("POST", CHAT_PATH, chat(messages=[{"role": "user", "content": secret}])).status == 200
     assert server.request("POST", CHAT_PATH, {"messages": secret}).status == 400
-    assert server.request("GET", f"/{secret}?key={secret}", Authorization=f"Bearer {secret}").status == 404
+    assert server.request("GET", f"/v2?key={secret}", Authorization=f"Bearer {secret}").status == 404
+    with server.connect() as connection:  # a URL, as a proxy gets it
+        assert exchange(connection, request_bytes("GET", f"http://user:{secret}@localhost/v2")).status == 404
     assert secret not in "\n".join(server.lines)
+
+
+def test_the_log_has_a_wrong_path_in_at_most_100_characters_of_printable_ascii(server: Server) -> None:
+    path = "/v1/v1/chat/completions"
+    answer = server.request("GET", f"{path}%0a{'a' * 1000}")
+    assert answer.error["message"] == "there is no such path; /openapi.json lists all, such as /v1/models"
+    for named_path in ("/openapi.json", "/v1/models"):
+        assert server.request("GET", named_path).status == 200
+    method_path, _, rest = server.wait_for_line(path).partition(" 404 ")
+    assert method_path.endswith("GET " + f"{path}%0a{'a' * 1000}"[:96])
+    assert rest.endswith(answer.headers["x-request-id"])
+
+
+def test_malformed_http_has_a_line_in_the_log_and_a_status_with_its_phrase(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        received_bytes = receive_until(connection, b"}")
+    assert received_bytes.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    request_id = parse_answer(received_bytes).headers["x-request-id"]
+    assert "malformed HTTP 400" in server.wait_for_line(request_id)
 
 
 @pytest.mark.timeout(10)

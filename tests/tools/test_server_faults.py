@@ -101,7 +101,7 @@ def test_unusable_servers_and_tools_are_named_and_usable_tools_beside_them_are_o
         "bad tools: its tool 'x' is left out: its inputSchema is not that of an object",
         "no tools: it has no tools",
         "ends: it ended; it wrote last: no key",
-        "absent: [Errno 2] No such file or directory: '/no/such/program'",
+        "absent: No such file or directory: '/no/such/program'",
     ]
     assert {"bare", "call_bad_tools"} < faulty_box.tools.keys()
     assert faulty_box.tools["bare"].parameters == {"type": "object"}
