@@ -1,6 +1,5 @@
 """Tests of `mlx-k2 setup` on this machine alone. tests/emulated_hosts/test_setup.py has those on several hosts."""
 
-import functools
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,7 +76,10 @@ def test_an_empty_answer_asks_for_a_host_and_after_ctrl_c_the_next_text_is_on_a_
     tmp_path: Path,
 ) -> None:
     environment = CommandLine(tmp_path).environment(MLX_K2_CONFIG=str(tmp_path / "config.toml"))
-    start = functools.partial(subprocess.Popen, [MLX_K2, "setup"], env=environment)
+
+    def start(**options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([MLX_K2, "setup"], env=environment, **options)
+
     with on_pty(start) as setup:
         setup.wait_for("(`this` is this Mac): ")
         setup.type("")
