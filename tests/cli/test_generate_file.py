@@ -64,7 +64,7 @@ def describe(model: Path) -> ModelDescription:
         (["--context", "999999"], "--context 999999 is more than"),
         (["--out", "nowhere/out"], "nowhere/out cannot be written: No such file or directory"),
         (["--out", "."], r"\. cannot be written: Is a directory"),
-        (["--out", "/dev/null"], "/dev/null is not a file"),
+        (["--out", "/dev/null"], "/dev/null is not a regular file"),
         (["--out", "./prompts"], "--out prompts is the file of prompts: give another --out"),
         (["--log-dir", "prompts/logs"], "--log-dir prompts/logs: the folder cannot be created: Not a directory"),
         (["--prompts", "/dev/zero"], "/dev/zero, line 1: it is longer than 16 MiB"),
