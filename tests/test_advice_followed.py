@@ -53,11 +53,16 @@ def test_without_standard_input_prompts_are_read_from_a_file(tmp_path: Path, mon
 
 
 @follows_advice(
+    "--out out is the file of prompts: give another --out",
     "out is being written by another run: give another --out",
     "out belongs to another run (see its line 1): give another --out, or move the file away",
 )
 def test_results_go_to_another_file_or_to_the_same_after_it_was_moved_away(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    prompts = tmp_path / "prompts"
+    prompts.write_text('{"prompt": "a"}\n')
+    arguments = ("generate", "--prompts", str(prompts), "--out")
+    assert "is the file of prompts: give another --out" in refusal(*arguments, str(prompts))
     with ResultFile(out) as results:
         results.resume({"b": 1})
         results.write(1, {"text": "b"})
@@ -153,11 +158,13 @@ def test_a_failed_request_names_the_setting_that_made_it_fail(monkeypatch: pytes
 @follows_advice(
     "python -m pip install matplotlib",
     "--plot needs matplotlib: run `a`",
+    "--plot p.svg: the charts are a PNG image: give a name that ends in .png",
     "for instance `hf auth login`",
 )
 def test_printed_commands_are_accepted_by_their_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as without_matplotlib:
         without_matplotlib.setitem(sys.modules, "matplotlib", None)
+        assert "give a name that ends in .png" in refusal("bench", "--plot", str(tmp_path / "p.svg"))
         error = refusal("bench", "--plot", str(tmp_path / "p.png"))
     install = shlex.split(error.split("`")[1])
     result = subprocess.run([*install, "--dry-run", "--no-index"], capture_output=True, text=True, timeout=60)

@@ -15,7 +15,7 @@ from tests.cli.command import CommandLine
 pytestmark = pytest.mark.timeout(60)
 NO_SERVER = "http://127.0.0.1:9"
 NO_MODEL = "--model /no/such/folder"
-ACCEPTED = r"/no/such/folder is not a folder|there is no server at"
+ACCEPTED = r"/no/such/folder does not exist|there is no server at"
 """The errors of a command whose options are accepted, with NO_MODEL and with NO_SERVER."""
 REPO = "moonshotai/Kimi-K2-Thinking"
 
@@ -142,7 +142,7 @@ def test_a_command_line_that_follows_the_advice_of_a_refusal_is_accepted(message
 
 @follows_advice(
     "give --model a repository on the Hub, for instance --model moonshotai/Kimi-K2-Thinking",
-    "/m is not a folder: give the folder of a checkpoint, or a repository on the Hub",
+    "give the folder of a checkpoint, or a repository on the Hub",
 )
 def test_the_repository_that_a_refusal_names_is_accepted_as_a_model(tmp_path: Path) -> None:
     assert f"give --model a repository on the Hub, for instance --model {REPO}" in refusal("download")

@@ -85,7 +85,7 @@ def test_hosts_and_origins_are_allowed_by_the_options_that_their_refusals_name()
         Access(hosts=("k2.example",), origins=(), keys=None).check_origin(scope)
     Access(hosts=("k2.example",), origins=("https://chat.example",), keys=None).check_origin(scope)
     options = ["--allow-host", "k2.example", "--allow-origin", "https://chat.example"]
-    assert "/no/such/folder is not a folder" in refusal("serve", *options, *shlex.split(NO_MODEL))
+    assert "/no/such/folder does not exist" in refusal("serve", *options, *shlex.split(NO_MODEL))
 
 
 class ModelFiles(msgspec.Struct):

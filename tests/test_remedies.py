@@ -55,7 +55,7 @@ def commands_in(text: str) -> list[str]:
     "reinstalled, remove the old key with `ssh-keygen -R mac-1`, then run `ssh mac-1` once and compare the new one",
     "a: run `ssh mac-1` once and accept it, or `ssh-keyscan mac-1 >> ~/.ssh/known_hosts`",
     "a: run `ssh-copy-id mac-1`, then see that `ssh mac-1 true` asks for no password",
-    "a: check its spelling in the hostfile, or give it a HostName in ~/.ssh/config",
+    "a: check its spelling, or give it a HostName in ~/.ssh/config",
     "or run `sudo systemsetup -setremotelogin on` on it",
     "it cannot be reached: see that it is switched on, awake and on this network with `ping mac-1`",
     "ssh failed: it printed no reason; try `ssh mac-1 true`",

@@ -15,7 +15,7 @@ PACKAGE = Path(mlx_k2.__file__).parent
 # Lowest first: a module imports from lower levels and its own package. Packages of one level never import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("package_install",),
-    ("errors", "builtin", "http_reason", "json_text", "private_files", "token_mask"),
+    ("errors", "bounded_read", "builtin", "http_reason", "json_text", "private_files", "token_mask"),
     ("config", "sampling", "text", "tools", "kernels"),
     ("scheduling", "cluster", "weights"),
     ("protocol", "model"),

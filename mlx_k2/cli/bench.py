@@ -59,6 +59,10 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise click.UsageError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
         if self.csv_path is not None:
             check_csv(Path(self.csv_path))
+        if self.plot_path is not None and Path(self.plot_path).suffix.lower() != ".png":
+            raise click.UsageError(
+                f"--plot {self.plot_path}: the charts are a PNG image: give a name that ends in .png"
+            )
         if self.plot_path is not None and find_spec("matplotlib") is None:
             raise click.UsageError(f"--plot needs matplotlib: run `{install_command('matplotlib')}`")
 

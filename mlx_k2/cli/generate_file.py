@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_k2.chat.completion import encode_prompt, submissions_for
 from mlx_k2.chat.sampling_options import MAX_ANSWERS, reply_settings
 from mlx_k2.cli.console import console, log, log_restart, opening_lines
-from mlx_k2.cli.generate_options import GenerateOptions
+from mlx_k2.cli.generate_options import STANDARD_INPUT, GenerateOptions
 from mlx_k2.cli.output import answer_fields
 from mlx_k2.cli.prompt_files import PromptLine, read_prompt_lines, result_digest
 from mlx_k2.cli.result_file import ResultFile
@@ -20,7 +20,7 @@ from mlx_k2.coordinator.batch_results import BatchResult, answer_all
 from mlx_k2.coordinator.engine import engine_on
 from mlx_k2.coordinator.jobs import Submission
 from mlx_k2.deployment.cluster_options import DeploymentRequest
-from mlx_k2.errors import SetupError
+from mlx_k2.errors import RequestError, SetupError
 from mlx_k2.sampling import derived_seed
 from mlx_k2.text.chat_template import ChatTemplate
 from mlx_k2.text.history_reader import read_history
@@ -36,13 +36,16 @@ def generate_many(options: GenerateOptions, request: DeploymentRequest, model: M
     """Answer every line of --prompts that has no result in --out yet.
 
     Raises:
-        RequestError: a file is malformed or belongs to another run. No stage was started, unless only the first host
-            has the model.
+        RequestError: a file is malformed or belongs to another run, or both are one file. No stage was started, unless
+            only the first host has the model.
         click.exceptions.Exit: a line failed.
     """
     assert options.prompts_path is not None and options.out_path is not None  # GenerateOptions requires both
     lines = read_prompt_lines(options.prompts_path, options.conversation.sampling)
-    with ResultFile(Path(options.out_path)) as results:
+    out = Path(options.out_path)
+    if out.exists() and options.prompts_path != STANDARD_INPUT and out.samefile(options.prompts_path):
+        raise RequestError(f"--out {out} is the file of prompts: give another --out")
+    with ResultFile(out) as results:
         if model is not None and (frontend := frontend_before_start(request, model)) is not None:
             _check_options(options, frontend)
             results.resume(result_digests(options, model, lines))
@@ -53,7 +56,9 @@ def generate_many(options: GenerateOptions, request: DeploymentRequest, model: M
                 _Batch(options, cluster, lines, results).run()
         num_failed = len(lines) - len(results)
         results.sort()
-    log(f"{len(lines)} results are in {options.out_path}" + (f", {num_failed} of them failed" if num_failed else ""))
+    num_results = "1 result is" if len(lines) == 1 else f"{len(lines)} results are"
+    failures = f'; {num_failed} failed, with the reason as "error" in the line' if num_failed else ""
+    log(f"{num_results} in {out}{failures}")
     if num_failed:
         raise click.exceptions.Exit(1)
 

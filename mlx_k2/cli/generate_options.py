@@ -8,6 +8,7 @@ import sys
 import click
 import msgspec
 
+from mlx_k2.bounded_read import read_stream
 from mlx_k2.cli.console import log
 from mlx_k2.cli.conversation_options import ConversationOptions
 from mlx_k2.cli.options import RunOptions
@@ -111,13 +112,15 @@ def _standard_input() -> str:
     """Return the text of standard input.
 
     Raises:
-        RequestError: it is a terminal, closed, or not UTF-8.
+        RequestError: it is a terminal, closed, unreadable, too long, or not UTF-8.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise RequestError("there is no prompt: give PROMPT, or write one to standard input")
     if _is_piped() and not select.select([sys.stdin], [], [], _SILENT_WAIT_S)[0]:
         log("reading standard input to its end; add < /dev/null if it has no text")
     try:
-        return sys.stdin.buffer.read().decode()
+        return read_stream(sys.stdin.buffer).decode()
+    except OSError as error:
+        raise RequestError(f"the prompt cannot be read from standard input: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 text: its byte {error.start} is not") from None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from mlx_k2.bounded_read import read_file
 from mlx_k2.cli.profile import with_sources
 from mlx_k2.errors import RequestError, SetupError
 from mlx_k2.json_text.parse import JsonError, parse_json
@@ -106,7 +107,7 @@ def text_from_file(ctx: click.Context, param: click.Parameter, value: str | None
     if value is None:
         return None
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return read_file(Path(value)).decode()
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestError(f"{param.opts[0]}: {value} cannot be read: {problem}") from None

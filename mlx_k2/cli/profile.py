@@ -9,16 +9,18 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_k2.bounded_read import read_file
 from mlx_k2.errors import RequestError
 from mlx_k2.private_files import home_folder
 
+_VARIABLE_PREFIX = "MLX_K2_"
 _OVERRIDDEN_BY = {"stages": ("hostfile", "split"), "hostfile": ("num_stages", "split"), "model": ("revision",)}
 """The parameters whose defaults could contradict an option of the command line and then do not apply, by its name."""
 
@@ -66,7 +68,7 @@ def read_profile(path: Path, commands: Sequence[str], shared_options: Sequence[s
         RequestError: the file cannot be read, or names a command or an option that does not exist; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
         values = tomllib.loads(text)
     except FileNotFoundError:
         return Profile(path, {})
@@ -79,7 +81,9 @@ def read_profile(path: Path, commands: Sequence[str], shared_options: Sequence[s
     for name in tables:
         _check_name(name, commands, f"{profile.location(name, '')}: there is no command {name!r}")
     for key in profile.tables[""]:
-        _check_name(key, shared_options, f"{profile.location('', key)}: {key!r} is not an option of several commands")
+        _check_name(
+            key, shared_options, f"{profile.location('', key)}: {key!r} is not an option that several commands have"
+        )
     return profile
 
 
@@ -117,13 +121,27 @@ def defaults_of(command: click.Command, name: str, profile: Profile) -> dict[str
 
 def _default(key: str, command: str, profile: Profile) -> Default | None:
     """Return the default of an option of a command, as it is written; None if there is none."""
-    variable = f"MLX_K2_{key.upper().replace('-', '_')}"
+    variable = _variable(key)
     if value := os.environ.get(variable):
         return Default(value, variable)
     for table in (command, ""):
         if key in profile.tables.get(table, {}):
             return Default(profile.tables[table][key], profile.location(table, key))
     return None
+
+
+def unknown_variables(keys: Collection[str]) -> Iterator[str]:
+    """Yield a line about each variable that sets no option of ``keys``, but is named almost like one that does."""
+    known = {_variable(key) for key in keys}
+    for name in sorted(os.environ):
+        if name.startswith(_VARIABLE_PREFIX) and name not in known:
+            for similar_name in difflib.get_close_matches(name, known, 1, 0.85):
+                yield f"{name} sets no option: did you mean {similar_name}?"
+
+
+def _variable(key: str) -> str:
+    """Return the name of the environment variable for an option."""
+    return f"{_VARIABLE_PREFIX}{key.upper().replace('-', '_')}"
 
 
 def without_overridden(
@@ -168,7 +186,7 @@ def _click_value(option: click.Parameter, default: Default) -> object:
     if any(isinstance(item, list | dict) for item in items):
         raise RequestError(f"{default.source}: {option_name(option)} is a table: give one value, or a list")
     if option.multiple:
-        is_variable = default.source.startswith("MLX_K2_")
+        is_variable = default.source.startswith(_VARIABLE_PREFIX)
         return str(value).split() if is_variable else items
     if isinstance(value, list):
         return ",".join(map(str, value))

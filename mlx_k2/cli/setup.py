@@ -149,9 +149,12 @@ class _Steps:
         """Return the names of the hosts in the order of their layers, from the arguments or the user's answer."""
         names = list(self._options.hosts)
         if not names:
-            names = _ask("Macs, as ssh knows them, in the order of their layers (`this` is this Mac): ").split()
+            question = "Macs, as ssh knows them, in the order of their layers (`this` is this Mac): "
+            names = _ask(question, "name the hosts, and give --yes to change them").split()
         names = [THIS_MACHINE if name in _LOCAL_NAMES else name for name in names]
-        if not names or len(set(names)) < len(names):
+        if not names:
+            raise RequestError("no host was named: name at least one, for instance: mlx-k2 setup this mac-2")
+        if len(set(names)) < len(names):
             raise RequestError("give each Mac once, for instance: mlx-k2 setup this mac-2")
         for name in names:
             if name.startswith("-") or not name.isprintable():
@@ -164,7 +167,10 @@ class _Steps:
         Raises:
             SetupError: the answer is no.
         """
-        if not self._options.yes and _ask(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        if self._options.yes:
+            return
+        answer = _ask(f"{question} [y/N] ", "give --yes to make all changes")
+        if answer.strip().lower() not in ("y", "yes"):
             raise SetupError("the answer was no: ended before this change")
 
     def _install(self, wheel: Path, surveys: Sequence[HostSurvey]) -> None:
@@ -296,17 +302,22 @@ def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
     show_table(headings, rows, folded=headings)
 
 
-def _ask(question: str) -> str:
-    """Return the user's answer, one line.
+def _ask(question: str, hint: str) -> str:
+    """Return the user's answer, one line. ``hint`` says what to give where nobody can be asked.
 
     Raises:
         RequestError: standard input is no terminal, or has ended.
     """
     if sys.stdin is None or not sys.stdin.isatty():
-        raise RequestError("nobody can be asked here: name the hosts, and give --yes to change them")
-    sys.stderr.write(question)
-    sys.stderr.flush()
-    line = sys.stdin.readline()
+        raise RequestError(f"nobody can be asked here: {hint}")
+    line = ""
+    try:
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+    finally:
+        if not line.endswith("\n"):  # end of input, or a signal: what follows starts on a line of its own
+            sys.stderr.write("\n")
     if not line:
         raise RequestError("the input has ended")
     return line.rstrip("\n")

@@ -6,7 +6,7 @@ import click
 
 from mlx_k2.cli.console import log
 from mlx_k2.cli.main import COMMANDS, cli, user_profile
-from mlx_k2.cli.profile import Default, defaults_of, option_name
+from mlx_k2.cli.profile import Default, defaults_of, option_name, unknown_variables
 from mlx_k2.cli.program_command import ProgramCommand
 
 
@@ -28,10 +28,15 @@ def command(command: str | None) -> None:
     log(f"{'the profile is' if profile.text else 'there is no profile:'} {profile.path}")
     context = click.get_current_context()
     shown_defaults: dict[str, Default] = {}
-    for name in COMMANDS if command is None else (command,):
+    keys: set[str] = set()
+    for name in COMMANDS:
         subcommand = cli.get_command(context, name)
         if not isinstance(subcommand, ProgramCommand) or not subcommand.reads_profile:
             continue
+        keys.update(map(option_name, subcommand.params))
+        if command not in (None, name):
+            continue
+        subcommand.make_context(name, [], context.parent)  # raises for a value that the command would refuse
         defaults = defaults_of(subcommand, name, profile)
         for option in subcommand.params:
             key = option_name(option)
@@ -43,6 +48,8 @@ def command(command: str | None) -> None:
                 shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)
             elif command is not None and key:
                 shown_defaults[key] = Default(option.to_info_dict()["default"], "default")
+    for line in unknown_variables(keys):
+        log(line)
     for key, default in shown_defaults.items():
         value = json.dumps(default.value, ensure_ascii=False, default=str) if default.value is not None else "(none)"
         click.echo(f"{key} = {value}  # {default.source}")

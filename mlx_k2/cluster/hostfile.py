@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from mlx_k2.bounded_read import read_file
 from mlx_k2.errors import HostfileError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
@@ -73,7 +74,7 @@ def read_hostfile(path: Path) -> Hostfile:
         HostfileError: the file is missing, or is not a usable hostfile; names the host and the fix.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise HostfileError(f"cannot read the hostfile {path}: {error.strerror}") from None
     return parse_hostfile(data, str(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_k2.deployment.listener import DeploymentListener, StageReport
 from mlx_k2.deployment.plan import StagePlan
+from mlx_k2.errors import RequestError
 from mlx_k2.private_files import open_private_no_symlink, write_private
 from mlx_k2.protocol.messages import FromStage
 from mlx_k2.weights.checkpoint import ModelDescription
@@ -31,11 +32,14 @@ class RunLog(DeploymentListener):
     ``log_tokens`` also logs the token ids of prompts and answers.
 
     Raises:
-        OSError: the folder cannot be created.
+        RequestError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, listener: DeploymentListener, log_tokens: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"--log-dir {folder}: the folder cannot be created: {error.strerror}") from None
         self._folder = folder
         self._listener = listener
         self._log_tokens = log_tokens

@@ -45,8 +45,7 @@ _FAILURES = (
     ),
     (
         ("Could not resolve hostname",),
-        "its name cannot be resolved: check its spelling in the hostfile{local}, "
-        "or give it a HostName in ~/.ssh/config",
+        "its name cannot be resolved: check its spelling{local}, or give it a HostName in ~/.ssh/config",
     ),
     (
         ("Connection refused",),

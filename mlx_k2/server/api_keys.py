@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_k2.bounded_read import read_stream
 from mlx_k2.errors import SetupError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import read_json
@@ -49,7 +50,7 @@ def read_keys(path: Path) -> tuple[StoredKey, ...]:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            data = file.read()
+            data = read_stream(file)
     except FileNotFoundError:
         return ()
     except OSError as error:

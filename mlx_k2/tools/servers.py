@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from mlx_k2.bounded_read import read_file
 from mlx_k2.errors import ToolsError
 from mlx_k2.json_text.parse import JsonError
 from mlx_k2.json_text.read import convert, read_json
@@ -78,7 +79,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
         ToolsError: the file cannot be read, or has a malformed server and no usable one; names the first problem.
     """
     try:
-        file = read_json(path.read_bytes(), _McpFile, allow_comments=True)
+        file = read_json(read_file(path), _McpFile, allow_comments=True)
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:

@@ -1,5 +1,6 @@
 """A checkpoint on one host: its small files, read and checked, and the paths of its tensors. Loads no tensor."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlx_k2.weights.index import (
     read_index_json,
 )
 from mlx_k2.weights.inventory import TensorSpec
+from mlx_k2.weights.model_source import BUILTIN
 from mlx_k2.weights.safetensors_file import open_regular
 
 TOKENIZER_NAMES = (
@@ -67,7 +69,11 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
         CheckpointError: there is no such folder, it has no config or no weights, or a file cannot be read.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint, or a repository on the Hub")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        hint = "give the folder of a checkpoint, or a repository on the Hub"
+        if difflib.get_close_matches(str(folder), [BUILTIN], cutoff=0.8):
+            hint = f"did you mean {BUILTIN}?"
+        raise CheckpointError(f"{folder} {problem}: {hint}")
     names = [name for name in (CONFIG_NAME, *TOKENIZER_NAMES) if (folder / name).exists()]
     if CONFIG_NAME not in names:
         raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: {_reason_without_config(folder)}")

@@ -151,8 +151,10 @@ def test_a_missing_tensor_of_k25_is_named_with_its_prefix(model: Path, capsys: p
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = "/none is not a folder: give the folder of a checkpoint, or a repository on the Hub"
+    error = "/none does not exist: give the folder of a checkpoint, or a repository on the Hub"
     check_refusal(["--model", str(tmp_path / "none"), "Hello"], error, capsys)
+    check_refusal(["--model", "biult-in", "Hello"], "biult-in does not exist: did you mean built-in?", capsys)
+    check_refusal(["--model", __file__, "Hello"], "test_bad_models.py is not a folder: give the folder of", capsys)
 
 
 @follows_advice(

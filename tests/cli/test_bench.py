@@ -170,6 +170,7 @@ def test_the_plot_is_a_png_with_the_expected_size_and_lines(folder: Path) -> Non
     [
         (["--csv", "nowhere/rows.csv"], "there is no folder"),
         (["--plot", "nowhere/plot.png"], "there is no folder"),
+        (["--plot", "plot.svg"], "--plot plot.svg: the charts are a PNG image: give a name that ends in .png"),
         (["--streams", "0"], "not a whole number from 1"),
         (["--streams", "1,x"], "not a whole number from 1"),
         (["--streams", "100"], "at most 64 sequences"),

@@ -65,6 +65,9 @@ def describe(model: Path) -> ModelDescription:
         (["--out", "nowhere/out"], "nowhere/out cannot be written: No such file or directory"),
         (["--out", "."], r"\. cannot be written: Is a directory"),
         (["--out", "/dev/null"], "/dev/null is not a regular file"),
+        (["--out", "./prompts"], "--out prompts is the file of prompts: give another --out"),
+        (["--log-dir", "prompts/logs"], "--log-dir prompts/logs: the folder cannot be created: Not a directory"),
+        (["--prompts", "/dev/zero"], "/dev/zero, line 1: it is longer than 16 MiB"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),
     ],
 )
@@ -120,12 +123,12 @@ def test_a_result_has_the_reply_fields_of_the_json_summary_and_a_failed_line_is_
     tools = [{"type": "function", "function": WEATHER}]
     sum_line = {"prompt": "What is 17 plus 25?", "id": "sum"}
     tool_line = {"prompt": "What is the weather in Rome?", "tools": tools}
-    bad_line = {"messages": [{"role": "robot"}]}
+    bad_line = {"prompt": "x", "regex": "("}
     prompts = write_prompts(tmp_path / "prompts", "\n", sum_line, " \n", tool_line, bad_line).read_text()
     out = tmp_path / "out"
     result = command_line.run("generate", "--temperature", "0", "--prompts", "-", "--out", str(out), stdin=prompts)
     assert result.returncode == 1, result.stderr
-    assert result.stderr.splitlines()[-1] == f"3 results are in {out}, 1 of them failed"
+    assert result.stderr.splitlines()[-1] == f'3 results are in {out}; 1 failed, with the reason as "error" in the line'
     answer, call, failed = read_results(out)
     assert [answer["id"], call["id"], failed["id"]] == ["sum", 4, 5]
     assert answer.keys() == call.keys() == RESULT_FIELDS

@@ -92,12 +92,31 @@ def test_config_shows_each_value_with_the_line_or_the_variable_that_sets_it(
     assert not any(line.startswith("temperature") for line in doctor_lines)
 
 
+def test_config_refuses_a_value_that_the_command_would_refuse(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile.write_text("seed = 3\n[generate]\ntemperature = 'hot'")
+    assert run(["config"]) == run(["config", "generate"]) == 2
+    assert f"error: {profile}, line 3: temperature: 'hot' is not a valid float" in capsys.readouterr().err
+    assert run(["config", "chat"]) == 0
+
+
+def test_config_names_a_misspelled_variable_and_no_variable_that_is_read(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLX_K2_MODLE", "built-in")
+    monkeypatch.setenv("MLX_K2_PORT", "8000")
+    monkeypatch.setenv("MLX_K2_API_KEY", "k2-x")
+    assert run(["config", "generate"]) == 0
+    assert capsys.readouterr().err.splitlines()[1:] == ["MLX_K2_MODLE sets no option: did you mean MLX_K2_MODEL?"]
+
+
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         (
             "model = 'a'\nhostfil = 'x'",
-            "line 2: 'hostfil' is not an option of several commands: did you mean hostfile?",
+            "line 2: 'hostfil' is not an option that several commands have: did you mean hostfile?",
         ),
         ("[chatt]\nseed = 3", "line 1: there is no command 'chatt': did you mean chat?"),
         (

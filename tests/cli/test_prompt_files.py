@@ -55,12 +55,20 @@ def test_a_value_in_a_line_overrides_the_option_even_if_it_is_the_default(tmp_pa
         ('{"prompt": "x", "tempereture": 1}', "line 2: contains unknown field `tempereture`"),
         ('{"id": 1}', 'line 2: give either "prompt" or "messages"'),
         ('{"prompt": "x", "messages": []}', 'line 2: give either "prompt" or "messages"'),
+        ('{"messages": [{"role": "robot"}]}', "line 2: message 1 has the role 'robot': give one of system, user"),
+        ('{"prompt": "x", "id": 3}', "line 3: line 2 has the same id 3"),  # line 3 has no id: its number is used
         ('{"prompt": "x", "top_k": "many"}', "line 2: top_k: expected a whole number or null, got text"),
     ],
 )
 def test_an_invalid_line_is_refused_by_line_number(tmp_path: Path, line: str, error: str) -> None:
     path = write_prompts(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
     with pytest.raises(RequestError, match=error):
+        read_prompt_lines(str(path))
+
+
+def test_an_id_that_two_lines_have_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, '{"prompt": "x", "id": "a"}', '{"prompt": "y"}', '{"prompt": "z", "id": "a"}')
+    with pytest.raises(RequestError, match=r"prompts.jsonl, line 3: line 1 has the same id 'a'$"):
         read_prompt_lines(str(path))
 
 

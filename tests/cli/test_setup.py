@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,8 @@ from mlx_k2.cli.profile import with_value
 from mlx_k2.launch.own_wheel import write_wheel
 from mlx_k2.launch.remote_install import INSTALL_FOLDER, wheel_digest
 from tests.advice import follows_advice
-from tests.cli.command import CommandLine
+from tests.cli.command import MLX_K2, CommandLine
+from tests.pty_command import on_pty
 from tests.stand_in_ssh import write_ssh
 from tests.test_advice_of_commands import REPO
 
@@ -53,8 +56,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ([], "nobody can be asked here: name the hosts, and give --yes"),
         (["this", "localhost"], "give each Mac once"),
+        (["this"], "nobody can be asked here: give --yes to make all changes"),
         (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh accepts"),
-        (["this"], "nobody can be asked here"),
         (["this", "--wheels", "/nowhere"], "--wheels /nowhere: the folder is missing, or has no .whl file"),
     ],
 )
@@ -64,6 +67,31 @@ def test_a_setup_that_cannot_be_done_writes_nothing(
     assert run(["setup", *arguments]) == 2
     assert error in capsys.readouterr().err
     assert not settings.exists()
+
+
+@follows_advice(
+    "no host was named: name at least one, for instance: mlx-k2 setup this mac-2",
+)
+def test_an_empty_answer_asks_for_a_host_and_after_ctrl_c_the_next_text_is_on_a_line_of_its_own(
+    tmp_path: Path,
+) -> None:
+    environment = CommandLine(tmp_path).environment(MLX_K2_CONFIG=str(tmp_path / "config.toml"))
+
+    def start(**options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([MLX_K2, "setup"], env=environment, **options)
+
+    with on_pty(start) as setup:
+        setup.wait_for("(`this` is this Mac): ")
+        setup.type("")
+        setup.wait_for("no host was named: name at least one, for instance: mlx-k2 setup this mac-2")
+        assert setup.end() == 2
+    with on_pty(start) as setup:
+        setup.wait_for("(`this` is this Mac): ")
+        setup.type("this")
+        setup.wait_for("? [y/N] ")
+        setup.press(b"\x03")
+        assert setup.end() == 130
+        assert setup.shown.splitlines()[-1] == "nothing was changed"
 
 
 @pytest.mark.slow
@@ -103,7 +131,8 @@ def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @follows_advice(
-    "nobody can be asked here: name the hosts, and give --yes to change them",
+    "name the hosts, and give --yes to change them",
+    "nobody can be asked here: give --yes to make all changes",
     "give each Mac once, for instance: mlx-k2 setup this mac-2",
     "the hosts share no network: give an address of each with --address",
     "1 addresses for 2 hosts: give --address once for each",
@@ -124,6 +153,7 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
         return "".join(capsys.readouterr())
 
     assert "nobody can be asked here: name the hosts, and give --yes to change them" in output_of(2, "setup")
+    assert "nobody can be asked here: give --yes to make all changes" in output_of(2, "setup", "this")
     assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in output_of(2, "setup", "this", "this")
     # both hosts have a loopback interface only
     monkeypatch.setattr("mlx_k2.cli.setup.host_interfaces", lambda _request: [{"127.0.0.1": "lo0"}] * 2)

@@ -92,7 +92,7 @@ def test_all_hosts_load_the_head_at_one_commit_from_a_hub_that_this_machine_cann
 @pytest.mark.parametrize(
     ("second_seed", "problem"),
     [
-        (None, r"stage 1 .*--draft-model: .*/head is not a folder"),
+        (None, r"stage 1 .*--draft-model: .*/head does not exist"),
         pytest.param(
             2,
             r"the draft head on .* \(stage 0\) is not the one on .* \(stage 1\): copy the same files to both",

@@ -124,7 +124,7 @@ def test_a_user_error_is_sent_as_a_fault_with_a_readable_message(converse: Conve
     assert exit_code == 1
     assert isinstance(fault, Fault)
     assert fault.kind == "CheckpointError"
-    assert fault.message.startswith(f"{tmp_path}/nowhere is not a folder")
+    assert fault.message.startswith(f"{tmp_path}/nowhere does not exist")
 
 
 def test_a_truncated_shard_file_is_named_before_any_tensor_is_loaded(converse: Converse, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
+from mlx_k2.bounded_read import read_file
 from mlx_k2.errors import RequestError
-from mlx_k2.json_text.parse import JsonError, parse_json
+from mlx_k2.json_text.parse import MAX_BYTES, JsonError, parse_json
 from mlx_k2.json_text.read import convert
 from mlx_k2.private_files import write_private
 
@@ -51,7 +52,7 @@ def load_chat(path: Path, digest: str) -> Sequence[Mapping[str, object]]:
     """
     _refuse_special(path)
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_file(path, MAX_BYTES))
         if isinstance(value, dict) and "digest" not in value and "messages" in value:
             value = value["messages"]  # the format of a line of a training set
         if isinstance(value, list):
