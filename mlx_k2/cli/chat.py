@@ -29,7 +29,7 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
-from mlx_k2.cli.repl.keyboard import choose_keyboard
+from mlx_k2.cli.repl.keyboard import choose_keyboard, without_echo
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
@@ -102,6 +102,12 @@ def command(options: ChatOptions) -> None:
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
     if options.connect is not None:
+    with without_echo():
+        _start_chat(options)
+
+
+def _start_chat(options: ChatOptions) -> None:
+    """Start stages, or connect to a server, and chat with the model."""
         with _chat_resources(options) as resources:
             _chat_on_server(options, resources)
         return

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -52,13 +51,6 @@ class LineKeyboard:
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._read_line(question)
 
-    def without_echo(self) -> AbstractContextManager[None]:
-        """Return a context for all calls of ``read``, in which keys typed during an answer are not echoed into it.
-
-        Here it does nothing, because plain lines have no echo that this program controls.
-        """
-        return contextlib.nullcontext()
-
     def _read_line(self, prompt: str) -> str:
         if is_terminal(sys.stdin):
             sys.stderr.write(prompt)
@@ -102,25 +94,39 @@ class TerminalKeyboard(LineKeyboard):
         clear_typeahead(self._question_session.input)  # keys after the last Enter that prompt_toolkit has read already
         return self._question_session.prompt(question)
 
-    @contextlib.contextmanager
-    def without_echo(self) -> Iterator[None]:
-        """Turn off the terminal's echo and line mode in this context, for input that is typed during an answer."""
-        terminal = sys.stdin.fileno()
-        attributes_before = termios.tcgetattr(terminal)
-        input_flags, output_flags, control_flags, local_flags, *rest = attributes_before
-        input_flags &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
-        local_flags &= ~(termios.ECHO | termios.ICANON)
-        attributes = [input_flags, output_flags, control_flags, local_flags, *rest]
-        termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(terminal, termios.TCSANOW, attributes_before)
+def _can_edit() -> bool:
+    """Return whether stdin and stdout are a terminal on which lines can be edited."""
+    return is_terminal(sys.stdin) and is_terminal(sys.stdout) and not is_dumb()
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Keep keys that are typed while the model loads or answers for the next prompt, and do not echo them.
+
+    Turns off the terminal's echo and line mode in this context; does nothing where lines cannot be edited.
+    """
+    if not _can_edit():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    attributes_before = termios.tcgetattr(terminal)
+    input_flags, output_flags, control_flags, local_flags, *rest = attributes_before
+    input_flags &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
+    local_flags &= ~(termios.ECHO | termios.ICANON)
+    attributes = [input_flags, output_flags, control_flags, local_flags, *rest]
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    when = termios.TCSAFLUSH  # after an error discard the input: the shell would run a message as a command
+    try:
+        yield
+        when = termios.TCSANOW
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is closed
+            termios.tcsetattr(terminal, when, attributes_before)
 
 
 def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> LineKeyboard:
     """Return a keyboard with editing and saved history; plain lines if stdin or stdout is no terminal or a dumb one."""
-    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or is_dumb():
+    if not _can_edit():
         return LineKeyboard()
     folder = state_folder()
     history = None if folder is None else _usable_history(folder / "chat-history")

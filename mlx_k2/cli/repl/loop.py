@@ -38,21 +38,20 @@ class Repl:
         Raises:
             ClusterError: the stages cannot continue; the conversation so far is in the session.
         """
-        with self._keyboard.without_echo():
-            while True:
-                self._session.prefill_next_prompt()
-                try:
-                    if first_message is None:
-                        self._handle_line(self._keyboard.read())
-                    else:
-                        message, first_message = first_message, None
-                        self._send(message)
-                except KeyboardInterrupt:
-                    continue
-                except (EOFError, Quit):
-                    return
-                except (SetupError, RequestFailed, EngineBusy) as error:
-                    self._screen.log(f"error: {error}")
+        while True:
+            self._session.prefill_next_prompt()
+            try:
+                if first_message is None:
+                    self._handle_line(self._keyboard.read())
+                else:
+                    message, first_message = first_message, None
+                    self._send(message)
+            except KeyboardInterrupt:
+                continue
+            except (EOFError, Quit):
+                return
+            except (SetupError, RequestFailed, EngineBusy) as error:
+                self._screen.log(f"error: {error}")
 
     def _handle_line(self, line: str) -> None:
         """Run a command line, or send a message."""
