@@ -6,7 +6,7 @@ import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from prompt_toolkit import PromptSession
+from prompt_toolkit import Application, PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -21,6 +21,7 @@ from mlx_k2.private_files import state_folder
 from mlx_k2.text.tokenizer import well_formed
 
 PROMPT = "> "
+_MENU_LINES = 8
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
@@ -81,7 +82,8 @@ class TerminalKeyboard(LineKeyboard):
             color_depth=None if colours else ColorDepth.DEPTH_1_BIT,
             style=_STYLE,
         )
-        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        self._message_session.app.before_render += self._fit_menu
+        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory(), reserve_space_for_menu=0)
 
     def read(self) -> str:
         """Return the next message or command; output of other threads meanwhile appears above the prompt."""
@@ -93,6 +95,12 @@ class TerminalKeyboard(LineKeyboard):
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
         clear_typeahead(self._question_session.input)  # keys after the last Enter that prompt_toolkit has read already
         return self._question_session.prompt(question)
+
+    def _fit_menu(self, app: Application[str]) -> None:
+        """Reserve lines for the menu of completions: as many as the terminal has beside the status line."""
+        free_lines = app.output.get_size().rows - 1
+        self._message_session.reserve_space_for_menu = min(_MENU_LINES, free_lines)
+
 
 def _can_edit() -> bool:
     """Return whether stdin and stdout are a terminal on which lines can be edited."""
