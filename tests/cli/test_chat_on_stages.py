@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import termios
 import time
@@ -225,7 +226,7 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
 @pytest.mark.slow
 def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
     result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n/help\n")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr  # a line has failed
     assert "error: there is no command /nonsense" in result.stderr
     assert "replies 1 ·" in result.stderr
     assert "show this list" in result.stderr
@@ -233,3 +234,20 @@ def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(comman
     assert max(map(len, lines)) <= 80, "a line is wider than a terminal of 80 columns"
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout
+
+
+def test_a_line_that_is_not_utf_8_and_a_mistyped_command_are_refused_on_standard_input(
+    command_line: CommandLine,
+) -> None:
+    result = subprocess.run(
+        [MLX_K2, "chat", "--stages", "1"],
+        input=b"hi\xff\n/hlep\n",
+        capture_output=True,
+        timeout=60,
+        env=command_line.environment(),
+    )
+    errors = result.stderr.decode()
+    assert (result.returncode, result.stdout) == (1, b""), errors  # nothing was sent to the model
+    assert "error: this line is not UTF-8 text, and is not sent: hi\N{REPLACEMENT CHARACTER}" in errors
+    assert "error: there is no command /hlep: did you mean /help? /help lists them" in errors
+    assert "Ctrl-D" not in errors

@@ -44,21 +44,34 @@ def replaced_stream(name: str, data: bytes, encoding: str, errors: str) -> Itera
         stream.detach()
 
 
-def lines_from(keyboard: LineKeyboard) -> Iterator[str]:
+def lines_from(keyboard: LineKeyboard) -> tuple[list[str], int]:
+    """Return the lines that are text, and the number of the other lines, which are refused."""
+    lines, num_refused = [], 0
     while True:
         try:
-            yield keyboard.read()
+            lines.append(keyboard.read())
+        except RequestError:
+            num_refused += 1
         except EOFError:
-            return
+            return lines, num_refused
+
+
+def is_text(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @given(data=st.binary(), encoding=ENCODINGS, errors=st.sampled_from(["strict", "surrogateescape"]))
-def test_any_bytes_on_standard_input_can_be_read_saved_and_written_to_a_transcript(
+def test_a_line_of_any_bytes_is_refused_or_can_be_saved_and_written_to_a_transcript(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, encoding: str, errors: str
 ) -> None:
     folder = tmp_path_factory.mktemp("chat")
     with replaced_stream("stdin", data, encoding, errors):
-        lines = list(lines_from(LineKeyboard()))
+        lines, num_refused = lines_from(LineKeyboard())
+    assert (num_refused == 0) == is_text(data, encoding)
     messages = [{"role": "user", "content": line} for line in lines]
     with Transcript(folder / "t", pytest.fail) as transcript:
         for message in messages:

@@ -16,12 +16,15 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
+from mlx_k2.cli.repl.wording import one_line
 from mlx_k2.cli.streams import is_dumb, is_terminal, refuses_colour
+from mlx_k2.errors import RequestError
 from mlx_k2.private_files import state_folder
 from mlx_k2.text.tokenizer import well_formed
 
 PROMPT = "> "
 _MENU_LINES = 8
+_MAX_QUOTED_CHARS = 100
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
@@ -39,12 +42,17 @@ class LineKeyboard:
         Raises:
             EOFError: the input has ended.
             KeyboardInterrupt: the user discards the current line.
+            RequestError: the line has a byte that is not text.
         """
         lines = [self._read_line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
             lines.append(self._read_line(". "))
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        if well_formed(text) != text:
+            encoding, quoted = sys.stdin.encoding.upper(), one_line(text, _MAX_QUOTED_CHARS)
+            raise RequestError(f"this line is not {encoding} text, and is not sent: {quoted}")
+        return text
 
     def ask(self, question: str) -> str:
         """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""

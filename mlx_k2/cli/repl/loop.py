@@ -31,6 +31,8 @@ class Repl:
         self._screen = commands.screen
         self._usage = commands.usage
         self._transcript = transcript
+        self.has_failed = False
+        """Whether a message or a command has failed."""
 
     def run(self, first_message: str | None = None) -> None:
         """Send ``first_message``, then run until the user quits or the input ends.
@@ -51,6 +53,7 @@ class Repl:
             except (EOFError, Quit):
                 return
             except (SetupError, RequestFailed, EngineBusy) as error:
+                self.has_failed = True
                 self._screen.log(f"error: {error}")
 
     def _handle_line(self, line: str) -> None:
