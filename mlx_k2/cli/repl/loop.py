@@ -54,7 +54,8 @@ class Repl:
                 return
             except (SetupError, RequestFailed, EngineBusy) as error:
                 self.has_failed = True
-                self._screen.log(f"error: {error}")
+                can_retry = not isinstance(error, SetupError)
+                self._screen.log(f"error: {error}{'; /retry answers your message again' if can_retry else ''}")
 
     def _handle_line(self, line: str) -> None:
         """Run a command line, or send a message."""
