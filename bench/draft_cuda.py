@@ -79,7 +79,8 @@ def make_model(tensors: Mapping[str, NDArray[np.float32]], dtype: mx.Dtype, bits
         target_ids=mx.arange(NUM_DRAFTED_IDS) * ID_STEP,
     )
     mx.eval(weights)
-    return DraftModel(CONFIG, weights, LatentCache(1, 1, 256, CONFIG.cache_row_dim, dtype), norms_output=False)
+    cache = LatentCache(num_layers=1, num_slots=1, context_tokens=256, row_dim=CONFIG.cache_row_dim, dtype=dtype)
+    return DraftModel(CONFIG, weights, cache, norms_output=False)
 
 
 def run_text(model: DraftModel) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""List of the GPU launches of one expert layer of Kimi K2 for one token, and number of command buffers of a token.
+"""List of the GPU launches of an expert layer of Kimi K2 for one token, and its command buffers in all expert layers.
 
 python -m bench.graph_launches [--dense-bits 8]
 
@@ -24,8 +24,8 @@ MLX_LIMITS = BufferLimits(50, 50)
 _CONCATENATE = "one copy for each input: mlx/backend/gpu/slicing.cpp, concatenate_gpu"
 
 
-class Launch(NamedTuple):
-    """A node of the graph, with the shapes of the weights that it reads.
+class LayerNode(NamedTuple):
+    """A node of the graph, with the shapes of the large weights that it reads: norms, biases and activations are small.
 
     ``matrices`` are dense matrices, which dense bits quantize. ``arrays`` are other weights, and the cache at its first
     use in the layer: MLX counts an array once for a command buffer.
@@ -33,14 +33,14 @@ class Launch(NamedTuple):
 
     name: str
     primitive: str
-    launches: int = 1
+    num_launches: int = 1
     matrices: tuple[tuple[int, ...], ...] = ()
     arrays: tuple[tuple[int, ...], ...] = ()
     rule: str = ""
 
 
-def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, ...]:
-    """Return the launches of one expert layer for one generated token, in the order of its graph."""
+def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[LayerNode, ...]:
+    """Return the nodes of one expert layer for one generated token, in the order of its graph."""
     hidden, heads, query_rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
     assert query_rank is not None
     latent, nope, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
@@ -49,62 +49,62 @@ def expert_layer(config: ModelConfig, cache_rows: int = 8192) -> tuple[Launch, .
     down_arrays = ((experts, hidden, inner // 8), (experts, hidden, inner // 32))
     cache = ((cache_rows, config.cache_row_dim),)
     return (
-        Launch("input norm", "RMSNorm"),
-        Launch("q_a", "Matmul", matrices=((hidden, query_rank),)),
-        Launch("q_a norm", "RMSNorm"),
-        Launch("q_b", "Matmul", matrices=((query_rank, heads * config.qk_head_dim),)),
-        Launch("softmax scale", "CompiledBroadcastMultiply"),
-        Launch(
+        LayerNode("input norm", "RMSNorm"),
+        LayerNode("q_a", "Matmul", matrices=((hidden, query_rank),)),
+        LayerNode("q_a norm", "RMSNorm"),
+        LayerNode("q_b", "Matmul", matrices=((query_rank, heads * config.qk_head_dim),)),
+        LayerNode("softmax scale", "CompiledBroadcastMultiply"),
+        LayerNode(
             "keys up",
             "Matmul",
-            launches=2,
+            num_launches=2,
             matrices=((heads, nope, latent),),
             rule="a vector with a stride is copied: mlx/backend/metal/matmul.cpp, check_transpose with is_vector",
         ),
-        Launch("rope of the queries", "RoPE"),
-        Launch("absorbed queries", "Concatenate", launches=2, rule=_CONCATENATE),
-        Launch("kv_a", "Matmul", matrices=((hidden, config.cache_row_dim),)),
-        Launch("kv_a norm", "RMSNorm"),
-        Launch("rope of the key", "RoPE"),
-        Launch("cache row", "Concatenate", launches=2, rule=_CONCATENATE),
-        Launch("write to the cache", "SliceUpdate", arrays=cache, rule="in place, because the cache is donated"),
-        Launch("scores", "Matmul"),
-        Launch("softmax", "Softmax"),
-        Launch(
+        LayerNode("rope of the queries", "RoPE"),
+        LayerNode("absorbed queries", "Concatenate", num_launches=2, rule=_CONCATENATE),
+        LayerNode("kv_a", "Matmul", matrices=((hidden, config.cache_row_dim),)),
+        LayerNode("kv_a norm", "RMSNorm"),
+        LayerNode("rope of the key", "RoPE"),
+        LayerNode("cache row", "Concatenate", num_launches=2, rule=_CONCATENATE),
+        LayerNode("write to the cache", "SliceUpdate", arrays=cache, rule="in place, because the cache is donated"),
+        LayerNode("scores", "Matmul"),
+        LayerNode("softmax", "Softmax"),
+        LayerNode(
             "latents",
             "Matmul",
-            launches=2,
+            num_launches=2,
             rule="split along the keys, then summed: matmul.cpp, few output tiles and K >= max(M, N)",
         ),
-        Launch("values up", "Matmul", matrices=((heads, latent, value),)),
-        Launch("output", "Matmul", matrices=((heads * value, hidden),)),
-        Launch("add", "Add"),
-        Launch("post-attention norm", "RMSNorm"),
-        Launch("router logits", "Kernel", arrays=((experts, hidden),)),
-        Launch("router choice", "Kernel"),
-        Launch("experts gate and up", "Kernel", arrays=up_arrays * 2),
-        Launch("experts down", "Kernel", arrays=down_arrays),
-        Launch("shared gate", "Matmul", matrices=((hidden, inner),)),
-        Launch("shared up", "Matmul", matrices=((hidden, inner),)),
-        Launch("silu and product", "CompiledSigmoidMultiplyMultiply"),
-        Launch("shared down", "Matmul", matrices=((inner, hidden),)),
-        Launch("add twice", "CompiledAddAdd"),
+        LayerNode("values up", "Matmul", matrices=((heads, latent, value),)),
+        LayerNode("output", "Matmul", matrices=((heads * value, hidden),)),
+        LayerNode("add", "Add"),
+        LayerNode("post-attention norm", "RMSNorm"),
+        LayerNode("router logits", "Kernel", arrays=((experts, hidden),)),
+        LayerNode("router choice", "Kernel"),
+        LayerNode("experts gate and up", "Kernel", arrays=up_arrays * 2),  # gate and up
+        LayerNode("experts down", "Kernel", arrays=down_arrays),
+        LayerNode("shared gate", "Matmul", matrices=((hidden, inner),)),
+        LayerNode("shared up", "Matmul", matrices=((hidden, inner),)),
+        LayerNode("silu and product", "CompiledSigmoidMultiplyMultiply"),
+        LayerNode("shared down", "Matmul", matrices=((inner, hidden),)),
+        LayerNode("add twice", "CompiledAddAdd"),
     )
 
 
-def num_launches(launches: Iterable[Launch]) -> int:
+def num_launches(nodes: Iterable[LayerNode]) -> int:
     """Return the number of GPU launches of the nodes."""
-    return sum(node.launches for node in launches)
+    return sum(node.num_launches for node in nodes)
 
 
-def elements(launch: Launch, dense_bits: int | None) -> int:
-    """Return the elements of the arrays that a node reads. Arrays are counted whole, as MLX does.
+def elements(node: LayerNode, dense_bits: int | None) -> int:
+    """Return the elements of the weights and the cache that a node reads. Arrays are counted whole, as MLX does.
 
     A quantized matrix has words of 32 bits, and a scale and a bias for each group of 64 weights.
     """
-    dense = sum(math.prod(shape) for shape in launch.matrices)
-    words = dense if dense_bits is None else dense * dense_bits // 32 + 2 * dense // 64
-    return words + sum(math.prod(shape) for shape in launch.arrays)
+    dense = sum(math.prod(shape) for shape in node.matrices)
+    num_elements = dense if dense_bits is None else dense * dense_bits // 32 + 2 * dense // 64
+    return num_elements + sum(math.prod(shape) for shape in node.arrays)
 
 
 def command_buffers(sizes: Iterable[int], limits: BufferLimits) -> int:
@@ -114,21 +114,22 @@ def command_buffers(sizes: Iterable[int], limits: BufferLimits) -> int:
     for size in sizes:
         num_launched += 1
         num_elements += size
+        # MLX's "megabytes" are 2^20 elements
         if num_launched > limits.operations or num_elements >> 20 > limits.megabytes:
             num_ended += 1
             num_launched = num_elements = 0
     return num_ended
 
 
-def token_sizes(config: ModelConfig, dense_bits: int | None) -> Iterator[int]:
+def launch_sizes(config: ModelConfig, dense_bits: int | None) -> Iterator[int]:
     """Yield the elements that each launch of all expert layers reads for one token.
 
     The first launch of a node reads all its weights.
     """
     for _ in range(config.num_hidden_layers - config.first_k_dense_replace):
-        for launch in expert_layer(config):
-            yield elements(launch, dense_bits)
-            yield from (0,) * (launch.launches - 1)
+        for node in expert_layer(config):
+            yield elements(node, dense_bits)
+            yield from (0,) * (node.num_launches - 1)
 
 
 def k2_config(**changes: int) -> ModelConfig:
@@ -137,21 +138,22 @@ def k2_config(**changes: int) -> ModelConfig:
 
 
 def main() -> None:
-    """Print one line for each node, and the command buffers of a token under several limits."""
+    """Print one line for each node, and the command buffers of a token's expert layers under several limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense-bits", type=int, choices=(4, 8), default=None, help="quantize the dense matrices")
     bits = parser.parse_args().dense_bits
     config = k2_config()
     layer = expert_layer(config)
     print("launches | node | MLX's primitive | millions of elements | rule")
-    for launch in layer:
-        millions = f"{elements(launch, bits) / 1e6:.1f}"
-        print(f"{launch.launches} | {launch.name} | {launch.primitive} | {millions} | {launch.rule}")
+    for node in layer:
+        millions = f"{elements(node, bits) / 1e6:.1f}"
+        print(f"{node.num_launches} | {node.name} | {node.primitive} | {millions} | {node.rule}")
     print(f"{num_launches(layer)} launches of {len(layer)} nodes in one expert layer")
     for limits in (MLX_LIMITS, BufferLimits(200, 200), BufferLimits(200, 1000), BufferLimits(1000, 4000), LONG_BUFFERS):
-        count = command_buffers(token_sizes(config, bits), limits)
+        count = command_buffers(launch_sizes(config, bits), limits)
         print(
-            f"{count} command buffers a token with {limits.operations} launches or {limits.megabytes} * 2^20 elements"
+            f"{count} command buffers for a token's expert layers with {limits.operations} launches or "
+            f"{limits.megabytes} * 2^20 elements"
         )
 
 

@@ -124,7 +124,7 @@ def plan_us() -> float:
     window = tuple(prompt_ids(REPETITION_WINDOW))
     row = Row(slot=0, position=4000, token_ids=(17,), is_prompt=False, sampling=sampling, recent_ids=window)
     plan = encode_frame(Kind.MESSAGE, encode_message(Step(1, (row,))))
-    answer = StepDone(1, 0.02, 0.001, tokens=(SampledToken(17),))
+    answer = StepDone(number=1, busy_s=0.02, receive_s=0.001, tokens=(SampledToken(17),))
     pipe = io.BytesIO(plan * NUM_PLANS)
     started_at = time.thread_time()
     for _ in range(NUM_PLANS):

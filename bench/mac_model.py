@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from bench.graph_launches import MLX_LIMITS, command_buffers, expert_layer, k2_config, num_launches, token_sizes
+from bench.graph_launches import MLX_LIMITS, command_buffers, expert_layer, k2_config, launch_sizes, num_launches
 from bench.mac_constants import CONSTANTS, PUBLISHED, Published
 from bench.mac_times import M3_ULTRA, M5_ULTRA, PROMPT_CHUNK, Mac, Program, chunk_s, constant, prompt_s, token_s
 from bench.measure import ROOT, replace_generated
@@ -34,7 +34,7 @@ DENSE_BITS = ((16, "as shipped"), (8.5, "8"))  # 8.5: a scale and a bias of 16 b
 def other_programs() -> dict[str, Program]:
     """Return the programs of the published figures by name. A figure has its own bits, which replace the program's."""
     launches = num_launches(expert_layer(k2_config())) + MLX_LM_MOE_LAUNCHES - OWN_MOE_LAUNCHES
-    buffers = command_buffers(token_sizes(k2_config(), None), MLX_LIMITS)
+    buffers = command_buffers(launch_sizes(k2_config(), None), MLX_LIMITS)
     mlx_lm = Program("mlx-lm", expert_bits=5.0, dense_bits=16, launches_per_layer=launches, buffers=buffers)
     return {
         "mlx-lm": mlx_lm,
@@ -80,7 +80,7 @@ def after(dense_bits: float, mac: Mac = M3_ULTRA) -> Program:
 
 def own_buffers(dense_bits: float, limits: BufferLimits) -> int:
     """Return the command buffers of a token in mlx-k2."""
-    return command_buffers(token_sizes(k2_config(), None if dense_bits == 16 else 8), limits)
+    return command_buffers(launch_sizes(k2_config(), None if dense_bits == 16 else 8), limits)
 
 
 def best_prompt(program: Program, num_macs: int, tokens: int, mac: Mac = M3_ULTRA) -> float:

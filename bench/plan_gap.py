@@ -3,9 +3,9 @@
 python -m bench.plan_gap [--save] [--tokens N]
 
 In place of a guard and its stage, a small program (`stage_program`) is at the other end of this process's pipes. It
-sleeps STEP_S for each step, and then sends the next token of a fixed text, a code block of 300 lines. The program
-measures each gap, from before it writes a token to after it has read the next plan. A gap thus includes two pipes,
-three threads of this process and Python's lock. Cases:
+sleeps STEP_S for each step, and then sends the next token of a fixed text, a code block of 300 lines, repeated. The
+program measures each gap, from before it writes a token to after it has read the next plan. A gap thus includes two
+pipes, and this process's threads for reading, scheduling and writing, which wait for the GIL. Cases:
 
 - quiet: this process only reads the answer's events;
 - rendering: the chat's screen renders the growing answer on a terminal;
@@ -104,7 +104,7 @@ def measure(tokenizer: Tokenizer, num_tokens: int, reader: Reader, task: Backgro
             finally:
                 stop.set()
                 thread.join()
-        return list(json.loads(gaps_file.read_text()))  # complete: leaving the context has ended the program
+        return list(json.loads(gaps_file.read_text()))  # written at the end of the program, which the context has ended
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def wait(stop: threading.Event) -> None:
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, stop: threading.Event) -> None:
-    """Render and tokenize prompts of about NUM_PROMPT_TOKENS, each different, until ``stop`` is set."""
+    """Render and tokenize prompts of about NUM_PROMPT_TOKENS tokens, each different, until ``stop`` is set."""
     long_text = CODE * (NUM_PROMPT_TOKENS // len(tokenizer.encode_text(CODE)))
     number = 0
     while not stop.is_set():

@@ -70,10 +70,10 @@ def run_sleeping_stages(server: SteppedServer) -> Iterator[None]:
 
     def run_stage(rank: int) -> None:
         while not is_over.is_set():
-            time.sleep(POLL_INTERVAL_S if server.tokens.stages.next_step(rank) is None else STEP_S)
-            server.tokens.stages.execute(rank)
+            time.sleep(POLL_INTERVAL_S if server.harness.stages.next_step(rank) is None else STEP_S)
+            server.harness.stages.execute(rank)
 
-    threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(2)]
+    threads = [threading.Thread(target=run_stage, args=[rank]) for rank in range(server.harness.limits.num_stages)]
     for thread in threads:
         thread.start()
     try:
@@ -89,7 +89,7 @@ def engine_latencies(server: SteppedServer) -> list[float]:
     latencies_s: list[float] = []
 
     def read(number: int) -> None:
-        handle = server.tokens.engine.submit(request(number, max_tokens=NUM_TOKENS, seed=number))
+        handle = server.harness.engine.submit(request(number, max_tokens=NUM_TOKENS, seed=number))
         tokens = (event for event in handle.events() if isinstance(event, Token))
         latencies_s.extend(time.perf_counter() - token.arrived_at for token in tokens)
 
@@ -143,7 +143,7 @@ def run_streams(stream: Callable[[int], None]) -> None:
 
 
 def measure() -> tuple[Percentiles, Percentiles]:
-    """Return the percentiles of the engine's latencies, and those of the server's."""
+    """Return the percentiles of the engine's and of the server's latencies."""
     with (
         stepped_server(ServerOptions(), num_slots=NUM_STREAMS, max_queued=NUM_STREAMS) as server,
         run_sleeping_stages(server),

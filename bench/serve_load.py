@@ -3,10 +3,10 @@
     python -m bench.serve_load [--streams 64] [--kills 5] [--every 60] [--save]
 
 A tiny random model runs on two local stages, with 8 slots and a queue of 64 requests. Each client streams answers to
-prompts that it chooses from 12, each with a fixed seed, and hangs up at random. A stage is killed ``--every`` seconds
-after the last restart. Each complete answer is compared with the answer to the same prompt before the load. At the end
-no request, descriptor, thread or process may exist that did not exist before the load. Exit code 1: an answer was
-wrong, a client failed, or something leaked.
+prompts that it chooses from 12, and hangs up at random. A prompt always has the same seed. A stage is killed
+``--every`` seconds after the last restart. Each complete answer is compared with the answer to the same prompt before
+the load. At the end the server may not have more requests, descriptors, threads or processes than before the load. Exit
+code 1: an answer was wrong, a client failed, or something leaked.
 """
 
 import argparse
@@ -43,6 +43,7 @@ class Totals:
 
     complete: int = 0
     hung_up: int = 0
+    """Includes answers that ended before the client would have hung up."""
     refused: int = 0
     """Requests during a restart, which get the status 503."""
     wrong: int = 0
@@ -61,8 +62,8 @@ def run(folder: Path, num_streams: int, num_kills: int, every_s: float, seed: in
     totals = Totals()
     options = ("--model", str(model), "--stages", "2", "--context", "400", "--max-queued", "64")
     with running_server(CommandLine(folder), *options) as server:
-        start_workers(server)
-        expected = [request_answer(server, prompt, None) for prompt in range(NUM_PROMPTS)]
+        start_server_threads(server)
+        expected = [request_answer(server, number, None) for number in range(NUM_PROMPTS)]
         before = resources(server)
         run_clients(server, totals, expected, num_streams, num_kills, every_s, seed)
         after = resources(server)
@@ -70,7 +71,7 @@ def run(folder: Path, num_streams: int, num_kills: int, every_s: float, seed: in
     return totals
 
 
-def start_workers(server: Server) -> None:
+def start_server_threads(server: Server) -> None:
     """Send requests until the server has all of asyncio's worker threads: one starts when all others are busy.
 
     A worker thread that starts during the load would count as leaked.
@@ -81,6 +82,7 @@ def start_workers(server: Server) -> None:
     ends_at = time.monotonic() + TIMEOUT_S
     while process.num_threads() < num_threads:
         assert time.monotonic() < ends_at, "not all worker threads have started"
+        # a worker thread answers this path
         clients = [threading.Thread(target=server.request, args=("GET", "/v1/model-files")) for _ in range(num_workers)]
         for client in clients:
             client.start()
@@ -95,15 +97,15 @@ def run_clients(
     is_over = threading.Event()
     lock = threading.Lock()
 
-    def client(number: int) -> None:
-        rng = random.Random(f"{seed} {number}")
+    def client(client_number: int) -> None:
+        rng = random.Random(f"{seed} {client_number}")
         is_last = False
         while not is_last:
             is_last = is_over.is_set()
-            prompt = rng.randrange(NUM_PROMPTS)
+            number = rng.randrange(NUM_PROMPTS)
             hangs_up = rng.random() < HANG_UP_FRACTION and not is_last
             try:
-                text = request_answer(server, prompt, rng.randrange(1, MAX_TOKENS) if hangs_up else None)
+                text = request_answer(server, number, rng.randrange(1, MAX_TOKENS) if hangs_up else None)
             except _RefusedError:
                 with lock:
                     totals.refused += 1
@@ -121,7 +123,7 @@ def run_clients(
                     totals.hung_up += 1
                 else:
                     totals.complete += 1
-                    totals.wrong += text != expected[prompt]
+                    totals.wrong += text != expected[number]
 
     threads = [threading.Thread(target=client, args=[number], daemon=True) for number in range(num_streams)]
     for thread in threads:
@@ -129,7 +131,7 @@ def run_clients(
     rng = random.Random(seed)
     try:
         for _ in range(num_kills):
-            is_over.wait(every_s)
+            time.sleep(every_s)
             num_restarts = server_status(server)["restarts"]
             rng.choice(server.stages()).kill()
             totals.kills += 1
@@ -142,13 +144,13 @@ def run_clients(
         assert not thread.is_alive(), f"a client had no answer in {TIMEOUT_S:.0f} s"
 
 
-def request_answer(server: Server, prompt: int, hang_up_after: int | None) -> str:
-    """Return the text of the streamed answer to prompt number ``prompt``.
+def request_answer(server: Server, number: int, hang_up_after: int | None) -> str:
+    """Return the text of the streamed answer to prompt number ``number``.
 
     With ``hang_up_after``, hang up after that number of chunks with text, if there are so many; return their text.
     """
-    message = {"role": "user", "content": f"{prompt} " * (4 + 5 * prompt)}
-    body = json.dumps({"messages": [message], "seed": prompt, "max_tokens": MAX_TOKENS, "stream": True}).encode()
+    message = {"role": "user", "content": f"{number} " * (4 + 5 * number)}
+    body = json.dumps({"messages": [message], "seed": number, "max_tokens": MAX_TOKENS, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     text, num_chunks = "", 0
     with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as connection:
@@ -220,7 +222,7 @@ def main() -> int:
         totals = run(Path(folder), options.streams, options.kills, options.every, options.seed)
     print(totals)
     if options.save:
-        header = ("streams", "kills", "every_s", "complete", "hung_up", "refused", "wrong", "failed", "left")
+        header = ("streams", "kills", "every_s", "complete", "hung_up", "refused", "wrong", "failed", "leaked")
         counts = (totals.complete, totals.hung_up, totals.refused, totals.wrong, totals.failed, totals.leaked.total())
         save_rows("serve_load", header, [(options.streams, totals.kills, options.every, *counts)])
     return int(totals.wrong > 0 or totals.failed > 0 or totals.leaked.total() > 0)

@@ -3,8 +3,8 @@
     python -m bench.soak --minutes 60 --fault-every 60
     python -m bench.soak --restarts 200
 
-Each stream's tokens are compared with those of a run without faults. At the end no descriptor, thread, process or
-temporary file may exist that did not exist before. Exit code 1: tokens differ, or a resource leaked. Needs Linux.
+Each stream's tokens are compared with those of a run without faults. At the end there may not be more descriptors,
+threads, processes or temporary files than before. Exit code 1: tokens differ, or a resource leaked. Needs Linux.
 """
 
 import argparse

@@ -88,7 +88,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Arrival:
-    """Arrival of a step plan or a StepDone. ``index`` is that of the event at which its first bytes were read."""
+    """Arrival of a step plan or a StepDone. ``index`` is the number of the event at which its first bytes were read."""
 
     index: int
     message: dict[str, Any]
@@ -282,7 +282,7 @@ def coordinator_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) ->
 
 
 def plan_windows(events: Sequence[Event], arrivals: Sequence[Arrival]) -> list[Window]:
-    """Return for each step plan the window to the write of its StepDone. The n-th answer is that of the n-th plan."""
+    """Return for each step plan the window to the write of its StepDone. The n-th answer belongs to the n-th plan."""
     plans = [arrival.index for arrival in arrivals if not arrival.is_answer]
     return [Window(plan, answer) for plan, answer in zip(plans, answer_writes(events), strict=False)]
 

@@ -278,7 +278,7 @@ class Cluster(_Cluster):
         return Stream(handle, num_calls_before)
 
     def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
-        """Return the complete reply to a prompt. Errors are those of ``stream`` and ``Stream``."""
+        """Return the complete reply to a prompt. Raise the errors of ``stream`` and ``Stream``."""
         return self.stream(prompt, sampling, tools).completion()
 
     def generate(
@@ -355,7 +355,7 @@ class AsyncCluster(_Cluster):
         return AsyncStream(self._read(reply, prompt, sampling, tools), reply)
 
     async def chat(self, prompt: Prompt, sampling: Sampling = _DEFAULTS, tools: ToolDeclarations = ()) -> Completion:
-        """Return the complete reply to a prompt. Errors are those of ``Cluster.chat``."""
+        """Return the complete reply to a prompt. Raise the errors of ``Cluster.chat``."""
         return await self.stream(prompt, sampling, tools).completion()
 
     async def generate(

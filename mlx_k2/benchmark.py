@@ -224,7 +224,7 @@ def _random_request(workload: Workload, vocab_size: int, seed: int) -> Request:
 
 
 def _read_stream(handle: Handle) -> _Stream:
-    """Read all events of a handle; errors are those of ``Handle.events``."""
+    """Read all events of a handle; raise the errors of ``Handle.events``."""
     stream = _Stream()
     for event in handle.events():
         if isinstance(event, Token):

@@ -37,7 +37,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of a token id and the number that is added to its logit."""
     num_logprobs: int | None = None
-    """None: no log-probabilities. N: those of the sampled token and of the N most likely tokens."""
+    """None: no log-probabilities. N: of the sampled token and of the N most likely tokens."""
 
     def __post_init__(self) -> None:
         """Reject a value that is out of range.

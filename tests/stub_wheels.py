@@ -24,15 +24,15 @@ def write_stub_wheels(folder: Path) -> Path:
 
 def _write_wheel(folder: Path, requirement: Requirement) -> None:
     name, version = re.sub(r"[-_.]+", "_", requirement.name), importlib.metadata.version(requirement.name)
-    info = f"{name}-{version}.dist-info"
+    info_folder = f"{name}-{version}.dist-info"
     extras = "".join(f"Provides-Extra: {extra}\n" for extra in requirement.extras)
     files = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {requirement.name}\nVersion: {version}\n{extras}",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: stub\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info_folder}/METADATA": f"Metadata-Version: 2.1\nName: {requirement.name}\nVersion: {version}\n{extras}",
+        f"{info_folder}/WHEEL": "Wheel-Version: 1.0\nGenerator: stub\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     if requirement.name == "click":
         files["others.pth"] = f"{Path(click.__file__).parents[1]}\n"
-    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    files[f"{info_folder}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info_folder}/RECORD"])
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         for path, text in files.items():
             archive.writestr(path, text)

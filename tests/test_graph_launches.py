@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from bench.graph_dispatches import KERNEL, VIEWS, kernel_in_graph
-from bench.graph_launches import MLX_LIMITS, command_buffers, expert_layer, k2_config, num_launches, token_sizes
+from bench.graph_launches import MLX_LIMITS, command_buffers, expert_layer, k2_config, launch_sizes, num_launches
 from mlx_k2.kernels import variants
 from mlx_k2.kernels.reference import RouterRule
 from mlx_k2.kernels.stack import ExpertStack
@@ -33,12 +33,12 @@ def zeros(shape: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> mx.array:
 
 def layer_weights() -> LayerWeights:
     """Return the weights of an expert layer, in the shapes of the table."""
-    launches = {launch.name: launch for launch in expert_layer(CONFIG)}
+    nodes = {node.name: node for node in expert_layer(CONFIG)}
 
     def matrix(name: str) -> mx.array:
-        return zeros(launches[name].matrices[0])
+        return zeros(nodes[name].matrices[0])
 
-    shapes = launches["experts gate and up"].arrays + launches["experts down"].arrays
+    shapes = nodes["experts gate and up"].arrays + nodes["experts down"].arrays
     dtypes = itertools.cycle((mx.uint32, mx.bfloat16))  # packed weights and their scales alternate
     stack = ExpertStack(*map(zeros, shapes, dtypes))
     hidden_norm = zeros((CONFIG.hidden_size,))
@@ -49,7 +49,7 @@ def layer_weights() -> LayerWeights:
     )
     shared = DenseWeights(matrix("shared gate"), matrix("shared up"), matrix("shared down"))
     bias = zeros((CONFIG.n_routed_experts,), mx.float32)
-    moe = MoeWeights(zeros(launches["router logits"].arrays[0]), bias, stack, shared)
+    moe = MoeWeights(zeros(nodes["router logits"].arrays[0]), bias, stack, shared)
     return LayerWeights(hidden_norm, attention, hidden_norm, moe)
 
 
@@ -89,7 +89,7 @@ def test_the_table_has_the_nodes_of_a_layers_graph_in_order(monkeypatch: pytest.
     output = layer.run(zeros((1, CONFIG.hidden_size)), 0, layer_weights(), batch, cache)
     mx.export_to_dot(str(tmp_path / "graph.dot"), output)
     labels = re.findall(r"\[label =\"([^\"]*)\", shape=rectangle\]", (tmp_path / "graph.dot").read_text())
-    primitives = [launch.primitive for launch in expert_layer(CONFIG)]
+    primitives = [node.primitive for node in expert_layer(CONFIG)]
     expected = [KERNEL if primitive in ("Kernel", "RMSNorm", "RoPE") else primitive for primitive in primitives]
     assert [label for label in labels if label not in VIEWS] == expected
 
@@ -97,7 +97,7 @@ def test_the_table_has_the_nodes_of_a_layers_graph_in_order(monkeypatch: pytest.
 def test_an_expert_layer_has_33_launches_and_a_node_with_several_launches_names_mlxs_source() -> None:
     layer = expert_layer(CONFIG)
     assert num_launches(layer) == 33
-    assert all(".cpp" in launch.rule for launch in layer if launch.launches > 1)
+    assert all(".cpp" in node.rule for node in layer if node.num_launches > 1)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_expert_layer_has_33_launches_and_a_node_with_several_launches_names_
 def test_long_buffers_and_quantized_dense_matrices_reduce_the_command_buffers_of_a_token(
     dense_bits: int | None, limits: BufferLimits, num_buffers: int
 ) -> None:
-    assert command_buffers(token_sizes(CONFIG, dense_bits), limits) == num_buffers
+    assert command_buffers(launch_sizes(CONFIG, dense_bits), limits) == num_buffers
 
 
 def test_a_command_buffer_ends_after_the_operation_that_passes_a_limit() -> None:

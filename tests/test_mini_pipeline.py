@@ -93,7 +93,7 @@ def generate_tokens(folder: Path, prompt_ids: str, num_stages: int) -> list[int]
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_examples_greedy_tokens_equal_those_of_generate(tmp_path: Path, name: str, num_ranks: int) -> None:
+def test_the_examples_greedy_tokens_equal_generates_tokens(tmp_path: Path, name: str, num_ranks: int) -> None:
     write, prompt_ids = CHECKPOINTS[name]
     folder = write(tmp_path / "checkpoint")
     tokens = example_tokens(folder, prompt_ids, num_ranks)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from training.conversation import Conversation, Declaration, Exchange
-from training.skills.arithmetic import arithmetic, arithmetic_to_ask
+from training.skills.arithmetic import arithmetic, held_out_arithmetic
 from training.skills.copying import arranging, copying, copying_much, copying_one_word, repeating
 from training.skills.counting import counting, counting_far, counting_in_steps, counting_one_word, counting_words
 from training.skills.naming import introducing, naming, naming_system
@@ -148,7 +148,7 @@ def _each(num_steps: int) -> list[int]:
 
 
 _SCORED: tuple[tuple[str, Skill, Callable[[int], list[int]]], ...] = (
-    ("arithmetic", arithmetic_to_ask, _last),
+    ("arithmetic", held_out_arithmetic, _last),
     ("counting", counting, _last),
     ("copying", copying, _last),
     ("tool call", one_call, _first),

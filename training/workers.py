@@ -1,6 +1,6 @@
 """Data-parallel training processes, each with its own batches. Knows nothing of models or data.
 
-The processes average their tensors over gloo, so that all have the same weights after every step.
+The processes average their gradients over gloo, so that all have the same weights after every step.
 """
 
 import itertools
@@ -37,10 +37,10 @@ class Worker:
         """Replace each tensor by its mean over all workers."""
         if self.count == 1:
             return
-        together = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(together)
-        together /= self.count
-        parts = together.split([tensor.numel() for tensor in tensors])
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(joined)
+        joined /= self.count
+        parts = joined.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -54,11 +54,11 @@ def work_together(count: int, work: Callable[..., None], *arguments: object) -> 
     # All workers are on this machine, so gloo uses loopback.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if os.uname().sysname == "Darwin" else "lo"
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_join, (count, f"file://{folder}/meeting", work, arguments), nprocs=count)
+        multiprocessing.spawn(_join, (count, f"file://{folder}/rendezvous", work, arguments), nprocs=count)
 
 
-def _join(number: int, count: int, meeting: str, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _join(number: int, count: int, rendezvous: str, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=count)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=number, world_size=count)
     work(Worker(number, count), *arguments)
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import msgspec
 
 from mlx_k2.chat.chat_events import Event, MessageAdded
 from mlx_k2.chat.conversation import Conversation
-from mlx_k2.chat.next_prompt import NextPrompt, ReplySource
+from mlx_k2.chat.next_prompt import NextPromptPrefill, ReplySource
 from mlx_k2.chat.tool_round import Approval, Tools, run_calls
 from mlx_k2.coordinator.answer_summary import AnswerSummary
 from mlx_k2.coordinator.handle import Finished, Handle, Progress, Token
@@ -115,7 +115,7 @@ class ChatSession:
         self._approve = approve
         self._is_stopped = False
         self._handle: Handle | None = None
-        self._next_prompt: NextPrompt | None = None
+        self._prefill: NextPromptPrefill | None = None
 
     def send_message(self, text: str) -> Generator[Event, None, None]:
         """Add ``text`` as the user's message and yield the events of the model's answer.
@@ -178,16 +178,16 @@ class ChatSession:
 
     def cancel_prefill(self) -> Conversation:
         """End the prefill of the next prompt and return the conversation, which may then be changed."""
-        if self._next_prompt is not None:
-            self._next_prompt.cancel()
-            self._next_prompt = None
+        if self._prefill is not None:
+            self._prefill.cancel()
+            self._prefill = None
         return self.conversation
 
     def prefill_next_prompt(self) -> None:
         """Start to prefill the known part of the next prompt, in the background until the next request."""
         self.cancel_prefill()
         limit = self._settings.context_tokens - 1  # a request needs a position for the first token of its reply
-        self._next_prompt = NextPrompt(self._source, lambda: self.conversation.next_prompt_prefix()[:limit])
+        self._prefill = NextPromptPrefill(self._source, lambda: self.conversation.next_prompt_prefix()[:limit])
 
     def _request(self) -> Request:
         return self._settings.request(self._tokenizer, self.conversation.prompt_ids())

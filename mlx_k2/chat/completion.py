@@ -74,7 +74,7 @@ def submissions_for(
     *,
     is_raw: bool = False,
 ) -> list[Submission]:
-    """Return ``num_answers`` submissions for one prompt, each with its own seed; the first has that of the settings.
+    """Return ``num_answers`` submissions for one prompt, each with its own seed; the first has the settings' seed.
 
     Submissions that are made together compute the prompt once. With ``is_raw`` the prompt has no chat template.
 
@@ -119,7 +119,7 @@ def sampled_logprob(tokenizer: Tokenizer, token: Token) -> SampledLogprob:
 def completion_of(reply: Reply, summary: AnswerSummary, num_calls_before: int = 0) -> Completion:
     """Return a reply with the finish reason, seed and usage of its summary.
 
-    The ids of its calls continue those of the ``num_calls_before`` earlier calls.
+    The ids of its calls are numbered from ``num_calls_before``, the number of earlier calls.
     """
     message_calls = assistant_message(reply, num_calls_before).tool_calls
     return Completion(

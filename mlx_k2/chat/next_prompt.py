@@ -12,28 +12,31 @@ from mlx_k2.scheduling.token_policy import TokenPolicy
 
 
 class ReplySource(Protocol):
-    """A sampler of replies. ``mlx_k2.coordinator.engine.Engine`` samples on real stages."""
+    """The receiver of requests: ``mlx_k2.coordinator.engine.Engine``, or a ``RemoteEngine``."""
 
     def submit(self, request: Request, policy: TokenPolicy | None = None) -> Handle:
-        """Queue a request and return its handle. Errors are those of ``Engine.submit``."""
+        """Queue a request and return its handle. Raise the errors of ``Engine.submit``."""
 
 
-class NextPrompt:
-    """A background request that prefills one prompt. The one token that is sampled after the prompt is discarded.
+class NextPromptPrefill:
+    """A background request that prefills the known beginning of the next prompt, and discards the one sampled token.
 
-    ``prompt_ids`` returns the prompt. It is called on a separate thread, because rendering may take a second.
+    ``prefix_ids`` returns that beginning. It is called on a separate thread, because rendering may take a second.
     """
 
-    def __init__(self, source: ReplySource, prompt_ids: Callable[[], Sequence[int]]) -> None:
+    def __init__(self, source: ReplySource, prefix_ids: Callable[[], Sequence[int]]) -> None:
         self._source = source
-        self._prompt_ids = prompt_ids
+        self._prefix_ids = prefix_ids
         self._is_cancelled = False
         self._handle: Handle | None = None
         self._thread = threading.Thread(target=self._submit, name="next prompt", daemon=True)
         self._thread.start()
 
     def cancel(self) -> None:
-        """Cancel the prefill, and wait until ``prompt_ids`` has returned. Positions computed so far stay cached."""
+        """Cancel the prefill, and wait until ``prefix_ids`` has returned, so that its conversation may be changed.
+
+        Positions computed so far stay cached.
+        """
         self._is_cancelled = True
         self._thread.join()
         if self._handle is not None:
@@ -41,10 +44,10 @@ class NextPrompt:
 
     def _submit(self) -> None:
         try:
-            prompt_ids = tuple(self._prompt_ids())
-            if prompt_ids and not self._is_cancelled:
+            prefix_ids = tuple(self._prefix_ids())
+            if prefix_ids and not self._is_cancelled:
                 sampling = Sampling(seed=0, temperature=0)
-                request = Request(prompt_ids, 1, sampling, frozenset(), priority=Priority.BACKGROUND)
+                request = Request(prefix_ids, 1, sampling, frozenset(), priority=Priority.BACKGROUND)
                 self._handle = self._source.submit(request)
         except MlxK2Error:  # the user's next request raises the same error
             return

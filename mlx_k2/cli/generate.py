@@ -116,20 +116,19 @@ def command(options: GenerateOptions) -> None:
 
 
 def _dry_run(request: DeploymentRequest) -> None:
-    """Show the plan for the model, or for the recorded layout of a repository that is not on this machine."""
-    recorded_layout, model = known_layout(request.source), None
+    """Show the plan for the model. Without Kimi K2 Thinking's files here, use the layout that this package has."""
+    model: ModelDescription | None
     try:
-        request, model = open_source(request)
+        request, model = open_source(request, must_be_here=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"a dry run reads the model on this machine: {error}") from None
     except DownloadError as error:
-        if recorded_layout is None:
+        model = known_layout(request.source)
+        if model is None:
             raise
         log(str(error))
-    if model is None and recorded_layout is not None:
-        log("this is the plan for the layout that the repository has on the Hub")
-        model = recorded_layout
-    if model is None:
-        name = request.source.path_or_repo
-        raise CheckpointError(f"{name} is not on this machine: give --model a folder here, or a repository on the Hub")
+        log(f"this plan uses the layout of {request.source.path_or_repo} that mlx-k2 has built in")
+    assert model is not None
     show_dry_run(request, model, *preview(request, model))
 
 
@@ -180,7 +179,7 @@ def _answer(
     try:
         for line in settings.warnings:
             log(line)
-        if options.conversation.sampling.num_answers > 1 and isinstance(engine, Engine):  # not with --connect
+        if options.conversation.sampling.num_answers > 1 and isinstance(engine, Engine):  # refused with --connect
             submissions = first_submissions(options, text, frontend)
             show_answers(engine, frontend.tokenizer, submissions, as_json=options.as_json)
             return
@@ -216,7 +215,9 @@ def _events(
 
 
 def first_submissions(options: GenerateOptions, text: str, frontend: ModelFrontend) -> list[Submission]:
-    """Return the requests for the first reply, one for each of --num-answers.
+    """Return the requests for the first reply, one for each of --num-answers, without the declarations of tools.
+
+    With --tools they only check the prompt, and `ChatSession` makes the request.
 
     Raises:
         RequestError, TokenizerError: the prompt cannot be rendered or does not fit, or an option cannot be used.

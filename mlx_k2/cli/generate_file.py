@@ -63,7 +63,7 @@ def _check_options(options: GenerateOptions, frontend: ModelFrontend) -> None:
     sampling = options.conversation.sampling
     if not options.raw:
         sampling.mode.variables(frontend.template)  # raises if the template lacks the mode of thinking
-    sampling = msgspec.structs.replace(sampling, tool_choice=None)  # the tools are those of each line
+    sampling = msgspec.structs.replace(sampling, tool_choice=None)  # each line has its own tools
     settings = reply_settings(sampling, frontend, num_logprobs=options.num_logprobs)
     settings.request(frontend.tokenizer, [0])  # raises if even the shortest prompt is refused
 
@@ -146,7 +146,7 @@ class _Batch:
             self._write(number, self._fields(number, [answers[index] for index in sorted(answers)]))
 
     def _fields(self, number: int, answers: Sequence[BatchResult]) -> dict[str, object]:
-        """Return the fields of a line's result: those of its answer, a list of its answers, or the first error."""
+        """Return the fields of a line's result: the fields of its answer, a list of its answers, or the first error."""
         for answer in answers:
             if answer.error is not None:
                 return {"error": answer.error}

@@ -197,7 +197,7 @@ def show_answers(engine: Engine, tokenizer: Tokenizer, submissions: Sequence[Sub
 
 
 def answer_fields(tokenizer: Tokenizer, result: BatchResult, num_calls_before: int = 0) -> dict[str, Any]:
-    """Return the fields of an answer in JSON. ``num_calls_before`` calls came before it, whose ids its own continue."""
+    """Return the fields of an answer in JSON. The ids of its calls are numbered from ``num_calls_before``."""
     if result.summary is None:
         return {"error": result.error}
     fields: dict[str, Any] = msgspec.to_builtins(completion_of(result.reply, result.summary, num_calls_before))

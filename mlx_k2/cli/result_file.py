@@ -26,9 +26,9 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._numbers: Mapping[str, int] = {}
-        self._digests: dict[int, str] = {}
-        self._lines: dict[int, bytes] = {}
+        self._numbers_by_digest: Mapping[str, int] = {}
+        self._digests: dict[int, str] = {}  # by the number of the prompt
+        self._lines: dict[int, bytes] = {}  # results by the number of the prompt, errors of this run included
         self._failed_numbers: set[int] = set()
 
     def __enter__(self) -> "ResultFile":
@@ -41,16 +41,17 @@ class ResultFile:
             self._path.unlink(missing_ok=True)
         self._file.close()
 
-    def resume(self, numbers: Mapping[str, int]) -> None:
-        """Read the results in the file. ``numbers`` has the number of each prompt by its digest.
+    def resume(self, numbers_by_digest: Mapping[str, int]) -> None:
+        """Read the results in the file.
 
-        An incomplete last line is dropped. A result with an error counts as missing.
+        The field "run" of a result is a digest of model, options and prompt. ``numbers_by_digest`` maps it to the
+        prompt's number. An incomplete last line is dropped. A result with an error counts as missing.
 
         Raises:
             RequestError: the file has a line that is no result of this run; the file is not changed.
         """
-        self._numbers = numbers
-        self._digests = {number: digest for digest, number in numbers.items()}
+        self._numbers_by_digest = numbers_by_digest
+        self._digests = {number: digest for digest, number in numbers_by_digest.items()}
         content = self._file.read()
         complete_lines = content[: content.rfind(b"\n") + 1]
         last_line = content[len(complete_lines) :].strip(b"\0")  # some file systems leave NUL bytes after a crash
@@ -82,7 +83,7 @@ class ResultFile:
             while unwritten_bytes:
                 unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
             os.fsync(self._file.fileno())
-        except OSError as error:  # a full disk: the system names no file
+        except OSError as error:  # the system's error does not name the file
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._lines[number] = line
         if "error" in result:
@@ -101,11 +102,11 @@ class ResultFile:
             raise RequestError(f"{self._path} cannot be written: {error.strerror or error}") from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise RequestError(f"{self._path} is not a file: an interrupted run reads --out to continue")
+            raise RequestError(f"{self._path} is not a regular file: a run that continues reads its results from --out")
         file = FileIO(descriptor, "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # False if another run has replaced the file by its sorted results after the file was opened here
+            # another run may have replaced the file by its sorted results after the file was opened here
             is_current = os.path.samestat(os.fstat(descriptor), self._path.stat())
         except OSError:
             is_current = False
@@ -121,9 +122,9 @@ class ResultFile:
         except JsonError:
             raise self._foreign_file_error(line_number) from None
         digest = result.get("run") if isinstance(result, dict) else None
-        if not isinstance(digest, str) or digest not in self._numbers:
+        if not isinstance(digest, str) or digest not in self._numbers_by_digest:
             raise self._foreign_file_error(line_number)
-        return self._numbers[digest], "error" in result
+        return self._numbers_by_digest[digest], "error" in result
 
     def _foreign_file_error(self, line_number: int) -> RequestError:
         return RequestError(

@@ -172,7 +172,7 @@ def _print_property_list(drain_s: float) -> None:
 
 
 def _http_server(options: ServeOptions, state: ServerState, write: Callable[[str], None]) -> HttpServer:
-    """Return the HTTP server; errors are those of ``_access`` and ``HttpServer``."""
+    """Return the HTTP server; raise the errors of ``_access`` and ``HttpServer``."""
     return HttpServer(
         make_app(state, _access(options, write), write),
         options.host,

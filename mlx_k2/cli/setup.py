@@ -25,7 +25,7 @@ from mlx_k2.doctor.checks import CheckResult
 from mlx_k2.doctor.cluster_probe import probe_cluster
 from mlx_k2.errors import ClusterError, HostfileError, RequestError, SetupError
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, wheel_digest
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, HostSurvey, install, wheel_digest
 from mlx_k2.launch.remote_install import survey as survey_host
 from mlx_k2.private_files import write_atomically
 from mlx_k2.weights.model_source import BUILTIN, ModelSource, is_repo
@@ -171,12 +171,12 @@ class _Steps:
         if not surveys:
             return
         names = ", ".join(survey.host for survey in surveys)
-        self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{FOLDER} there?")
+        self._confirm(f"Install mlx-k2 {__version__} on {names}, in ~/{INSTALL_FOLDER} there?")
         pins = [f"mlx=={version('mlx')}"]
         wheels = None if self._options.wheels is None else Path(self._options.wheels)
         failures = []
         for survey in surveys:
-            self.changes.append(f"the installation on {survey.host} was begun and not finished: ~/{FOLDER}")
+            self.changes.append(f"the installation on {survey.host} was begun and not finished: ~/{INSTALL_FOLDER}")
             try:
                 with console.status(f"installing on {survey.host} ..."):
                     install(survey, wheel, pins, wheels)
@@ -184,7 +184,7 @@ class _Steps:
                 failures.append(f"{survey.host}: {error}")
             else:
                 self.changes.pop()
-                self._log_change(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{FOLDER}/env")
+                self._log_change(f"mlx-k2 {__version__} is installed on {survey.host}: ~/{INSTALL_FOLDER}/env")
         if failures:
             raise ClusterError("; ".join(f"not installed on {failure}" for failure in failures))
 

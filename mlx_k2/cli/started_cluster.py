@@ -17,7 +17,7 @@ from mlx_k2.weights.model_frontend import ModelFrontend
 def prepare_request(
     cluster: ClusterOptions, draft_mode: DraftMode = DraftMode.AUTO, num_slots: int = 1
 ) -> DeploymentRequest:
-    """Return the request for a deployment, and log its warnings; errors are those of `deployment_request`."""
+    """Return the request for a deployment, and log its warnings; raise the errors of `deployment_request`."""
     request = deployment_request(cluster, num_slots, draft_mode)
     for line in request.hostfile.warnings:
         log(line)

@@ -12,7 +12,7 @@ GPU_MIN_HEADS = 8
 BLOCKS_AT_A_TIME = 2  # number of blocks of attention that are in memory at a time
 _MIN_QUERIES = 256  # minimum number of queries per block, _MIN_BLOCK_QUERIES of model/attention.py
 _LAYERS_IN_FLIGHT = 3
-"""Layers whose temporaries a GPU holds at a time: those of a command buffer of 100 operations, whose end frees them."""
+"""Layers whose temporaries a GPU holds at a time: about one command buffer of 100 operations, whose end frees them."""
 
 _FRACTION_WITHOUT_GPU = 0.8  # fraction of the RAM that stages may use if no GPU driver sets a limit
 

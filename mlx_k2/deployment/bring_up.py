@@ -66,7 +66,7 @@ def stage_group(
 
 
 def handshake(group: StageGroup, versions: Sequence[str]) -> tuple[Hello, ...]:
-    """Wait for every stage's Hello. ``versions`` are those of PACKAGES on this machine; every stage must have the same.
+    """Wait for every stage's Hello. Every stage must have ``versions``, this machine's versions of PACKAGES.
 
     Raises:
         StageStartError: a stage did not start, or has another version.

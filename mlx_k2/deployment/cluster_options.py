@@ -85,7 +85,7 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def draft_head(self) -> DraftHead | None:
-        """The draft head to load beside the model: that of ``draft_model``, or the built-in model's; else None."""
+        """The draft head to load beside the model: ``draft_model``, or the built-in model's; else None."""
         if self.draft_model is not None:
             source = _absolute(ModelSource(path_or_repo=self.draft_model))
         elif self.model is None:
@@ -163,11 +163,13 @@ def deployment_request(
     return DeploymentRequest(options, hostfile, options.source, num_slots, head)
 
 
-def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDescription | None]:
+def open_source(
+    request: DeploymentRequest, *, must_be_here: bool = False
+) -> tuple[DeploymentRequest, ModelDescription | None]:
     """Return the request with the repository's present revision, and the model's description.
 
     With the revision in the request, every host uses the same one. The description is None if this machine cannot read
-    the model, and the first host, another machine, may have it.
+    the model, and the first host, another machine, may have it. With ``must_be_here`` it is never None.
 
     Raises:
         SetupError: the model or draft model is not found, mlx-k2 cannot run it, or one stage has a draft model.
@@ -175,9 +177,9 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
     source, head = request.source, request.draft_head
     if head is not None and len(request.hostfile.hosts) == 1:
         raise RequestError("--draft-model is for two stages or more: with one, leave it out")
-    is_first_remote = not request.hostfile.hosts[0].is_local
+    may_be_elsewhere = not must_be_here and not request.hostfile.hosts[0].is_local
     sources = [source] if head is None else [source, head.source]
-    if is_first_remote and not all(is_repo(each) or model_folder(each).is_dir() for each in sources):
+    if may_be_elsewhere and not all(is_repo(each) or model_folder(each).is_dir() for each in sources):
         return request, None
     try:
         files, pinned = read_model_files(source)
@@ -187,7 +189,7 @@ def open_source(request: DeploymentRequest) -> tuple[DeploymentRequest, ModelDes
             model = replace(model, draft=draft)
         return replace(request, source=pinned, draft_head=head), model
     except DownloadError:
-        if is_first_remote:
+        if may_be_elsewhere:
             return request, None
         raise
 

@@ -184,7 +184,9 @@ def _fetch_files(group: StageGroup, source: ModelSource) -> ModelFiles:
 def _draft_head_on(started: StartedStages, plan: StagePlan) -> DraftHead | None:
     """Return the draft head if the stage of ``plan`` reads some of its tensors, else None."""
     draft, num_layers = started.model.draft, started.model.config.num_hidden_layers
-    is_read = draft is not None and draft.is_on(plan.assignment.first_layer, plan.assignment.end_layer, num_layers)
+    is_read = draft is not None and draft.is_read_by_stage(
+        plan.assignment.first_layer, plan.assignment.end_layer, num_layers
+    )
     return started.request.draft_head if is_read else None
 
 

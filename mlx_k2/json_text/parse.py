@@ -23,11 +23,11 @@ _COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])', re.DOTALL)
 
 
-def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: bool = False) -> Any:
+def parse_json(text: bytes | str, *, is_lenient: bool = False, allow_comments: bool = False) -> Any:
     """Return the value of a JSON text, which may begin with a byte order mark.
 
     ``is_lenient`` accepts what a grammar of JSON cannot exclude: a key that occurs twice in one object (the last value
-    counts), and a number beyond the range of floats, which becomes the nearest float. ``has_comments``
+    counts), and a number beyond the range of floats, which becomes the nearest float. ``allow_comments``
     accepts comments and a comma after the last item, which settings of editors have.
 
     Raises:
@@ -37,7 +37,7 @@ def parse_json(text: bytes | str, *, is_lenient: bool = False, has_comments: boo
     text = _decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     if not text.strip():
         raise JsonError("it is empty")
-    if has_comments:
+    if allow_comments:
         text = _LAST_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
     try:
         value = json.loads(

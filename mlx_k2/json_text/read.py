@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 _lock = threading.Lock()
 _initialized_types: set[object] = set()
 _FIELD_PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>.*)`$")
-_JSON_NAMES = {
+_WORDS_BY_TYPE = {
     "str": "text",
     "int": "a whole number",
     "float": "a number",
@@ -22,23 +22,23 @@ _JSON_NAMES = {
     "object": "an object",
     "null": "null",
 }
-_TYPE_NAMES = re.compile(rf"`((?:{'|'.join(_JSON_NAMES)})(?: \| (?:{'|'.join(_JSON_NAMES)}))*)`")
+_MSGSPEC_TYPES = re.compile(rf"`((?:{'|'.join(_WORDS_BY_TYPE)})(?: \| (?:{'|'.join(_WORDS_BY_TYPE)}))*)`")
 
 
-def read_json(text: bytes | str, kind: type[Value], *, has_comments: bool = False) -> Value:
+def read_json(text: bytes | str, kind: type[Value], *, allow_comments: bool = False) -> Value:
     """Return the value of a JSON text as ``kind``, a type that msgspec supports.
 
     Raises:
         JsonError: the text is not JSON as ``parse_json`` reads it, or has a value of another type; names the line or
             the field.
     """
-    return convert(parse_json(text, has_comments=has_comments), kind)
+    return convert(parse_json(text, allow_comments=allow_comments), kind)
 
 
 def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value:
     """Return a parsed value as ``kind``.
 
-    With ``str_keys`` True, as JSON requires, keys of type int are read from text; with False they are numbers.
+    With ``str_keys`` the keys of objects in ``value`` are text, as in JSON, also where ``kind`` has int keys.
 
     Raises:
         JsonError: the value has another type; names the field.
@@ -54,14 +54,14 @@ def convert(value: object, kind: type[Value], *, str_keys: bool = True) -> Value
 
 
 def _with_json_words(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message with JSON's names of types, and the field first: "the whole" is the value itself."""
+    """Return msgspec's message with plain words for types, after the field's path; "the whole" for the value itself."""
     text = str(error)
     match = _FIELD_PATH.search(text)
     if match is not None:
         text = f"{match['path'].strip('.') or 'the whole'}: {text[: match.start()]}"
-    # "Object missing required field" becomes "missing required field".
-    return _TYPE_NAMES.sub(_json_names, text).replace("Expected", "expected").replace("Object ", "")
+    # "Object missing required field" becomes "missing required field", for instance.
+    return _MSGSPEC_TYPES.sub(_in_words, text).replace("Expected", "expected").replace("Object ", "")
 
 
-def _json_names(match: re.Match[str]) -> str:
-    return " or ".join(_JSON_NAMES[name] for name in match[1].split(" | "))
+def _in_words(match: re.Match[str]) -> str:
+    return " or ".join(_WORDS_BY_TYPE[name] for name in match[1].split(" | "))

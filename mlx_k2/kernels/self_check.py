@@ -32,7 +32,7 @@ _TEMPORARY_FAULTS = (
 """Texts in errors that the machine's state causes, not the kernel: its memory is full, or its GPU is busy."""
 
 TOLERANCE = {mx.bfloat16: 1e-2, mx.float32: 1e-5}
-"""Largest allowed error divided by the largest output: twice that of one kernel, because both kernels of a layer round
+"""Largest allowed error divided by the largest output: twice one kernel's error, because both kernels of a layer round
 to the activations' dtype."""
 
 

@@ -1,7 +1,7 @@
 """The installation of this program on another host over ssh: looks for a Python, copies a wheel, installs it.
 
-It asks no questions. It writes only below FOLDER in the host's home folder, except that pip fills its own cache. Each
-step can be repeated.
+It asks no questions. It writes only below INSTALL_FOLDER in the host's home folder, except that pip fills its own
+cache. Each step can be repeated.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import IO
 from mlx_k2.errors import SetupError
 from mlx_k2.launch.ssh import SSH_EXIT_CODE, explain_ssh_failure, ssh_command
 
-FOLDER = ".local/share/mlx-k2"  # the folder of the Python environment, below the home folder of a host
+INSTALL_FOLDER = ".local/share/mlx-k2"  # the folder of the Python environment, below the home folder of a host
 OLDEST_PYTHON = (3, 11)
 SURVEY_TIMEOUT_S = 60.0
 INSTALL_TIMEOUT_S = 1800.0
@@ -94,7 +94,7 @@ class HostSurvey:
     @property
     def environment_python(self) -> str:
         """The path of the Python of the environment on that host."""
-        return f"{self.home}/{FOLDER}/env/bin/python"
+        return f"{self.home}/{INSTALL_FOLDER}/env/bin/python"
 
     @property
     def problem(self) -> str | None:
@@ -122,7 +122,9 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
     Raises:
         SetupError: ssh cannot reach the host, it does not answer, or ``python`` does not run there.
     """
-    script = _SURVEY.format(mark=_MARK, folder=FOLDER, python=shlex.quote(python or ""), minor_versions=_MINOR_VERSIONS)
+    script = _SURVEY.format(
+        mark=_MARK, folder=INSTALL_FOLDER, python=shlex.quote(python or ""), minor_versions=_MINOR_VERSIONS
+    )
     output = _run_script(host, script, SURVEY_TIMEOUT_S)
     facts: dict[str, list[str]] = {}
     for line in output.splitlines():
@@ -170,7 +172,7 @@ def install(target: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path |
     paths = [wheel] if wheels is None else [wheel, *wheels.glob("*.whl")]
     _copy(target.host, {path.name: path for path in paths})
     script = _INSTALL.format(
-        folder=FOLDER,
+        folder=INSTALL_FOLDER,
         oldest=OLDEST_PYTHON,
         python=shlex.quote(target.python),
         options="" if wheels is None else "--no-index --find-links incoming",
@@ -189,7 +191,7 @@ def install(target: HostSurvey, wheel: Path, pins: Sequence[str], wheels: Path |
 
 def _copy(host: str, files: Mapping[str, Path]) -> None:
     """Copy files to the folder ``incoming`` of a host, as one archive over one connection."""
-    incoming = f"{FOLDER}/incoming"
+    incoming = f"{INSTALL_FOLDER}/incoming"
     unpack = f'cd "$HOME" && rm -rf {incoming} && mkdir -p {incoming} && tar -xf - -C {incoming}'
     with tempfile.TemporaryFile() as archive:
         with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:

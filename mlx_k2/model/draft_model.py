@@ -43,7 +43,7 @@ class DraftOutput(NamedTuple):
 
 
 class DraftModel:
-    """A draft head and its cache of all slots. ``config`` is that of its decoder layer.
+    """A draft head and its cache of all slots. ``config`` describes its decoder layer.
 
     With ``norms_output`` the features that the head computes are normed.
     """

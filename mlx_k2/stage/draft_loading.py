@@ -15,7 +15,7 @@ from mlx_k2.model.latent_cache import LatentCache
 from mlx_k2.model.layer_weights import assemble_attention, assemble_dense
 from mlx_k2.model.linear import Matrix, make_matrix
 from mlx_k2.model.stage_model import FeatureSlice, Head
-from mlx_k2.weights.draft_head import EMBEDDING, FC, LM_HEAD, NORM, TARGET_IDS, DraftDescription, kept_rows
+from mlx_k2.weights.draft_head import D2T, EMBEDDING, FC, LM_HEAD, NORM, DraftDescription, kept_rows
 from mlx_k2.weights.inventory import head_specs
 from mlx_k2.weights.model_source import DraftHead
 from mlx_k2.weights.reader import ShardReader
@@ -109,7 +109,7 @@ class DraftLoader:
         """Return the matrix to the drafted ids, and these ids; None if they are all of the target's in their order."""
         draft = self._draft
         rows = kept_rows(self._target_ids.tolist(), draft.num_drafted_ids, draft.layer.vocab_size)
-        keeps_all, has_own = len(rows) == draft.vocab_size, LM_HEAD in draft.index.weight_map
+        keeps_all, has_own = len(rows) == draft.num_rows, LM_HEAD in draft.index.weight_map
         if keeps_all and not has_own:
             projection = head.projection
         else:
@@ -123,10 +123,10 @@ class DraftLoader:
 
     def _read_target_ids(self) -> NDArray[np.int64]:
         """Return the target's token id of each row of the head's output projection: the row's number plus d2t."""
-        row_numbers = np.arange(self._draft.vocab_size)
-        if TARGET_IDS not in self._draft.index.weight_map:
+        row_numbers = np.arange(self._draft.num_rows)
+        if D2T not in self._draft.index.weight_map:
             return row_numbers
-        target_ids = np.array(self._read_own(TARGET_IDS)) + row_numbers
+        target_ids = np.array(self._read_own(D2T)) + row_numbers
         are_outside = (target_ids < 0) | (target_ids >= self._draft.layer.vocab_size)
         if are_outside.any() or len(np.unique(target_ids)) < len(target_ids):
             raise CheckpointError(

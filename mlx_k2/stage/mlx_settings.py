@@ -24,7 +24,7 @@ FILE = home_folder() / ".cache" / "mlx-k2" / "kernels" / "buffer_limits.json"
 class BufferLimits(NamedTuple):
     """Limits at which MLX submits a command buffer: the number of operations, and the array elements that they access.
 
-    The elements are counted in millions, though MLX calls them megabytes. An operation that reads a part of an array
+    The elements are counted in units of 2^20, which MLX calls megabytes. An operation that reads a part of an array
     counts with the whole array. Both None: MLX's defaults, which depend on the chip.
     """
 

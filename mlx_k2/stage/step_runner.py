@@ -31,7 +31,7 @@ class PlanLimits:
     vocab_size: int
 
     def check(self, step: Step, last_number: int | None) -> None:
-        """Check that a plan fits these sizes, and that its number is above ``last_number``, that of the plan before.
+        """Check that a plan fits these sizes, and that its number is above ``last_number``, the last plan's.
 
         Raises:
             ProtocolError: the plan fails a check.

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_k2.config import ModelConfig
 from mlx_k2.testing.random_checkpoint import bf16_bytes
-from mlx_k2.weights.draft_head import ARCHITECTURES, EMBEDDING, LM_HEAD, TARGET_IDS, describe_draft
+from mlx_k2.weights.draft_head import ARCHITECTURES, D2T, EMBEDDING, LM_HEAD, describe_draft
 from mlx_k2.weights.index import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from mlx_k2.weights.inventory import TensorSpec
 from mlx_k2.weights.model_source import DraftHead, ModelSource
@@ -65,7 +65,7 @@ def _specs(config_json: bytes, target: ModelConfig, names: list[str]) -> tuple[T
     """Return the specs of a head. ``names`` are the tensors in its index that show which optional parts it has."""
     fields = msgspec.json.decode(config_json)
     if fields.get("draft_vocab_size", target.vocab_size) < target.vocab_size:
-        names = [*names, TARGET_IDS]
+        names = [*names, D2T]
     weight_map = dict.fromkeys(names, SINGLE_FILE_NAME)
     head = DraftHead(source=ModelSource(path_or_repo="random"))
     files = {CONFIG_NAME: config_json, INDEX_NAME: msgspec.json.encode({"weight_map": weight_map})}
@@ -74,11 +74,10 @@ def _specs(config_json: bytes, target: ModelConfig, names: list[str]) -> tuple[T
 
 def _random_bytes(spec: TensorSpec, vocab_size: int, seed: int) -> Iterator[bytes]:
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode())]))
-    if spec.name == TARGET_IDS:
+    if spec.name == D2T:
         token_ids = np.sort(generator.choice(vocab_size, spec.shape[0], replace=False))
-        yield (
-            (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
-        )  # a token's id minus its number in the head
+        # a token's id minus the number of its row
+        yield (token_ids - np.arange(spec.shape[0])).astype("<i8").tobytes()
     elif len(spec.shape) == 1:
         yield bf16_bytes(generator.uniform(0.5, 1.5, spec.shape[0]).astype(np.float32))
     else:

@@ -61,7 +61,7 @@ class CompiledGrammar:
         self.matcher = make()
 
     def replace(self, failed: LLMatcher) -> LLMatcher:
-        """Return a matcher whose lexer is not that of ``failed``."""
+        """Return a matcher that does not share the lexer of ``failed``."""
         if self.matcher is failed:
             self.matcher = self._make()
         return self.matcher

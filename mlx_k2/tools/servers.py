@@ -74,7 +74,7 @@ def read_mcp_file(path: Path, environment: Mapping[str, str], notify: Callable[[
         ToolsError: the file cannot be read, or has a malformed server and no usable one; names the first problem.
     """
     try:
-        file = read_json(path.read_bytes(), _McpFile, has_comments=True)
+        file = read_json(path.read_bytes(), _McpFile, allow_comments=True)
     except OSError as error:
         raise ToolsError(f"{path} cannot be read: {error.strerror}") from None
     except JsonError as error:

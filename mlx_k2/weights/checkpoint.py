@@ -31,7 +31,7 @@ TOKENIZER_NAMES = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's small files: config, index, and those of TOKENIZER_NAMES. ``draft`` is its draft head, if it has one.
+    """A model's small files: config, index, and the files TOKENIZER_NAMES. ``draft`` is its draft head, if it has one.
 
     ``digest`` identifies config and index (`model_digest`). ``unread_tensors_line`` tells the user which tensors in the
     index are not read; None if all are.
@@ -61,7 +61,7 @@ def describe_model(files: Mapping[str, bytes], source: str) -> ModelDescription:
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:
-    """Return the contents of config, index and those of TOKENIZER_NAMES that ``folder`` has, by name.
+    """Return the contents of config, index and the files TOKENIZER_NAMES, by name, as far as ``folder`` has them.
 
     Raises:
         CheckpointError: there is no such folder, it has no config or no weights, or a file cannot be read.

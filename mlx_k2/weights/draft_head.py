@@ -1,4 +1,4 @@
-"""A draft head (EAGLE-3, arXiv 2503.01840): its config and the tensors that it must hold. Reads no tensor.
+"""A draft head (EAGLE-3, arXiv 2503.01840): its config, its tensors, and the target's on each stage. Reads no tensor.
 
 The head is one decoder layer with multi-head latent attention and a dense SwiGLU block. It drafts for another model,
 the target, and reads the outputs of some of the target's layers: their product with ``fc`` is called features. The
@@ -31,7 +31,8 @@ from mlx_k2.weights.inventory import (
 from mlx_k2.weights.model_source import DraftHead
 
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
-FC, LM_HEAD, EMBEDDING, NORM, TARGET_IDS = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
+FC, LM_HEAD, EMBEDDING, NORM, D2T = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
+"""D2T has, for each row of the output projection, the target's token id minus the number of the row."""
 _UNREAD_TENSORS = ("t2d",)
 """Names of tensors that are not read: t2d (whether the head drafts a token of the target) follows from d2t."""
 _LAYER_PREFIXES = ("layers.0", "midlayer")
@@ -53,7 +54,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 
 
 class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a head's config.json that this program reads."""
+    """The fields of a head's config.json that this program reads. ``rope`` is made of several."""
 
     hidden_size: _Size
     vocab_size: _Size
@@ -74,17 +75,17 @@ class _ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DraftDescription:
-    """A draft head for one target. ``aux_layers`` are the target's layers, from 0, whose outputs the head reads.
+    """A draft head for one target. ``aux_layers`` are the target's layers, counted from 0, whose outputs it reads.
 
     ``layer`` is the head's decoder layer as a model config with one dense layer; its tensors' names begin with
-    ``layer_prefix``. ``vocab_size`` is the number of rows of the output projection, the head's own or the target's;
+    ``layer_prefix``. ``num_rows`` is the number of rows of the output projection, the head's own or the target's;
     ``num_drafted_ids`` of these rows are kept in memory. With ``norms_output`` the features that the head computes for
     its next draft token are normed. ``digest`` identifies the head's files.
     """
 
     layer: ModelConfig
     aux_layers: tuple[int, ...]
-    vocab_size: int
+    num_rows: int
     num_drafted_ids: int
     layer_prefix: str
     norms_output: bool
@@ -115,12 +116,12 @@ class DraftDescription:
         )
 
     def own_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of output projection, embedding and target ids, without those that the head lacks."""
+        """Return the specs of output projection, embedding and d2t, as far as the head has them."""
         hidden = self.layer.hidden_size
         specs = (
-            linear_spec(LM_HEAD, self.vocab_size, hidden),
+            linear_spec(LM_HEAD, self.num_rows, hidden),
             bf16_spec(EMBEDDING, self.layer.vocab_size, hidden),
-            TensorSpec(TARGET_IDS, "I64", (self.vocab_size,)),
+            TensorSpec(D2T, "I64", (self.num_rows,)),
         )
         return tuple(spec for spec in specs if spec.name in self.index.weight_map)
 
@@ -139,8 +140,11 @@ class DraftDescription:
         return held_bytes(self.layer_specs(), compute_bytes, bits)
 
     def projection_bytes(self, compute_bytes: int, bits: int | None) -> int:
-        """Return the bytes in memory of the head's output projection; 0 if the target's whole projection is used."""
-        if LM_HEAD not in self.index.weight_map and self.num_drafted_ids == self.vocab_size:
+        """Return the bytes in memory of the projection to the drafted ids: the head's, or a copy of the target's rows.
+
+        It is 0 if the target's whole projection is used.
+        """
+        if LM_HEAD not in self.index.weight_map and self.num_drafted_ids == self.num_rows:
             return 0
         return DenseMatrix(self.num_drafted_ids, self.layer.hidden_size).held_bytes(compute_bytes, bits)
 
@@ -148,22 +152,22 @@ class DraftDescription:
         """Return the bytes of the embedding (the head's or the target's) that the last of several stages holds."""
         return self.layer.vocab_size * self.layer.hidden_size * compute_bytes
 
-    def is_on(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
+    def is_read_by_stage(self, first_layer: int, end_layer: int, num_layers: int) -> bool:
         """Return whether the stage with the target's layers ``first_layer`` to ``end_layer`` - 1 reads the head."""
         return end_layer == num_layers or any(first_layer <= layer < end_layer for layer in self.aux_layers)
 
 
 def stage_specs(
-    config: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
+    target: ModelConfig, first_layer: int, end_layer: int, draft: DraftDescription | None
 ) -> tuple[TensorSpec, ...]:
     """Return the specs of the target's tensors that a stage reads.
 
     The last stage also reads the embedding if ``draft`` is a head that has no embedding of its own.
     """
-    specs = shard_specs(config, first_layer, end_layer)
-    is_last_of_several = end_layer == config.num_hidden_layers and first_layer > 0
+    specs = shard_specs(target, first_layer, end_layer)
+    is_last_of_several = end_layer == target.num_hidden_layers and first_layer > 0
     lacks_embedding = draft is not None and EMBEDDING not in draft.index.weight_map
-    return specs + embedding_specs(config) if is_last_of_several and lacks_embedding else specs
+    return specs + embedding_specs(target) if is_last_of_several and lacks_embedding else specs
 
 
 def describe_draft(
@@ -183,18 +187,19 @@ def describe_draft(
             raise CheckpointError(f"--draft-model {source} has no {name}: it is not a draft head")
     where = f"--draft-model {source}/{CONFIG_NAME}"
     config = _read_config(files[CONFIG_NAME], where)
-    _check_target(config, target, where)
+    _check_sizes(config, target, where)
     index = CheckpointIndex.from_json(files[INDEX_NAME], f"--draft-model {source}/{INDEX_NAME}")
-    vocab_size = config.draft_vocab_size or config.vocab_size
-    if head.vocab_size is not None and head.vocab_size > vocab_size:
-        raise RequestError(f"--draft-vocab {head.vocab_size}: {source} has {vocab_size} tokens: give at most as many")
+    num_rows = config.draft_vocab_size or config.vocab_size
+    if head.vocab_size is not None and head.vocab_size > num_rows:
+        raise RequestError(f"--draft-vocab {head.vocab_size}: {source} has {num_rows} tokens: give at most as many")
+    # the fields that a model's config has, too
     layer_fields = {name: getattr(config, name) for name in _ConfigFile.__struct_fields__ if hasattr(target, name)}
     prefixes = (prefix for prefix in _LAYER_PREFIXES if f"{prefix}.hidden_norm.weight" in index.weight_map)
     draft = DraftDescription(
         layer=msgspec.structs.replace(target, **layer_fields, first_k_dense_replace=1),
         aux_layers=_aux_layers(config, head, target.num_hidden_layers, where),
-        vocab_size=vocab_size,
-        num_drafted_ids=head.vocab_size or vocab_size,
+        num_rows=num_rows,
+        num_drafted_ids=head.vocab_size or num_rows,
         layer_prefix=next(prefixes, _LAYER_PREFIXES[0]),
         norms_output=config.norm_output,
         index=index,
@@ -210,7 +215,7 @@ def kept_rows(target_ids: Sequence[int], num_rows: int, vocab_size: int) -> list
 
     ``target_ids`` has the target's token id of each row. The ids of a byte-pair vocabulary are in the order of its
     merges, so the most frequent tokens have the smallest ids. Control tokens are frequent, too, and have the largest
-    ids: they get at most an eighth of the rows, so that a small number of rows is left to text.
+    ids: they get at most an eighth of the rows, so that even few rows are mostly for text.
     """
     if num_rows >= len(target_ids):
         return list(range(len(target_ids)))
@@ -231,7 +236,7 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
     eagle_fields = fields.get("eagle_config") or {}
     if not isinstance(eagle_fields, dict):
         raise ConfigError(f"{where}: eagle_config is not an object")
-    fields = eagle_fields | fields
+    fields = eagle_fields | fields  # eagle_config may have, for instance, the ids of the aux layers
     check_listed_fields(fields, {**SUPPORTED_VALUES, **_SUPPORTED_EAGLE_VALUES}, where)
     if "quantization_config" in fields:
         raise ConfigError(f"{where}: quantized draft heads cannot be read: give one in bfloat16")
@@ -241,7 +246,7 @@ def _read_config(data: bytes, where: str) -> _ConfigFile:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
+def _check_sizes(config: _ConfigFile, target: ModelConfig, where: str) -> None:
     """Refuse a head for another model than ``target``, and a head whose own sizes are not supported."""
     for name in ("hidden_size", "vocab_size"):
         value, needed = getattr(config, name), getattr(target, name)
@@ -252,7 +257,9 @@ def _check_target(config: _ConfigFile, target: ModelConfig, where: str) -> None:
     if config.qk_rope_head_dim % 2:
         raise ConfigError(f"{where}: qk_rope_head_dim {config.qk_rope_head_dim} must be even")
     if config.draft_vocab_size is not None and config.draft_vocab_size > config.vocab_size:
-        raise ConfigError(f"{where}: draft_vocab_size {config.draft_vocab_size} is above {config.vocab_size}")
+        raise ConfigError(
+            f"{where}: draft_vocab_size {config.draft_vocab_size} is above vocab_size {config.vocab_size}"
+        )
 
 
 def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: str) -> tuple[int, ...]:
@@ -274,8 +281,9 @@ def _aux_layers(config: _ConfigFile, head: DraftHead, num_layers: int, where: st
 def _check_names(draft: DraftDescription, source: str) -> None:
     """Check that the head has all tensors that its config requires, and no unknown ones."""
     names, needed = draft.index.weight_map.keys(), {spec.name for spec in draft.specs()}
-    if draft.vocab_size < draft.layer.vocab_size:  # then the target's projection and token ids do not fit its rows
-        needed |= {LM_HEAD, TARGET_IDS}
+    # A head with a smaller vocabulary cannot use the target's projection, nor row numbers as token ids.
+    if draft.num_rows < draft.layer.vocab_size:
+        needed |= {LM_HEAD, D2T}
     refuse_names(sorted(needed - names), f"--draft-model {source} lacks", "that its config.json requires")
     unknown = sorted(names - needed - set(_UNREAD_TENSORS))
     refuse_names(unknown, f"--draft-model {source} has", "that mlx-k2 does not know: it is another kind of head")

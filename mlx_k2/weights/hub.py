@@ -72,7 +72,7 @@ class _Snapshot(msgspec.Struct, frozen=True):
 
 
 def fetch_small_files(repo: HubRepo) -> FetchedFiles:
-    """Fetch those of config, index, tokenizer files and chat template that the repository has.
+    """Fetch config, index, tokenizer files and chat template, as far as the repository has them.
 
     If it has no index, also fetch its single weight file, whose header replaces the index.
 

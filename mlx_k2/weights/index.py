@@ -133,7 +133,7 @@ def model_digest(config_json: bytes, index_json: bytes) -> str:
 
 
 def check_names(config: ModelConfig, index: CheckpointIndex) -> str | None:
-    """Compare the index's tensor names with those that ``config`` requires.
+    """Compare the index's tensor names with the names that ``config`` requires.
 
     Return one line for the user about vision tensors that are not read; None if there are none.
 

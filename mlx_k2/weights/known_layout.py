@@ -26,7 +26,7 @@ def thinking_config_fields(**changes: Any) -> dict[str, Any]:
 def known_layout(source: ModelSource) -> ModelDescription | None:
     """Return the description of Kimi K2 Thinking, for a plan without a network; None for any other source.
 
-    The description has no tokenizer files. Its digest differs from that of the files on the Hub.
+    The description has no tokenizer files. Its digest differs from the digest of the Hub's files.
     """
     if source != ModelSource(path_or_repo=ORIGINAL_REPO):
         return None

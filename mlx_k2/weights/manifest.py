@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, files: Mapping[str, HubFile]) -> None:
-    """Add those of ``files`` that have a checksum to the manifest of ``folder``. Ignore a folder that is not writable.
+    """Add the ``files`` that have a checksum to the manifest of ``folder``. Ignore a folder that is not writable.
 
     A file of the model that is not on this host gets an entry without blocks: another host may have it.
 

@@ -65,7 +65,7 @@ def test_an_exception_while_calls_run_cancels_them(tools: ToolBox, state_files: 
     wait_for_state("cancelled", state_files)
 
 
-def test_a_call_that_cannot_be_started_cancels_those_before_it(tools: ToolBox, state_files: list[Path]) -> None:
+def test_a_call_that_cannot_be_started_cancels_the_calls_before_it(tools: ToolBox, state_files: list[Path]) -> None:
     class OneCallToolBox(ToolBox):
         num_started = 0
 

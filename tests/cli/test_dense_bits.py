@@ -1,4 +1,4 @@
-"""Tests of `--dense-bits`: the tokens are those of quantized weights, and stages hold as many bytes as predicted."""
+"""Tests of `--dense-bits`: tokens are sampled with quantized weights, and stages hold as many bytes as predicted."""
 
 import json
 from pathlib import Path

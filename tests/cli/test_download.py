@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,9 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `mlx-k2` with a Hub and a folder for the Hub's cache."""
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", **environment}
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1,localhost", **environment}
     command = [MLX_K2, *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=100)
 
@@ -49,7 +50,8 @@ def token_lines(output: str) -> list[str]:
 
 
 @follows_advice(
-    "a: connect this host, or run `mlx-k2 download --model owner/name` while it is connected",
+    "config.json of owner/name is not in this host's cache, and the Hub cannot be asked (offline): connect this host, "
+    "or run `mlx-k2 download --model owner/name` while it is connected",
 )
 @pytest.mark.slow
 def test_generate_runs_offline_with_the_files_that_download_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_a_second_download_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
 def test_a_dry_run_fetches_the_small_files_only(hub: Hub, tmp_path: Path) -> None:
     dry_run = run(hub, tmp_path, "generate", "--dry-run", "--stages", "2", "--model", REPO)
     assert dry_run.returncode == 0, dry_run.stderr
-    assert "model-{00001..0000" in dry_run.stderr
+    assert re.search(r"opens model-\{00001\.\.\d{5}\}-of-000008", dry_run.stderr)
     assert fetched_weights(hub) == set()
 
 
@@ -93,7 +95,7 @@ def test_the_error_about_a_corrupted_download_names_the_file(hub: Hub, folder: P
 
 
 @pytest.mark.parametrize("model", [(), ("--model", "no-such-owner/no-such-model"), ("--model", "/no/such/folder")])
-def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
+def test_a_download_without_a_usable_repository_is_refused_in_one_line(
     hub: Hub, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
     result = run(hub, tmp_path, "download", *model)
@@ -103,9 +105,7 @@ def test_a_missing_or_unknown_repository_is_refused_before_any_stage_starts(
 
 
 @pytest.mark.slow
-def test_a_host_with_a_model_folder_downloads_nothing_and_the_other_its_files(
-    hub: Hub, folder: Path, tmp_path: Path
-) -> None:
+def test_only_the_host_without_a_model_folder_downloads_its_files(hub: Hub, folder: Path, tmp_path: Path) -> None:
     host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text(json.dumps([host | {"model": str(folder)}, host]))

@@ -64,7 +64,7 @@ def describe(model: Path) -> ModelDescription:
         (["--context", "999999"], "--context 999999 is more than"),
         (["--out", "nowhere/out"], "nowhere/out cannot be written: No such file or directory"),
         (["--out", "."], r"\. cannot be written: Is a directory"),
-        (["--out", "/dev/null"], "/dev/null is not a file"),
+        (["--out", "/dev/null"], "/dev/null is not a regular file"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),
     ],
 )

@@ -278,7 +278,7 @@ def test_without_a_seed_each_request_gets_a_random_seed(model: ModelDescription)
     assert len({request_of(model, "Hello").sampling.seed for _ in range(5)}) > 1
 
 
-def test_stop_ids_are_those_of_tokenizer_and_generation_config(model: ModelDescription, tokenizer: Tokenizer) -> None:
+def test_stop_ids_come_from_tokenizer_and_generation_config(model: ModelDescription, tokenizer: Tokenizer) -> None:
     model = with_file(model, "generation_config.json", b'{"eos_token_id": [7]}')
     assert request_of(model, "Hello").stop_ids == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("[EOS]"), 7}
 

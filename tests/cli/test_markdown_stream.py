@@ -68,7 +68,7 @@ def console(file: TextIO) -> Console:
 
 
 def streamed_output(document: str, piece_lengths: list[int]) -> str:
-    """Return the output for ``document`` in pieces of ``piece_lengths`` characters, repeated, each with a refresh."""
+    """Return the output for ``document`` in pieces of these lengths, which repeat, with a refresh after each."""
     output = io.StringIO()
     display = MarkdownDisplay(console(output))
     start = 0
@@ -259,7 +259,7 @@ def test_escapes_of_markdown_are_not_formulas() -> None:
     assert plain_lines(r"an open \( is *text*") == [r"an open \( is text"]
 
 
-def test_a_closing_key_tag_without_an_opening_one_is_no_error() -> None:
+def test_a_closing_kbd_tag_without_an_opening_tag_is_no_error() -> None:
     assert "press x" in streamed_output("press </kbd>x\n\n<kbd>y\n\nz", [1])
 
 

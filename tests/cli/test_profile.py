@@ -47,7 +47,7 @@ def options_of(*arguments: str) -> GenerateOptions:
         return options_in(context)
 
 
-def test_the_command_line_overrides_variables_which_override_the_commands_table_which_overrides_the_other_lines(
+def test_the_command_line_comes_before_variables_the_commands_table_and_the_other_lines(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_of()

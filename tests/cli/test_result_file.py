@@ -113,7 +113,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, m
     ("make", "error"),
     [
         (lambda path: path.mkdir(), "out cannot be written: Is a directory"),
-        (os.mkfifo, "out is not a file: an interrupted run reads --out to continue"),
+        (os.mkfifo, "out is not a regular file: a run that continues reads its results from --out"),
         (lambda path: path.symlink_to("nowhere/out"), "out cannot be written: No such file or directory"),
     ],
     ids=["folder", "pipe", "missing folder"],

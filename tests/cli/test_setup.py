@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_k2.cli.main import run
 from mlx_k2.cli.profile import with_value
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, wheel_digest
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, wheel_digest
 from tests.advice import follows_advice
 from tests.cli.command import CommandLine
 from tests.stand_in_ssh import write_ssh
@@ -42,7 +42,7 @@ def test_a_value_of_the_profile_is_set_and_no_other_changes(lines: list[str], va
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder, not yet there, in which this process's mlx-k2 writes the profile and the hostfile."""
+    """Return the folder for the profile and the hostfile of a command in this process. It does not exist yet."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("MLX_K2_CONFIG")
     return tmp_path / "mlx-k2"
@@ -94,9 +94,9 @@ def test_setup_of_this_machine_keeps_other_values_and_runs_the_doctor(
 def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `ssh mac-2` run commands on this machine, with another home folder in which mlx-k2 is installed."""
     home = tmp_path / "mac-2"
-    python = home / FOLDER / "env" / "bin" / "python"
+    python = home / INSTALL_FOLDER / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    (home / FOLDER / "installed").write_text(wheel_digest(write_wheel(tmp_path)))
+    (home / INSTALL_FOLDER / "installed").write_text(wheel_digest(write_wheel(tmp_path)))
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'programs', home)}:{os.environ['PATH']}")
@@ -125,15 +125,16 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
 
     assert "nobody can be asked here: name the hosts, and give --yes to change them" in output_of(2, "setup")
     assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in output_of(2, "setup", "this", "this")
+    # both hosts have a loopback interface only
     monkeypatch.setattr("mlx_k2.cli.setup.host_interfaces", lambda _request: [{"127.0.0.1": "lo0"}] * 2)
     assert "the hosts share no network: give an address of each with --address" in output_of(2, *setup)
     assert "1 addresses for 2 hosts: give --address once for each" in output_of(2, *setup, "--address", "127.0.0.1")
 
     unreachable = (*setup, "--address", "192.0.2.1", "--address", "192.0.2.2")  # addresses that no machine has
-    first = output_of(1, *unreachable)
+    first = output_of(1, *unreachable)  # writes the files, then the doctor fails
     assert "run the same command again to go on: what is done is not repeated" in first
     assert "written: " in first
-    second = output_of(1, *unreachable)
+    second = output_of(1, *unreachable)  # has nothing to write, and the doctor fails again
     assert "written: " not in second
     assert "the doctor found a failure: fix it, then run `mlx-k2 doctor`" in second
     hostfile = settings / "hosts.json"
@@ -154,5 +155,6 @@ def test_the_next_step_after_setup_of_a_hub_model_is_a_download(
     assert run(["setup", "this", "--yes", "--model", REPO]) == 0
     assert "next: mlx-k2 download; " in capsys.readouterr().err
     user = CommandLine(settings.parent)
+    # offline, the error shows that download takes the model from the profile
     result = user.run("download", HF_HUB_OFFLINE="1")
     assert f"config.json of {REPO} at main is not in this host's cache" in result.stderr

@@ -1,4 +1,4 @@
-"""A terminal in tmux: a test runs a command in it, types keys and reads the visible text."""
+"""A terminal in tmux: a test runs a command in it, types keys and reads the text, scrollback included."""
 
 import shlex
 import shutil
@@ -44,7 +44,7 @@ class Terminal:
         return self._tmux("capture-pane", "-p", "-S", "-", "-t", "pane", *(["-e"] if with_colours else []))
 
     def wait_for(self, text: str, times: int = 1) -> str:
-        """Wait until ``text`` is visible at least ``times`` times, at most 40 s. Return all text of the terminal."""
+        """Wait, at most 40 s, until `self.text()` has ``text`` at least ``times`` times, and return it."""
         deadline = time.monotonic() + _TIMEOUT_S
         while (all_text := self.text()).count(text) < times:
             assert time.monotonic() < deadline, f"never saw {text!r} {times} times:\n{all_text}"
@@ -52,7 +52,7 @@ class Terminal:
         return all_text
 
     @property
-    def pid(self) -> int:
+    def shell_pid(self) -> int:
         """The process id of the shell that runs the command."""
         return int(self._tmux("display-message", "-p", "-t", "pane", "#{pane_pid}"))
 
@@ -63,7 +63,7 @@ class Terminal:
 
     def processes(self) -> list[psutil.Process]:
         """Return the command's process and all its descendants."""
-        return psutil.Process(self.pid).children(recursive=True)
+        return psutil.Process(self.shell_pid).children(recursive=True)
 
     def _tmux(self, *arguments: str) -> str:
         command = ["tmux", "-S", str(self.socket), *arguments]
@@ -74,7 +74,7 @@ class Terminal:
 def terminal(
     folder: Path, command: Sequence[str], environment: Mapping[str, str], columns: int = 160, rows: int = 24
 ) -> Iterator[Terminal]:
-    """Run ``command`` in a terminal, which stays open after its end and then shows ``exit code N``."""
+    """Run ``command`` in a terminal. After the command's end the terminal stays open and shows ``exit code N``."""
     socket = folder / "tmux"
     line = f"env -i {shlex.join(f'{name}={value}' for name, value in environment.items())} {shlex.join(command)}"
     size = ("-x", str(columns), "-y", str(rows))

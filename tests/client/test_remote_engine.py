@@ -55,7 +55,7 @@ def test_a_request_has_the_tokens_and_counts_of_the_servers_own_engine(
 ) -> None:
     for seed in range(3):
         submitted = with_stop_tokens(request(*range(50, 90), max_tokens=25, seed=seed), engine)
-        own_tokens, _ = tokens_of(server.tokens.engine.submit(submitted))
+        own_tokens, _ = tokens_of(server.harness.engine.submit(submitted))
         remote_tokens, finished = tokens_of(engine.submit(submitted))
         assert remote_tokens == own_tokens
         assert finished.summary.prompt_tokens == 40
@@ -81,7 +81,7 @@ def test_every_sampling_parameter_reaches_the_servers_engine() -> None:
         submitted = Request((60, 61), max_tokens=50, sampling=sampling, stop_ids=frozenset())
         handle = RemoteEngine(ServerAddress(server.url)).submit(submitted)
         server.wait_for_plan()
-        (job,) = server.tokens.engine._jobs.values()
+        (job,) = server.harness.engine._jobs.values()
         assert job.submission.request == submitted
         handle.cancel()
         server.wait_for_requests(0)
@@ -103,7 +103,7 @@ def test_a_thinking_budget_and_stop_strings_hold_as_they_do_locally(
     # The stages sample the ids 0 to 9, so that the text of token 3 ends an answer.
     for limits in (ReplyLimits(thinking_budget=4), ReplyLimits(stop_strings=(tokenizer.token_bytes(3).decode(),))):
         own_tokens, own_finished = tokens_of(
-            server.tokens.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
+            server.harness.engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits))
         )
         remote_tokens, finished = tokens_of(engine.submit(submitted, ReplyPolicy(tokenizer, submitted, limits)))
         assert remote_tokens == own_tokens
@@ -121,7 +121,7 @@ def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> 
         submitted = request(60, max_tokens=1000, priority=priority)
         handle = engine.submit(submitted)
         server.wait_for_plan()
-        (job,) = server.tokens.engine._jobs.values()
+        (job,) = server.harness.engine._jobs.values()
         assert job.submission.request.priority is priority
         handle.cancel()
         assert [type(event) for event in handle.events()] == [Finished]
@@ -132,8 +132,8 @@ def test_the_end_of_the_servers_engine_is_a_failure_of_the_request_only() -> Non
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(request(60, max_tokens=100))
         server.wait_for_plan()
-        server.tokens.fail(0)
-        server.tokens.cancel()
+        server.harness.fail_stage(0)
+        server.harness.cancel()  # the restart
         with pytest.raises(RequestFailed):
             list(handle.events())
 
@@ -143,10 +143,10 @@ def test_a_request_waits_while_the_servers_stages_start_again() -> None:
         engine = RemoteEngine(ServerAddress(server.url))
         first = engine.submit(request(60, max_tokens=20, seed=2))
         server.wait_for_plan()
-        server.tokens.fail(0)
+        server.harness.fail_stage(0)
         second = engine.submit(request(60, max_tokens=20, seed=2))
         server.wait_for_line("/v1/completions 503")
-        server.tokens.end_restart()
+        server.harness.end_restart()
         with server.running_stages():
             assert tokens_of(first)[0] == tokens_of(second)[0]
 
@@ -169,9 +169,9 @@ def test_a_full_queue_is_an_error_with_the_time_to_wait() -> None:
 def test_a_full_queue_is_waited_for_once_the_answer_has_begun() -> None:
     with stepped_server(num_slots=1, max_queued=1) as server:
         engine = RemoteEngine(ServerAddress(server.url))
-        other_handles = [server.tokens.engine.submit(request(1, 2, max_tokens=300))]
+        other_handles = [server.harness.engine.submit(request(1, 2, max_tokens=300))]
         server.wait_for_plan()
-        other_handles.append(server.tokens.engine.submit(request(1, 2, max_tokens=300)))
+        other_handles.append(server.harness.engine.submit(request(1, 2, max_tokens=300)))
         tokenizer = engine.frontend.tokenizer
         submitted = request(60, tokenizer.special_ids["<think>"], max_tokens=12, seed=5)
         # With this budget the client itself adds the first token, </think>: the answer has begun.

@@ -20,7 +20,7 @@ SUSPENDED_S = 30.0 if hypothesis.settings.get_current_profile_name() == "long" e
 
 
 @pytest.mark.slow
-def test_a_suspended_terminal_delays_no_other_answer_and_gets_its_own_complete(tmp_path: Path) -> None:
+def test_a_suspended_terminal_delays_no_other_answer_and_gets_its_whole_answer(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     transcript = tmp_path / "transcript"
     master, slave = pty.openpty()

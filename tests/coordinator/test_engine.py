@@ -97,7 +97,7 @@ def test_without_restarts_the_error_of_a_fault_ends_every_request_and_refuses_la
 
 def test_a_fault_is_detected_while_no_request_runs() -> None:
     with token_engine() as harness:
-        harness.fail(0)
+        harness.fail_stage(0)
         harness.end_restart()
         handle = harness.engine.submit(request(1, 2))
         check_answers(harness, handle)
@@ -108,7 +108,7 @@ def test_requests_resume_with_the_same_tokens_after_a_restart_and_report_it() ->
     with token_engine(draft_mode=DraftMode.NGRAM) as harness:
         handles = [harness.engine.submit(request(number, 2, 3, max_tokens=40)) for number in range(3)]
         harness.run_steps(9)
-        harness.fail(1)
+        harness.fail_stage(1)
         first_restarting = next(event for event in handles[2].events() if isinstance(event, Restarting))
         assert first_restarting.restart == harness.restarts[0]
         harness.end_restart()
@@ -119,7 +119,7 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
     with token_engine() as harness:
         cancelled, other = (harness.engine.submit(request(number, max_tokens=30)) for number in (1, 2))
         harness.run_steps(5)
-        harness.fail(0)
+        harness.fail_stage(0)
         cancelled.cancel()
         token_ids, end = rest_of(cancelled)
         assert (token_ids, end.reason) == ([], FinishReason.CANCELLED)
@@ -131,7 +131,7 @@ def test_a_request_is_cancelled_at_once_during_a_restart_and_others_resume_after
 def test_closing_the_engine_ends_a_restart_and_cancels_all_requests() -> None:
     with token_engine() as harness:
         handle = harness.engine.submit(request(1, max_tokens=30))
-        harness.fail(0)
+        harness.fail_stage(0)
         closed_at = time.monotonic()
     assert time.monotonic() - closed_at < 2
     assert rest_of(handle)[1].reason is FinishReason.CANCELLED
@@ -145,7 +145,7 @@ def test_requests_in_a_step_that_kills_a_stage_twice_are_ended_and_others_finish
         harness.run_steps(12)
         for _ in range(2):
             requests_in_step = run_to_step_with(harness, handles[0], position=8)
-            harness.fail(1)
+            harness.fail_stage(1)
             harness.end_restart()
         failed = [handle for handle in handles if handle.has_ended]
         assert {handle.request for handle in failed} <= set(requests_in_step)
@@ -177,7 +177,7 @@ def test_no_plan_exceeds_the_chunk_when_eight_slots_replay_their_answers_after_a
     with token_engine(num_slots=8, chunk_tokens=128, num_stages=1, context_tokens=400) as harness:
         handles = [harness.engine.submit(request(number, max_tokens=350)) for number in range(8)]
         harness.run_until(lambda: sum(len(sequence.token_ids) for sequence in harness.scheduler.running) > 8 * 300)
-        harness.fail(0)
+        harness.fail_stage(0)
         num_plans_before = len(harness.plans)
         harness.end_restart()
         check_answers(harness, *handles)
@@ -222,7 +222,7 @@ def test_two_brief_requests_run_in_one_step_where_no_conversation_is_cached() ->
         assert max(len(step.rows) for step in harness.plans) == 2
 
 
-def test_a_brief_request_starts_after_an_interactive_one_that_was_submitted_later() -> None:
+def test_a_brief_request_starts_after_an_interactive_request_that_was_submitted_later() -> None:
     with token_engine(num_slots=1) as harness:
         running = harness.engine.submit(request(1, 2, max_tokens=3))
         harness.run_until(lambda: bool(harness.plans))
@@ -336,17 +336,17 @@ def test_two_stages_that_fail_once_each_end_no_request() -> None:
     with token_engine() as harness:
         handle = harness.engine.submit(request(1, 2, max_tokens=20))
         harness.run_steps(8)
-        harness.fail(0)
+        harness.fail_stage(0)
         harness.end_restart()
         run_to_step_with(harness, handle, position=6)
-        harness.fail(1)
+        harness.fail_stage(1)
         harness.end_restart()
         check_answers(harness, handle)
 
 
 def test_a_request_that_is_submitted_during_a_restart_reports_the_restart() -> None:
     with token_engine() as harness:
-        harness.fail(0)
+        harness.fail_stage(0)
         handle = harness.engine.submit(request(1, 2))
         assert next(handle.events()) == Restarting(harness.restarts[0], WAITING)
         harness.end_restart()

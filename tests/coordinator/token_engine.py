@@ -83,8 +83,8 @@ class TokenEngine:
         """Execute plans until these requests have ended."""
         self.run_until(lambda: all(handle.has_ended for handle in handles))
 
-    def fail(self, rank: int) -> None:
-        """End a stage and wait until the engine restarts."""
+    def fail_stage(self, rank: int) -> None:
+        """End a stage, and wait until the engine has begun to restart."""
         assert self.stages.wait_until_waiting(WAIT_S)
         self.stages.fail(rank)
         assert self.is_restarting.wait(WAIT_S)

@@ -81,7 +81,7 @@ def layers_of(stage: StagePlan) -> range:
     return range(stage.assignment.first_layer, stage.assignment.end_layer)
 
 
-def test_a_stage_has_the_files_of_its_layers_and_the_first_and_the_last_one_also_that_of_embedding_and_head() -> None:
+def test_a_stage_has_the_files_of_its_layers_and_at_both_ends_the_file_of_embedding_and_head() -> None:
     first, middle, last = plan(SMALL_K2, studios(3))
     for stage in (first, middle, last):
         layer_files = {f"layer-{layer}.safetensors" for layer in layers_of(stage)}
@@ -165,7 +165,7 @@ def test_unused_memory_of_a_gpu_enlarges_the_blocks_of_attention_and_the_plan_st
     assert largest == LARGEST_BLOCK_BYTES
 
 
-def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_that_of_the_model() -> None:
+def test_the_context_defaults_to_32768_tokens_and_cannot_exceed_the_models() -> None:
     def context_of(options: ClusterOptions) -> int:
         return choose_shape(SMALL_K2.config, options, num_slots=1, all_on_gpu=True).context_tokens
 

@@ -30,7 +30,7 @@ LOOPBACK = {"127.0.0.1": "lo0"}
     ],
     ids=["two networks", "link-local last", "no network", "cables between neighbours"],
 )
-def test_the_addresses_of_a_choice_are_in_one_network_or_in_those_of_cables_between_neighbours(
+def test_the_chosen_addresses_are_in_one_network_or_on_cables_between_neighbours(
     interfaces: list[dict[str, str]], choices: list[tuple[str, ...]]
 ) -> None:
     assert address_choices([LOOPBACK | host for host in interfaces]) == choices

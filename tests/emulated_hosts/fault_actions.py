@@ -1,7 +1,7 @@
 """Actions of the fault matrix: they prepare, cause, check and undo faults.
 
 An action gets the setup of a fault and, except for a preparation, the run of the streams. An action that causes a fault
-returns the time of the fault (time.monotonic), or None if this is the time of the return.
+returns the time of the fault (time.monotonic), or None if the fault happens as the action returns.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 import psutil
 
 from tests.emulated_hosts import faulty_stage
-from tests.emulated_hosts.fault_run import NUM_HOSTS, FaultSetup, StreamsRun
+from tests.emulated_hosts.fault_run import ANY, NUM_HOSTS, FaultSetup, StreamsRun
 from tests.emulated_hosts.hosts import wait_until
 
 MIDDLE_RANK = 1
 SLOW_KILOBITS_PER_S = 1000
 SUSPENDED_S = 30.0
 """Longer than the lease of 20 s."""
-RING_PORT = 41001
+FIRST_RING_PORT = 41001
 CLOCK_SOURCE = Path(__file__).with_name("jumping_clock.cc")
 
 
@@ -39,7 +39,7 @@ def kill(rank: int) -> Callable[[FaultSetup, StreamsRun], float]:
 
 
 def kill_and_resume(rank: int) -> Callable[[FaultSetup, StreamsRun], float]:
-    """Return an action for a halted run that kills a stage and then resumes the run."""
+    """Return an action for a run that has halted (``halts``): it kills a stage and then resumes the run."""
 
     def cause(setup: FaultSetup, run: StreamsRun) -> float:
         fault_at = kill(rank)(setup, run)
@@ -50,11 +50,14 @@ def kill_and_resume(rank: int) -> Callable[[FaultSetup, StreamsRun], float]:
 
 
 def kill_in_restart(rank: int, phase: str) -> Callable[[FaultSetup, StreamsRun], float]:
-    """Return an action that kills stage 0, and in ``phase`` of the restart stage ``rank``. The run must halt in it."""
+    """Return an action that kills stage 0 and then, in ``phase`` of the restart, stage ``rank``.
+
+    The run must halt in that phase.
+    """
 
     def cause(setup: FaultSetup, run: StreamsRun) -> float:
         setup.stage(0).kill()
-        run.until(phase=phase, time=2)
+        run.until(phase=phase, start=2)
         return kill_and_resume(rank)(setup, run)
 
     return cause
@@ -79,7 +82,7 @@ def pull_cable_until_detected(setup: FaultSetup, run: StreamsRun) -> float:
     """Pull the cable of the middle host, and plug it in again when the lease has ended the stage there."""
     setup.hosts.cut(MIDDLE_RANK)
     fault_at = time.monotonic()
-    run.until(restart=...)
+    run.until(restart=ANY)
     assert wait_until(lambda: not setup.hosts.processes(MIDDLE_RANK), 30)
     setup.hosts.restore(MIDDLE_RANK)
     return fault_at
@@ -95,7 +98,7 @@ def pull_data_cable(setup: FaultSetup, run: StreamsRun) -> float:
     """Pull the cable of the hidden states, while ssh uses another one, until the restart."""
     setup.hosts.cut(MIDDLE_RANK, "eth1")
     fault_at = time.monotonic()
-    run.until(restart=...)
+    run.until(restart=ANY)
     setup.hosts.restore(MIDDLE_RANK, "eth1")
     return fault_at
 
@@ -121,20 +124,22 @@ def end_sshd(setup: FaultSetup, run: StreamsRun) -> float:
     """Kill the sshd of the middle host with its sessions, and start it again when the fault was detected."""
     fault_at = time.monotonic()
     setup.hosts.end_sshd(MIDDLE_RANK)
-    run.until(restart=...)
+    run.until(restart=ANY)
     setup.hosts.start_sshd(MIDDLE_RANK)
     return fault_at
 
 
-def limit_memory_in_restart(setup: FaultSetup, run: StreamsRun) -> float:
-    """Kill stage 0, and limit the middle stage's address space to its size before it loads in the restart."""
+def limit_memory_in_restart(setup: FaultSetup, run: StreamsRun) -> None:
+    """Kill stage 0, and when the middle stage loads again, allow it no more address space than it has then.
+
+    The run must halt in the second phase loading.
+    """
     setup.stage(0).kill()
-    run.until(phase="loading", time=2)  # the first time is at the first start
+    run.until(phase="loading", start=2)
     stage = setup.stage(MIDDLE_RANK)
     num_bytes = stage.memory_info().vms
     resource.prlimit(stage.pid, resource.RLIMIT_AS, (num_bytes, num_bytes))
     run.resume()
-    return time.monotonic()
 
 
 def cause_inside_stage(name: str) -> Callable[[FaultSetup, StreamsRun], None]:
@@ -207,7 +212,7 @@ def truncate_and_kill(setup: FaultSetup, run: StreamsRun) -> float:
 
 def use_fixed_ports(setup: FaultSetup) -> None:
     for rank in range(NUM_HOSTS):
-        setup.on_host(rank, ips=[f"{setup.hosts.addresses[rank]}:{RING_PORT + rank}"])
+        setup.on_host(rank, ips=[f"{setup.hosts.addresses[rank]}:{FIRST_RING_PORT + rank}"])
 
 
 UNKNOWN_PROCESS = """
@@ -226,17 +231,27 @@ time.sleep(5)
 
 
 def connect_unknown_process(setup: FaultSetup, run: StreamsRun) -> float:
-    """Connect an unknown process to the middle stage's ring port during a restart, before its neighbour does."""
+    """Connect an unknown process to the middle stage's ring port during a restart, before its neighbour does.
+
+    The run must halt in the second phase connecting.
+    """
     setup.stage(0).kill()
-    run.until(phase="connecting", time=2)
-    command = [sys.executable, "-c", UNKNOWN_PROCESS, setup.hosts.addresses[MIDDLE_RANK], str(RING_PORT + MIDDLE_RANK)]
+    run.until(phase="connecting", start=2)
+    command = [
+        sys.executable,
+        "-c",
+        UNKNOWN_PROCESS,
+        setup.hosts.addresses[MIDDLE_RANK],
+        str(FIRST_RING_PORT + MIDDLE_RANK),
+    ]
     peer = setup.hosts.exec(NUM_HOSTS - 1, command, stdout=subprocess.PIPE)
     assert peer.stdout is not None
     assert peer.stdout.readline() == b"ready\n"  # from here on it tries to connect without a pause
-    setup.stage(MIDDLE_RANK - 1).nice(19)  # it connects at the same time: on a busy machine it is later then
+    # The neighbour connects at the same time; with low priority it comes second on a busy machine, too.
+    setup.stage(MIDDLE_RANK - 1).nice(19)
     fault_at = time.monotonic()
     run.resume()
-    run.until(restart=...)
+    run.until(restart=ANY)
     peer.kill()
     peer.wait()
     peer.stdout.close()
@@ -260,7 +275,7 @@ def change_clock(setup: FaultSetup, run: StreamsRun) -> None:
     report = setup.folder / "faulty" / "clock-report"
     for offset_s in (86_400, -31_536_000):
         (setup.folder / "clock").write_text(f"{offset_s}\n")
-        faulty_stage.request_fault(setup.folder / "faulty", "clock")
+        faulty_stage.request_fault(setup.folder / "faulty", "clock")  # no fault: the stage reports its clock
         assert wait_until(lambda: report.exists() and bool(report.read_text()), 20), "no step since the clock jumped"
         assert abs(float(report.read_text()) - time.time() - offset_s) < 60, "the clock did not jump"
         report.unlink()
@@ -276,6 +291,7 @@ def run_twice(setup: FaultSetup, run: StreamsRun) -> None:
 
 
 def kill_one_and_suspend_one(setup: FaultSetup, run: StreamsRun) -> None:
+    """Kill a stage and suspend another one of a run that has halted, then resume the run."""
     setup.stage(0).kill()
     setup.stage(MIDDLE_RANK).suspend()
     run.resume()

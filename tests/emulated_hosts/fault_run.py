@@ -22,6 +22,8 @@ NUM_HOSTS = 3
 LINE_TIMEOUT_S = 150.0
 Line = dict[str, Any]
 """One JSON object that two_streams.py writes."""
+ANY = ...
+"""The value that ``StreamsRun.until`` takes for any value."""
 
 
 @dataclass
@@ -38,11 +40,11 @@ class StreamsRun:
         self._reader.start()
 
     def until(self, **wanted: object) -> Line:
-        """Read lines up to the first that has these keys and values, and return it. ``...`` matches any value."""
+        """Read lines up to the first that has these keys and values, and return it."""
         while True:
             line = self._next_line(LINE_TIMEOUT_S)
             assert line is not None, f"it ended before {wanted}; its last lines: {self.lines[-3:]}"
-            if all(key in line and value in (..., line[key]) for key, value in wanted.items()):
+            if all(key in line and value in (ANY, line[key]) for key, value in wanted.items()):
                 return line
 
     def finish(self) -> None:

@@ -59,7 +59,7 @@ def try_fault(fault: Fault, setup: FaultSetup, expected: Tokens, times_slower: f
     fault.prepare(setup)
     run = setup.start({**fault.options, "halts": fault.halts})
     try:
-        run.until(phase=fault.phase, time=1)
+        run.until(phase=fault.phase, start=1)
         fault_at = fault.cause(setup, run) or time.monotonic()
         if fault.outcome != Outcome.GONE:
             run.finish()

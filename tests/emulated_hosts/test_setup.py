@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_k2.launch.remote_install import FOLDER, survey
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, survey
 from tests.emulated_hosts.hosts import EmulatedHosts
 from tests.emulated_hosts.test_generate import MLX_K2
 from tests.pty_command import on_pty
@@ -17,7 +17,7 @@ from tests.stub_wheels import write_stub_wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-INSTALL_TIMEOUT_S = 240.0
+TIMEOUT_S = 240.0
 HOSTS = ("this", "host-1", "host-2")
 
 
@@ -26,14 +26,14 @@ def run(hosts: EmulatedHosts, *arguments: str) -> tuple[int, str]:
     process = hosts.exec(
         0, [MLX_K2, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    output, _ = process.communicate(timeout=INSTALL_TIMEOUT_S)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, output.decode()
 
 
-def changed_folders(hosts: EmulatedHosts) -> list[Path]:
-    """Return which of the folders that setup creates in the homes exist."""
-    folders = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
-    return [folder for folder in folders if folder.exists()]
+def existing_paths(hosts: EmulatedHosts) -> list[Path]:
+    """Return the paths in the homes that exist, of those that setup creates."""
+    paths = [*(home / ".local" for home in hosts.homes), hosts.homes[0] / ".config"]
+    return [path for path in paths if path.exists()]
 
 
 def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
@@ -53,7 +53,7 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         pane.wait_for("nothing was changed")
         pane.wait_for("error: the answer was no")
         assert pane.end() == 2
-    assert changed_folders(hosts) == []
+    assert existing_paths(hosts) == []
 
     with on_pty(start_setup) as pane:
         pane.wait_for("in the order of their layers")
@@ -72,32 +72,33 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
         pane.type("this host-1 host-2")
         pane.wait_for("there? [y/N]")
         pane.type("y")
-        pane.wait_for("is installed on host-1", INSTALL_TIMEOUT_S)
-        pane.wait_for("run the same command again to go on", INSTALL_TIMEOUT_S)
+        pane.wait_for("is installed on host-1", TIMEOUT_S)
+        pane.wait_for("run the same command again to go on", TIMEOUT_S)
         pane.wait_for("error: not installed on host-2: ")
         assert pane.end() == 1
-    assert changed_folders(hosts) == [hosts.homes[1] / ".local", hosts.homes[2] / ".local"]
+    # the second is the file above, not a folder of setup
+    assert existing_paths(hosts) == [hosts.homes[1] / ".local", hosts.homes[2] / ".local"]
     (hosts.homes[2] / ".local").unlink()
 
     with on_pty(functools.partial(hosts.exec, 0, [MLX_K2, "setup", *HOSTS, *options, "-m", "built-in"])) as pane:
         assert "on host-2, in ~/" in pane.wait_for("there? [y/N]")  # and not on host-1, where it is installed
         pane.type("y")
-        pane.wait_for("is installed on host-2", INSTALL_TIMEOUT_S)
-        pane.wait_for("GB/s", INSTALL_TIMEOUT_S)
+        pane.wait_for("is installed on host-2", TIMEOUT_S)
+        pane.wait_for("GB/s", TIMEOUT_S)
         pane.wait_for("config.toml?")
         pane.wait_for("[y/N]")
         pane.type("y")
         pane.wait_for("written: ")
-        pane.wait_for("0 failure", INSTALL_TIMEOUT_S)
+        pane.wait_for("0 failure", TIMEOUT_S)
         pane.wait_for("next: mlx-k2 chat")
         assert pane.end() == 0
     config = tomllib.loads((hosts.homes[0] / ".config" / "mlx-k2" / "config.toml").read_text())
     assert config == {"hostfile": str(hosts.homes[0] / ".config" / "mlx-k2" / "hosts.json"), "model": "built-in"}
     entries = json.loads(Path(config["hostfile"]).read_text())
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "host-1", "host-2"]
-    pythons = [f"{home}/{FOLDER}/env/bin/python" for home in hosts.homes]
+    pythons = [f"{home}/{INSTALL_FOLDER}/env/bin/python" for home in hosts.homes]
     assert [entry.get("python") for entry in entries[1:]] == pythons[1:]
-    # Setup has chosen the faster one of the two networks.
+    # All addresses are of one network, whichever was measured as the faster.
     assert tuple(entry["ips"][0] for entry in entries) in (hosts.addresses, hosts.data_addresses)
 
     code, output = run(hosts, "setup", *HOSTS, *options)
@@ -105,11 +106,12 @@ def test_setup_asks_before_each_change_and_resumes_after_a_failure_of_one_host(
     code, output = run(hosts, "generate", "What is 17 plus 25?")
     assert code == 0 and "17 + 25 = 42" in output, output
     code, output = run(hosts, "config")
+    # `mlx-k2 config` names the line of each value
     assert "config.toml, line 2" in output and "hosts.json" in output, output
     assert hosts.all_processes() == {}
 
 
-def test_all_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_changed(
+def test_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_changed(
     emulated_hosts: EmulatedHosts,
 ) -> None:
     hosts = emulated_hosts
@@ -119,15 +121,20 @@ def test_all_hosts_that_cannot_be_used_are_named_with_advice_and_nothing_is_chan
     assert "unknown-key: ssh does not know its host key" in output
     assert "nothing was changed" in output
     old_python = hosts.folder / "python3.9"
-    # It prints what a real Python prints to the survey of a host: version, whether it has pip, path.
+    # It prints what Apple's Python prints for `survey`: its version, whether it has pip, its path.
     old_python.write_text('#!/bin/sh\necho "3.9.6 pip /usr/bin/python3"\n')
     old_python.chmod(0o755)
     code, output = run(hosts, "setup", "host-1", "--python", str(old_python), "--yes")
     assert code == 2
     assert "its newest Python is 3.9.6 (/usr/bin/python3, which comes with macOS) and mlx-k2 needs 3.11" in output
+    assert existing_paths(hosts) == []
+
+
+def test_without_a_terminal_and_without_yes_nothing_is_changed(emulated_hosts: EmulatedHosts) -> None:
+    hosts = emulated_hosts
     code, output = run(hosts, "setup", "host-1", "host-2", "--python", sys.executable)
     assert (code, "nobody can be asked here" in output) == (2, True), output
-    assert changed_folders(hosts) == []
+    assert existing_paths(hosts) == []
 
 
 def test_a_survey_over_ssh_finds_a_python_in_the_home_of_the_host(

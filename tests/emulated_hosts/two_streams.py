@@ -1,7 +1,7 @@
 """Program that runs two streams over the hosts of a hostfile and reports events, while `fault_run.py` causes faults.
 
 Run as: two_streams.py OPTIONS, where OPTIONS is a JSON object. It writes one JSON object a line to stdout:
-{"phase", "time"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``time`` is 1 at the
+{"phase", "start"}, {"stream", "token"}, {"restart"}, {"notify"}, and last {"error"} or {"ended"}. ``start`` is 1 at the
 first start of a phase, 2 at the second. ``halts`` maps phases to such numbers: at that start the program waits for a
 line on stdin.
 """
@@ -53,7 +53,7 @@ class EventWriter(DeploymentListener):
     def phase(self, what: str) -> None:
         name = what.split(maxsplit=1)[0]
         self._num_starts[name] += 1
-        write_event(phase=name, time=self._num_starts[name])
+        write_event(phase=name, start=self._num_starts[name])
         if self._halts.get(name) == self._num_starts[name]:
             sys.stdin.readline()
 

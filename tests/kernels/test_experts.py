@@ -119,7 +119,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
 
 
 def checks_by_kernel(directory: Path, *, again: bool = False) -> dict[str, KernelCheck]:
-    """Return the checks for SHAPE, which are those of routed experts: the router's shape has no intermediate size."""
+    """Return the checks of routed experts, for SHAPE: the router's shape has no intermediate size."""
     return {check.kernel: check for check in experts.checks(SHAPE, directory, again=again).checks}
 
 

@@ -182,7 +182,7 @@ def test_an_exception_in_the_with_body_ends_the_stages(make_group: MakeGroup) ->
 
 
 @pytest.mark.parametrize("is_second_started", [True, False])
-def test_an_exception_while_stages_are_started_ends_those_that_were_started(
+def test_an_exception_while_stages_are_started_ends_the_started_stages(
     make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch, is_second_started: bool
 ) -> None:
     start = StageProcess.start

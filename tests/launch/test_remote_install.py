@@ -10,7 +10,7 @@ import pytest
 
 from mlx_k2.errors import SetupError
 from mlx_k2.launch.own_wheel import write_wheel
-from mlx_k2.launch.remote_install import FOLDER, HostSurvey, install, survey
+from mlx_k2.launch.remote_install import INSTALL_FOLDER, HostSurvey, install, survey
 from tests.advice import follows_advice
 from tests.stand_in_ssh import write_ssh
 from tests.stub_wheels import write_stub_wheels
@@ -129,4 +129,4 @@ def test_a_host_without_a_package_index_installs_from_a_folder_of_wheels(
     with pytest.raises(SetupError, match="if it reaches no package index, give --wheels DIR with the wheels of all"):
         install(host, wheel, pins, None)
     install(host, wheel, pins, write_stub_wheels(tmp_path / "wheels"))
-    assert survey("mac-2", sys.executable).installed == (home / FOLDER / "installed").read_text()
+    assert survey("mac-2", sys.executable).installed == (home / INSTALL_FOLDER / "installed").read_text()

@@ -16,10 +16,10 @@ def generated_source(dispatch: Dispatch) -> str:
 
     Without Metal, MLX generates it while a function that calls the kernel is exported, and `verbose` prints it.
     """
-    call = metal_kernel(dispatch.text)
+    kernel = metal_kernel(dispatch.text)
 
     def call_kernel(*inputs: mx.array) -> tuple[mx.array, ...]:
-        outputs = call(
+        outputs = kernel(
             inputs=list(inputs),
             template=list(dispatch.template) or None,
             grid=dispatch.grid,
@@ -38,7 +38,7 @@ def generated_source(dispatch: Dispatch) -> str:
 
 
 class _CapturedStdout:
-    """Context manager that captures the writes to file descriptor 1, also those of C++."""
+    """Context manager that captures the writes to file descriptor 1, also from C++."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []

@@ -1,6 +1,6 @@
-"""Tests of the decode and batch kernels as CUDA: they compile, and their costs are those of unrolled loops.
+"""Tests of the decode and batch kernels as CUDA: they compile, and cost as much as unrolled loops.
 
-Costs in CUDA are not those on a Mac, but they show a loop that is no longer unrolled, an array that is no longer in
+Costs in CUDA differ from those on a Mac, but they show a loop that is no longer unrolled, an array that is no longer in
 registers, or a load that is split.
 """
 

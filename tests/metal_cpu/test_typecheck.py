@@ -37,7 +37,7 @@ def sources(*, tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> dict[s
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 6), (1, 8, 40), (3, 4, 6), (16, 8, 384)])
 def test_every_kernel_passes_the_type_check(tokens: int, top_k: int, experts: int, dtype: mx.Dtype) -> None:
     sources_by_name = sources(tokens=tokens, top_k=top_k, experts=experts, dtype=dtype)
-    assert len(sources_by_name) == 9, "two kernels each of decode, batch and router, and three of prefill"
+    assert len(sources_by_name) == 9  # two kernels each of decode, batch and router, and three of prefill
     for source in sources_by_name.values():
         assert type_errors(source) == []
 

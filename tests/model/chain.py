@@ -97,7 +97,7 @@ def loaded_bytes(folder: Path, dense_bits: int | None) -> list[int]:
     """Return the bytes in memory of the embedding, each layer and the head in float32."""
     config = read_config(folder)
     layers = range(config.num_hidden_layers)
-    cache = LatentCache(len(layers), 1, 256, config.cache_row_dim, mx.float32)
+    cache = LatentCache(len(layers), num_slots=1, context_tokens=256, row_dim=config.cache_row_dim, dtype=mx.float32)
     messages: list[LayerLoaded] = []
     load_stage_model(config, open_shards(folder, config), layers, cache, messages.append, dense_bits)
     return [message.held_bytes for message in messages]

@@ -34,7 +34,7 @@ class LoadedDraft:
         self._loader = DraftLoader(self.draft, head, self._shards, files, mx.float32, self.loaded.append)
 
     def slices(self, layers: range) -> dict[int, FeatureSlice]:
-        """Return the slices of ``fc`` for those of ``layers`` that the head reads."""
+        """Return the slices of ``fc`` for the ``layers`` whose outputs the head reads."""
         return self._loader.feature_slices(layers)
 
     def model(self, last: StageModel | None = None, num_slots: int = 4, context_tokens: int = 1024) -> DraftModel:

@@ -29,7 +29,7 @@ def config_with(beta_fast: float, **scaling: float) -> ModelConfig:
 
 
 def yarn_frequencies(beta_fast: float) -> NDArray[np.float64]:
-    """Return each pair's frequency in radians per position: that of fast pairs is kept, of slow ones divided by FACTOR.
+    """Return each pair's frequency in radians per position: unchanged for fast pairs, divided by FACTOR for slow ones.
 
     Peng et al., arXiv 2309.00071, section 3.2: a ramp is between the pair that turns beta_fast times within the
     original context and the pair that turns beta_slow (1) times.

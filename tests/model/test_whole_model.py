@@ -34,7 +34,9 @@ class Parts(NamedTuple):
 
     def logits(self) -> mx.array:
         """Return the logits of PROMPT."""
-        cache = LatentCache(len(self.layers), 1, 256, self.config.cache_row_dim, mx.float32)
+        cache = LatentCache(
+            len(self.layers), num_slots=1, context_tokens=256, row_dim=self.config.cache_row_dim, dtype=mx.float32
+        )
         model = StageModel(self.config, list(self.layers), self.embedding, self.head, cache)
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt=True)])
         return model.logits(model.run(model.embed(mx.array(PROMPT)), batch)[0])
@@ -151,7 +153,9 @@ def test_absorbed_and_naive_attention_agree_in_one_layer(checkpoint: Checkpoint,
     hidden = mx.random.normal((len(PROMPT), config.hidden_size), key=mx.random.key(0))
 
     def run(*, is_prompt: bool) -> mx.array:
-        cache = LatentCache(1, 1, 256, config.cache_row_dim, mx.float32)
+        cache = LatentCache(
+            num_layers=1, num_slots=1, context_tokens=256, row_dim=config.cache_row_dim, dtype=mx.float32
+        )
         batch = Batch([Span(0, 0, len(PROMPT), is_prompt)])
         return run_layer(hidden, 0, weights, batch, cache)
 

@@ -76,7 +76,7 @@ def test_a_common_prefix_ends_at_the_first_difference(left: list[int], right: li
     assert length in (len(left), len(right)) or left[length] != right[length]
 
 
-def acquire(pool: SlotPool, slot: int, *token_ids: int) -> None:
+def acquire(pool: SlotPool, slot: int, token_ids: tuple[int, ...]) -> None:
     """Acquire ``slot`` for a sequence that has these tokens in its cache."""
     prompt_ids = (*token_ids, 0)  # the last token of a prompt is not shared
     sequence = Sequence(Request(prompt_ids, 5, Sampling(seed=0), frozenset()), context_tokens=100)
@@ -88,7 +88,7 @@ def pool_with(*caches: tuple[int, ...]) -> SlotPool:
     """Return a pool of free slots with these tokens in their caches. The first slot is the least recently used."""
     pool = SlotPool(len(caches))
     for slot, token_ids in enumerate(caches):
-        acquire(pool, slot, *token_ids)
+        acquire(pool, slot, token_ids)
         pool.release(slot)
     return pool
 
@@ -102,7 +102,7 @@ def check_choice(pool: SlotPool, prompt_ids: Iterable[int], slot: int, shared: S
 def test_without_a_shared_prefix_the_least_recently_used_slot_is_chosen() -> None:
     pool = pool_with((1, 2), (3, 4), (5, 6))
     check_choice(pool, (7, 8), slot=0, shared=SharedPrefix())
-    acquire(pool, 0, 1, 2)
+    acquire(pool, slot=0, token_ids=(1, 2))
     pool.release(0)
     check_choice(pool, (7, 8), slot=1, shared=SharedPrefix())
 
@@ -121,7 +121,7 @@ def test_a_short_prefix_is_copied_to_another_slot_and_the_longer_cache_is_kept()
 
 def test_a_prefix_in_the_cache_of_a_running_sequence_is_copied() -> None:
     pool = pool_with((1, 2), (3, 4))
-    acquire(pool, 1, 5, 6, 7)
+    acquire(pool, slot=1, token_ids=(5, 6, 7))
     check_choice(pool, (5, 6, 7, 8), slot=0, shared=SharedPrefix(3, copy_from=1))
 
 

@@ -254,7 +254,7 @@ def test_counts_of_several_answers_are_added_by_source_and_position() -> None:
 
 # 0.019: a cycle of 20 + 19 ms is shorter than the 41 ms through both stages.
 @pytest.mark.parametrize(("draft_s", "is_faster"), [(0.001, True), (0.019, True), (0.2, False)])
-def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_it_is_faster(
+def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_drafts_are_faster(
     draft_s: float, is_faster: bool
 ) -> None:
     speed = StageSpeed(fixed_s=0.0, bytes_per_s=SIZES.dense_bytes / 0.02, operations_per_s=1.0)
@@ -264,7 +264,7 @@ def test_auto_drafts_at_first_if_the_costs_of_stages_and_head_predict_that_it_is
     assert DraftSwitch(policy.drafts_are_faster).is_on is is_faster
 
 
-def test_the_predicted_time_of_a_drafted_token_is_between_that_of_a_cycle_and_that_of_all_stages() -> None:
+def test_the_predicted_time_of_a_drafted_token_is_between_a_cycle_and_the_time_of_all_stages() -> None:
     stages_s, turnaround_s = [0.03, 0.02], 0.002
     cycle_s = max(stages_s) + turnaround_s / len(stages_s)  # the slower stage with its hop
     all_stages_s = sum(stages_s) + turnaround_s
@@ -276,7 +276,7 @@ def test_the_predicted_time_of_a_drafted_token_is_between_that_of_a_cycle_and_th
 
 
 @pytest.mark.parametrize(("drafted_s", "plain_s", "drafted_part"), [(0.03, 0.02, 0.1), (0.02, 0.03, 0.9)])
-def test_auto_mostly_drafts_if_it_was_measured_to_be_faster_and_sometimes_measures_again(
+def test_auto_mostly_drafts_if_drafts_were_measured_to_be_faster_and_sometimes_measures_again(
     drafted_s: float, plain_s: float, drafted_part: float
 ) -> None:
     switch = DraftSwitch(lambda: True)

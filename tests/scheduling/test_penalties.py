@@ -44,7 +44,7 @@ class FixedDrafter(NgramDrafter):
         """Do nothing."""
 
 
-def test_the_bias_of_500_random_answers_with_drafts_and_after_a_restart_is_that_of_the_reference() -> None:
+def test_the_bias_of_500_random_answers_with_drafts_and_after_a_restart_equals_the_reference() -> None:
     rng = random.Random(3)
     for seed in range(500):
         sampling = Sampling(

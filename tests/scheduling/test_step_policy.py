@@ -54,7 +54,7 @@ def test_prefill_time_is_within_5_percent_of_the_best_chunk_length(num_prompt: i
 
 @pytest.mark.parametrize("num_tokens", [17, 100, 1500, 4096])
 @pytest.mark.parametrize("tile_rows", [16, 32])
-def test_the_expected_number_of_tiles_is_that_of_random_choices_of_experts(num_tokens: int, tile_rows: int) -> None:
+def test_the_expected_number_of_tiles_is_the_mean_of_random_choices_of_experts(num_tokens: int, tile_rows: int) -> None:
     rng = np.random.default_rng(num_tokens)
     tokens_of_experts = rng.binomial(num_tokens, 8 / 384, size=(400, 384))  # 400 steps of Kimi K2
     mean_tiles = np.ceil(tokens_of_experts / tile_rows).sum(axis=1).mean()

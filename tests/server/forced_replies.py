@@ -89,9 +89,9 @@ class ForcedServer(SteppedServer):
         """Let a stage fail once, at token ``index`` of a reply. Without ``restarts`` its restart is cancelled."""
         self.maker.fail_at = index
         if restarts:
-            self.tokens.may_restart.set()
+            self.harness.may_restart.set()
         else:
-            self.tokens.cancel()
+            self.harness.cancel()
 
 
 def builtin_tokenizer() -> Tokenizer:
@@ -119,7 +119,7 @@ def forced_server(
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
         prompt = {"messages": list(messages), "tools": TOOLS}
         maker.num_prompt_tokens = server.request("POST", "/tokenize", prompt, **{"x-api-key": key}).json["count"]
-        yield ForcedServer(server.port, server.tokens, server.lines, server.state, client, maker)
+        yield ForcedServer(server.port, server.harness, server.lines, server.state, client, maker)
 
 
 def prompt_ids(server: SteppedServer, **request: Any) -> list[int]:

@@ -37,7 +37,7 @@ class SteppedServer:
     """A server whose stages execute plans only in ``run_plans`` and in ``running_stages``, and the lines of its log."""
 
     port: int
-    tokens: TokenEngine
+    harness: TokenEngine
     lines: list[str]
     state: ServerState
 
@@ -48,12 +48,12 @@ class SteppedServer:
     @property
     def num_requests(self) -> int:
         """The number of requests that wait or run in the engine."""
-        return len(self.tokens.engine._jobs)
+        return len(self.harness.engine._jobs)
 
     @property
     def num_planned_tokens(self) -> int:
         """The number of tokens in all plans that were sent to the stages."""
-        return sum(len(row.token_ids) for step in self.tokens.plans for row in step.rows)
+        return sum(len(row.token_ids) for step in self.harness.plans for row in step.rows)
 
     def connect(self) -> socket.socket:
         """Return a connection to the server, with a deadline."""
@@ -86,7 +86,7 @@ class SteppedServer:
 
         def execute_plans() -> None:
             while not stop.is_set():
-                num_executed = sum(self.tokens.stages.execute(rank) for rank in range(self.tokens.limits.num_stages))
+                num_executed = sum(self.harness.stages.execute(rank) for rank in range(self.harness.limits.num_stages))
                 if not num_executed:
                     stop.wait(0.001)
 
@@ -104,11 +104,16 @@ class SteppedServer:
 
     def wait_for_plan(self) -> None:
         """Wait until the stages have a plan: the first request runs."""
-        wait_until(lambda: bool(self.tokens.plans), "a first plan")
+        wait_until(lambda: bool(self.harness.plans), "a first plan")
 
     def run_plans(self, count: int) -> None:
         """Execute plans until more than ``count`` were sent in all."""
-        self.tokens.run_until(lambda: len(self.tokens.plans) > count)
+        self.harness.run_until(lambda: len(self.harness.plans) > count)
+
+    def run_all_plans(self) -> None:
+        """Execute plans until no stage has one."""
+        ranks = range(self.harness.limits.num_stages)
+        self.harness.run_until(lambda: all(self.harness.stages.next_step(rank) is None for rank in ranks))
 
     def wait_for_requests(self, count: int) -> None:
         """Wait until ``count`` requests wait or run in the engine."""
@@ -145,11 +150,11 @@ def stepped_server(
             draft_mode=DraftMode.NGRAM if drafts else DraftMode.OFF,
             max_queued=max_queued,
             make_stages=make_stages,
-        ) as tokens,
+        ) as harness,
         HttpServer(app, "127.0.0.1", 0, drain_s=1) as server,
     ):
-        state.serve(tokens.engine, LanguageModel(builtin_frontend(), "tokens"))
-        yield SteppedServer(int(server.url.rpartition(":")[2]), tokens, lines, state)
+        state.serve(harness.engine, LanguageModel(builtin_frontend(), "tokens"))
+        yield SteppedServer(int(server.url.rpartition(":")[2]), harness, lines, state)
 
 
 def wait_until(is_true: Callable[[], bool], description: str) -> None:

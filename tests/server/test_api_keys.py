@@ -37,7 +37,7 @@ def test_a_running_server_sees_new_and_removed_keys(tmp_path: Path) -> None:
     assert (ring.owner(alice), ring.owner(bob)) == (None, "bob")
     remove_key(path, "bob")
     assert ring.owner(bob) is None
-    assert ring.owner(None) is None, "without the last key the server still requires one"
+    assert ring.owner(None) is None, "without any key left, the server requires none"
 
 
 def test_a_changed_file_that_cannot_be_used_is_logged_once_and_read_again_when_it_can(tmp_path: Path) -> None:

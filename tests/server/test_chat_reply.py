@@ -94,7 +94,7 @@ def body_fields(text: str, **options: Any) -> dict[str, Any]:
     return comparable_fields(create_body(generation, engine_events(generation, text, reason)))
 
 
-def test_the_numbers_of_calls_continue_those_of_the_conversation() -> None:
+def test_the_numbers_of_calls_continue_after_the_conversations_calls() -> None:
     fields = body_fields(section(call("functions.f:0", "{}"), call("functions.f:1", "{}")), first_call=4)
     assert [call_id for call_id, *_ in fields["calls"]] == ["functions.f:4", "functions.f:5"]
     assert fields["finish_reason"] == "tool_calls"
@@ -157,7 +157,7 @@ def test_arguments_are_streamed_as_they_are_sampled() -> None:
     reply = ChatReply(generation)
     num_deltas = [len(reply.add(event)) for event in events]
     assert sum(num_deltas) > 8
-    assert max(num_deltas) <= 2, "an event has at most the beginning of a call and some arguments"
+    assert max(num_deltas) <= 2, "an event has more than the beginning of a call and some arguments"
 
 
 @pytest.mark.parametrize(

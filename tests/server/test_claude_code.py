@@ -79,6 +79,6 @@ def test_a_loop_of_calls_with_40_tools_is_computed_from_the_cache_and_keeps_its_
         return client.messages.count_tokens(model="m", messages=messages, system=system, tools=TOOLS).input_tokens
 
     num_expected = num_prompt_tokens(history, system_prompt(98))
-    assert num_prompt_tokens(without_reasoning(history), system_prompt(99)) == num_expected, "reasoning is put back"
+    assert num_prompt_tokens(without_reasoning(history), system_prompt(99)) == num_expected, "the reasoning is lost"
     changed_system = [{"type": "text", "text": "Another prompt."}]
     assert num_prompt_tokens(without_reasoning(history), changed_system) < num_prompt_tokens(history, changed_system)

@@ -56,7 +56,7 @@ def add_step(activity: ClusterActivity, rank: int, busy_s: float, receive_s: flo
     activity.add_report(StageReport(rank, Microbatch(number=0, rows=(row,)), step_done, received_at=0.0))
 
 
-def test_fractions_are_those_of_the_last_10_to_20_seconds(clock: Clock) -> None:
+def test_fractions_are_of_the_last_10_to_20_seconds(clock: Clock) -> None:
     activity = activity_of_two_stages()
     clock.now += 100
     for _ in range(10):

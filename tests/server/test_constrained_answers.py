@@ -100,7 +100,7 @@ def test_an_operator_can_let_the_model_write_calls_without_a_grammar(
     assert list(policy.forced()) == [model.tokenizer.token_id(marker) for marker in forced_markers]
 
 
-def test_a_schema_with_an_unsupported_keyword_is_answered_with_a_warning_and_a_strict_one_is_refused(
+def test_an_unsupported_keyword_gives_a_warning_and_with_strict_an_error(
     server: Server,
 ) -> None:
     schema = SCHEMA | {"not": {"required": ["rain"]}}
@@ -110,7 +110,9 @@ def test_a_schema_with_an_unsupported_keyword_is_answered_with_a_warning_and_a_s
     answer = server.request("POST", CHAT_PATH, body)
     assert answer.status == 200
     assert answer.headers["warning"].startswith('299 mlx-k2 "')
-    assert "[?not?]" in answer.headers["warning"], "the keyword; quotes are replaced in a header"
+    assert "[?not?]" in answer.headers["warning"], (
+        'the warning does not name the keyword ["not"], with its quotes as ? in a header'
+    )
     json_schema["strict"] = True
     refused = server.request("POST", CHAT_PATH, body)
     assert (refused.status, refused.error["param"]) == (400, "response_format")
@@ -130,14 +132,14 @@ def test_a_bias_makes_a_token_certain_or_impossible(server: Server) -> None:
     assert completion_ids(server, logit_bias={first_id: 100}) == [first_id] * NUM_TOKENS
 
 
-def test_a_frequency_penalty_changes_a_repetition(server: Server) -> None:
-    """The biases are so large that one of two tokens comes again and again."""
+def test_a_frequency_penalty_changes_a_repetition_and_a_presence_penalty_does_not(server: Server) -> None:
+    """The biases allow two tokens only. Unlike a presence penalty, a frequency penalty grows with each repetition."""
     first_id, second_id = completion_ids(server)[:2]
     assert first_id != second_id
     bias = {first_id: 60.0, second_id: 60.0}
     repetition = completion_ids(server, logit_bias=bias)
     assert set(repetition) <= {first_id, second_id}
-    assert completion_ids(server, logit_bias=bias, presence_penalty=-2) == repetition  # equal for both tokens
+    assert completion_ids(server, logit_bias=bias, presence_penalty=-2) == repetition
     assert completion_ids(server, logit_bias=bias, frequency_penalty=2) != repetition
 
 

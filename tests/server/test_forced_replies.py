@@ -27,12 +27,12 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
         assert len(server.maker.token_ids) > index
         server.fail_once(index, restarts=True)
         assert streamed_reply_fields(server.client) == body
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_an_error_in_the_middle_reaches_the_client_as_an_error() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         with pytest.raises(APIError) as caught:
             streamed_reply_fields(server.client)
         assert caught.value.code == "unavailable"

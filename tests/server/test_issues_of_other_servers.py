@@ -44,7 +44,7 @@ from tests.server.forced_replies import (
 from tests.server.http_client import CHAT_PATH, receive_answer
 from tests.server.in_process import LONG_PROMPT, SteppedServer, builtin_frontend, stepped_server
 from tests.server.server_process import Server
-from tests.text.replies import CALL
+from tests.text.replies import CALL_SECTION
 
 
 def chunks_of(server: SteppedServer, **fields: Any) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def test_vllm_33402_reasoning_is_accepted_under_both_names(fast_server: SteppedS
 
 
 def test_opencode_16318_missing_reasoning_is_accepted_and_put_back() -> None:
-    with forced_server(f"<think>Think first.</think>I call.{CALL}") as server:
+    with forced_server(f"<think>Think first.</think>I call.{CALL_SECTION}") as server:
         message: Any = server.client.chat.completions.create(**REQUEST).choices[0].message
         result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"}
         turn = message.to_dict()
@@ -217,16 +217,16 @@ def test_open_webui_28413_a_request_for_a_title_waits_for_the_chat(model: Langua
         with server.running_stages():
             for connection in (chat_connection, title):
                 assert b"[DONE]" in receive_answer(connection).body
-    slots = [row.slot for step in server.tokens.plans for row in step.rows]
-    chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]
-    assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "no row of the title is between the chat's"
+    slots = [row.slot for step in server.harness.plans for row in step.rows]
+    chat_rows = [index for index, slot in enumerate(slots) if slot != slots[0]]  # the title's plan was the first
+    assert chat_rows == list(range(chat_rows[0], chat_rows[-1] + 1)), "a row of the title is between the chat's"
 
 
 def test_ds4_333_a_prompt_sent_again_is_continued_where_its_computation_ended() -> None:
     with stepped_server() as server:
         first = server.send_chat(LONG_PROMPT, stream=True)
         server.wait_for_plan()
-        server.tokens.run_until(lambda: server.num_planned_tokens > 80)  # then at most two chunks of 8 are in flight
+        server.harness.run_until(lambda: server.num_planned_tokens > 80)  # then at most two chunks of 8 are in flight
         first.close()
         server.wait_for_requests(0)
         with server.running_stages():
@@ -251,7 +251,7 @@ def test_vllm_kimi_k2_accuracy_parts_of_content_are_joined(fast_server: SteppedS
 
 def test_exo_2281_an_error_within_a_call_shows_no_markup() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         body = server.request("POST", CHAT_PATH, REQUEST | {"stream": True}).body
     assert b'"error"' in body
     assert b"<|" not in body
@@ -312,7 +312,7 @@ def test_vllm_38579_draft_tokens_beside_markers_change_nothing_and_are_no_marker
     with forced_server(reply, messages=messages, drafts=True) as server:
         assert reply_fields(server.client, messages=messages) == without_drafts
         assert streamed_reply_fields(server.client, messages=messages) == without_drafts
-    drafts = {row.token_ids[0] for step in server.tokens.plans for row in step.rows if row.is_draft}
+    drafts = {row.token_ids[0] for step in server.harness.plans for row in step.rows if row.is_draft}
     assert drafts or name == "reasoning alone"  # the template leaves out the reasoning of earlier answers
     assert drafts.isdisjoint(builtin_tokenizer().special_ids.values())
 
@@ -345,9 +345,9 @@ def test_sglang_23341_reasoning_that_never_ends_is_kept() -> None:
 
 
 def test_dynamo_188_reasoning_may_be_opened_by_the_prompt_or_by_the_model() -> None:
-    by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL}")
-    by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL}", in_reasoning=True)
-    assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is a token"
+    by_model = test_chat_reply.body_fields(f"<think>a</think>b{CALL_SECTION}")
+    by_prompt = test_chat_reply.body_fields(f"a</think>b{CALL_SECTION}", in_reasoning=True)
+    assert by_model.pop("usage") != by_prompt.pop("usage"), "the model's <think> is not counted as a token"
     assert by_model == by_prompt
     assert by_model["reasoning"] == "a"
 
@@ -390,7 +390,7 @@ TESTS_BY_CLIENT_ERROR: dict[str, tuple[Test, ...]] = {
     ),
     "reasoning not sent back": (
         test_opencode_16318_missing_reasoning_is_accepted_and_put_back,
-        test_turn_store.test_a_client_that_drops_reasoning_finds_the_whole_answer_cached,
+        test_turn_store.test_a_client_that_drops_reasoning_finds_its_answer_cached,
         test_messages.test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_key_only,
     ),
     "a hang with reasoning_content": (test_zed_46794_the_request_of_zed_is_answered,),

@@ -35,7 +35,7 @@ def test_claude_code_68900_a_billing_line_that_differs_leaves_the_prompt_cached(
         billing = f"x-anthropic-billing-header: cc_version=2.1.36; cch={number:05x}"
         system = [{"type": "text", "text": billing}, {"type": "text", "text": "Be short."}]
         usages.append(create_message(client, system=system, max_tokens=2)["usage"])
-    assert usages[1]["input_tokens"] == 1, "all but the last position is cached"
+    assert usages[1]["input_tokens"] == 1, "more than the last position was computed"
 
 
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "new"}, None])
@@ -86,7 +86,7 @@ def test_kimi_k2_128_ids_of_any_form_have_the_models_form_in_the_prompt(fast_ser
 
     text = prompt_text(fast_server, messages=history("toolu_01A", "functions_f_0"))
     assert text == prompt_text(fast_server, messages=history("functions.f:0", "functions.f:1"))
-    assert text.count("functions.f:0") == text.count("functions.f:1") == 2, "in the call and in its result"
+    assert text.count("functions.f:0") == text.count("functions.f:1") == 2, "not in each call and in its result"
 
 
 def test_open_webui_28413_a_request_for_a_title_is_brief_and_an_agents_is_not(fast_server: SteppedServer) -> None:

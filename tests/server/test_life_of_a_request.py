@@ -21,9 +21,8 @@ from tests.server.in_process import ALLOWED_ORIGIN, LONG_PROMPT, SteppedServer, 
 
 FIRST_CHUNK = b'"role":"assistant"'
 with_and_without_stream = pytest.mark.parametrize("stream", [True, False])
-with_and_without_pipelined_bytes = pytest.mark.parametrize(
-    "pipelined", [None, b"", b"\r\n", request_bytes("GET", "/health")]
-)
+# With None the request has "Connection: close". The bytes follow a request that keeps its connection.
+on_each_kind_of_connection = pytest.mark.parametrize("pipelined", [None, b"", b"\r\n", request_bytes("GET", "/health")])
 
 
 def connect_with_small_buffer(server: SteppedServer) -> socket.socket:
@@ -43,7 +42,7 @@ def content_of(answer: HttpAnswer) -> str:
 
 @pytest.mark.slow
 @with_and_without_stream
-@with_and_without_pipelined_bytes
+@on_each_kind_of_connection
 def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server(num_slots=1) as server:
         running = server.send_chat(stream=True)
@@ -58,20 +57,20 @@ def test_a_hang_up_in_the_queue_ends_the_request(stream: bool, pipelined: bytes 
 
 @pytest.mark.slow
 @with_and_without_stream
-@with_and_without_pipelined_bytes
+@on_each_kind_of_connection
 def test_a_hang_up_in_prefill_stops_the_prompt(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server() as server:
         connection = server.send_chat(LONG_PROMPT, pipelined=pipelined, stream=stream)
         server.wait_for_plan()
         connection.close()
         server.wait_for_requests(0)
-        server.tokens.run_until(lambda: server.tokens.stages.next_step(1) is None)
-        assert server.num_planned_tokens < 100, "of the 324 tokens of the prompt"
+        server.run_all_plans()
+        assert server.num_planned_tokens < 100, "too many of the prompt's 324 tokens were planned"
 
 
 @pytest.mark.slow
 @with_and_without_stream
-@with_and_without_pipelined_bytes
+@on_each_kind_of_connection
 def test_a_hang_up_in_decode_ends_the_answer(stream: bool, pipelined: bytes | None) -> None:
     with stepped_server() as server:
         connection = server.send_chat(pipelined=pipelined, stream=stream)
@@ -79,10 +78,10 @@ def test_a_hang_up_in_decode_ends_the_answer(stream: bool, pipelined: bytes | No
         server.run_plans(12)
         connection.close()
         server.wait_for_requests(0)
-        server.wait_for_line("/v1/chat/completions")
+        server.wait_for_line("/v1/chat/completions")  # the request is in the log
 
 
-def test_bytes_after_a_request_that_closes_its_connection_are_ignored() -> None:
+def test_bytes_after_a_request_with_connection_close_are_ignored() -> None:
     with stepped_server() as server, server.send_chat(max_tokens=3) as connection:
         server.wait_for_requests(1)
         connection.sendall(b"\r\n")
@@ -108,19 +107,19 @@ def test_after_a_hang_up_the_next_plan_is_for_the_request_that_waited(phase: str
             server.run_plans(12)
         waiting = server.send_chat("four five six " * 60, stream=True)
         server.wait_for_requests(2)
-        num_plans = len(server.tokens.plans)
+        num_plans = len(server.harness.plans)
         running.close()
         server.wait_for_requests(1)
         with server.running_stages():
-            wait_until(lambda: len(server.tokens.plans) > num_plans, "the next plan is sent")
-        (row,) = server.tokens.plans[num_plans].rows
-        assert row.position < 32, "the first chunk of the second prompt"
-        assert len(row.token_ids) > 1, "no token of the first answer"
+            wait_until(lambda: len(server.harness.plans) > num_plans, "the next plan is sent")
+        (row,) = server.harness.plans[num_plans].rows
+        assert row.position < 32, "the plan is not for the first chunk of the second prompt"
+        assert len(row.token_ids) > 1, "the plan is for a token of the first answer"
         waiting.close()
         server.wait_for_requests(0)
 
 
-def test_a_client_that_reads_byte_by_byte_holds_no_slot() -> None:
+def test_a_client_that_reads_slowly_does_not_keep_its_slot() -> None:
     """The client reads 50 bytes a second of an answer of more than 200 kB: the engine does not wait for it."""
     body = {"messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": 900}
     pause = threading.Event()
@@ -150,7 +149,7 @@ def test_a_full_queue_is_a_429_with_the_time_to_wait() -> None:
         assert answer.status == 429
         assert answer.error["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
-        assert "token" not in answer.error["message"]  # an agent that reads of tokens shortens its history
+        assert "token" not in answer.error["message"]  # agents shorten their history after an error about tokens
         first.close()
         second.close()
         server.wait_for_requests(0)
@@ -189,12 +188,12 @@ def test_a_stream_continues_without_a_gap_after_a_restart() -> None:
         connection = server.send_chat(stream=True, **fields)
         server.wait_for_plan()
         server.run_plans(8)
-        server.tokens.fail(1)
+        server.harness.fail_stage(rank=1)
         refused = receive_answer(server.send_chat())
         assert (refused.status, refused.error["code"]) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0
         received_bytes = receive_until(connection, b": keep-alive")
-        server.tokens.end_restart()
+        server.harness.end_restart()
         with server.running_stages():
             answer = receive_answer(connection, received_bytes)
         assert content_of(answer) == undisturbed
@@ -206,15 +205,15 @@ def test_the_end_of_the_engine_is_an_error_event_of_the_stream() -> None:
         connection = server.send_chat(stream=True)
         received_bytes = receive_until(connection, FIRST_CHUNK)
         server.wait_for_plan()
-        server.tokens.fail(0)
-        server.tokens.cancel()
+        server.harness.fail_stage(rank=0)
+        server.harness.cancel()  # the restart
         answer = receive_answer(connection, received_bytes)
         assert answer.events[-1]["error"]["code"] == "unavailable"
         assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_an_unexpected_error_in_a_stream_is_its_last_event(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_in_a_stream_is_sent_without_its_text(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise LookupError("a secret prompt")
 
@@ -288,7 +287,7 @@ def test_an_allowed_origin_gets_its_headers_and_another_does_not() -> None:
     assert not [name for name in refused.headers if name.startswith("access-control-allow")]
 
 
-def test_half_a_request_and_then_silence_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_whole_request_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "HEADERS_TIMEOUT_S", 0.2)
     monkeypatch.setattr(request_fields, "BODY_TIMEOUT_S", 0.2)
     with stepped_server() as server:
@@ -309,13 +308,13 @@ def test_a_second_request_on_a_connection_has_its_own_limit_for_headers(monkeypa
         for _ in range(2):
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert receive_until(connection, b"]}").startswith(b"HTTP/1.1 200")
-            threading.Event().wait(0.4)  # more than the limit: here it begins with a request's first byte
+            threading.Event().wait(0.4)  # longer than the limit, which begins at the first byte of the next request
         connection.sendall(b"GET /v1")
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
 
 
-def test_the_head_of_the_status_stream_ends() -> None:
+def test_a_head_request_for_the_status_stream_ends() -> None:
     with stepped_server() as server:
         answer = server.request("HEAD", "/v1/status/events")
         assert (answer.status, answer.body) == (200, b"")
@@ -341,7 +340,7 @@ def test_a_prompt_of_one_chunk_has_a_prefill_phase_and_a_time_in_the_queue() -> 
         assert float(values["mlx_k2_request_queue_time_seconds_count"]) == 2
 
 
-def test_the_status_is_streamed_when_it_changes_with_consecutive_ids() -> None:
+def test_each_change_of_the_status_is_streamed_with_the_next_id() -> None:
     with stepped_server() as server:
         connection = server.send("GET", "/v1/status/events")
         received_bytes = receive_until(connection, b"event: status")

@@ -102,7 +102,7 @@ def test_only_an_eager_tool_streams_its_arguments_as_they_are_sampled() -> None:
         return server.request("POST", MESSAGES_PATH, request).body.count(b"input_json_delta")
 
     with forced_server(CALLS_REPLY) as server:
-        assert num_deltas(server, CLIENT_TOOLS) == 2, "one for each call"
+        assert num_deltas(server, CLIENT_TOOLS) == 2, "not one delta for each call"
         assert num_deltas(server, eager_tools) > 8
         eager_message = stream_message(client_of(server), tools=eager_tools)
         assert comparable_fields(eager_message) == comparable_fields(create_message(client_of(server)))
@@ -137,7 +137,7 @@ def test_max_tokens_0_computes_the_prompt_and_answers_nothing() -> None:
         assert (empty["content"], empty["stop_reason"], empty["usage"]["output_tokens"]) == ([], "max_tokens", 0)
         assert comparable_fields(stream_message(client, max_tokens=0)) == comparable_fields(empty)
         usage = create_message(client)["usage"]
-        assert usage["input_tokens"] == 1, "all but the last position is cached"
+        assert usage["input_tokens"] == 1, "more than the last position was computed"
         assert usage["cache_read_input_tokens"] == empty["usage"]["input_tokens"] - 1
 
 
@@ -155,7 +155,7 @@ def test_a_full_queue_is_529_with_the_time_to_wait() -> None:
         waiting.close()
     assert (caught.value.status_code, error_of(caught.value.body)[0]) == (529, "overloaded_error")
     assert int(caught.value.response.headers["retry-after"]) >= 1
-    assert count.input_tokens > 0, "a count does not wait for the queue"
+    assert count.input_tokens > 0  # it did not wait for the full queue
 
 
 def test_each_key_may_count_50_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_the_limit_of_a_rate_allows_a_burst_and_then_the_rate(monkeypatch: pytes
         with suppress(ApiError):
             limit.check("alice")
             num_allowed += 1
-    assert 545 <= num_allowed <= 550, "a burst of 50, and 50 a second"
+    assert 545 <= num_allowed <= 550, "not a burst of 50, and 50 a second"
 
 
 def test_lost_reasoning_comes_back_by_conversation_or_by_signature_and_for_its_key_only(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_wrong_key_is_401_in_anthropics_shape(tmp_path: Path) -> None:
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_event() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
             stream_message(client_of(server))
         assert error_of(caught.value.body)[0] == "api_error"
@@ -332,7 +332,7 @@ def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
         body = create_message(client_of(server))
         server.fail_once(index, restarts=True)
         assert comparable_fields(stream_message(client_of(server))) == comparable_fields(body)
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_the_client_lists_the_model(fast_server: SteppedServer) -> None:

@@ -164,4 +164,4 @@ def test_sampling_and_limits_are_read_and_unknown_fields_ignored_at_every_level(
     assert (request.temperature, request.top_p, request.top_k) == (0.5, 0.9, 7)
     assert (request.stop_strings, request.stream, request.limit_tokens) == (("x",), True, 5)
     assert request.messages == [USER_MESSAGE]
-    assert request.service_tier is None, "OpenAI's field of this name has another meaning"
+    assert request.service_tier is None, "it was read as OpenAI's field of this name, which has another meaning"

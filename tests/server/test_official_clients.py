@@ -121,7 +121,7 @@ def test_old_and_new_client_raise_the_error_in_the_middle(clients: list[Client])
     """The stages fail in the first request and are not restarted, so that the server refuses the others."""
     for client in clients:
         with forced_server(CALLS_REPLY) as server:
-            server.fail_once(20, restarts=False)
+            server.fail_once(index=20, restarts=False)
             assert client.results(server, {}) == [{"error": "unavailable"}] * 4
 
 
@@ -130,9 +130,9 @@ def test_old_and_new_client_get_the_same_reply_with_a_restart_in_the_middle(clie
     for client in clients:
         with forced_server(CALLS_REPLY) as server:
             undisturbed = client.results(server, {})
-            server.fail_once(20, restarts=True)
+            server.fail_once(index=20, restarts=True)
             assert client.results(server, {}) == undisturbed
-            assert len(server.tokens.restarts) == 1
+            assert len(server.harness.restarts) == 1
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_old_and_new_client_agree_on_a_response_whose_stages_fail(clients: list[
     results = []
     for client in clients:
         with forced_server(CALLS_REPLY) as server:
-            server.fail_once(20, restarts=restarts)
+            server.fail_once(index=20, restarts=restarts)
             results += client.results(server, {"input": "a"})
     assert results == [results[0]] * NUM_RESULTS
     if restarts:

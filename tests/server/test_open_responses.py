@@ -205,7 +205,7 @@ def test_a_loop_of_codex_with_40_functions_is_computed_from_the_cache_although_i
         if number:
             prompt_tokens += usage["input_tokens"]
             cached_tokens += usage["input_tokens_details"]["cached_tokens"]
-            assert usage["input_tokens"] > num_turn_tokens, "the prompt has the turn with its reasoning"
+            assert usage["input_tokens"] > num_turn_tokens, "the prompt lacks the turn or its reasoning"
         num_turn_tokens = usage["input_tokens"] + usage["output_tokens"]
         items = [event["item"] for event in events if event["type"] == "response.output_item.done"]
         num_reasoning_items += sum(item["type"] == "reasoning" for item in items)

@@ -84,7 +84,7 @@ def test_with_ignore_eos_an_answer_continues_after_its_end(server: Server) -> No
     assert long["token_ids"][: len(short["token_ids"])] == short["token_ids"]
 
 
-def test_the_models_small_files_are_those_of_its_folder(server: Server) -> None:
+def test_the_models_small_files_equal_the_files_in_its_folder(server: Server) -> None:
     model = server.request("GET", "/v1/model-files").json
     assert (model["name"], model["context_tokens"]) == ("kimi-k2-tiny", 16384)
     for name, content in model["files"].items():

@@ -73,14 +73,14 @@ def test_the_stream_is_the_body_for_every_kind_of_reply(name: str) -> None:
 def test_a_restart_in_the_middle_changes_nothing() -> None:
     with forced_server(CALLS_REPLY) as server:
         body = create_response(server)
-        server.fail_once(20, restarts=True)
+        server.fail_once(index=20, restarts=True)
         assert comparable_fields(stream_response(server)) == comparable_fields(body)
-        assert len(server.tokens.restarts) == 1
+        assert len(server.harness.restarts) == 1
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         response = stream_response(server)
     assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
     assert "<|" not in json.dumps(response)
@@ -88,7 +88,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
 
 def test_a_failure_before_a_body_is_sent_is_a_503() -> None:
     with forced_server(CALLS_REPLY) as server:
-        server.fail_once(20, restarts=False)
+        server.fail_once(index=20, restarts=False)
         with pytest.raises(APIStatusError) as caught:
             server.client.responses.create(**REQUEST)
     assert (caught.value.status_code, caught.value.code) == (503, "unavailable")

@@ -45,7 +45,7 @@ def test_a_text_is_a_message_of_the_user_after_the_instructions() -> None:
     with_instructions = conversation(instructions="Be brief.")
     user_message = {"role": "user", "content": "a"}
     assert with_instructions.chat.messages == [{"role": "system", "content": "Be brief."}, user_message]
-    assert with_instructions.messages == [user_message], "stored without the instructions"
+    assert with_instructions.messages == [user_message], "the instructions are stored, too"
 
 
 def test_the_items_of_one_turn_of_the_model_are_one_message() -> None:
@@ -230,4 +230,4 @@ def test_a_refusal_has_the_name_that_the_field_has_in_this_api(
 ) -> None:
     error = refusal(**fields)
     assert (error.status, error.param, error.code) == (400, param, code)
-    assert "messages" not in error.message, "the field of a chat request"
+    assert "messages" not in error.message, "it names the field of a chat request"

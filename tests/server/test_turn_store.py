@@ -1,4 +1,4 @@
-"""Tests of stored turns: lost reasoning is put back, prompts keep their tokens, and other keys find nothing."""
+"""Tests of stored turns: lost reasoning is put back, prompts keep their tokens, and another owner finds nothing."""
 
 from array import array
 from typing import Any
@@ -45,7 +45,7 @@ def test_lost_reasoning_is_put_back_for_its_owner_only() -> None:
     for owner, reasoning in (("alice", "thought"), ("bob", None), ("", None)):
         restored = store.restore(owner, [QUESTION, answer(), Message(role="user", content="c")])
         assert restored.messages[1].reasoning_content == reasoning
-        assert restored.turns == ({0: turn()} if reasoning else {})
+        assert restored.turns == ({0: turn()} if reasoning else {})  # by the number of the answer
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_arguments_in_another_form_and_lost_spaces_are_restored_as_they_were_sam
 def test_an_answer_that_the_client_has_edited_stays_edited() -> None:
     store = TurnStore()
     handle = keep(store)
-    restored = store.restore("", [QUESTION, answer("edited")], turn_handles=[None, handle]).messages[1]
-    assert (restored.content, restored.reasoning_content) == ("edited", "thought")
+    message = store.restore("", [QUESTION, answer("edited")], turn_handles=[None, handle]).messages[1]
+    assert (message.content, message.reasoning_content) == ("edited", "thought")
 
 
 def test_the_turn_used_longest_ago_is_removed_for_a_new_one() -> None:
@@ -99,7 +99,7 @@ def test_the_store_never_holds_more_than_its_limit(turns: list[tuple[str, str, i
     for number, (owner, reasoning, num_tokens) in enumerate(turns):
         keep(store, owner, turn(reasoning, num_tokens, answer(str(number % 3))))
         assert store._num_bytes == sum(stored_turn.num_bytes for stored_turn, _ in store._entries.values()) <= 20_000
-        assert store._entries.keys() >= set(store._latest.values())
+        assert store._entries.keys() >= set(store._latest.values()), "a removed turn is still found"
 
 
 def test_a_handle_finds_its_turn_after_the_conversation_has_changed() -> None:
@@ -127,7 +127,7 @@ def test_another_owners_handle_finds_nothing() -> None:
         assert bool(restored.turns) is is_found
 
 
-def test_a_client_that_drops_reasoning_finds_the_whole_answer_cached(server: Server) -> None:
+def test_a_client_that_drops_reasoning_finds_its_answer_cached(server: Server) -> None:
     request: dict[str, Any] = {"tools": WEATHER_TOOLS, "temperature": 0}
     first = server.request("POST", CHAT_PATH, request | {"messages": WEATHER_QUESTION}).json
     message = first["choices"][0]["message"]
@@ -138,4 +138,5 @@ def test_a_client_that_drops_reasoning_finds_the_whole_answer_cached(server: Ser
     messages = [*WEATHER_QUESTION, turn_without_reasoning, result]
     second = server.request("POST", CHAT_PATH, request | {"messages": messages}).json
     num_first_tokens = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+    # the last sampled token, which no step computed, is not in the cache
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0.95 * num_first_tokens

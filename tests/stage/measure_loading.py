@@ -34,7 +34,7 @@ def main() -> None:
     folder, layers = Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3]))
     dense_bits = int(sys.argv[4]) if len(sys.argv) > 4 else None
     config = read_config(folder)
-    cache = LatentCache(len(layers), 1, 256, config.cache_row_dim, mx.float32)
+    cache = LatentCache(len(layers), num_slots=1, context_tokens=256, row_dim=config.cache_row_dim, dtype=mx.float32)
     pieces: list[int] = []
     model = load_stage_model(
         config, open_shards(folder, config), layers, cache, lambda piece: pieces.append(piece.held_bytes), dense_bits

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("as_a_stage_on_a_cpu")
 
 CONTEXT_TOKENS = 160
 CHUNK_TOKENS = 24
+NUM_PROMPT = 30
+GREEDY = Sampling(seed=3, temperature=0)
 NUM_CASES = 150 if hypothesis.settings.get_current_profile_name() == "long" else 12
 """Cases of requests for each number of stages."""
 
@@ -33,6 +35,18 @@ NUM_CASES = 150 if hypothesis.settings.get_current_profile_name() == "long" else
 def prompt_of(length: int) -> tuple[int, ...]:
     """Return a fixed prompt of ``length`` tokens."""
     return tuple((31 * index) % 500 for index in range(length))
+
+
+def prompt_row(num_drafts: int | None = None) -> Row:
+    """Return the row of a prompt of NUM_PROMPT tokens in slot 0, which requests ``num_drafts`` drafts."""
+    prompt = prompt_of(NUM_PROMPT)
+    draft = None if num_drafts is None else DraftRequest(num_drafts)
+    return Row(slot=0, position=0, token_ids=prompt, is_prompt=True, sampling=GREEDY, recent_ids=prompt, draft=draft)
+
+
+def token_row(token_id: int, position: int, *, is_draft: bool = True) -> Row:
+    """Return the row of a draft token, or of a sampled token, in slot 0."""
+    return Row(slot=0, position=position, token_ids=(token_id,), is_prompt=False, sampling=GREEDY, is_draft=is_draft)
 
 
 @pytest.fixture(scope="module")
@@ -236,17 +250,15 @@ def test_cache_rows_after_wrong_and_right_drafts_equal_those_of_a_run_without_dr
 def test_right_drafts_in_flight_do_not_change_the_drafts_after_a_step(
     checkpoint: Checkpoint, head: Path, num_stages: int
 ) -> None:
-    prompt = prompt_of(30)
-    sampling = Sampling(seed=3, temperature=0)
     results: list[tuple[int, tuple[int, ...]]] = []  # the sampled token and its drafts
     for has_plans_in_flight in (False, True):
         pipeline = Pipeline(checkpoint("thinking"), num_stages, 2, head)
-        first = Row(0, 0, prompt, True, sampling, prompt, draft=DraftRequest(3))
+        first = prompt_row(num_drafts=3)
         steps = [Step(0, (first,))]
         if has_plans_in_flight:  # with the token that will be sampled, and the first draft after it
             token_id, draft_ids = results[0]
-            steps.append(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
-            steps.append(Step(2, (Row(0, 31, (draft_ids[0],), False, sampling, is_draft=True),)))
+            steps.append(Step(1, (token_row(token_id, position=NUM_PROMPT),)))
+            steps.append(Step(2, (token_row(draft_ids[0], position=NUM_PROMPT + 1),)))
         for step in steps:
             pipeline.expect(step)
         answers = [runner.run(steps[0]) for runner in pipeline.runners]
@@ -258,9 +270,7 @@ def test_right_drafts_in_flight_do_not_change_the_drafts_after_a_step(
 
 
 def test_the_first_draft_is_the_draft_token_that_is_in_flight(checkpoint: Checkpoint, head: Path) -> None:
-    prompt = prompt_of(30)
-    sampling = Sampling(seed=3, temperature=0)
-    first = Row(0, 0, prompt, True, sampling, prompt, draft=DraftRequest(2))
+    first = prompt_row(num_drafts=2)
     pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
     (done,) = pipeline.step(first)
     drafted = pipeline.runners[0].draft()
@@ -268,8 +278,8 @@ def test_the_first_draft_is_the_draft_token_that_is_in_flight(checkpoint: Checkp
     assert drafted is not None
     other_id = (drafted.token_ids[0] + 1) % 500
     pipeline = Pipeline(checkpoint("thinking"), 1, 2, head)
-    pipeline.expect(Step(1, (Row(0, 30, (token_id,), False, sampling, is_draft=True),)))
-    pipeline.expect(Step(2, (Row(0, 31, (other_id,), False, sampling, is_draft=True),)))
+    pipeline.expect(Step(1, (token_row(token_id, position=NUM_PROMPT),)))
+    pipeline.expect(Step(2, (token_row(other_id, position=NUM_PROMPT + 1),)))
     (done,) = pipeline.step(first)
     assert done.number == 1
     drafted = pipeline.runners[0].draft()
@@ -280,24 +290,24 @@ def test_the_first_draft_is_the_draft_token_that_is_in_flight(checkpoint: Checkp
 def test_the_last_stage_skips_a_wrong_draft_and_all_stages_skip_a_draft_that_a_later_plan_undoes(
     checkpoint: Checkpoint, head: Path
 ) -> None:
-    prompt = prompt_of(30)
-    sampling = Sampling(seed=3, temperature=0)
     pipeline = Pipeline(checkpoint("thinking"), 3, 2, head)
-    (token,) = pipeline.tokens(Row(0, 0, prompt, True, sampling, prompt))
-    wrong = Row(0, 30, ((token.token_id + 1) % 500,), False, sampling, is_draft=True)
+    (token,) = pipeline.tokens(prompt_row())
+    wrong = token_row((token.token_id + 1) % 500, position=NUM_PROMPT)
     answers = pipeline.step(wrong)
     assert [done.is_skipped for done in answers] == [False, False, True]
     assert answers[-1].tokens == ()
     pipeline.expect(Step(3, (wrong,)))
-    pipeline.expect(Step(4, (Row(0, 30, (token.token_id,), False, sampling),)))
+    pipeline.expect(Step(4, (token_row(token.token_id, position=NUM_PROMPT, is_draft=False),)))
     assert [done.is_skipped for done in pipeline.step(wrong)] == [True, True, True]
-    (next_token,) = pipeline.tokens(Row(0, 30, (token.token_id,), False, sampling))
-    expected = Pipeline(checkpoint("thinking"), 1).generate(prompt, sampling, 2)
+    (next_token,) = pipeline.tokens(token_row(token.token_id, position=NUM_PROMPT, is_draft=False))
+    expected = Pipeline(checkpoint("thinking"), 1).generate(prompt_of(NUM_PROMPT), GREEDY, 2)
     assert [token.token_id, next_token.token_id] == [sampled.token_id for sampled in expected]
 
 
 def test_a_hop_has_a_second_vector_for_each_token_only_with_a_head(checkpoint: Checkpoint, head: Path) -> None:
     for head_folder, shape in ((None, (5, 128)), (head, (10, 128))):
         pipeline = Pipeline(checkpoint("thinking"), 2, 2, head_folder)
-        pipeline.runners[0].run(Step(1, (Row(0, 0, prompt_of(5), True, None),)))
+        pipeline.runners[0].run(
+            Step(1, (Row(slot=0, position=0, token_ids=prompt_of(5), is_prompt=True, sampling=None),))
+        )
         assert pipeline.hops[1].get_nowait().shape == shape

@@ -51,7 +51,7 @@ def test_without_saved_limits_the_chip_decides(tmp_path: Path, chip: str | None,
     assert environment == limits.environment() | ({} if chip is None else MAC_VARIABLES)
 
 
-def test_saved_limits_replace_those_of_the_chip_also_if_they_are_mlxs_own(tmp_path: Path) -> None:
+def test_saved_limits_replace_the_chips_limits_also_if_they_are_mlxs_defaults(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     save_limits(MLX_DEFAULTS, tmp_path / "limits.json")
     apply_settings(environment, "Apple M3 Ultra", tmp_path / "limits.json")

@@ -52,7 +52,7 @@ def test_words_fill_the_ids_between_bytes_and_control_tokens(vocab_size: int) ->
     assert vocab_size > 640 or len(tokens) == vocab_size - 256  # larger sizes have more ids than there are words
 
 
-def test_the_ids_for_config_json_are_those_of_the_tokenizer() -> None:
+def test_config_json_gets_the_ids_of_the_tokenizer() -> None:
     vocabulary = tiny_vocabulary(800, 1234)
     tokenizer = load_tokenizer(vocabulary.files, 800)
     assert vocabulary.bos_token_id == tokenizer.token_id("[BOS]")

@@ -56,5 +56,5 @@ def call(written_id: str, arguments: str) -> str:
     return f"<|tool_call_begin|>{written_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
 
 
-CALL = section(call("functions.f:0", '{"a": 1}'))
+CALL_SECTION = section(call("functions.f:0", '{"a": 1}'))
 """The text of a section with one call."""

@@ -1,4 +1,4 @@
-"""Tests of replies as messages: they have the template's format, and a rendered reply parses to the same reply."""
+"""Tests of replies rendered as messages and parsed again, of the ids of calls, and of prompts that open reasoning."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True)
 
 
 def parts_of(ids: Sequence[int]) -> Iterator[Part]:
-    """Yield the parts of a reply that its token ids complete."""
+    """Yield the parts of the reply with these token ids."""
     reader = ReplyReader(tokenizer(), [], ())
     for token_id in ids:
         yield from reader.add(token_id).parts
@@ -81,11 +81,11 @@ def test_an_empty_reply_is_rendered_as_empty_text() -> None:
 def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
     broken_call = ToolCall(written_id="3", name="", arguments="{", values=None, error="The call was not run.")
     turn = assistant_message(Reply("", "", (broken_call,)), num_calls_before=5)
-    (message,) = tool_messages(turn, ["The call was not run."])
+    (result,) = tool_messages(turn, ["The call was not run."])
     assert turn.tool_calls[0].function == CalledFunction("unknown", "{")
-    assert message.tool_call_id == turn.tool_calls[0].id == "functions.unknown:5"
-    messages = [USER_MESSAGE, turn, message]
-    assert read_history([message.json_value() for message in messages], ()).messages == messages
+    assert result.tool_call_id == turn.tool_calls[0].id == "functions.unknown:5"
+    messages = [USER_MESSAGE, turn, result]
+    assert read_history([message.json_value() for message in messages], template_fields=()).messages == messages
 
 
 def with_normal_ids(messages: list[Message]) -> list[Message]:
@@ -105,17 +105,22 @@ def test_calls_are_numbered_through_the_conversation() -> None:
 
 
 @given(st.lists(st.lists(st.tuples(names, st.sampled_from(["0", "1", "call_x"])), max_size=3), max_size=4))
-def test_foreign_call_ids_are_normalized_and_each_result_follows_its_call(turns: list[list[tuple[str, str]]]) -> None:
+def test_foreign_call_ids_are_normalized_and_each_result_gets_the_id_of_its_call(
+    calls_of_turns: list[list[tuple[str, str]]],
+) -> None:
     conversation: list[Message] = []
-    for turn in turns:
-        tool_calls = tuple(MessageCall(id=call_id, function=CalledFunction(name, "{}")) for name, call_id in turn)
+    for calls_of_turn in calls_of_turns:
+        tool_calls = tuple(
+            MessageCall(id=call_id, function=CalledFunction(name, "{}")) for name, call_id in calls_of_turn
+        )
         conversation.append(Message(role="assistant", content="", tool_calls=tool_calls))
-        for name, call_id in sorted(turn, key=lambda call: call[1]):  # reordered, except calls with equal ids
+        # the results are in another order than the calls, except those with equal ids
+        for name, call_id in sorted(calls_of_turn, key=lambda call: call[1]):
             conversation.append(Message(role="tool", tool_call_id=call_id, content=name))
     normal = with_normal_ids([USER_MESSAGE, *conversation])
     calls = [call for message in normal for call in message.tool_calls]
     assert [call.id for call in calls] == [
-        f"functions.{name}:{number}" for number, (name, _) in enumerate(itertools.chain(*turns))
+        f"functions.{name}:{number}" for number, (name, _) in enumerate(itertools.chain(*calls_of_turns))
     ]
     names_by_id = {call.id: call.function.name for call in calls}
     results = [message for message in normal if message.role == "tool"]

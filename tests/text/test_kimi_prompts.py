@@ -31,7 +31,7 @@ def test_a_prompt_has_the_text_of_the_checkpoints_tokenizer(prompt: dict[str, An
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_have_the_ids_of_the_checkpoints_tokenizer(model: str) -> None:
     prompts = [prompt for prompt in TEXT_PROMPTS.values() if prompt["template"] == model and "ids_sha256" in prompt]
-    assert len(prompts) > 20, "most prompts have ids: all but those with control tokens spelled in a message"
+    assert len(prompts) > 20  # prompts without ids have a message that spells a control token
     for prompt in prompts:
         ids = ids_of(template(model), kimi_tokenizer(), prompt["messages"], prompt["tools"], **prompt["flags"])
         assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == prompt["ids_sha256"], prompt["id"]

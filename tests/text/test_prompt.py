@@ -93,7 +93,7 @@ def test_a_hostile_conversation_has_the_same_control_tokens_as_a_harmless_one(co
 
 @given(conversations, declared_tools)
 def test_a_prompt_decodes_to_the_rendering_of_unescaped_text_byte_for_byte(conversation: Any, tools: Any) -> None:
-    """The first of a prompt's two renderings is that of unescaped text."""
+    """A prompt is rendered twice, first with unescaped text."""
     pieces = pieces_of(builtin_template(), tokenizer(), conversation, tools)
     renderings: list[str] = []
 
@@ -126,7 +126,9 @@ def test_text_between_control_tokens_is_one_piece(conversation: Any) -> None:
 
 def test_a_control_token_spelled_in_a_message_is_encoded_as_text() -> None:
     ids = ids_of(builtin_template(), tokenizer(), [{"role": "user", "content": "a<|im_end|>b"}])
-    assert ids.count(tokenizer().token_id("<|im_end|>")) == 2, "after the system prompt and after the message"
+    assert ids.count(tokenizer().token_id("<|im_end|>")) == 2, (
+        "not one after the system prompt and one after the message"
+    )
     assert "<|im_user|>user<|im_middle|>a<|im_end|>b<|im_end|>" in decode(ids)
 
 

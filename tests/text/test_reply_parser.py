@@ -1,4 +1,4 @@
-"""Tests of ReplyParser: reasoning, content and calls do not depend on how text is split, and text is no marker."""
+"""Tests of ReplyParser: reasoning, content and calls do not depend on how its text is split."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from mlx_k2.text.reply_parts import ArgumentsText, Content, Part, Reasoning, Rep
 from mlx_k2.text.tool_call import ToolCall
 from tests.examples import at_least
 from tests.text.replies import (
-    CALL,
+    CALL_SECTION,
     SINGULAR_MARKERS,
     VOCABULARY_MARKERS,
     Token,
@@ -41,13 +41,13 @@ replies = st.lists(pieces, max_size=12)
 vocabularies = st.sampled_from([VOCABULARY_MARKERS, frozenset[str](), frozenset({"<think>", "</think>"})])
 
 
-def as_control_tokens(tokens: Sequence[Token], names: frozenset[str]) -> list[Token]:
-    """Return the tokens, of which only those with these names are control tokens."""
-    return [(text, is_control and text in names) for text, is_control in tokens]
+def limit_control_tokens(tokens: Sequence[Token], control_names: frozenset[str]) -> list[Token]:
+    """Return the tokens, with control tokens of other names as ordinary text."""
+    return [(text, is_control and text in control_names) for text, is_control in tokens]
 
 
 def split_again(tokens: Sequence[Token], lengths: Sequence[int]) -> list[Token]:
-    """Return the same reply with its ordinary text joined and split again into these lengths, repeated."""
+    """Return the same reply with its ordinary text joined and split into pieces of these lengths, which repeat."""
     sizes = itertools.cycle(lengths)
     result: list[Token] = []
     for is_control, group in itertools.groupby(tokens, key=lambda token: token[1]):
@@ -78,11 +78,11 @@ def join_texts(parts: Sequence[Part]) -> list[Part]:
 @given(replies, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), vocabularies)
 @settings(max_examples=at_least(400))
 def test_splitting_the_text_differently_gives_the_same_reply_parts(
-    tokens: list[Token], lengths: list[int], in_reasoning: bool, names: frozenset[str]
+    tokens: list[Token], lengths: list[int], in_reasoning: bool, control_names: frozenset[str]
 ) -> None:
-    tokens = as_control_tokens(tokens, names)
+    tokens = limit_control_tokens(tokens, control_names)
     unsplit, split, single_characters = (
-        join_texts(parse_tokens(split_again(tokens, sizes), in_reasoning=in_reasoning, names=names))
+        join_texts(parse_tokens(split_again(tokens, sizes), in_reasoning=in_reasoning, names=control_names))
         for sizes in ([10_000], lengths, [1])
     )
     assert split == unsplit
@@ -91,15 +91,15 @@ def test_splitting_the_text_differently_gives_the_same_reply_parts(
 
 @given(replies, st.booleans(), vocabularies)
 def test_the_parts_of_a_reply_have_all_its_text_in_order_except_space_and_characters_of_markers(
-    tokens: list[Token], in_reasoning: bool, names: frozenset[str]
+    tokens: list[Token], in_reasoning: bool, control_names: frozenset[str]
 ) -> None:
-    tokens = as_control_tokens(tokens, names)
+    tokens = limit_control_tokens(tokens, control_names)
     text = ""
-    for part in parse_tokens(tokens, in_reasoning=in_reasoning, names=names):
+    for part in parse_tokens(tokens, in_reasoning=in_reasoning, names=control_names):
         match part:
             case Reasoning() | Content():
                 text += part.text
-            case ToolCall():  # it has the text of the parts before it that belong to the call
+            case ToolCall():  # has the text of its header and arguments, which came before
                 text += part.written_id + part.arguments
     assert significant_characters(text) == significant_characters("".join(text for text, _ in tokens))
 
@@ -110,30 +110,33 @@ def significant_characters(text: str) -> str:
 
 
 @given(replies, st.booleans(), vocabularies)
-def test_the_parts_of_a_call_that_has_begun_are_those_of_the_complete_call(
-    tokens: list[Token], in_reasoning: bool, names: frozenset[str]
+def test_the_header_and_arguments_streamed_for_a_call_equal_those_of_the_complete_call(
+    tokens: list[Token], in_reasoning: bool, control_names: frozenset[str]
 ) -> None:
     open_call: ToolCallHeader | None = None
     arguments = ""
-    for part in parse_tokens(as_control_tokens(tokens, names), in_reasoning=in_reasoning, names=names):
+    for part in parse_tokens(
+        limit_control_tokens(tokens, control_names), in_reasoning=in_reasoning, names=control_names
+    ):
         match part:
             case ToolCallHeader():
-                assert open_call is None, "a call begins after the call before has ended"
+                assert open_call is None, "a call begins within a call"
                 open_call, arguments = part, ""
             case ArgumentsText(text):
-                assert open_call is not None, "arguments belong to a call"
+                assert open_call is not None, "arguments outside a call"
                 arguments += text
             case ToolCall():
+                # `broken_call` divides the text of a broken call again
                 if open_call is not None and part.values is not None:
                     assert (part.name, part.arguments) == (open_call.name, arguments)
                 open_call = None
             case _:
-                assert open_call is None, "no other text comes within a call"
+                assert open_call is None, "other text within a call"
     assert open_call is None
 
 
 @given(replies, st.booleans())
-def test_when_markers_are_control_tokens_spelled_markers_are_only_text(tokens: list[Token], in_reasoning: bool) -> None:
+def test_the_spelled_name_of_a_control_token_is_only_text(tokens: list[Token], in_reasoning: bool) -> None:
     reply = whole_reply(parse_tokens([(text, False) for text, _ in tokens], in_reasoning=in_reasoning))
     text = "".join(text for text, _ in tokens)
     assert reply == (Reply(text, "", ()) if in_reasoning else Reply("", text, ()))
@@ -141,9 +144,9 @@ def test_when_markers_are_control_tokens_spelled_markers_are_only_text(tokens: l
 
 @given(replies, st.booleans(), vocabularies)
 def test_a_parsed_call_has_either_values_or_an_error(
-    tokens: list[Token], in_reasoning: bool, names: frozenset[str]
+    tokens: list[Token], in_reasoning: bool, control_names: frozenset[str]
 ) -> None:
-    parts = parse_tokens(as_control_tokens(tokens, names), in_reasoning=in_reasoning, names=names)
+    parts = parse_tokens(limit_control_tokens(tokens, control_names), in_reasoning=in_reasoning, names=control_names)
     for parsed_call in whole_reply(parts).calls:
         assert (parsed_call.error is None) == (parsed_call.values is not None)
         if parsed_call.error is None:
@@ -157,9 +160,11 @@ json_values = st.recursive(
     max_leaves=5,
 )
 argument_objects = st.dictionaries(st.text("abc_", min_size=1, max_size=4), json_values, max_size=3)
-# In an id without the prefix "functions.", a name that begins with it could not be told from the prefix.
-names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True).filter(lambda name: not name.startswith("functions."))
-call_ids = st.builds("{}{}:{}".format, st.sampled_from(["functions.", ""]), names, st.integers(0, 400))
+# In an id without the prefix "functions.", a name that begins with it would be read as prefix and name.
+tool_names = st.from_regex(r"[A-Za-z_][\w.\-]{0,12}", fullmatch=True).filter(
+    lambda name: not name.startswith("functions.")
+)
+call_ids = st.builds("{}{}:{}".format, st.sampled_from(["functions.", ""]), tool_names, st.integers(0, 400))
 
 
 @given(st.lists(st.tuples(call_ids, argument_objects), min_size=1, max_size=3), st.booleans())
@@ -183,19 +188,19 @@ def test_well_formed_calls_are_parsed_like_mlx_lm(
         ('{"name": "f"}', "", '{"name": "f"}'),
     ],
 )
-def test_a_malformed_call_has_its_text(text: str, written_id: str, arguments: str) -> None:
+def test_a_malformed_call_keeps_its_id_and_text(text: str, written_id: str, arguments: str) -> None:
     (parsed_call,) = parse_reply(section(text)).calls
     assert (parsed_call.written_id, parsed_call.arguments) == (written_id, arguments)
 
 
 @pytest.mark.parametrize("marker", SINGULAR_MARKERS)
-def test_a_singular_section_marker_outside_a_section_is_text(marker: str) -> None:
+def test_a_section_marker_with_call_for_calls_is_text_if_no_call_follows(marker: str) -> None:
     assert parse_reply(f"<think>R{marker} S</think>C{marker}", in_reasoning=False) == Reply(
         f"R{marker} S", f"C{marker}", ()
     )
 
 
-def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
+def test_a_section_marker_with_call_for_calls_inside_arguments_is_part_of_them() -> None:
     arguments = json.dumps({"text": "".join(SINGULAR_MARKERS)})
     (parsed_call,) = parse_reply(section(call("functions.f:0", arguments))).calls
     assert parsed_call.values == {"text": "".join(SINGULAR_MARKERS)}
@@ -207,7 +212,7 @@ def test_a_singular_marker_spelled_inside_arguments_is_part_of_them() -> None:
         ("<think>R</think>C", Reply("R", "C", ())),
         ("C<think>D</think>", Reply("", "C<think>D</think>", ())),
         (call("functions.f:0", "{}"), Reply("", call("functions.f:0", "{}"), ())),
-        ("C<|tool_calls_section_begin|> D", Reply("", "C<|tool_calls_section_begin|> D", ())),
+        ("C<|tool_calls_section_begin|> D", Reply("", "C<|tool_calls_section_begin|> D", ())),  # no call follows
     ],
 )
 def test_a_marker_missing_from_the_vocabulary_is_parsed_from_text_where_expected(text: str, reply: Reply) -> None:
@@ -222,7 +227,7 @@ def test_arguments_may_contain_a_spelled_call_begin_marker() -> None:
     assert parsed_call.values == {"a": "<|tool_call_begin|>"}
 
 
-def test_other_control_tokens_become_their_names_in_the_text() -> None:
+def test_control_tokens_that_are_no_markers_become_their_names_in_the_text() -> None:
     parts = parse_tokens([("<think>", True), ("a", False), ("<|im_middle|>", True), ("b", False)])
     assert whole_reply(parts) == Reply("a<|im_middle|>b", "", ())
 
@@ -236,16 +241,16 @@ def test_text_is_emitted_as_soon_as_it_cannot_begin_a_marker() -> None:
 
 def test_a_call_is_emitted_when_it_ends_and_not_at_the_end_of_the_reply() -> None:
     parser = ReplyParser(VOCABULARY_MARKERS, in_reasoning=False)
-    *tokens, _section_end = tokens_of(CALL)
+    *tokens, _section_end = tokens_of(CALL_SECTION)
     parts: list[Part] = []
     for text, is_control in tokens:
         parts += parser.control(text) if is_control else parser.text(text)
-    assert parts == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parse_reply(CALL).calls]
+    assert parts == [ToolCallHeader("f"), ArgumentsText('{"a": 1}'), *parse_reply(CALL_SECTION).calls]
     assert list(parser.finish()) == []
 
 
 @given(st.lists(st.text(max_size=4), max_size=6))
-@example(["<", "th", "ink", ">"])
+@example(["<", "|tool_call_sec"])  # begins a marker that the vocabulary lacks
 def test_all_buffered_text_is_emitted_at_the_end_of_a_reply(texts: list[str]) -> None:
     reply = whole_reply(parse_tokens([(text, False) for text in texts]))
     assert reply.content == "".join(texts)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.text.replies import CALL, call, parse_reply, section
+from tests.text.replies import CALL_SECTION, call, parse_reply, section
 
 # The reply, whether the prompt opened the reasoning, and the expected reasoning, content and call names.
 PITFALLS = {
     "K2 Thinking writes <think> itself": ("<think>R</think>C", False, "R", "C", []),
     "K2.5's prompt ends with <think>": ("R</think>C", True, "R", "C", []),
-    "K2.5 writes <think> again (vLLM #32216: a leading <think> is optional)": (
+    "K2.5 writes <think> again (vLLM #32216)": (
         "\n<think>R</think>C",
         True,
         "R",
@@ -19,20 +19,20 @@ PITFALLS = {
     "space before <think>": (" \n<think>R</think>C", False, "R", "C", []),
     "space before an answer stays": (" C", False, "", " C", []),
     "nothing but space": (" \n", False, "", " \n", []),
-    "a section ends the reasoning (vLLM #32216, #34955)": (f"<think>R{CALL}", False, "R", "", ["f"]),
-    "a section ends the reasoning that K2.5's prompt opened": (f"R{CALL}", True, "R", "", ["f"]),
+    "a section ends the reasoning (vLLM #32216, #34955)": (f"<think>R{CALL_SECTION}", False, "R", "", ["f"]),
+    "a section ends the reasoning that K2.5's prompt opened": (f"R{CALL_SECTION}", True, "R", "", ["f"]),
     "a call in the reasoning, then </think> (Kimi-K2 #89, ik_llama.cpp #955, exo #1256)": (
-        f"<think>R{CALL}</think>C",
+        f"<think>R{CALL_SECTION}</think>C",
         False,
         "R",
         "C",
         ["f"],
     ),
-    "an answer after a call in the reasoning": (f"<think>R{CALL}C", False, "R", "C", ["f"]),
+    "an answer after a call in the reasoning": (f"<think>R{CALL_SECTION}C", False, "R", "C", ["f"]),
     "a second block of reasoning": ("<think>R</think>C<think>S</think>D", False, "RS", "CD", []),
     "</think> without <think>": ("C</think>D", False, "", "CD", []),
     "the reply ends in the reasoning": ("<think>R", False, "R", "", []),
-    "content before calls": (f"<think></think>C\n{CALL}", False, "", "C\n", ["f"]),
+    "content before calls": (f"<think></think>C\n{CALL_SECTION}", False, "", "C\n", ["f"]),
     "singular section markers (tinker-cookbook)": (
         "<think>R</think><|tool_call_section_begin|>\n" + call("functions.f:0", "{}") + "<|tool_call_section_end|>",
         False,
@@ -50,8 +50,8 @@ PITFALLS = {
     ),
     "hyphens and dots in names (SGLang)": (section(call("functions.a-b.c_d:12", "{}")), False, "", "", ["a-b.c_d"]),
     "a name with a colon": (section(call("functions.a:1:2", "{}")), False, "", "", ["a:1"]),
-    "no functions. (SGLang)": (section(call("f:0", "{}")), False, "", "", ["f"]),
-    "no number": (section(call("functions.f", "{}")), False, "", "", ["f"]),
+    "an id without the prefix functions. (SGLang)": (section(call("f:0", "{}")), False, "", "", ["f"]),
+    "an id without a number": (section(call("functions.f", "{}")), False, "", "", ["f"]),
     "no arguments": (section(call("functions.f:0", "")), False, "", "", ["f"]),
     "a call's first marker is missing": (
         section("functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>"),
@@ -74,8 +74,14 @@ PITFALLS = {
         "C",
         ["f"],
     ),
-    "the section's last marker is missing": (CALL.removesuffix("<|tool_calls_section_end|>"), False, "", "", ["f"]),
-    "two sections": (CALL + CALL, False, "", "", ["f", "f"]),
+    "the section's last marker is missing": (
+        CALL_SECTION.removesuffix("<|tool_calls_section_end|>"),
+        False,
+        "",
+        "",
+        ["f"],
+    ),
+    "two sections": (CALL_SECTION + CALL_SECTION, False, "", "", ["f", "f"]),
     "an empty section": (f"C{section()}", False, "", "C", []),
 }
 
@@ -125,7 +131,7 @@ MALFORMED_CALLS = {
 
 
 @pytest.mark.parametrize(("text", "name", "error"), MALFORMED_CALLS.values(), ids=MALFORMED_CALLS)
-def test_a_malformed_call_gives_an_error_with_the_expected_format(text: str, name: str, error: str) -> None:
+def test_the_error_of_a_malformed_call_states_the_format_of_a_call(text: str, name: str, error: str) -> None:
     (parsed_call,) = parse_reply(text).calls
     assert parsed_call.name == name
     assert parsed_call.values is None

@@ -166,7 +166,7 @@ characters = st.sampled_from("ab Z'sé汉1.,!\r\n\t\u00a0\u3000\x1c\x85\u2028\u0
 
 
 @given(st.text(characters, max_size=60), st.integers(1, 5))
-def test_the_ids_of_slices_are_those_of_the_whole_text(text: str, min_length: int) -> None:
+def test_a_text_has_the_same_ids_in_slices_as_in_whole(text: str, min_length: int) -> None:
     parts = list(slices(text, min_length))
     assert "".join(parts) == text
     assert [token_id for part in parts for token_id in tokenizer().encode_text(part)] == tokenizer().encode_text(text)

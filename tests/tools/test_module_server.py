@@ -102,7 +102,7 @@ def test_functions_may_return_text_or_json_and_may_print(module: Path, caplog: p
         assert box.call("point", {}).text == '{"x":7}'
         assert box.call("key", {}).text == "secret"
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert not warnings, "what a function prints is not read as a message of MCP"
+    assert not warnings, "the text that a function prints was read as a message of MCP"
 
 
 def test_an_exception_in_a_function_becomes_a_failed_result(module: Path) -> None:

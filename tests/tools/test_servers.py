@@ -131,7 +131,7 @@ def test_comments_trailing_commas_and_a_byte_order_mark_are_ignored(tmp_path: Pa
     assert read_mcp_file(path, {}, pytest.fail) == (StdioServer(name="files", command="npx", args=args),)
 
 
-def test_the_line_of_an_error_is_that_of_the_file_with_its_comments(tmp_path: Path) -> None:
+def test_an_error_names_the_line_of_the_file_with_its_comments(tmp_path: Path) -> None:
     path = tmp_path / "mcp.json"
     path.write_text('/* one\ntwo */ {\n// three\n "mcpServers" 4}')
     with pytest.raises(ToolsError, match="is not an MCP file: line 4, column 15: expecting ':' delimiter"):

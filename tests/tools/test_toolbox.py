@@ -95,7 +95,7 @@ def test_a_failing_tool_and_invalid_arguments_give_failed_results(box: ToolBox) 
     assert box.call("fail", {}).outcome is Outcome.FAILED
     invalid = box.call("add", {"a": "many"})
     assert invalid.outcome is Outcome.FAILED
-    assert "\na\n" in invalid.text, "a line has the name of the argument"
+    assert "\na\n" in invalid.text, "no line has the argument's name alone"
     assert "integer" in invalid.text
 
 

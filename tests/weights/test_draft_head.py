@@ -93,7 +93,7 @@ def rename_tensor(before: bytes, after: bytes) -> Change:
         (change_fields(rope_scaling=None), "rope_scaling is missing"),
         (change_fields(quantization_config={"quant_method": "fp8"}), "quantized draft heads cannot be read"),
         (change_fields(draft_vocab_size=100), "lacks the tensor d2t that its config.json requires"),
-        (change_fields(draft_vocab_size=1000), "draft_vocab_size 1000 is above 192"),
+        (change_fields(draft_vocab_size=1000), "draft_vocab_size 1000 is above vocab_size 192"),
         (change_fields(kv_lora_rank=32), "has shape"),
         (change_fields(hidden_size="64"), "hidden_size"),
         (rename_tensor(b"fc.weight", b"fd.weight"), "lacks the tensor fc.weight"),
@@ -172,7 +172,7 @@ def test_a_head_that_follows_the_advice_of_its_refusal_is_read(write_head: Calla
     assert {spec.dtype for spec in read_head(write_head()).layer_specs()} == {"BF16"}
 
 
-def test_kept_rows_are_those_of_the_smallest_ids_and_of_control_tokens() -> None:
+def test_the_rows_of_the_smallest_ids_and_of_control_tokens_are_kept() -> None:
     assert kept_rows(range(100), num_rows=16, vocab_size=100) == [*range(14), 98, 99]
     assert kept_rows(range(100), num_rows=100, vocab_size=100) == list(range(100))
     assert kept_rows([5, 90, 7, 99], num_rows=3, vocab_size=100) == [0, 1, 2]  # an eighth of 3 rows is none

@@ -48,7 +48,7 @@ def test_kimi_k2_thinking_has_its_published_number_of_parameters(thinking_specs:
     assert num_parameters == 1_026_408_232_448
 
 
-def test_kimi_k25_has_its_published_number_of_tensors_without_those_for_images() -> None:
+def test_kimi_k25_has_its_published_number_of_tensors_less_the_tensors_for_images() -> None:
     specs = model_specs(config_of(as_kimi_k25(thinking_config_fields())))
     num_published, num_vision_tensors = 208_550, 335
     assert len(specs) == num_published - num_vision_tensors

@@ -111,7 +111,7 @@ def test_the_reader_accepts_the_files_that_the_package_accepts_with_the_same_ten
 
 @settings(max_examples=at_least(100))
 @given(valid_headers())
-def test_the_offsets_are_those_of_the_header(
+def test_the_offsets_come_from_the_header(
     tmp_path_factory: pytest.TempPathFactory, header_and_length: tuple[Any, int]
 ) -> None:
     header, num_bytes = header_and_length

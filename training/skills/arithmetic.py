@@ -39,18 +39,18 @@ def arithmetic(rng: random.Random) -> Task:
     return subtraction(rng) if kind < 0.85 else multiplication(rng)
 
 
-def arithmetic_to_ask(rng: random.Random) -> Task:
-    """Return arithmetic with a two-digit number. Training needs all one-digit tables, so they are never held out."""
+def held_out_arithmetic(rng: random.Random) -> Task:
+    """Return arithmetic for held-out questions: with a two-digit number, since training needs every one-digit task."""
     while True:
         task = arithmetic(rng)
-        if any(len(number) > 1 for number in task.key.split()[::2]):
+        if any(len(number) > 1 for number in task.key.split()[::2]):  # the key is, for instance, "3 + 14"
             return task
 
 
 def addition(rng: random.Random) -> Task:
     """Return a task with the sum of two numbers up to 99."""
     a, b = _number(rng), _number(rng)
-    return _task(rng, rng.choice(_PLUS), "+", a, b, f"{_add(a, b)} {a + b}.", a + b)
+    return _task(rng, rng.choice(_PLUS), "+", a, b, f"{_addition_steps(a, b)} {a + b}.", a + b)
 
 
 def subtraction(rng: random.Random) -> Task:
@@ -60,8 +60,8 @@ def subtraction(rng: random.Random) -> Task:
         a, b = b, a
     template = rng.choice(_MINUS + _MINUS_STORIES if a >= b else _MINUS)
     if a >= b:
-        return _task(rng, template, "-", a, b, f"{_subtract(a, b)} {a - b}.", a - b)
-    think = f"{a} is less than {b}: {b} - {a} and a minus sign. {_subtract(b, a)} {b - a}. -{b - a}."
+        return _task(rng, template, "-", a, b, f"{_subtraction_steps(a, b)} {a - b}.", a - b)
+    think = f"{a} is less than {b}: {b} - {a} and a minus sign. {_subtraction_steps(b, a)} {b - a}. -{b - a}."
     return _task(rng, template, "-", a, b, think, a - b)
 
 
@@ -73,7 +73,7 @@ def multiplication(rng: random.Random) -> Task:
         think = f"{a} * {b} = {a * b}."
     else:
         tens, ones = b - b % 10, b % 10
-        think = f"{a} * {tens} = {a * tens}, {a} * {ones} = {a * ones}. {_add(a * tens, a * ones)} {a * b}."
+        think = f"{a} * {tens} = {a * tens}, {a} * {ones} = {a * ones}. {_addition_steps(a * tens, a * ones)} {a * b}."
     if rng.random() < 0.5:
         return _task(rng, rng.choice(_TIMES), "*", a, b, think, a * b)
     return _task(rng, rng.choice(_TIMES), "*", b, a, think, a * b)
@@ -91,7 +91,7 @@ def _task(rng: random.Random, template: str, sign: str, a: int, b: int, think: s
     )
 
 
-def _add(a: int, b: int) -> str:
+def _addition_steps(a: int, b: int) -> str:
     ones = a % 10 + b % 10
     carry = ones >= 10
     text = f"Ones: {a % 10} + {b % 10} = {ones}"
@@ -102,7 +102,7 @@ def _add(a: int, b: int) -> str:
     return f"{text} Tens: {a // 10} + {b // 10}{' + 1' if carry else ''} = {tens}."
 
 
-def _subtract(a: int, b: int) -> str:
+def _subtraction_steps(a: int, b: int) -> str:
     ones = a % 10 - b % 10
     borrow = ones < 0
     text = f"Ones: {a % 10} - {b % 10}"

@@ -55,7 +55,7 @@ class LineKeyboard:
         return text
 
     def ask(self, question: str) -> str:
-        """Discard what was typed before, and return the answer to a question; errors are those of ``read``."""
+        """Discard what was typed before, and return the answer to a question; raise the errors of ``read``."""
         if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._read_line(question)

@@ -21,7 +21,7 @@ def _open_without_wait(path: str, flags: int) -> int:
 
 
 class Transcript:
-    """A file with a line for each part of a reply, and for each complete message. A context manager.
+    """A file with a line for each part of a reply, each ended call, and each complete message. A context manager.
 
     A failed write, as on a full disk, ends the transcript and calls ``notify`` once. The chat continues.
 
@@ -44,7 +44,7 @@ class Transcript:
         self._file.close()
 
     def write_event(self, event: Event) -> None:
-        """Write a line for parts of ``reasoning`` and ``content``, an ended ``call``, or a complete ``message``."""
+        """Write the line of a part of a reply, an ended call, or a complete message. Other events have none."""
         match event:
             case Reasoning(text):
                 self.write({"reasoning": text})
