@@ -29,7 +29,7 @@ from mlx_k2.cli.options import (
 )
 from mlx_k2.cli.program_command import ProgramCommand
 from mlx_k2.cli.repl.commands import HELP, OTHER_NAMES, Commands
-from mlx_k2.cli.repl.keyboard import choose_keyboard
+from mlx_k2.cli.repl.keyboard import choose_keyboard, without_echo
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import Screen, choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
@@ -97,10 +97,17 @@ def command(options: ChatOptions) -> None:
         mlx-k2 chat --hostfile two-macs.json --model ~/Kimi-K2-Thinking --mcp mcp.json
 
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat. If standard input or output is not a
-    terminal, each line of input is a message; answers go to stdout, everything else to stderr.
+    terminal, each line of input is a message; answers go to stdout, everything else to stderr. The exit code is 1 if a
+    line has failed and standard input is not a terminal.
     """  # noqa: D301  # click reads the escape
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
+    with without_echo():
+        _start_chat(options)
+
+
+def _start_chat(options: ChatOptions) -> None:
+    """Start stages, or connect to a server, and chat with the model."""
     if options.connect is not None:
         with _chat_resources(options) as resources:
             _chat_on_server(options, resources)
@@ -216,14 +223,18 @@ def _run_chat(
         transcript.write({"started": {"mlx-k2": __version__, "model": model_name, "digest": digest}})
     for line in settings.warnings:
         screen.log(line)
-    screen.log(f"{model_name} · /help lists the commands, Ctrl-D leaves")
+    hint = "/help lists the commands, Ctrl-D leaves" if keyboard.can_ask else "each line of input is a message"
+    screen.log(f"{model_name} · {hint}")
+    repl = Repl(commands, keyboard, transcript)
     try:
-        Repl(commands, keyboard, transcript).run(options.first_message)
+        repl.run(options.first_message)
     except BaseException:  # also a signal, a full disk, or a defect of the program
         if conversation.messages:
             with suppress(OSError):  # the terminal may be closed
                 _save_after_error(commands, screen)
         raise
+    if repl.has_failed and not keyboard.can_ask:
+        raise click.exceptions.Exit(1)  # a script does not read the message
 
 
 def _save_after_error(commands: Commands, screen: Screen) -> None:

@@ -23,8 +23,8 @@ class _LossyFile(io.FileIO):
 def prepare_streams() -> str | None:
     """Make the standard streams usable; return an error message if standard output is closed, else None.
 
-    A byte of standard input that is not text is read as U+FFFD. A character that an output's encoding lacks is written
-    as an escape. Errors of writing to standard error are ignored.
+    A byte of standard input that is not text is read as a lone surrogate. A character that an output's encoding lacks
+    is written as an escape. Errors of writing to standard error are ignored.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -36,9 +36,9 @@ def prepare_streams() -> str | None:
     elif isinstance(sys.stderr, io.TextIOWrapper):
         lossy_stderr = io.BufferedWriter(_LossyFile(sys.stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(lossy_stderr, sys.stderr.encoding, line_buffering=True)
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     return "standard output is closed: redirect it, for instance to /dev/null" if sys.stdout is None else None
 
 

@@ -17,7 +17,7 @@ from mlx_k2.client.server_connection import ServerAddress, Unavailable, event_da
 from mlx_k2.config import ModelConfig
 from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.handle import Finished, Handle, PrefillProgress, Token
-from mlx_k2.errors import EngineBusy, MlxK2Error, RequestError, RequestFailed, SetupError
+from mlx_k2.errors import ClusterError, EngineBusy, MlxK2Error, RequestError, RequestFailed, SetupError
 from mlx_k2.json_text.read import read_json
 from mlx_k2.scheduling.request import FinishReason, Priority, Request, check_request
 from mlx_k2.scheduling.token_policy import TokenPolicy
@@ -141,6 +141,8 @@ class RemoteEngine:
                 if reason is None:
                     reason = FinishReason.CANCELLED if remote.is_cancelled else self._stream(remote, handle)
             handle.end(remote.finished(reason, remote.policy.finish().parts))
+        except ClusterError as error:  # no stage of this process: the server can come back, and answer a later request
+            handle.end(RequestFailed(str(error)))
         except MlxK2Error as error:
             handle.end(error)
         except Exception as error:  # noqa: BLE001 - the reader of the handle must not wait forever

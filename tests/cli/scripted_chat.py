@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_k2.chat.chat_session import ChatSession, ReplySettings
 from mlx_k2.chat.conversation import Conversation
 from mlx_k2.cli.repl.commands import HELP, Commands
-from mlx_k2.cli.repl.keyboard import choose_keyboard
+from mlx_k2.cli.repl.keyboard import choose_keyboard, without_echo
 from mlx_k2.cli.repl.loop import Repl
 from mlx_k2.cli.repl.screen import choose_screen
 from mlx_k2.cli.repl.tool_approval import ToolApproval
@@ -59,6 +59,7 @@ def main(script: str, transcript_path: str) -> None:
     screen = choose_screen(show_thinking=True)
     usage = UsageTotals(CONTEXT_TOKENS, num_stages=2)
     with ExitStack() as stack:
+        stack.enter_context(without_echo())
         transcript = stack.enter_context(Transcript(Path(transcript_path), screen.log))
         tools = None
         if script in ("tools", "late call"):

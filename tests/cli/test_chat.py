@@ -183,3 +183,15 @@ def test_a_third_ctrl_c_interrupts_an_answer_that_does_not_stop(command_line: Co
             threading.Event().wait(0.5)  # as by hand: a busy machine merges signals that arrive together
         pane.type("C-d")
         pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_a_low_terminal_shows_the_prompt_and_the_typed_text(command_line: CommandLine, tmp_path: Path) -> None:
+    with scripted_chat(command_line, tmp_path, "talk") as pane:
+        pane.wait_for("2 stages")
+        for columns, rows, key, text in ((80, 8, "a", "> a"), (30, 8, "b", "> ab"), (40, 3, "c", "> abc")):
+            pane.resize(columns, rows)
+            pane.type(key)
+            pane.wait_for(text)
+        pane.type("C-u", "C-d")  # delete the line, and leave
+        pane.wait_for("exit code 0")

@@ -1,7 +1,10 @@
 """Tests of the chat on real stages: answers and tool calls of the built-in model, and stages that fail."""
 
 import json
+import os
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +41,54 @@ def chat(command_line: CommandLine, folder: Path, *options: str) -> Iterator[Ter
 def write_tools(folder: Path) -> str:
     (folder / "weather.py").write_text(TOOLS)
     return str(folder / "weather.py")
+
+
+def write_waiting_hosts(folder: Path) -> tuple[Path, Path]:
+    """Return a hostfile of two stages on this machine, and the path of a file: until it exists, no stage starts."""
+    may_start, python, hostfile = folder / "may start", folder / "python", folder / "hosts.json"
+    python.write_text(f'#!/bin/sh\nwhile [ ! -e "{may_start}" ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "python": str(python)}
+    hostfile.write_text(json.dumps([host, host]))
+    return hostfile, may_start
+
+
+def has_echo(tty: Path) -> bool:
+    """Return whether a terminal echoes keys."""
+    descriptor = os.open(tty, os.O_RDWR | os.O_NOCTTY)
+    local_flags: int = termios.tcgetattr(descriptor)[3]
+    os.close(descriptor)
+    return bool(local_flags & termios.ECHO)
+
+
+@needs_tmux
+def test_a_message_typed_while_the_stages_start_is_sent_when_the_chat_begins(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    hostfile, may_start = write_waiting_hosts(tmp_path)
+    command = [MLX_K2, "chat", "--hostfile", str(hostfile)]
+    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("starting 2 stages")
+        pane.send_message("What is 3 plus 4?")
+        may_start.touch()
+        text = pane.wait_for("3 + 4 = 7")
+        assert text.count("What is 3 plus 4?") == text.count("> What is 3 plus 4?") == 1  # not echoed before
+        pane.type("C-d")
+        pane.wait_for("exit code 0")
+
+
+@needs_tmux
+def test_ctrl_c_while_the_stages_start_ends_the_program_and_restores_the_terminal(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    hostfile, _ = write_waiting_hosts(tmp_path)
+    command = [MLX_K2, "chat", "--hostfile", str(hostfile)]
+    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("starting 2 stages")
+        assert not has_echo(pane.tty)
+        pane.type("C-c")
+        pane.wait_for("exit code 130")
+        assert has_echo(pane.tty)
 
 
 @pytest.mark.slow
@@ -143,14 +194,8 @@ def test_ctrl_c_ends_an_answer_at_once_while_a_suspended_stage_blocks_it(
 def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
     command_line: CommandLine, endless_model: Path, tmp_path: Path
 ) -> None:
-    may_start = tmp_path / "may start"
+    hostfile, may_start = write_waiting_hosts(tmp_path)
     may_start.touch()
-    python = tmp_path / "python"  # a stage's program, which waits until the file ``may_start`` exists
-    python.write_text(f'#!/bin/sh\nwhile [ ! -e "{may_start}" ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    hostfile = tmp_path / "hosts.json"
-    host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "python": str(python)}
-    hostfile.write_text(json.dumps([host, host]))
     options = ["--model", str(endless_model), "--seed", "1", "--hostfile", str(hostfile)]
     with terminal(tmp_path, [MLX_K2, "chat", *options], command_line.environment(TERM="xterm-256color")) as pane:
         pane.wait_for("/help lists the commands")
@@ -181,7 +226,7 @@ def test_ctrl_c_during_a_restart_ends_it_within_2_s_and_keeps_the_conversation(
 @pytest.mark.slow
 def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(command_line: CommandLine) -> None:
     result = command_line.run("chat", "--max-tokens", "12", "--seed", "5", stdin="Hello\n/nonsense\n/stats\n/help\n")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr  # a line has failed
     assert "error: there is no command /nonsense" in result.stderr
     assert "replies 1 ·" in result.stderr
     assert "show this list" in result.stderr
@@ -189,3 +234,20 @@ def test_lines_on_standard_input_are_messages_and_stdout_has_only_answers(comman
     assert max(map(len, lines)) <= 80, "a line is wider than a terminal of 80 columns"
     assert "\x1b" not in result.stdout + result.stderr
     assert "replies" not in result.stdout
+
+
+def test_a_line_that_is_not_utf_8_and_a_mistyped_command_are_refused_on_standard_input(
+    command_line: CommandLine,
+) -> None:
+    result = subprocess.run(
+        [MLX_K2, "chat", "--stages", "1"],
+        input=b"hi\xff\n/hlep\n",
+        capture_output=True,
+        timeout=60,
+        env=command_line.environment(),
+    )
+    errors = result.stderr.decode()
+    assert (result.returncode, result.stdout) == (1, b""), errors  # nothing was sent to the model
+    assert "error: this line is not UTF-8 text, and is not sent: hi\N{REPLACEMENT CHARACTER}" in errors
+    assert "error: there is no command /hlep: did you mean /help? /help lists them" in errors
+    assert "Ctrl-D" not in errors

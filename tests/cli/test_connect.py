@@ -1,14 +1,19 @@
 """Tests of --connect: chat, generate and bench with the model of a running server."""
 
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from mlx_k2.cli.main import run
-from tests.cli.command import CommandLine
+from tests.cli.command import MLX_K2, CommandLine
+from tests.cli.tmux import needs_tmux, terminal
 from tests.server.server_process import Server, running_server
 
 QUESTION = "What is 17 plus 25?"
+ENDLESS_MODEL_TEXT = "reserved_token"
+"""Text that the endless model, which has random weights, generates within a few tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +45,34 @@ def test_chat_answers_with_the_servers_model(user: CommandLine, server: Server) 
     lines = f"{QUESTION}\nWhat is 3 plus 4?\n/stats\n"
     result = user.run("chat", "--temperature", "0", *connect_option(server), stdin=lines)
     assert (result.returncode, result.stdout) == (0, "17 + 25 = 42\n3 + 4 = 7\n")
-    assert "kimi-k2-tiny · /help" in result.stderr
+    assert "kimi-k2-tiny · each line of input is a message" in result.stderr
     assert "prompt tokens cached\nthe stages are those of the server http" in result.stderr  # no number of stages
+
+
+@pytest.mark.slow
+@needs_tmux
+def test_a_chat_continues_after_its_server_has_restarted(
+    user: CommandLine, endless_model: Path, tmp_path: Path
+) -> None:
+    model = ("--model", str(endless_model))
+    with running_server(user, *model) as server:
+        command = [MLX_K2, "chat", *connect_option(server)]
+        with terminal(tmp_path, command, user.environment(TERM="xterm-256color")) as pane:
+            pane.wait_for("Ctrl-D leaves")
+            pane.send_message("Hello")
+            pane.wait_for(ENDLESS_MODEL_TEXT)
+            server.end(signal.SIGKILL)
+            pane.wait_for("the connection to the server was lost")
+            pane.wait_for("; /retry answers your message again")
+            pane.send_message("/retry")
+            num_texts = pane.wait_for("error: there is no server at").count(ENDLESS_MODEL_TEXT)
+            with running_server(user, *model, "--port", str(server.port)):
+                pane.send_message("/retry")
+                pane.wait_for(ENDLESS_MODEL_TEXT, times=num_texts + 1)
+                pane.type("C-c")
+                pane.wait_for("the answer was")  # stopped, or cut off if it has ended before
+                pane.type("C-d")
+                pane.wait_for("exit code 0")
 
 
 @pytest.mark.slow

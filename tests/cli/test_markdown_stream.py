@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -123,6 +124,32 @@ def screen_texts(pane: Terminal, *outputs: str, with_colours: bool = False) -> l
     pane.wait_for(f"end {number}.", times=len(outputs))
     parts = pane.text(with_colours=with_colours).split(f"begin {number}.\n")[1:]
     return [part[: part.index(f"end {number}.")].rstrip() for part in parts]
+
+
+@needs_tmux
+def test_a_terminal_that_became_narrower_shows_an_unfinished_answer_once(tmp_path: Path) -> None:
+    numbers = [str(number) for number in range(100, 150)]
+    with (
+        terminal(tmp_path, ["sleep", "600"], {"PATH": os.environ["PATH"]}, WIDTH, HEIGHT) as pane,
+        pane.tty.open("w") as tty,
+    ):
+        tty.write("\n" * HEIGHT)  # the answer begins in the last line
+        terminal_console = console(tty)
+        display = MarkdownDisplay(terminal_console)
+        display.add(" ".join(numbers[:-1]))
+        display.refresh()
+        pane.wait_for(numbers[-2])
+        terminal_console.width = WIDTH // 2
+        pane.resize(terminal_console.width, HEIGHT)
+        display.add(f" {numbers[-1]}")
+        display.refresh()
+        assert pane.wait_for(numbers[-1]).split() == numbers
+        terminal_console.width = WIDTH // 3
+        pane.resize(terminal_console.width, HEIGHT + 8)
+        display.close()
+        tty.write("end")
+        tty.flush()
+        assert pane.wait_for("end").split() == [*numbers, "end"]
 
 
 @needs_tmux

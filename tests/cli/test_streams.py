@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,21 +44,34 @@ def replaced_stream(name: str, data: bytes, encoding: str, errors: str) -> Itera
         stream.detach()
 
 
-def lines_from(keyboard: LineKeyboard) -> Iterator[str]:
+def lines_from(keyboard: LineKeyboard) -> tuple[list[str], int]:
+    """Return the lines that are text, and the number of the other lines, which are refused."""
+    lines, num_refused = [], 0
     while True:
         try:
-            yield keyboard.read()
+            lines.append(keyboard.read())
+        except RequestError:
+            num_refused += 1
         except EOFError:
-            return
+            return lines, num_refused
+
+
+def is_text(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @given(data=st.binary(), encoding=ENCODINGS, errors=st.sampled_from(["strict", "surrogateescape"]))
-def test_any_bytes_on_standard_input_can_be_read_saved_and_written_to_a_transcript(
+def test_a_line_of_any_bytes_is_refused_or_can_be_saved_and_written_to_a_transcript(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, encoding: str, errors: str
 ) -> None:
     folder = tmp_path_factory.mktemp("chat")
     with replaced_stream("stdin", data, encoding, errors):
-        lines = list(lines_from(LineKeyboard()))
+        lines, num_refused = lines_from(LineKeyboard())
+    assert (num_refused == 0) == is_text(data, encoding)
     messages = [{"role": "user", "content": line} for line in lines]
     with Transcript(folder / "t", pytest.fail) as transcript:
         for message in messages:
@@ -149,3 +163,38 @@ def test_a_pipe_or_a_device_is_neither_read_nor_replaced_by_load_and_save(tmp_pa
     with pytest.raises(RequestError, match=f"{path} is not a regular file"):
         save_chat(path, SavedChat("m", "d", []))
     assert not path.is_file()
+
+
+HOLD_KEYS = """
+import os, select, sys, termios
+from mlx_k2.cli.repl.keyboard import without_echo
+
+fails = sys.argv[1] == "fails"
+try:
+    with without_echo():
+        print("ready", flush=True)
+        select.select([0], [], [])
+        if fails:
+            raise ValueError
+except ValueError:
+    pass
+has_keys = bool(select.select([0], [], [], 0)[0])
+print("echo", bool(termios.tcgetattr(0)[3] & termios.ECHO), "keys", has_keys)
+"""
+
+
+@pytest.mark.parametrize(("end", "output"), [("ends", "echo True keys True"), ("fails", "echo True keys False")])
+def test_keys_typed_during_a_failed_start_do_not_reach_the_shell(end: str, output: str) -> None:
+    controller, program_side = pty.openpty()
+    command = [sys.executable, "-c", HOLD_KEYS, end]
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, stdin=program_side, stdout=program_side, env=environment) as process:
+        os.close(program_side)
+        shown = os.read(controller, 100)
+        assert b"ready" in shown
+        os.write(controller, b"rm -r /tmp/x\r")
+        assert process.wait(60) == 0
+    shown += os.read(controller, 100)
+    os.close(controller)
+    assert b"rm" not in shown  # not echoed
+    assert output.encode() in shown

@@ -15,7 +15,7 @@ from mlx_k2.client.server_connection import ServerAddress
 from mlx_k2.coordinator.answer_summary import AnswerTimer
 from mlx_k2.coordinator.handle import Event, Finished, Handle, PrefillProgress, Token
 from mlx_k2.coordinator.reply_policy import ReplyLimits, ReplyPolicy
-from mlx_k2.errors import ClusterError, EngineBusy, RequestError, SetupError
+from mlx_k2.errors import EngineBusy, RequestError, RequestFailed, SetupError
 from mlx_k2.sampling import Sampling
 from mlx_k2.scheduling.request import FinishReason, Priority, Request
 from mlx_k2.server.api_keys import KeyRing, add_key
@@ -133,13 +133,13 @@ def test_a_cancelled_request_ends_here_and_on_the_server(priority: Priority) -> 
         server.wait_for_requests(0)
 
 
-def test_the_end_of_the_servers_engine_is_an_error() -> None:
+def test_the_end_of_the_servers_engine_is_a_failure_of_the_request_only() -> None:
     with stepped_server() as server:
         handle = RemoteEngine(ServerAddress(server.url)).submit(request(60, max_tokens=100))
         server.wait_for_plan()
         server.harness.fail_stage(0)
         server.harness.cancel()  # the restart
-        with pytest.raises(ClusterError):
+        with pytest.raises(RequestFailed):
             list(handle.events())
 
 

@@ -1,5 +1,6 @@
 """The commands of a chat: lines that begin with a slash. Knows no keyboard and starts nothing."""
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,11 @@ class Commands:
         name, _, argument = line.partition(" ")
         name = OTHER_NAMES.get(name, name)
         if name not in HELP:
+            known_words = [known_name.lstrip("/") for known_name in (*HELP, *OTHER_NAMES)]
+            similar_words = difflib.get_close_matches(name[1:], known_words, 1)
+            suggestion = f"did you mean /{similar_words[0]}? " if similar_words else ""
             raise RequestError(
-                f"there is no command {one_line(name, _MAX_CHARS)}: /help lists them; "
+                f"there is no command {one_line(name, _MAX_CHARS)}: {suggestion}/help lists them; "
                 "to send it as a message, write a space before it"
             )
         argument = argument.strip()

@@ -4,10 +4,9 @@ import contextlib
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from prompt_toolkit import PromptSession
+from prompt_toolkit import Application, PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -17,11 +16,15 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
+from mlx_k2.cli.repl.wording import one_line
 from mlx_k2.cli.streams import is_dumb, is_terminal, refuses_colour
+from mlx_k2.errors import RequestError
 from mlx_k2.private_files import state_folder
 from mlx_k2.text.tokenizer import well_formed
 
 PROMPT = "> "
+_MENU_LINES = 8
+_MAX_QUOTED_CHARS = 100
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
@@ -39,25 +42,23 @@ class LineKeyboard:
         Raises:
             EOFError: the input has ended.
             KeyboardInterrupt: the user discards the current line.
+            RequestError: the line has a byte that is not text.
         """
         lines = [self._read_line(PROMPT)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
             lines.append(self._read_line(". "))
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        if well_formed(text) != text:
+            encoding, quoted = sys.stdin.encoding.upper(), one_line(text, _MAX_QUOTED_CHARS)
+            raise RequestError(f"this line is not {encoding} text, and is not sent: {quoted}")
+        return text
 
     def ask(self, question: str) -> str:
         """Discard what was typed before, and return the answer to a question; raise the errors of ``read``."""
         if is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
         return self._read_line(question)
-
-    def without_echo(self) -> AbstractContextManager[None]:
-        """Return a context for all calls of ``read``, in which keys typed during an answer are not echoed into it.
-
-        Here it does nothing, because plain lines have no echo that this program controls.
-        """
-        return contextlib.nullcontext()
 
     def _read_line(self, prompt: str) -> str:
         if is_terminal(sys.stdin):
@@ -89,7 +90,8 @@ class TerminalKeyboard(LineKeyboard):
             color_depth=None if colours else ColorDepth.DEPTH_1_BIT,
             style=_STYLE,
         )
-        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        self._message_session.app.before_render += self._fit_menu
+        self._question_session: PromptSession[str] = PromptSession(history=InMemoryHistory(), reserve_space_for_menu=0)
 
     def read(self) -> str:
         """Return the next message or command; output of other threads meanwhile appears above the prompt."""
@@ -102,25 +104,45 @@ class TerminalKeyboard(LineKeyboard):
         clear_typeahead(self._question_session.input)  # keys after the last Enter that prompt_toolkit has read already
         return self._question_session.prompt(question)
 
-    @contextlib.contextmanager
-    def without_echo(self) -> Iterator[None]:
-        """Turn off the terminal's echo and line mode in this context, for input that is typed during an answer."""
-        terminal = sys.stdin.fileno()
-        attributes_before = termios.tcgetattr(terminal)
-        input_flags, output_flags, control_flags, local_flags, *rest = attributes_before
-        input_flags &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
-        local_flags &= ~(termios.ECHO | termios.ICANON)
-        attributes = [input_flags, output_flags, control_flags, local_flags, *rest]
-        termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(terminal, termios.TCSANOW, attributes_before)
+    def _fit_menu(self, app: Application[str]) -> None:
+        """Reserve lines for the menu of completions: as many as the terminal has beside the status line."""
+        free_lines = app.output.get_size().rows - 1
+        self._message_session.reserve_space_for_menu = min(_MENU_LINES, free_lines)
+
+
+def _can_edit() -> bool:
+    """Return whether stdin and stdout are a terminal on which lines can be edited."""
+    return is_terminal(sys.stdin) and is_terminal(sys.stdout) and not is_dumb()
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Keep keys that are typed while the model loads or answers for the next prompt, and do not echo them.
+
+    Turns off the terminal's echo and line mode in this context; does nothing where lines cannot be edited.
+    """
+    if not _can_edit():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    attributes_before = termios.tcgetattr(terminal)
+    input_flags, output_flags, control_flags, local_flags, *rest = attributes_before
+    input_flags &= ~termios.ICRNL  # keep Enter as CR, so that it is not read as Ctrl-J later
+    local_flags &= ~(termios.ECHO | termios.ICANON)
+    attributes = [input_flags, output_flags, control_flags, local_flags, *rest]
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    when = termios.TCSAFLUSH  # after an error discard the input: the shell would run a message as a command
+    try:
+        yield
+        when = termios.TCSANOW
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is closed
+            termios.tcsetattr(terminal, when, attributes_before)
 
 
 def choose_keyboard(commands: Sequence[str], status: Callable[[], str]) -> LineKeyboard:
     """Return a keyboard with editing and saved history; plain lines if stdin or stdout is no terminal or a dumb one."""
-    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)) or is_dumb():
+    if not _can_edit():
         return LineKeyboard()
     folder = state_folder()
     history = None if folder is None else _usable_history(folder / "chat-history")

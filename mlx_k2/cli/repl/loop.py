@@ -31,6 +31,8 @@ class Repl:
         self._screen = commands.screen
         self._usage = commands.usage
         self._transcript = transcript
+        self.has_failed = False
+        """Whether a message or a command has failed."""
 
     def run(self, first_message: str | None = None) -> None:
         """Send ``first_message``, then run until the user quits or the input ends.
@@ -38,21 +40,22 @@ class Repl:
         Raises:
             ClusterError: the stages cannot continue; the conversation so far is in the session.
         """
-        with self._keyboard.without_echo():
-            while True:
-                self._session.prefill_next_prompt()
-                try:
-                    if first_message is None:
-                        self._handle_line(self._keyboard.read())
-                    else:
-                        message, first_message = first_message, None
-                        self._send(message)
-                except KeyboardInterrupt:
-                    continue
-                except (EOFError, Quit):
-                    return
-                except (SetupError, RequestFailed, EngineBusy) as error:
-                    self._screen.log(f"error: {error}")
+        while True:
+            self._session.prefill_next_prompt()
+            try:
+                if first_message is None:
+                    self._handle_line(self._keyboard.read())
+                else:
+                    message, first_message = first_message, None
+                    self._send(message)
+            except KeyboardInterrupt:
+                continue
+            except (EOFError, Quit):
+                return
+            except (SetupError, RequestFailed, EngineBusy) as error:
+                self.has_failed = True
+                can_retry = not isinstance(error, SetupError)
+                self._screen.log(f"error: {error}{'; /retry answers your message again' if can_retry else ''}")
 
     def _handle_line(self, line: str) -> None:
         """Run a command line, or send a message."""

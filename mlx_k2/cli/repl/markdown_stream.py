@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, RenderableType
+from rich.control import Control
 from rich.live import Live
-from rich.segment import Segment, SegmentLines, Segments
+from rich.segment import ControlType, Segment, SegmentLines, Segments
 
 from mlx_k2.cli.repl.chat_markdown import ChatMarkdown
 from mlx_k2.cli.repl.markdown_blocks import MarkdownBlocks
@@ -64,6 +65,9 @@ class MarkdownDisplay:
         self._new_texts: list[str] = []
         self._blocks = MarkdownBlocks()
         self._code: StreamedCode | None = None
+        self._shown_lengths: Sequence[int] = ()
+        """The columns of each redrawn line on the terminal, and the terminal's width when they were printed."""
+        self._shown_width = console.width
         self._live.start()
 
     def add(self, text: str) -> None:
@@ -80,12 +84,16 @@ class MarkdownDisplay:
             unfinished = ChatMarkdown(self._blocks.open_tokens(max_chars=max_lines * self._console.width))
         options = self._console.options.update(height=None)
         lines = self._console.render_lines(unfinished, options, pad=False)
+        self._erase_rewrapped_lines()
         self._show(finished_parts, SegmentLines(lines[-max_lines:], new_lines=True))
+        self._shown_lengths = [Segment.get_line_length(line) for line in lines[-max_lines:]]
+        self._shown_width = options.max_width
 
     def close(self) -> None:
         """Print the rest of the answer and end the display."""
         finished_parts = list(self._pop_finished(max_lines=self._console.size.height))
         finished_parts.append(ChatMarkdown(self._blocks.pop_rest()) if self._code is None else self._code.pop_rest())
+        self._erase_rewrapped_lines()
         self._show(finished_parts, "")
         self._live.stop()
 
@@ -113,6 +121,14 @@ class MarkdownDisplay:
             yield self._code.pop_rest()
             text, self._code = self._code.rest, None
             self._blocks.follows_block = True
+
+    def _erase_rewrapped_lines(self) -> None:
+        """After the terminal became narrower, erase the lines that its own wrapping added to the redrawn ones."""
+        width = self._console.width
+        if width < self._shown_width:
+            num_lines = sum(max(0, length - 1) // width for length in self._shown_lengths)
+            one_line_up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+            self._console.control(Control(*one_line_up * num_lines))
 
     def _show(self, finished: Sequence[RenderableType], unfinished: RenderableType) -> None:
         """Print ``finished`` above ``unfinished``, in one write."""
