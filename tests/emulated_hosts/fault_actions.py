@@ -212,19 +212,18 @@ def truncate_and_kill(setup: FaultSetup, run: StreamsRun) -> float:
 
 def use_fixed_ports(setup: FaultSetup) -> None:
     for rank in range(NUM_HOSTS):
-        setup.on_host(rank, ips=[f"{setup.hosts.addresses[rank]}:{FIRST_RING_PORT + rank}"])
+        setup.on_host(rank, ips=[f"{setup.hosts.data_addresses[rank]}:{FIRST_RING_PORT + rank}"])
 
 
 UNKNOWN_PROCESS = """
 import os, socket, sys, time
-os.nice(-20)  # so that it connects before the neighbour on a busy machine, too
-print("ready", flush=True)
 while True:
     try:
         peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)
         break
     except OSError:
         pass
+print("connected", flush=True)
 peer.sendall(os.urandom(100))
 time.sleep(5)
 """
@@ -241,16 +240,17 @@ def connect_unknown_process(setup: FaultSetup, run: StreamsRun) -> float:
         sys.executable,
         "-c",
         UNKNOWN_PROCESS,
-        setup.hosts.addresses[MIDDLE_RANK],
+        setup.hosts.data_addresses[MIDDLE_RANK],
         str(FIRST_RING_PORT + MIDDLE_RANK),
     ]
     peer = setup.hosts.exec(NUM_HOSTS - 1, command, stdout=subprocess.PIPE)
     assert peer.stdout is not None
-    assert peer.stdout.readline() == b"ready\n"  # from here on it tries to connect without a pause
-    # The neighbour connects at the same time; with low priority it comes second on a busy machine, too.
-    setup.stage(MIDDLE_RANK - 1).nice(19)
-    fault_at = time.monotonic()
+    # Without its data cable the neighbour cannot connect first; TCP tries again later.
+    setup.hosts.cut(MIDDLE_RANK - 1, "eth1")
     run.resume()
+    assert peer.stdout.readline() == b"connected\n"
+    fault_at = time.monotonic()
+    setup.hosts.restore(MIDDLE_RANK - 1, "eth1")
     run.until(restart=ANY)
     peer.kill()
     peer.wait()
