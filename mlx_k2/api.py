@@ -239,7 +239,7 @@ class _Cluster:
                 raise RequestError("the prompt is empty: give some text")
             messages = [Message(role="user", content=prompt)]
         else:
-            messages = read_history(prompt, self._frontend.template.fields, normal_ids=True).messages
+            messages = read_history(prompt, self._frontend.template.fields, normal_call_ids=True).messages
         if sampling.num_answers > 1:
             raise RequestError(
                 f"{sampling.num_answers} answers were requested, but this call returns one: "

@@ -1,6 +1,7 @@
 """Tests of all advice in messages, read from the package's source.
 
-The tables of ``test_advice_of_*.py`` have rows of a message with advice, what it refuses, and what is accepted instead.
+Each row of the tables in ``test_advice_of_*.py`` is a message with advice, an input that is refused with it, and an
+input that follows the advice and is accepted.
 """
 
 import re
@@ -19,6 +20,8 @@ from tests.test_advice_of_values import HOSTFILES, VALUES
 
 pytestmark = pytest.mark.timeout(60)
 
+COMMAND_NAMES = r"bench|chat|config|doctor|download|generate|kernels|keys \w+|serve|setup|stage"
+"""A pattern of names after `mlx-k2`. In prose other words follow it: "mlx-k2 needs ..."."""
 Table = Sequence[tuple[str, Any, Any]]
 TABLES: tuple[Table, ...] = (COMMAND_LINES, CHATS, COMPLETIONS, MESSAGES, RESPONSES, HOSTFILES, VALUES)
 
@@ -31,7 +34,7 @@ def test_each_option_and_command_of_mlx_k2_that_advice_names_exists() -> None:
             options |= {*parameter.opts, *parameter.secondary_opts}
     for _, message, _ in all_advice():
         assert set(re.findall(r"(?<![\w-])--[a-z][-a-z]+", message)) <= options, message
-        named_commands = re.findall(r"\bmlx-k2 (bench|config|doctor|download|kernels|keys \w+|serve|setup)\b", message)
+        named_commands = re.findall(rf"\bmlx-k2 ({COMMAND_NAMES})\b", message)
         assert set(named_commands) <= commands.keys(), message
 
 
@@ -47,9 +50,9 @@ def command_tree(name: str, command: click.Command) -> Iterator[tuple[str, click
 
 
 def test_all_advice_is_followed_in_a_test() -> None:
-    """For advice that is missing: follow it in a test, and name its message in ``follows_advice`` or in a table."""
+    """If this fails: follow each listed advice in a test, and name its message in ``follows_advice`` or in a table."""
     messages = [*followed_messages(Path(__file__).parent), *(message for table in TABLES for message, _, _ in table)]
     advice = list(all_advice())
     assert len(advice) > 150  # the search finds the advice of the whole package
-    missing = [f"{file}: {text}" for file, text, pattern in advice if not any(map(pattern.search, messages))]
-    assert missing == []
+    not_followed = [f"{file}: {text}" for file, text, pattern in advice if not any(map(pattern.search, messages))]
+    assert not_followed == []

@@ -1,4 +1,7 @@
-"""Tests that follow the advice of messages about prompts, chats, tools and settings."""
+"""Tests that follow the advice of messages about prompts, chats, tools and settings.
+
+In the messages ``a`` stands for any value that is inserted.
+"""
 
 import importlib.metadata
 import json
@@ -63,18 +66,19 @@ def test_results_go_to_another_file_or_to_the_same_after_it_was_moved_away(tmp_p
     prompts.write_text('{"prompt": "a"}\n')
     arguments = ("generate", "--prompts", str(prompts), "--out")
     assert "is the file of prompts: give another --out" in refusal(*arguments, str(prompts))
+    one_run, other_run = {"b": 1}, {"a": 1}  # the number of the prompt by the digest of the run
     with ResultFile(out) as results:
-        results.resume({"b": 1})
+        results.resume(one_run)
         results.write(1, {"text": "b"})
         with pytest.raises(RequestError, match="another run: give another --out"), ResultFile(out):
             pass
     with ResultFile(out) as results, pytest.raises(RequestError, match="give another --out, or move the file away"):
-        results.resume({"a": 1})
+        results.resume(other_run)
     with ResultFile(tmp_path / "another") as results:
-        results.resume({"a": 1})
+        results.resume(other_run)
     out.rename(tmp_path / "moved")
     with ResultFile(out) as results:
-        results.resume({"a": 1})
+        results.resume(other_run)
 
 
 @follows_advice(

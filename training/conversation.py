@@ -86,14 +86,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of rendered text, split only at control tokens. `is_reply` marks text that the model has to write."""
+    """A part of rendered text, split only at control tokens. `is_reply`: the model is trained to write it."""
 
     text: str
     is_reply: bool
 
 
 def render(conversation: Conversation) -> Iterator[Segment]:
-    """Yield the conversation as K2's template writes it. Earlier exchanges lose their reasoning and are not replies."""
+    """Yield the conversation as K2's template writes it.
+
+    Earlier exchanges lose their reasoning, and the model is not trained on them.
+    """
     if conversation.tools:
         yield Segment(_message("system", "tool_declare", declare(conversation.tools)), is_reply=False)
     system = DEFAULT_SYSTEM if conversation.system is None else conversation.system

@@ -105,7 +105,7 @@ class Conversation:
             RequestError, TokenizerError: the messages are malformed, cannot be rendered, or do not fit into
                 ``context_tokens``; the conversation is unchanged.
         """
-        history = read_history(messages, self._template.fields, normal_ids=True)
+        history = read_history(messages, self._template.fields, normal_call_ids=True)
         num_tokens = len(encode_pieces(self._tokenizer, self._render(history.messages)))
         if num_tokens >= context_tokens:
             raise RequestError(

@@ -46,7 +46,7 @@ from mlx_k2.scheduling.drafter import DraftMode
 from mlx_k2.weights.model_frontend import ModelFrontend
 
 REQUESTED_SLOTS = 2
-"""One slot for the answer, and one for the prefill of the next prompt, so that the prompt of /retry stays cached."""
+"""One slot for the answer, and one for the prefill of the next prompt: /retry needs the answer's prompt again."""
 
 
 class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +97,8 @@ def command(options: ChatOptions) -> None:
         mlx-k2 chat --hostfile two-macs.json --model ~/Kimi-K2-Thinking --mcp mcp.json
 
     /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat. If standard input or output is not a
-    terminal, each line of input is a message; answers go to stdout, everything else to stderr. The exit code is 1 if a
-    line has failed and standard input is not a terminal.
+    terminal, each line of input is a message or a command; answers go to stdout, everything else to stderr. The exit
+    code is 1 if a line has failed and standard input is not a terminal.
     """  # noqa: D301  # click reads the escape
     if sys.stdin is None:
         raise RequestError("there is no standard input: redirect it from a file with a message a line")
@@ -223,7 +223,11 @@ def _run_chat(
         transcript.write({"started": {"mlx-k2": __version__, "model": model_name, "digest": digest}})
     for line in settings.warnings:
         screen.log(line)
-    hint = "/help lists the commands, Ctrl-D leaves" if keyboard.can_ask else "each line of input is a message"
+    hint = (
+        "/help lists the commands, Ctrl-D leaves"
+        if keyboard.can_ask
+        else "each line of input is a message or a command"
+    )
     screen.log(f"{model_name} · {hint}")
     repl = Repl(commands, keyboard, transcript)
     try:

@@ -150,7 +150,7 @@ class _Steps:
         names = list(self._options.hosts)
         if not names:
             question = "Macs, as ssh knows them, in the order of their layers (`this` is this Mac): "
-            names = _ask(question, "name the hosts, and give --yes to change them").split()
+            names = _ask(question, "name the hosts as arguments, and give --yes to make all changes").split()
         names = [THIS_MACHINE if name in _LOCAL_NAMES else name for name in names]
         if not names:
             raise RequestError("no host was named: name at least one, for instance: mlx-k2 setup this mac-2")

@@ -13,7 +13,7 @@ from mlx_k2.cli.program_command import ProgramCommand
 @click.command()
 @click.argument("command", metavar="[COMMAND]", required=False, type=click.Choice([*COMMANDS]))
 def command(command: str | None) -> None:
-    """Show the defaults of options, and where each one is written. With COMMAND: all options of that command.
+    """Show the defaults that you have set, and where each one is written. With COMMAND: all options of that command.
 
     \b
     ~/.config/mlx-k2/config.toml holds them by their long names, and one table for each command:
@@ -42,7 +42,7 @@ def command(command: str | None) -> None:
             key = option_name(option)
             default = defaults.get(option.name or "")
             if default is not None:
-                # the source of a variable, which overrides the table, is its name
+                # a variable overrides the table: then the source is the variable's name, not a line of the file
                 is_in_table = key in profile.tables.get(name, {}) and default.source == profile.location(name, key)
                 # a default of several commands is shown once
                 shown_defaults.setdefault(f"{name}.{key}" if command is None and is_in_table else key, default)

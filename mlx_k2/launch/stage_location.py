@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlx_k2.launch.ssh import ssh_command
 
 LOGIN_SHELL_COMMAND = """exec "$SHELL" -lc 'exec mlx-k2 stage'"""
-"""The command for a host whose Python has another path than here: the mlx-k2 script names its Python."""
+"""The command for a host whose Python has another path than here. The first line of the mlx-k2 script there has it."""
 
 
 @dataclass(frozen=True)

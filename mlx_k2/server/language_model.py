@@ -124,7 +124,7 @@ class LanguageModel:
         """
         template = self._frontend.template
         try:
-            messages = read_history(chat.messages, template.fields, normal_ids=True).messages
+            messages = read_history(chat.messages, template.fields, normal_call_ids=True).messages
             turn_handles = [message.get(TURN_HANDLE_FIELD) for message in chat.messages]
             restored = self._turns.restore(owner, messages, turn_handles)
             variables = self._mode(chat).variables(template)

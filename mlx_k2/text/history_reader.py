@@ -31,13 +31,13 @@ class History:
 
 
 def read_history(
-    messages: Sequence[Mapping[str, object]], template_fields: Collection[str], *, normal_ids: bool = False
+    messages: Sequence[Mapping[str, object]], template_fields: Collection[str], *, normal_call_ids: bool = False
 ) -> History:
     """Return ``messages`` in one form; ``template_fields`` are the field names that the template reads.
 
     Content is text: parts are joined, None becomes ''. Reasoning is in ``reasoning_content``, whatever its field was
-    named. Every call and every result has an id; with ``normal_ids`` it is the one that Kimi K2 is trained on. Other
-    fields are kept if the template reads them and they are not None. Reading the returned messages again changes
+    named. Every call and every result has an id; with ``normal_call_ids`` it is the one that Kimi K2 is trained on.
+    Other fields are kept if the template reads them and they are not None. Reading the returned messages again changes
     nothing.
 
     Raises:
@@ -61,7 +61,7 @@ def read_history(
             left_out.append(f"{where} has fields that the chat template does not read: {', '.join(lost)}")
         kept_fields = {name: value for name, value in fields.items() if name not in unread}
         all_fields.append(copied_json(kept_fields, where))
-    _link_calls(all_fields, normal_ids=normal_ids)
+    _link_calls(all_fields, normal_call_ids=normal_call_ids)
     return History([_message(fields) for fields in all_fields], tuple(left_out))
 
 
@@ -158,18 +158,18 @@ def _has_own_information(name: str, fields: Mapping[str, Any]) -> bool:
     return value not in ("", [], {}, False, fields.get("reasoning_content"))
 
 
-def _link_calls(messages: Sequence[_Fields], *, normal_ids: bool) -> None:
+def _link_calls(messages: Sequence[_Fields], *, normal_call_ids: bool) -> None:
     """Set the ids of calls and results that have none.
 
     A call gets its normal id, the one that Kimi K2 is trained on. A result gets the id of a call that has no result yet
     in the latest turn with calls: the first call with the result's name, else the first one.
 
-    With ``normal_ids`` each call gets its normal id, and its result the same id and the tool's name. If several calls
-    have the id of a result, the result belongs to the first call without a result in the latest turn that has calls
-    with this id. A result without a call is unchanged.
+    With ``normal_call_ids`` each call gets its normal id, and its result the same id and the tool's name. If several
+    calls have the id of a result, the result belongs to the first call without a result in the latest turn that has
+    calls with this id. A result without a call is unchanged.
     """
     unanswered: list[_Fields] = []
-    open_calls: dict[str, list[tuple[_Fields, str]]] = {}  # by id, for ``normal_ids``
+    open_calls: dict[str, list[tuple[_Fields, str]]] = {}  # by id, for ``normal_call_ids``
     calls_with_normal_ids: list[tuple[_Fields, str]] = []
     for number, message in enumerate(messages, start=1):
         calls = message.get("tool_calls", ())
@@ -189,10 +189,10 @@ def _link_calls(messages: Sequence[_Fields], *, normal_ids: bool) -> None:
         problem = f"message {number} (tool): a tool's result needs the tool_call_id of its call"
         require("tool_call_id" in message, problem)
         unanswered = [call for call in unanswered if call["id"] != message["tool_call_id"]]
-        if normal_ids and (same_id := open_calls.get(message["tool_call_id"])):
+        if normal_call_ids and (same_id := open_calls.get(message["tool_call_id"])):
             call, message["tool_call_id"] = same_id.pop(0)
             message["name"] = call["function"]["name"]
-    if normal_ids:
+    if normal_call_ids:
         for call, normal_id in calls_with_normal_ids:
             call["id"] = normal_id
 

@@ -33,6 +33,7 @@ from mlx_k2.weights.model_source import DraftHead
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
 FC, LM_HEAD, EMBEDDING, NORM, D2T = "fc.weight", "lm_head.weight", "embed_tokens.weight", "norm.weight", "d2t"
 """D2T has, for each row of the output projection, the target's token id minus the number of the row."""
+"""D2T has, for each row of the output projection, the target's token id minus the number of the row."""
 _UNREAD_TENSORS = ("t2d",)
 """Names of tensors that are not read: t2d (whether the head drafts a token of the target) follows from d2t."""
 _LAYER_PREFIXES = ("layers.0", "midlayer")
@@ -192,6 +193,7 @@ def describe_draft(
     num_rows = config.draft_vocab_size or config.vocab_size
     if head.vocab_size is not None and head.vocab_size > num_rows:
         raise RequestError(f"--draft-vocab {head.vocab_size}: {source} has {num_rows} tokens: give at most as many")
+    # the fields that a model's config has, too
     # the fields that a model's config has, too
     layer_fields = {name: getattr(config, name) for name in _ConfigFile.__struct_fields__ if hasattr(target, name)}
     prefixes = (prefix for prefix in _LAYER_PREFIXES if f"{prefix}.hidden_norm.weight" in index.weight_map)

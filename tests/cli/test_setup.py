@@ -54,7 +54,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "nobody can be asked here: name the hosts, and give --yes"),
+        ([], "nobody can be asked here: name the hosts as arguments, and give --yes"),
         (["this", "localhost"], "give each Mac once"),
         (["this"], "nobody can be asked here: give --yes to make all changes"),
         (["--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host name that ssh accepts"),
@@ -131,7 +131,7 @@ def mac_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @follows_advice(
-    "name the hosts, and give --yes to change them",
+    "name the hosts as arguments, and give --yes to make all changes",
     "nobody can be asked here: give --yes to make all changes",
     "give each Mac once, for instance: mlx-k2 setup this mac-2",
     "the hosts share no network: give an address of each with --address",
@@ -152,7 +152,9 @@ def test_a_setup_that_follows_the_advice_of_its_refusals_succeeds(
         assert run(arguments) == exit_code, capsys.readouterr().err
         return "".join(capsys.readouterr())
 
-    assert "nobody can be asked here: name the hosts, and give --yes to change them" in output_of(2, "setup")
+    assert "nobody can be asked here: name the hosts as arguments, and give --yes to make all changes" in output_of(
+        2, "setup"
+    )
     assert "nobody can be asked here: give --yes to make all changes" in output_of(2, "setup", "this")
     assert "give each Mac once, for instance: mlx-k2 setup this mac-2" in output_of(2, "setup", "this", "this")
     # both hosts have a loopback interface only

@@ -28,7 +28,7 @@ needs_two_loopback_addresses = pytest.mark.skipif(
 
 @contextmanager
 def prepared_group(ips: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[tuple[StageGroup, RingLinks]]:
-    """Yield two real stages that have opened their ports, and the addresses by which they can be connected."""
+    """Yield two real stages that have reserved their ports, and the addresses by which they can be connected."""
     hostfile = Hostfile(hosts=(Host(ssh="127.0.0.1", ips=ips),) * 2, backend=Backend.RING)
     with StageGroup([StageLocation()] * 2, lease_s=20.0, log=lambda _: None) as group:
         collect(group, Hello, range(2), silence_s=60.0, task="start")
@@ -59,7 +59,7 @@ def relay(listener: socket.socket, address: str) -> None:
 
 
 def connect_when_open(address: str) -> socket.socket:
-    """Connect to ``address``, and try again until the stage listens there."""
+    """Connect to ``address``; try again until the stage, which has been told to connect, listens there."""
     ip, _, port = address.partition(":")
     while True:
         with suppress(OSError):
@@ -92,7 +92,10 @@ def test_a_process_that_relays_between_two_stages_is_an_error_before_anything_is
 @needs_two_loopback_addresses
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_unknown_process_that_connects_first_and_sends_nothing_is_named_in_less_than_15_s(rank: int) -> None:
-    """Rank 0 accepts the process and then cannot reach its neighbour. Rank 1 reaches its own neighbour first."""
+    """Rank 0 accepts the process before it connects, and then reaches no neighbour.
+
+    Rank 1 connects before it accepts: the test listens as its neighbour, and then the process is accepted.
+    """
     with prepared_group() as (group, ring), socket.create_server(("127.0.0.2", 0)) as neighbour:
         neighbour_port = 9 if rank == 0 else neighbour.getsockname()[1]  # nothing listens on port 9
         addresses: list[tuple[str, ...]] = [(f"127.0.0.2:{neighbour_port}",)] * 2

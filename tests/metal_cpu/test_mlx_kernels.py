@@ -23,7 +23,7 @@ HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 TOLERANCE = 6e-3
 """Largest allowed error as a fraction of the largest output: results are rounded to bfloat16."""
 TWO_SIMDGROUPS = (32, 2, 1)
-"""A threadgroup of two simdgroups. It computes 8 outputs in MLX's qmv kernels, and a tile of 32 in qmm kernels."""
+"""A threadgroup of two simdgroups: 8 outputs of MLX's qmv kernels, 32 columns of affine_gather_qmm_rhs."""
 NO_STRIDE = np.int64(0)
 UNBATCHED = (1, 1, NO_STRIDE, 1, 1, NO_STRIDE, NO_STRIDE, NO_STRIDE)
 """Batch shapes and strides, which a kernel for a single matrix does not read."""

@@ -132,7 +132,7 @@ def plant(fault: Fault, text: KernelText) -> KernelText:
 
 
 def change_dispatch(fault: Fault, dispatch: Dispatch) -> Dispatch:
-    """Plant the fault if the dispatch is one of its kernel."""
+    """Plant the fault if the dispatch calls the fault's kernel."""
     if dispatch.text.name != fault.kernel:
         return dispatch
     return dispatch._replace(text=plant(fault, dispatch.text))

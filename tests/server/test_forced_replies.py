@@ -7,7 +7,7 @@ from tests.server.forced_replies import CALLS_REPLY, REPLIES, forced_server, rep
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_the_client_accumulates_the_body_of_every_kind_of_reply(name: str) -> None:
+def test_the_stream_of_every_kind_of_reply_joins_to_the_reply_without_streaming(name: str) -> None:
     with forced_server(REPLIES[name].text) as server:
         body = reply_fields(server.client)
         assert streamed_reply_fields(server.client) == body

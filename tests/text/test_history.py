@@ -90,7 +90,7 @@ def test_a_tool_call_that_cannot_run_has_an_id_for_its_error_result() -> None:
 
 def with_normal_ids(messages: list[Message]) -> list[Message]:
     """Return the messages with the call ids that Kimi K2 is trained on: functions.NAME:NUMBER."""
-    return read_history([message.json_value() for message in messages], (), normal_ids=True).messages
+    return read_history([message.json_value() for message in messages], (), normal_call_ids=True).messages
 
 
 def test_calls_are_numbered_through_the_conversation() -> None:

@@ -1,10 +1,10 @@
-"""The training of the built-in model's draft head, with checkpoints to resume from.
+"""The training of the built-in model's draft head. It saves its state when it ends, and a later run resumes from it.
 
 python -m training.draft.train --data DIR --run DIR --steps N [--seconds N]
 
-The loss (--loss) is the divergence of the head's distribution from the model's (kl), or the negative logarithm of the
-share on which both agree (lk, arXiv 2602.23881). It is computed over one step, and in every third batch over three
-unrolled steps.
+The loss (--loss) is the cross-entropy of the head's and the model's distributions (kl: its gradient is that of the
+divergence), or the negative logarithm of the share on which both agree (lk, arXiv 2602.23881). It is computed over the
+head's first prediction, and in every third batch over three unrolled ones, each from the output of the one before.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from training.draft.head import Batch, HeadForward, Weights, initial_weights
 INTERMEDIATE = 768
 NUM_UNROLLED = 3
 _UNROLL_EVERY = 3
-"""Every third batch is computed in three unrolled steps, the others in one, which is a third of the work."""
-_STEP_WEIGHTS = (1.0, 0.8, 0.64)
-"""Weights of the unrolled steps' losses."""
+"""Every third batch is computed with three unrolled predictions, the others with one, a third of the work."""
+_DEPTH_WEIGHTS = (1.0, 0.8, 0.64)
+"""Weights of the unrolled predictions' losses."""
 _BATCH_TOKENS = 4096
 _MATRIX_LR, _OTHER_LR = 0.025, 0.004
 _WARMUP_STEPS = 20
@@ -46,8 +46,8 @@ def outer_weights() -> tuple[ModelConfig, mx.array, mx.array, mx.array]:
     return config, embedding, norm, projection
 
 
-def divergence(logits: mx.array, target: mx.array) -> mx.array:
-    """Return KL(target || head) of each prediction plus the target's entropy, which does not depend on the head."""
+def cross_entropy(logits: mx.array, target: mx.array) -> mx.array:
+    """Return the cross-entropy of each prediction: KL(target || head) plus the target's entropy, a constant."""
     chances = mx.softmax(target, axis=-1)
     return mx.logsumexp(logits, axis=-1) - mx.sum(chances * logits, axis=-1)
 
@@ -58,22 +58,22 @@ def disagreement(logits: mx.array, target: mx.array) -> mx.array:
     return -mx.log(mx.sum(both, axis=-1) + 1e-6)
 
 
-LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"kl": divergence, "lk": disagreement}
+LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"kl": cross_entropy, "lk": disagreement}
 
 
 def make_loss(
     forward: HeadForward, loss: Callable[[mx.array, mx.array], mx.array], num_unrolled: int
 ) -> Callable[..., mx.array]:
-    """Return the function (tree of weights, batch) -> weighted sum of the losses of ``num_unrolled`` unrolled steps."""
+    """Return the function (tree of weights, batch) -> weighted sum of the losses of ``num_unrolled`` predictions."""
 
     def total(tree: Any, batch: Batch) -> mx.array:
         weights = dict(tree_flatten(tree))
         target = mx.stop_gradient(forward.target_logits(batch.target))
         result = mx.array(0.0)
-        for step, logits in enumerate(forward.logits(weights, batch, num_unrolled)):
-            is_real = batch.is_real[:, step:]
-            each = loss(logits[:, step:], target[:, step:])
-            result = result + _STEP_WEIGHTS[step] * mx.sum(each * is_real) / mx.maximum(mx.sum(is_real), 1)
+        for depth, logits in enumerate(forward.logits(weights, batch, num_unrolled)):
+            is_real = batch.is_real[:, depth:]
+            each = loss(logits[:, depth:], target[:, depth:])
+            result = result + _DEPTH_WEIGHTS[depth] * mx.sum(each * is_real) / mx.maximum(mx.sum(is_real), 1)
         return result
 
     return total
@@ -92,7 +92,7 @@ def rate_factor(step: int, num_steps: int, decay_steps: int) -> float:
 
 
 def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
-    """Train from the run's last checkpoint to step ``options.steps``, or for ``options.seconds``."""
+    """Train from the run's saved state to step ``options.steps``, or for ``options.seconds``."""
     config, embedding, norm, projection = outer_weights()
     used_ids = mx.array(np.unique(np.concatenate([row.tokens[row.num_prompt :] for row in rows])))
     forward = HeadForward(config, embedding, projection[used_ids])  # logits of tokens that no answer has are left out
@@ -104,7 +104,7 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
     optimizer.init(tree)
     first_step, tree = resume(run, tree, optimizer)
     loss = LOSSES[options.loss]
-    once, unrolled = (mx.value_and_grad(make_loss(forward, loss, steps)) for steps in (1, NUM_UNROLLED))
+    once, unrolled = (mx.value_and_grad(make_loss(forward, loss, depth)) for depth in (1, NUM_UNROLLED))
     stream = endless_batches(rows, norm, config.rms_norm_eps, _BATCH_TOKENS, seed=first_step)
     began = time.monotonic()
     losses: list[float] = []
@@ -117,10 +117,10 @@ def train(rows: list[Row], run: Path, options: argparse.Namespace) -> None:
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
         tree = optimizer.apply_gradients(gradients, tree)
         mx.eval(tree, optimizer.state, value)
-        if not is_unrolled:  # a loss of several steps is not comparable
+        if not is_unrolled:  # a sum of several losses is not comparable
             losses.append(value.item())
         elapsed_s = time.monotonic() - began
-        if (step + 1) % _REPORT_STEPS == 0 and losses:  # none if the run was resumed at an unrolled step just before
+        if (step + 1) % _REPORT_STEPS == 0 and losses:  # no losses after a start at an unrolled step
             print(f"step {step + 1} loss {sum(losses) / len(losses):.4f} {elapsed_s:.0f} s", file=sys.stderr)
             losses.clear()
         if elapsed_s > options.seconds or step + 1 == options.steps:
@@ -168,7 +168,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps in all, those done before included")
     parser.add_argument("--decay-steps", type=int, default=200, help="last steps, over which learning rates fall")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="stop after this long; the same command continues"
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="save and stop after this time; run the same command again to continue",
     )
     parser.add_argument("--loss", choices=tuple(LOSSES), default="kl", help="loss function  [default: kl]")
     options = parser.parse_args()
