@@ -14,7 +14,6 @@ from mlx_k2.chat.sampling_options import SamplingOptions
 from mlx_k2.errors import RequestError
 from mlx_k2.json_text.parse import JsonError, parse_json
 from mlx_k2.json_text.read import convert
-from mlx_k2.text.history_reader import read_history
 
 _DEFAULTS = SamplingOptions()
 
@@ -52,8 +51,6 @@ def read_prompt_lines(source: str, options: SamplingOptions = _DEFAULTS) -> dict
         try:
             value = parse_json(text.rstrip())
             line = convert(defaults | value if isinstance(value, dict) else value, PromptLine)
-            if line.messages is not None and line.prompt is None:
-                read_history(line.messages, ())  # raises for a malformed message
         except (JsonError, RequestError) as error:
             raise RequestError(f"{name}, line {number}: {error}") from None
         if (line.prompt is None) == (line.messages is None):

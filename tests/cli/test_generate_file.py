@@ -123,7 +123,7 @@ def test_a_result_has_the_reply_fields_of_the_json_summary_and_a_failed_line_is_
     tools = [{"type": "function", "function": WEATHER}]
     sum_line = {"prompt": "What is 17 plus 25?", "id": "sum"}
     tool_line = {"prompt": "What is the weather in Rome?", "tools": tools}
-    bad_line = {"prompt": "x", "regex": "("}
+    bad_line = {"messages": [{"role": "robot"}]}
     prompts = write_prompts(tmp_path / "prompts", "\n", sum_line, " \n", tool_line, bad_line).read_text()
     out = tmp_path / "out"
     result = command_line.run("generate", "--temperature", "0", "--prompts", "-", "--out", str(out), stdin=prompts)

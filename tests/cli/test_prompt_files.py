@@ -55,7 +55,6 @@ def test_a_value_in_a_line_overrides_the_option_even_if_it_is_the_default(tmp_pa
         ('{"prompt": "x", "tempereture": 1}', "line 2: contains unknown field `tempereture`"),
         ('{"id": 1}', 'line 2: give either "prompt" or "messages"'),
         ('{"prompt": "x", "messages": []}', 'line 2: give either "prompt" or "messages"'),
-        ('{"messages": [{"role": "robot"}]}', "line 2: message 1 has the role 'robot': give one of system, user"),
         ('{"prompt": "x", "id": 3}', "line 3: line 2 has the same id 3"),  # line 3 has no id: its number is used
         ('{"prompt": "x", "top_k": "many"}', "line 2: top_k: expected a whole number or null, got text"),
     ],

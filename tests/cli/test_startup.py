@@ -77,7 +77,7 @@ def test_a_dry_run_without_a_local_model_asks_for_a_folder(tmp_path: Path, capsy
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text('[{"ssh": "mac-1", "ips": ["10.0.0.1"]}]')
     assert run(["generate", "--dry-run", "--hostfile", str(hostfile), "--model", "/models/k2"]) == 2
-    error = "a dry run reads the model on this machine: /models/k2 is not a folder: give the folder of a checkpoint"
+    error = "a dry run reads the model on this machine: /models/k2 does not exist: give the folder of a checkpoint"
     assert error in capsys.readouterr().err
 
 

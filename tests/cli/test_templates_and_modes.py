@@ -48,7 +48,7 @@ def test_thinking_is_turned_off_and_on_in_a_chat_and_load_names_the_fields_that_
     saved.write_text(json.dumps([USER, {"role": "assistant", "content": "Hi.", "refusal": "no"}]))
     commands = ("/think off", "/think on", "/think", f"/load {saved}", "/think off", "Again?")
     result = command_line.run("chat", "--model", k26_model, "--max-tokens", "2", stdin="\n".join(commands) + "\n")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr  # one of the lines is refused
     warning, _, *lines = result.stderr.splitlines()
     assert warning == "the chat template reads variables that mlx-k2 does not set: effort"
     assert lines[:3] == [
