@@ -129,7 +129,7 @@ class _Steps:
         _show_hosts(names, surveys)
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
-            self._install(wheel, [survey for survey in surveys.values() if survey.installed != wheel_digest(wheel)])
+            self._install(wheel, [survey for survey in surveys.values() if survey.installed_digest != wheel_digest(wheel)])
         # of a host in the existing hostfile, keep the keys that setup does not set, such as model and memory_gb
         previous_hosts = {host.ssh: host for host in self._previous_hosts()}
         hosts = [
@@ -293,7 +293,7 @@ def _show_hosts(names: Sequence[str], surveys: dict[str, HostSurvey]) -> None:
     for name in names:
         if name in surveys:
             survey = surveys[name]
-            installed = "installed by setup" if survey.installed else "not installed"
+            installed = "installed by setup" if survey.installed_digest else "not installed"
             rows.append((name, survey.system, gigabytes(survey.memory_bytes), survey.python or "", installed))
         else:
             memory = gigabytes(psutil.virtual_memory().total)

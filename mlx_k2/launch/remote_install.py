@@ -88,7 +88,7 @@ class HostSurvey:
     """Version and path of each Python that was found."""
     python: str | None
     """The path of the Python to install with; None if none is usable."""
-    installed: str
+    installed_digest: str
     """The digest of the wheel that is installed there and can be imported; '' for none."""
 
     @property
@@ -151,7 +151,7 @@ def survey(host: str, python: str | None = None) -> HostSurvey:
         memory_bytes=int(memory) if memory.isdigit() else 0,
         pythons=tuple(pythons),
         python=max(usable)[2] if usable else None,
-        installed=facts.get("installed", [""])[0],
+        installed_digest=facts.get("installed", [""])[0],
     )
 
 

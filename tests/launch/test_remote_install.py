@@ -25,7 +25,7 @@ def survey_with(*pythons: tuple[tuple[int, ...], str], python: str | None = None
         memory_bytes=512 * 10**9,
         pythons=pythons,
         python=python,
-        installed="",
+        installed_digest="",
     )
 
 
@@ -129,4 +129,4 @@ def test_a_host_without_a_package_index_installs_from_a_folder_of_wheels(
     with pytest.raises(SetupError, match="if it reaches no package index, give --wheels DIR with the wheels of all"):
         install(host, wheel, pins, None)
     install(host, wheel, pins, write_stub_wheels(tmp_path / "wheels"))
-    assert survey("mac-2", sys.executable).installed == (home / INSTALL_FOLDER / "installed").read_text()
+    assert survey("mac-2", sys.executable).installed_digest == (home / INSTALL_FOLDER / "installed").read_text()

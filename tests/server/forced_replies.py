@@ -83,11 +83,11 @@ class ForcedServer(SteppedServer):
     """A server with running stages whose model gives one reply, and the official client."""
 
     client: OpenAI
-    maker: ForcedStageMaker
+    stage_maker: ForcedStageMaker
 
     def fail_once(self, index: int, *, restarts: bool) -> None:
         """Let a stage fail once, at token ``index`` of a reply. Without ``restarts`` its restart is cancelled."""
-        self.maker.fail_at = index
+        self.stage_maker.fail_at = index
         if restarts:
             self.harness.may_restart.set()
         else:

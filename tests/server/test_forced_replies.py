@@ -24,7 +24,7 @@ def test_the_stream_of_every_kind_of_reply_joins_to_the_reply_without_streaming(
 def test_a_restart_in_the_middle_of_a_reply_changes_nothing(index: int) -> None:
     with forced_server(CALLS_REPLY) as server:
         body = reply_fields(server.client)
-        assert len(server.maker.token_ids) > index
+        assert len(server.stage_maker.token_ids) > index
         server.fail_once(index, restarts=True)
         assert streamed_reply_fields(server.client) == body
         assert len(server.harness.restarts) == 1
