@@ -53,6 +53,16 @@ def write_waiting_hosts(folder: Path) -> tuple[Path, Path]:
     return hostfile, may_start
 
 
+@contextmanager
+def starting_chat(command_line: CommandLine, folder: Path) -> Iterator[tuple[Terminal, Path]]:
+    """Run `mlx-k2 chat` in a terminal. Yield it, and the path of a file: until it exists, no stage starts."""
+    hostfile, may_start = write_waiting_hosts(folder)
+    command = [MLX_K2, "chat", "--hostfile", str(hostfile)]
+    with terminal(folder, command, command_line.environment(TERM="xterm-256color")) as pane:
+        pane.wait_for("starting 2 stages")
+        yield pane, may_start
+
+
 def has_echo(tty: Path) -> bool:
     """Return whether a terminal echoes keys."""
     descriptor = os.open(tty, os.O_RDWR | os.O_NOCTTY)
@@ -65,10 +75,7 @@ def has_echo(tty: Path) -> bool:
 def test_a_message_typed_while_the_stages_start_is_sent_when_the_chat_begins(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    hostfile, may_start = write_waiting_hosts(tmp_path)
-    command = [MLX_K2, "chat", "--hostfile", str(hostfile)]
-    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
-        pane.wait_for("starting 2 stages")
+    with starting_chat(command_line, tmp_path) as (pane, may_start):
         pane.send_message("What is 3 plus 4?")
         may_start.touch()
         text = pane.wait_for("3 + 4 = 7")
@@ -81,10 +88,7 @@ def test_a_message_typed_while_the_stages_start_is_sent_when_the_chat_begins(
 def test_ctrl_c_while_the_stages_start_ends_the_program_and_restores_the_terminal(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    hostfile, _ = write_waiting_hosts(tmp_path)
-    command = [MLX_K2, "chat", "--hostfile", str(hostfile)]
-    with terminal(tmp_path, command, command_line.environment(TERM="xterm-256color")) as pane:
-        pane.wait_for("starting 2 stages")
+    with starting_chat(command_line, tmp_path) as (pane, _):
         assert not has_echo(pane.tty)
         pane.type("C-c")
         pane.wait_for("exit code 130")
