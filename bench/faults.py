@@ -60,7 +60,9 @@ def main() -> int:
 def write_table(findings: list[Finding]) -> None:
     """Write the table of docs/reliability.md."""
     rows = [f"| {finding.fault.name} | {_seconds(finding)} | {finding.fault.outcome} |" for finding in findings]
-    heading = f"Tried on {date.today().isoformat()} at commit {commit()}{DIFFERS if commit().endswith('+') else ''}."
+    tried_commit = commit()
+    suffix = DIFFERS if tried_commit.endswith("+") else ""
+    heading = f"Tried on {date.today().isoformat()} at commit {tried_commit}{suffix}."
     table = "\n".join([heading, "", "| fault | noticed after | then |", "|---|---|---|", *rows])
     PAGE.write_text(replace_generated(PAGE.read_text(), "python -m bench.faults", table))
 

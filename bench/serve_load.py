@@ -147,7 +147,7 @@ def run_clients(
 def request_answer(server: Server, number: int, hang_up_after: int | None) -> str:
     """Return the text of the streamed answer to prompt number ``number``.
 
-    With ``hang_up_after``, hang up after that number of chunks with text, if there are so many; return their text.
+    With ``hang_up_after``, hang up after at most that number of chunks with text, and return their text.
     """
     message = {"role": "user", "content": f"{number} " * (4 + 5 * number)}
     body = json.dumps({"messages": [message], "seed": number, "max_tokens": MAX_TOKENS, "stream": True}).encode()

@@ -1,6 +1,6 @@
 """Tests that follow the advice of messages about prompts, chats, tools and settings.
 
-In the messages ``a`` stands for any value that is inserted.
+In the messages, the letter ``a`` replaces a value that the program inserts.
 """
 
 import importlib.metadata

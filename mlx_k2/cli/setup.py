@@ -129,9 +129,8 @@ class _Steps:
         _show_hosts(names, surveys)
         with tempfile.TemporaryDirectory() as folder:
             wheel = write_wheel(Path(folder))
-            self._install(
-                wheel, [survey for survey in surveys.values() if survey.installed_digest != wheel_digest(wheel)]
-            )
+            digest = wheel_digest(wheel)
+            self._install(wheel, [survey for survey in surveys.values() if survey.installed_digest != digest])
         # of a host in the existing hostfile, keep the keys that setup does not set, such as model and memory_gb
         previous_hosts = {host.ssh: host for host in self._previous_hosts()}
         hosts = [
